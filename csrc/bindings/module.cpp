@@ -1,0 +1,15 @@
+// The compiled module kfac_ext._C. Only kfac_ext/ops imports it: it trusts the pointers and sizes it is given.
+#include "kfac/parallel.h"
+#include "kfac/simd.h"
+#include "register.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of kfac_ext; call kfac_ext's functions instead.";
+  register_covariance(m);
+  m.def("cpu_info", [] {
+    pybind11::dict info;
+    info["simd"] = kfac::simd().name;
+    info["threads"] = kfac::parallel_backend();
+    return info;
+  });
+}

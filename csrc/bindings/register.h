@@ -1,0 +1,6 @@
+// One function a domain, each in a file of its own; module.cpp calls them.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+void register_covariance(pybind11::module_& m);

@@ -1,0 +1,277 @@
+#include "kfac/covariance.h"
+
+#include <cstring>
+#include <utility>
+
+#include "kfac/parallel.h"
+#include "panel_source.h"
+
+namespace kfac {
+namespace {
+
+constexpr int64_t kShareBytes = 256 << 10;  // packed samples a thread works on alone: a part of its second-level cache
+constexpr int64_t kSharedBytes = 4 << 20;   // packed samples that all threads work on together
+constexpr int64_t kPrivateBytes = 768 << 10;  // sums small enough for every thread to have its own
+
+// The sums of all regions: a tile [kPanel][kPanel] for every pair (i, j) of a group's panels (j <= i where symmetric),
+// or one [kPanel] vector a panel for depthwise layers; and the channel sums that the bias row needs.
+class SumLayout {
+ public:
+  SumLayout(const ShiftPlan& plan, int64_t groups, int64_t panels_per_group, int64_t panels, bool depthwise, bool bias)
+      : panels_per_group_(panels_per_group) {
+    for (const Region& region : plan.regions) {
+      tiles_.push_back(size_);
+      const int64_t p = panels_per_group;
+      stride_.push_back(depthwise ? kPanel : (region.symmetric() ? p * (p + 1) / 2 : p * p) * kTile);
+      size_ += depthwise ? panels * kPanel : groups * stride_.back();
+      columns_.push_back(size_);
+      if (bias && region.symmetric()) size_ += panels * kPanel;
+    }
+  }
+
+  int64_t size() const { return size_; }
+  int64_t tile(const Region& region, int number, int64_t group, int64_t i, int64_t j) const {
+    const int64_t pair = region.symmetric() ? i * (i + 1) / 2 + j : i * panels_per_group_ + j;
+    return tiles_[number] + group * stride_[number] + pair * kTile;
+  }
+  int64_t lanes(int number, int64_t panel) const { return tiles_[number] + panel * kPanel; }
+  int64_t columns(int number, int64_t panel) const { return columns_[number] + panel * kPanel; }
+
+ private:
+  int64_t panels_per_group_, size_ = 0;
+  std::vector<int64_t> tiles_, stride_, columns_;
+};
+
+template <class T>
+class Covariance {
+ public:
+  Covariance(const PanelSource<T>& source, bool bias, int threads)
+      : source_(source),
+        shape_(source.packed()),
+        plan_(shift_plan(shape_)),
+        layout_(plan_, shape_.groups, source.panels_per_group(), source.panels(), source.depthwise(), bias),
+        bias_(bias),
+        threads_(threads) {}
+
+  void run(double decay, double scale, T* out) {
+    const int64_t shares = std::min<int64_t>(threads_, shape_.samples);
+    if (shares > 1 && layout_.size() * int64_t(sizeof(T)) > kPrivateBytes) {
+      sums_.assign(layout_.size(), T(0));
+      sum_together();
+    } else {
+      sums_.assign(shares * layout_.size(), T(0));
+      parallel_for(shares, threads_, [&](int64_t share) { sum_share(share, shares); });
+      add_shares(shares);
+    }
+    expand(T(decay), T(scale), out);
+  }
+
+ private:
+  int64_t sample_bytes() const { return source_.panels() * source_.pixels() * kPanel * int64_t(sizeof(T)); }
+  int64_t chunk(int64_t bytes, int64_t samples) const {
+    return std::min(samples, std::max<int64_t>(1, bytes / sample_bytes()));
+  }
+  T* panel(T* packed, int64_t number, int64_t samples) const {
+    return packed + number * source_.pixels() * samples * kPanel;
+  }
+
+  // Every thread packs and sums its own samples.
+  void sum_share(int64_t share, int64_t shares) {
+    const int64_t end = (share + 1) * shape_.samples / shares;
+    int64_t first = share * shape_.samples / shares;
+    const int64_t step = chunk(kShareBytes, end - first);
+    std::vector<T> packed(step * sample_bytes() / sizeof(T));
+    T* sums = sums_.data() + share * layout_.size();
+    for (; first < end; first += step) {
+      const int64_t samples = std::min(step, end - first);
+      for (int64_t p = 0; p < source_.panels(); ++p) source_.pack(first, samples, p, panel(packed.data(), p, samples));
+      for (int64_t task = 0; task < tasks(); ++task) sum_task(task, packed.data(), samples, sums);
+    }
+  }
+
+  // All threads pack the same samples, then each sums other tiles.
+  void sum_together() {
+    const int64_t step = chunk(kSharedBytes, shape_.samples);
+    std::vector<T> packed(step * sample_bytes() / sizeof(T));
+    for (int64_t first = 0; first < shape_.samples; first += step) {
+      const int64_t samples = std::min(step, shape_.samples - first);
+      parallel_for(source_.panels(), threads_,
+                   [&](int64_t p) { source_.pack(first, samples, p, panel(packed.data(), p, samples)); });
+      parallel_for(tasks(), threads_, [&](int64_t task) { sum_task(task, packed.data(), samples, sums_.data()); });
+    }
+  }
+
+  void add_shares(int64_t shares) {
+    for (int64_t share = 1; share < shares; ++share) {
+      const T* other = sums_.data() + share * layout_.size();
+      for (int64_t i = 0; i < layout_.size(); ++i) sums_[i] += other[i];
+    }
+  }
+
+  // A task is one region and one panel i (with every panel j of its group).
+  int64_t tasks() const { return int64_t(plan_.regions.size()) * source_.panels(); }
+
+  void sum_task(int64_t task, T* packed, int64_t samples, T* sums) const {
+    const int64_t number = task % int64_t(plan_.regions.size()), p = task / int64_t(plan_.regions.size());
+    const Region& region = plan_.regions[number];
+    const int64_t start = (region.y0 * shape_.width + region.x0) * samples * kPanel;
+    const int64_t shift = (region.shift_y * shape_.width + region.shift_x) * samples * kPanel;
+    const Runs runs = runs_of(region, samples);
+    const T* a = panel(packed, p, samples) + start;
+    const PanelKernels<T>& kernels = panel_kernels<T>();
+    if (bias_ && region.symmetric()) kernels.column_sums(runs, a, sums + layout_.columns(number, p));
+    if (source_.depthwise()) return kernels.gram_diagonal(runs, a, a + shift, sums + layout_.lanes(number, p));
+    const int64_t per_group = source_.panels_per_group(), group = p / per_group, i = p % per_group;
+    const int rows = int(std::min<int64_t>(kPanel, shape_.group_channels() - i * kPanel));
+    for (int64_t j = 0; j < (region.symmetric() ? i + 1 : per_group); ++j) {
+      const T* b = panel(packed, group * per_group + j, samples) + start + shift;
+      kernels.gram(runs, a, b, rows, sums + layout_.tile(region, number, group, i, j));
+    }
+  }
+
+  Runs runs_of(const Region& region, int64_t samples) const {
+    const int64_t row = shape_.width * samples;
+    Runs runs{region.ny, shape_.stride_h * row, region.nx, shape_.stride_w * samples, samples};
+    if (shape_.stride_w == 1) runs.inner *= std::exchange(runs.middle, 1);
+    if (runs.middle == 1 && runs.outer_stride == runs.inner) runs.inner *= std::exchange(runs.outer, 1);
+    return runs;
+  }
+
+  // ---- from regions to the patch covariance ----
+
+  void expand(T decay, T scale, T* out) const {
+    const int64_t d = shape_.patch_size() + (bias_ ? 1 : 0);
+    if (source_.depthwise()) {
+      parallel_for(shape_.groups, threads_, [&](int64_t g) { expand_depthwise(g, decay, scale, out + g * d * d); });
+      if (!bias_) return;
+    } else {
+      const int64_t per_group = source_.panels_per_group();
+      parallel_for(source_.panels(), threads_, [&](int64_t p) {
+        expand_panel(p / per_group, p % per_group, decay, scale, out + p / per_group * d * d, d);
+      });
+    }
+    if (bias_) {
+      for (int64_t g = 0; g < shape_.groups; ++g) expand_bias(g, decay, scale, out + g * d * d, d);
+    }
+  }
+
+  static T blend(T old, T value, T decay, T scale) { return decay == 0 ? scale * value : decay * old + scale * value; }
+
+  // Rows (c, p) of the channels c of panel i, all columns (c', q).
+  void expand_panel(int64_t group, int64_t i, T decay, T scale, T* out, int64_t d) const {
+    const int64_t taps = shape_.taps(), channels = shape_.group_channels();
+    const int64_t rows = std::min<int64_t>(kPanel, channels - i * kPanel);
+    std::vector<T> scratch(2 * plan_.regions.size() * kTile), line(taps * kPanel);
+    std::vector<const T*> tiles(2 * plan_.regions.size());
+    for (int64_t j = 0; j < source_.panels_per_group(); ++j) {
+      orient_tiles(group, i, j, scratch.data(), tiles.data());
+      const int64_t columns = std::min<int64_t>(kPanel, channels - j * kPanel);
+      for (int64_t c = 0; c < rows; ++c) {
+        for (int64_t p = 0; p < taps; ++p) {
+          for (int64_t q = 0; q < taps; ++q) {
+            sum_terms(plan_.terms[p * taps + q], tiles.data(), c, line.data() + q * kPanel);
+          }
+          T* target = out + ((i * kPanel + c) * taps + p) * d + j * kPanel * taps;
+          for (int64_t k = 0; k < columns; ++k) {
+            for (int64_t q = 0; q < taps; ++q) {
+              target[k * taps + q] = blend(target[k * taps + q], line[q * kPanel + k], decay, scale);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // tiles[2 r] = sums of region r with channel rows of panel i and columns of panel j; tiles[2 r + 1]: the same of the
+  // region with u and u + s exchanged.
+  void orient_tiles(int64_t group, int64_t i, int64_t j, T* scratch, const T** tiles) const {
+    const auto transposed = [](const T* tile, T* target) {
+      for (int r = 0; r < kPanel; ++r) {
+        for (int c = 0; c < kPanel; ++c) target[r * kPanel + c] = tile[c * kPanel + r];
+      }
+      return static_cast<const T*>(target);
+    };
+    for (size_t r = 0; r < plan_.regions.size(); ++r, scratch += 2 * kTile) {
+      const Region& region = plan_.regions[r];
+      const auto tile = [&](int64_t a, int64_t b) { return sums_.data() + layout_.tile(region, int(r), group, a, b); };
+      if (region.symmetric()) {
+        tiles[2 * r] = tiles[2 * r + 1] = j <= i ? tile(i, j) : transposed(tile(j, i), scratch);
+      } else {
+        tiles[2 * r] = tile(i, j);
+        tiles[2 * r + 1] = transposed(tile(j, i), scratch + kTile);
+      }
+    }
+  }
+
+  static void sum_terms(const std::vector<Term>& terms, const T* const* tiles, int64_t row, T* line) {
+    T sum[kPanel] = {};
+    for (const Term& term : terms) {
+      const T* values = tiles[2 * term.region + term.transposed] + row * kPanel;
+      const T sign = T(term.sign);
+      for (int k = 0; k < kPanel; ++k) sum[k] += sign * values[k];
+    }
+    std::memcpy(line, sum, sizeof sum);
+  }
+
+  void expand_depthwise(int64_t group, T decay, T scale, T* out) const {
+    const int64_t taps = shape_.taps(), d = taps + (bias_ ? 1 : 0);
+    for (int64_t p = 0; p < taps; ++p) {
+      for (int64_t q = 0; q < taps; ++q) {
+        T sum = 0;
+        for (const Term& term : plan_.terms[p * taps + q]) {
+          sum += T(term.sign) * sums_[layout_.lanes(term.region, group / kPanel) + group % kPanel];
+        }
+        out[p * d + q] = blend(out[p * d + q], sum, decay, scale);
+      }
+    }
+  }
+
+  // The last row and column: sums of the patches themselves, and their number.
+  void expand_bias(int64_t group, T decay, T scale, T* out, int64_t d) const {
+    const int64_t taps = shape_.taps();
+    for (int64_t c = 0; c < shape_.group_channels(); ++c) {
+      const int64_t lane = source_.depthwise() ? group : group * source_.panels_per_group() * kPanel + c;
+      for (int64_t p = 0; p < taps; ++p) {
+        T sum = 0;
+        for (const Term& term : plan_.terms[p * taps + p]) {
+          sum += T(term.sign) * sums_[layout_.columns(term.region, 0) + lane];
+        }
+        const int64_t row = c * taps + p;
+        out[row * d + d - 1] = out[(d - 1) * d + row] = blend(out[row * d + d - 1], sum, decay, scale);
+      }
+    }
+    const T count = T(shape_.samples * shape_.out_h * shape_.out_w);
+    out[d * d - 1] = blend(out[d * d - 1], count, decay, scale);
+  }
+
+  const PanelSource<T>& source_;
+  const ConvShape& shape_;
+  const ShiftPlan plan_;
+  const SumLayout layout_;
+  const bool bias_;
+  const int threads_;
+  std::vector<T> sums_;
+};
+
+template <class T>
+void covariance(const ImageView& image, const ConvShape& shape, CovarianceMode mode, CovarianceAlgorithm algorithm,
+                bool bias, double decay, double scale, void* out, int threads) {
+  const auto source = panel_source<T>(image, shape, mode, algorithm);
+  Covariance<T>(*source, bias, threads).run(decay, scale, static_cast<T*>(out));
+}
+
+}  // namespace
+
+CovarianceAlgorithm covariance_algorithm(const ConvShape& shape) {
+  if (shape.taps() == 1 || (shape.groups > 1 && shape.group_channels() == 1)) return CovarianceAlgorithm::kShift;
+  return shape.group_channels() >= 8 ? CovarianceAlgorithm::kShift : CovarianceAlgorithm::kPatches;
+}
+
+void covariance_cpu(const ImageView& image, const ConvShape& shape, CovarianceMode mode, CovarianceAlgorithm algorithm,
+                    bool bias, double decay, double scale, void* out, int threads) {
+  if (algorithm == CovarianceAlgorithm::kAuto) algorithm = covariance_algorithm(shape);
+  const auto run = image.dtype == DType::kFloat64 ? covariance<double> : covariance<float>;
+  run(image, shape, mode, algorithm, bias, decay, scale, out, threads);
+}
+
+}  // namespace kfac

@@ -1,0 +1,116 @@
+#include <algorithm>
+#include <array>
+#include <map>
+#include <tuple>
+
+#include "kfac/covariance.h"
+
+namespace kfac {
+namespace {
+
+struct Interval {  // pixels first, first + stride, ...
+  int64_t first = 0, count = 0;
+};
+
+struct SignedInterval {
+  float sign;
+  Interval pixels;
+};
+
+// One axis of the convolution.
+struct Axis {
+  int64_t size, kernel, stride, pad, dilation, out;
+
+  int64_t offset(int64_t p) const { return p * dilation - pad; }
+  int64_t phase(int64_t p) const { return ((offset(p) % stride) + stride) % stride; }
+
+  // Pixels u that kernel position p meets while u + dilation (q - p) is a pixel too.
+  Interval window(int64_t p, int64_t q) const {
+    const int64_t low = std::min(offset(p), offset(q)), high = std::max(offset(p), offset(q));
+    const int64_t begin = low < 0 ? divide_up(-low, stride) : 0;
+    const int64_t end = high < size ? std::min(out, (size - 1 - high) / stride + 1) : 0;
+    return {begin * stride + offset(p), std::max<int64_t>(0, end - begin)};
+  }
+
+  // The smallest interval that holds the windows of all pairs with the shift and phase of (p, q): what they share.
+  Interval hull(int64_t p, int64_t q) const {
+    int64_t first = size, last = -1;
+    for (int64_t p2 = 0; p2 < kernel; ++p2) {
+      const int64_t q2 = p2 + q - p;
+      if (q2 < 0 || q2 >= kernel || phase(p2) != phase(p)) continue;
+      const Interval pixels = window(p2, q2);
+      if (pixels.count == 0) continue;
+      first = std::min(first, pixels.first);
+      last = std::max(last, pixels.first + (pixels.count - 1) * stride);
+    }
+    return last < first ? Interval{} : Interval{first, (last - first) / stride + 1};
+  }
+
+  // The window as hull minus what sticks out before and after, or as itself where that is less work.
+  std::vector<SignedInterval> terms(int64_t p, int64_t q) const {
+    const Interval pixels = window(p, q), whole = hull(p, q);
+    if (pixels.count == 0) return {};
+    const int64_t excluded = whole.count - pixels.count;
+    if (excluded == 0) return {{1, whole}};
+    if (pixels.count <= excluded) return {{1, pixels}};
+    const Interval before{whole.first, (pixels.first - whole.first) / stride};
+    const Interval after{pixels.first + pixels.count * stride, excluded - before.count};
+    std::vector<SignedInterval> result{{1, whole}};
+    if (before.count) result.push_back({-1, before});
+    if (after.count) result.push_back({-1, after});
+    return result;
+  }
+};
+
+using RegionKey = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+// The number of a region in the plan, and whether it stands there with the roles of u and u + s exchanged.
+class RegionTable {
+ public:
+  explicit RegionTable(std::vector<Region>& regions) : regions_(regions) {}
+
+  Term term(Region region, float sign) {
+    const bool transposed = std::tie(region.shift_y, region.shift_x) < std::make_tuple<int64_t, int64_t>(0, 0);
+    if (transposed) {
+      region = {region.y0 + region.shift_y,
+                region.ny,
+                region.x0 + region.shift_x,
+                region.nx,
+                -region.shift_y,
+                -region.shift_x};
+    }
+    const RegionKey key{region.y0, region.ny, region.x0, region.nx, region.shift_y, region.shift_x};
+    const auto [found, added] = numbers_.emplace(key, static_cast<int>(regions_.size()));
+    if (added) regions_.push_back(region);
+    return {found->second, transposed, sign};
+  }
+
+ private:
+  std::vector<Region>& regions_;
+  std::map<RegionKey, int> numbers_;
+};
+
+}  // namespace
+
+ShiftPlan shift_plan(const ConvShape& shape) {
+  const Axis vertical{shape.height, shape.kernel_h, shape.stride_h, shape.pad_top, shape.dilation_h, shape.out_h};
+  const Axis horizontal{shape.width, shape.kernel_w, shape.stride_w, shape.pad_left, shape.dilation_w, shape.out_w};
+  ShiftPlan plan;
+  RegionTable table(plan.regions);
+  const int64_t kw = shape.kernel_w, taps = shape.taps();
+  plan.terms.resize(taps * taps);
+  for (int64_t p = 0; p < taps; ++p) {
+    for (int64_t q = 0; q < taps; ++q) {
+      const int64_t shift_y = (q / kw - p / kw) * shape.dilation_h, shift_x = (q % kw - p % kw) * shape.dilation_w;
+      for (const SignedInterval& y : vertical.terms(p / kw, q / kw)) {
+        for (const SignedInterval& x : horizontal.terms(p % kw, q % kw)) {
+          const Region region{y.pixels.first, y.pixels.count, x.pixels.first, x.pixels.count, shift_y, shift_x};
+          plan.terms[p * taps + q].push_back(table.term(region, y.sign * x.sign));
+        }
+      }
+    }
+  }
+  return plan;
+}
+
+}  // namespace kfac

@@ -1,0 +1,212 @@
+// Inner loops, compiled once per instruction set with KFAC_SIMD naming the namespace.
+// Nothing here may instantiate a template or inline function of another file: the linker could pick this file's copy,
+// with instructions the processor lacks, for everyone.
+#include "kfac/simd.h"
+
+namespace kfac {
+namespace KFAC_SIMD {
+namespace {
+
+#define KFAC_INLINE inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kAccumulators = 16;  // of 32 registers
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32, kAccumulators = 8;  // of 16 registers
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16, kAccumulators = 16;  // of 32 registers
+#else
+constexpr int kVectorBytes = 16, kAccumulators = 8;  // of 16 registers
+#endif
+
+template <class T>
+struct Vector {
+  typedef T type __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
+  static constexpr int kLanes = kVectorBytes / int(sizeof(T));
+  static constexpr int kPerPanel = kPanel / kLanes;
+};
+
+// Rows summed in registers before they are added to memory: long float sums drift, pairwise ones do not.
+constexpr int64_t kFlushRows = 512;
+
+// tile[0..R)[0..kPanel) += sum over `runs` of a[r][0..R) b[r][0..kPanel)
+template <class T, int R>
+KFAC_INLINE void gram_rows(const Runs& runs, const T* a, const T* b, T* tile) {
+  using V = typename Vector<T>::type;
+  constexpr int kVectors = Vector<T>::kPerPanel, kLanes = Vector<T>::kLanes;
+  V sum[R][kVectors] = {};
+  int64_t summed = 0;
+  auto flush = [&]() {
+    for (int i = 0; i < R; ++i) {
+      for (int v = 0; v < kVectors; ++v) {
+        V* target = reinterpret_cast<V*>(tile + i * kPanel + v * kLanes);
+        *target += sum[i][v];
+        sum[i][v] = V{};
+      }
+    }
+    summed = 0;
+  };
+  for (int64_t o = 0; o < runs.outer; ++o) {
+    for (int64_t m = 0; m < runs.middle; ++m) {
+      const int64_t start = (o * runs.outer_stride + m * runs.middle_stride) * kPanel;
+      const T* ra = a + start;
+      const T* rb = b + start;
+      for (int64_t left = runs.inner; left > 0;) {
+        const int64_t count = left < kFlushRows ? left : kFlushRows;
+        for (int64_t r = 0; r < count; ++r, ra += kPanel, rb += kPanel) {
+          V columns[kVectors];
+          for (int v = 0; v < kVectors; ++v) columns[v] = *reinterpret_cast<const V*>(rb + v * kLanes);
+          for (int i = 0; i < R; ++i) {
+            for (int v = 0; v < kVectors; ++v) sum[i][v] += ra[i] * columns[v];
+          }
+        }
+        left -= count;
+        summed += count;
+        if (summed >= kFlushRows) flush();
+      }
+    }
+  }
+  flush();
+}
+
+template <class T>
+void gram(const Runs& runs, const T* a, const T* b, int rows, T* tile) {
+  constexpr int kFit = kAccumulators / Vector<T>::kPerPanel;
+  constexpr int kRows = kFit < 1 ? 1 : kFit > kPanel ? kPanel : kFit;  // tile rows whose sums fit the registers
+  int i = 0;
+  for (; rows - i >= kRows; i += kRows) gram_rows<T, kRows>(runs, a + i, b, tile + i * kPanel);
+  if constexpr (kRows < 8) {
+    if (i < rows) gram_rows<T, kRows>(runs, a + i, b, tile + i * kPanel);
+  } else {
+    for (; rows - i > 4; i += 8) gram_rows<T, 8>(runs, a + i, b, tile + i * kPanel);
+    if (i < rows) gram_rows<T, 4>(runs, a + i, b, tile + i * kPanel);
+  }
+}
+
+// lane += sum over `runs` of term(r), term a panel-wide vector
+template <class T, class Term>
+KFAC_INLINE void sum_lanes(const Runs& runs, T* lane, Term term) {
+  using V = typename Vector<T>::type;
+  constexpr int kVectors = Vector<T>::kPerPanel, kLanes = Vector<T>::kLanes;
+  V total[kVectors];
+  for (int v = 0; v < kVectors; ++v) total[v] = *reinterpret_cast<V*>(lane + v * kLanes);
+  for (int64_t o = 0; o < runs.outer; ++o) {
+    V sum[kVectors] = {};  // one outer run at a time: sums of sums drift less
+    for (int64_t m = 0; m < runs.middle; ++m) {
+      const int64_t start = o * runs.outer_stride + m * runs.middle_stride;
+      for (int64_t r = start; r < start + runs.inner; ++r) {
+        for (int v = 0; v < kVectors; ++v) sum[v] += term(r * kPanel + v * kLanes);
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) total[v] += sum[v];
+  }
+  for (int v = 0; v < kVectors; ++v) *reinterpret_cast<V*>(lane + v * kLanes) = total[v];
+}
+
+template <class T>
+void gram_diagonal(const Runs& runs, const T* a, const T* b, T* lane) {
+  using V = typename Vector<T>::type;
+  sum_lanes(runs, lane,
+            [a, b](int64_t at) { return *reinterpret_cast<const V*>(a + at) * *reinterpret_cast<const V*>(b + at); });
+}
+
+template <class T>
+void column_sums(const Runs& runs, const T* a, T* lane) {
+  using V = typename Vector<T>::type;
+  sum_lanes(runs, lane, [a](int64_t at) { return *reinterpret_cast<const V*>(a + at); });
+}
+
+struct BFloat16 {
+  uint16_t bits;
+  KFAC_INLINE operator float() const {
+    const uint32_t wide = uint32_t(bits) << 16;
+    float value;
+    __builtin_memcpy(&value, &wide, sizeof value);
+    return value;
+  }
+};
+
+struct Float16 {
+  uint16_t bits;
+  // Shift exponent and mantissa into float's place and rescale by 2^112; infinities and NaN get float's exponent.
+  KFAC_INLINE operator float() const {
+    const uint32_t sign = uint32_t(bits & 0x8000u) << 16, rest = uint32_t(bits & 0x7fffu) << 13;
+    float value;
+    __builtin_memcpy(&value, &rest, sizeof value);
+    value *= 0x1p112f;
+    uint32_t out;
+    __builtin_memcpy(&out, &value, sizeof out);
+    if (rest >= 0x0f800000u) out = rest | 0x7f800000u;
+    out |= sign;
+    __builtin_memcpy(&value, &out, sizeof value);
+    return value;
+  }
+};
+
+template <class S, class T>
+void interleave_from(const void* const* sources, int64_t count, int64_t stride, T* target, int64_t target_stride) {
+  static const S kZero{};
+  const S* from[kPanel];
+  int64_t step[kPanel];
+  for (int i = 0; i < kPanel; ++i) {
+    from[i] = sources[i] ? static_cast<const S*>(sources[i]) : &kZero;
+    step[i] = sources[i] ? stride : 0;
+  }
+  for (int64_t r = 0; r < count; ++r, target += target_stride) {
+    for (int i = 0; i < kPanel; ++i) target[i] = T(from[i][r * step[i]]);
+  }
+}
+
+template <class T>
+void interleave(const void* const* sources, DType dtype, int64_t count, int64_t stride, T* target,
+                int64_t target_stride) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return interleave_from<float>(sources, count, stride, target, target_stride);
+    case DType::kFloat64:
+      return interleave_from<double>(sources, count, stride, target, target_stride);
+    case DType::kBFloat16:
+      return interleave_from<BFloat16>(sources, count, stride, target, target_stride);
+    case DType::kFloat16:
+      return interleave_from<Float16>(sources, count, stride, target, target_stride);
+  }
+}
+
+template <class S, class T>
+void convert_from(const void* source, int64_t count, int64_t stride, T* target) {
+  const S* from = static_cast<const S*>(source);
+  if (stride == 1) {
+    for (int64_t r = 0; r < count; ++r) target[r] = T(from[r]);
+  } else {
+    for (int64_t r = 0; r < count; ++r) target[r] = T(from[r * stride]);
+  }
+}
+
+template <class T>
+void convert(const void* source, DType dtype, int64_t count, int64_t stride, T* target) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return convert_from<float>(source, count, stride, target);
+    case DType::kFloat64:
+      return convert_from<double>(source, count, stride, target);
+    case DType::kBFloat16:
+      return convert_from<BFloat16>(source, count, stride, target);
+    case DType::kFloat16:
+      return convert_from<Float16>(source, count, stride, target);
+  }
+}
+
+#define KFAC_STRING_(x) #x
+#define KFAC_STRING(x) KFAC_STRING_(x)
+
+}  // namespace
+
+extern const SimdKernels kSimdKernels;
+const SimdKernels kSimdKernels = {
+    KFAC_STRING(KFAC_SIMD),
+    {gram<float>, gram_diagonal<float>, column_sums<float>, interleave<float>, convert<float>},
+    {gram<double>, gram_diagonal<double>, column_sums<double>, interleave<double>, convert<double>},
+};
+
+}  // namespace KFAC_SIMD
+}  // namespace kfac

@@ -1,0 +1,70 @@
+// Covariances of layer inputs and output gradients: out <- decay out + scale sum over samples and positions of a a^T.
+#pragma once
+
+#include <vector>
+
+#include "kfac/types.h"
+
+namespace kfac {
+
+// A 2-D convolution over images [samples, channels, height, width]; a matrix [rows, d] is rows images of 1 x 1 pixels.
+struct ConvShape {
+  int64_t samples, channels, height, width;
+  int64_t kernel_h = 1, kernel_w = 1;
+  int64_t stride_h = 1, stride_w = 1;
+  int64_t pad_top = 0, pad_left = 0;
+  int64_t dilation_h = 1, dilation_w = 1;
+  int64_t out_h = 1, out_w = 1;
+  int64_t groups = 1;
+
+  int64_t group_channels() const { return channels / groups; }
+  int64_t taps() const { return kernel_h * kernel_w; }
+  int64_t patch_size() const { return group_channels() * taps(); }
+};
+
+struct ImageView {
+  const void* data;  // [N, C, H, W]
+  DType dtype;
+  int64_t stride_n, stride_c, stride_h, stride_w;  // in elements
+};
+
+enum class CovarianceMode : int { kExpand = 0, kReduce = 1 };
+
+// kShift multiplies the image with its shifted self, kPatches gathers patches first; kAuto takes the cheaper one.
+enum class CovarianceAlgorithm : int { kAuto = 0, kShift = 1, kPatches = 2 };
+
+// out [groups, d, d], d = patch_size() + bias: float, or double when `image` is.
+// A patch a lists (channel, kernel row, kernel column), then 1 if `bias`. kReduce averages a over positions first.
+// `scale` multiplies the plain sum; decay 0 overwrites `out`, whatever it holds.
+void covariance_cpu(const ImageView& image, const ConvShape& shape, CovarianceMode mode, CovarianceAlgorithm algorithm,
+                    bool bias, double decay, double scale, void* out, int threads);
+
+// What kAuto chooses for this shape.
+CovarianceAlgorithm covariance_algorithm(const ConvShape& shape);
+
+// ---- the shift structure -------------------------------------------------------------------------------------------
+//
+// Entry ((c, p), (c', q)) of the patch covariance, p and q kernel positions, is a sum over pixels u of x[c, u] x[c', u
+// + s] with s = dilation (q - p): up to borders it depends on q - p (and, with a stride, on the phase of u) only. So a
+// few sums over rectangles of pixels, each a [C, C] matrix, make up all of it; s and -s share one by transposition.
+
+// Sum over u = (y0 + stride_h i, x0 + stride_w j), i < ny, j < nx, of x[:, u] x[:, u + (shift_y, shift_x)]^T.
+struct Region {
+  int64_t y0, ny, x0, nx, shift_y, shift_x;
+  bool symmetric() const { return shift_y == 0 && shift_x == 0; }
+};
+
+struct Term {
+  int region;
+  bool transposed;
+  float sign;
+};
+
+struct ShiftPlan {
+  std::vector<Region> regions;
+  std::vector<std::vector<Term>> terms;  // [taps * taps]: block (p, q) = sum of its terms
+};
+
+ShiftPlan shift_plan(const ConvShape& shape);
+
+}  // namespace kfac

@@ -1,0 +1,211 @@
+"""FactorSet: every Kronecker factor of a model in one flat buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from kfac_ext.ops.inverse import damped_inverse_ex
+from kfac_ext.ops.power import PowerIteration, power_iteration_, start_vector
+
+Size: TypeAlias = "int | tuple[int, int]"
+
+_ALIGNMENT = 64  # bytes: a cache line, and what vector loads and bulk copies want
+
+
+class FactorSet:
+    """Symmetric matrices [n, n] (or [groups, n, n]) with their dominant eigenpairs, addressed by key.
+
+    All matrices lie in one contiguous tensor `buffer` in slots of 64-byte alignment, all eigenvectors in a second
+    one, `vectors`; what `factors[key]` returns is an ordinary view. So one call works on all layers, a distributed
+    mean is one all-reduce of `buffer`, and saving is a few tensors and an index.
+
+    Args:
+        sizes: key -> n, or key -> (groups, n) for one block a group.
+        dtype: float32 or float64.
+        device: where the buffers live.
+
+    Example:
+        >>> factors = FactorSet({"fc.A": 3, "fc.G": 2})
+        >>> _ = kfac_ext.linear_covariance_(torch.randn(8, 3), out=factors["fc.A"], decay=0.95, scale=0.05)
+        >>> factors["fc.A"].shape
+        torch.Size([3, 3])
+    """
+
+    def __init__(
+        self,
+        sizes: Mapping[str, Size],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"FactorSet: dtype is {dtype}, expected torch.float32 or torch.float64")
+        self.sizes = {key: _checked_size(key, size) for key, size in sizes.items()}
+        step = _ALIGNMENT // dtype.itemsize
+        matrix_end = vector_end = value_end = 0
+        self._slots: dict[str, tuple[int, int, int]] = {}
+        for key, size in self.sizes.items():
+            groups, n = _groups_and_n(size)
+            self._slots[key] = (matrix_end, vector_end, value_end)
+            matrix_end += -(-groups * n * n // step) * step
+            vector_end += -(-groups * n // step) * step
+            value_end += groups
+        self.buffer = torch.zeros(matrix_end, dtype=dtype, device=device)
+        self.vectors = torch.zeros(vector_end, dtype=dtype, device=device)
+        self.eigenvalues = torch.zeros(value_end, dtype=dtype, device=device)
+        self._matrix_views: dict[str, Tensor] = {}
+        self._vector_views: dict[str, Tensor] = {}
+        for key, size in self.sizes.items():
+            groups, n = _groups_and_n(size)
+            matrix, vector, _ = self._slots[key]
+            shape = size if isinstance(size, tuple) else ()
+            lead = shape[:1]
+            self._matrix_views[key] = self.buffer[matrix : matrix + groups * n * n].view(*lead, n, n)
+            self._vector_views[key] = self.vectors[vector : vector + groups * n].view(*lead, n)
+            self._vector_views[key].copy_(start_vector(n, dtype, device).expand(*lead, n))
+
+    def __getitem__(self, key: str) -> Tensor:
+        """The matrix (or [groups, n, n] matrices) of `key`, a view."""
+        return self._matrix_views[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.sizes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def vector(self, key: str) -> Tensor:
+        """The last dominant eigenvector [n] (or [groups, n]) of `key`, a view of unit rows."""
+        return self._vector_views[key]
+
+    def eigenvalue(self, key: str) -> Tensor:
+        """The last dominant eigenvalue [] (or [groups]) of `key`, a view."""
+        start = self._slots[key][2]
+        size = self.sizes[key]
+        return self.eigenvalues[start : start + size[0]] if isinstance(size, tuple) else self.eigenvalues[start]
+
+    def power_iteration_(
+        self, keys: Iterable[str] | None = None, *, tol: float = 1e-3, max_iter: int = 100
+    ) -> PowerIteration:
+        """Update eigenvalue and eigenvector of the factors named (default: all) from where they stand.
+
+        One call of `kfac_ext.power_iteration_` over all blocks; returns its result, blocks in the order of the keys.
+        """
+        names = list(self.sizes if keys is None else keys)
+        matrices = [block for key in names for block in _blocks(self[key], 3)]
+        vectors = [block for key in names for block in _blocks(self.vector(key), 2)]
+        result = power_iteration_(matrices, vectors, tol=tol, max_iter=max_iter)
+        if keys is None:
+            self.eigenvalues.copy_(result.eigenvalues)
+        else:
+            start = 0
+            for key in names:
+                value = self.eigenvalue(key)
+                value.copy_(result.eigenvalues[start : start + value.numel()].view_as(value))
+                start += value.numel()
+        return result
+
+    def damped_inverse(
+        self, damping: float, keys: Sequence[str] | None = None, *, pi: Sequence[tuple[str, str]] | None = None
+    ) -> tuple[FactorSet, Tensor]:
+        """A FactorSet of (M + damping I)^-1 for the factors named (default: all), and the info of each block.
+
+        Args:
+            damping: lambda, added to every diagonal; with `pi` the amounts of `kfac_ext.damped_inverse`.
+            keys: which factors; default all.
+            pi: pairs (key of A, key of G) whose damping is pi-corrected; no grouped factors.
+        """
+        names = list(self.sizes if keys is None else keys)
+        result = FactorSet({key: self.sizes[key] for key in names}, dtype=self.buffer.dtype, device=self.buffer.device)
+        pairs = None if pi is None else [(names.index(a), names.index(g)) for a, g in pi]
+        if pairs is not None and any(isinstance(self.sizes[key], tuple) for key in names):
+            raise ValueError("FactorSet.damped_inverse: pi-corrected damping of grouped factors is not defined")
+        blocks = [block for key in names for block in _blocks(self[key], 3)]
+        inverses, info = damped_inverse_ex(blocks, damping, pi=pairs)
+        targets = [block for key in names for block in _blocks(result[key], 3)]
+        torch._foreach_copy_(targets, inverses)
+        return result, info
+
+    def narrowed(self, keep: Mapping[str, Tensor], groups: Mapping[str, Tensor] | None = None) -> FactorSet:
+        """A new FactorSet in which the factors named keep only these rows and columns; the rest is copied.
+
+        Args:
+            keep: key -> indices [m] of the rows (= columns) that stay, in their new order.
+            groups: key -> indices of the groups that stay, for factors of one block a group.
+
+        The eigenvectors are cut and scaled back to length one; eigenvalues are kept until the next power iteration.
+        """
+        groups = groups or {}
+        unknown = sorted((set(keep) | set(groups)) - set(self.sizes))
+        if unknown:
+            raise KeyError(f"FactorSet.narrowed: no factor named {unknown[0]!r}")
+        matrices, vectors, values = {}, {}, {}
+        for key in self.sizes:
+            matrix, vector, value = self[key], self.vector(key), self.eigenvalue(key)
+            if key in groups:
+                matrix, vector, value = (t.index_select(0, groups[key]) for t in (matrix, vector, value))
+            if key in keep:
+                matrix = matrix.index_select(-1, keep[key]).index_select(-2, keep[key])
+                vector = torch.nn.functional.normalize(vector.index_select(-1, keep[key]), dim=-1)
+            matrices[key], vectors[key], values[key] = matrix, vector, value
+        result = FactorSet(
+            {key: _size_of(matrix) for key, matrix in matrices.items()},
+            dtype=self.buffer.dtype,
+            device=self.buffer.device,
+        )
+        for key, vector in vectors.items():
+            result[key].copy_(matrices[key])
+            result.eigenvalue(key).copy_(values[key])
+            if bool(vector.any()):  # else the fresh start vector stays
+                result.vector(key).copy_(vector)
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and the index, loadable with `torch.load(weights_only=True)`."""
+        return {
+            "sizes": dict(self.sizes),
+            "buffer": self.buffer.clone(),
+            "vectors": self.vectors.clone(),
+            "eigenvalues": self.eigenvalues.clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over factors and eigenpairs of a set with the same keys and sizes.
+
+        Raises:
+            ValueError: naming the first factor that differs; nothing is changed then.
+        """
+        sizes = {key: tuple(size) if isinstance(size, (list, tuple)) else size for key, size in state["sizes"].items()}
+        for key in [*self.sizes, *sizes]:
+            if sizes.get(key) != self.sizes.get(key):
+                raise ValueError(
+                    f"FactorSet.load_state_dict: factor {key!r} has size {sizes.get(key)} in the state, "
+                    f"expected {self.sizes.get(key)}"
+                )
+        for name in ("buffer", "vectors", "eigenvalues"):
+            getattr(self, name).copy_(state[name])
+
+
+def _checked_size(key: str, size: Size) -> Size:
+    if min(_groups_and_n(size)) < 1:
+        raise ValueError(f"FactorSet: factor {key!r} has size {size}, expected n >= 1 or (groups >= 1, n >= 1)")
+    return size
+
+
+def _groups_and_n(size: Size) -> tuple[int, int]:
+    return size if isinstance(size, tuple) else (1, size)
+
+
+def _size_of(matrix: Tensor) -> Size:
+    return (matrix.shape[0], matrix.shape[1]) if matrix.dim() == 3 else matrix.shape[0]
+
+
+def _blocks(tensor: Tensor, grouped_dim: int) -> Sequence[Tensor]:
+    return tensor.unbind(0) if tensor.dim() == grouped_dim else (tensor,)

@@ -1,0 +1,86 @@
+"""Geometry of a convolution: what stride, padding and dilation mean in pixels, decided in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+
+Pair: TypeAlias = "int | Sequence[int]"
+
+
+class ConvGeometry(NamedTuple):
+    """A 2-D convolution over images of one size; every pair is (vertical, horizontal)."""
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    """left, right, top, bottom: the order of `torch.nn.functional.pad`"""
+    dilation: tuple[int, int]
+    output_size: tuple[int, int]
+    groups: int
+
+    def patch_size(self, channels: int) -> int:
+        """Entries of one group's patch, without the bias: C/groups kh kw."""
+        return channels // self.groups * self.kernel_size[0] * self.kernel_size[1]
+
+
+def pair(value: Pair, name: str) -> tuple[int, int]:
+    """`value` as two ints; raises ValueError naming `name`."""
+    items = (value, value) if isinstance(value, int) else tuple(value)
+    if len(items) != 2 or not all(isinstance(item, int) for item in items):
+        raise ValueError(f"{name} is {value!r}, expected an int or two ints")
+    return items  # type: ignore[return-value]
+
+
+def conv_geometry(
+    shape: Sequence[int], kernel_size: Pair, stride: Pair, padding: Pair | str, dilation: Pair, groups: int
+) -> ConvGeometry:
+    """Resolve the arguments of a `torch.nn.Conv2d` for an input [N, C, H, W] of this shape.
+
+    Raises:
+        ValueError: naming the argument, what was given and what is wanted.
+    """
+    if len(shape) != 4:
+        raise ValueError(f"input has {len(shape)} dimensions {tuple(shape)}, expected 4: [N, C, H, W]")
+    kernel = pair(kernel_size, "kernel_size")
+    step, spread = pair(stride, "stride"), pair(dilation, "dilation")
+    for name, values in (("kernel_size", kernel), ("stride", step), ("dilation", spread)):
+        if min(values) < 1:
+            raise ValueError(f"{name} is {values}, expected values >= 1")
+    if not isinstance(groups, int) or groups < 1 or shape[1] % groups:
+        raise ValueError(f"groups is {groups}, expected a divisor of the {shape[1]} input channels")
+    reach = tuple((k - 1) * d for k, d in zip(kernel, spread))
+    if isinstance(padding, str):
+        before, after = _named_padding(padding, reach, step)
+    else:
+        before = after = pair(padding, "padding")
+        if min(before) < 0:
+            raise ValueError(f"padding is {before}, expected values >= 0")
+    output = tuple((size + b + a - r - 1) // s + 1 for size, b, a, r, s in zip(shape[2:], before, after, reach, step))
+    if min(output) < 1:
+        raise ValueError(
+            f"kernel_size {kernel} with dilation {spread} exceeds the padded input of {tuple(shape[2:])} pixels"
+        )
+    return ConvGeometry(
+        kernel, step, (before[1], after[1], before[0], after[0]), spread, (output[0], output[1]), groups
+    )
+
+
+def _named_padding(
+    padding: str, reach: tuple[int, ...], stride: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    if padding == "valid":
+        return (0, 0), (0, 0)
+    if padding != "same":
+        raise ValueError(f"padding is {padding!r}, expected ints, 'same' or 'valid'")
+    if stride != (1, 1):
+        raise ValueError(f"padding='same' needs stride 1, got {stride}")
+    before = (reach[0] // 2, reach[1] // 2)  # torch puts the odd pixel at the end
+    return before, (reach[0] - before[0], reach[1] - before[1])
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype factors of inputs of this dtype are summed and stored in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,114 @@
+"""What every operation shares: the torch library, the choice between native and reference, the common checks."""
+
+from __future__ import annotations
+
+import os
+import platform
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfac_ext import _C
+from kfac_ext._version import __version__
+
+_LIBRARY = torch.library.Library("kfac_ext", "DEF")
+
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+"""The values of kfac::DType."""
+
+_native = os.environ.get("KFAC_NATIVE", "1") != "0"
+_warned: set[str] = set()
+
+
+def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Register `kfac_ext::<schema>` for all devices with its fake kernel; returns the operator to call."""
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"kfac_ext::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.kfac_ext, name).default
+
+
+def native_device(operation: str, tensor: Tensor) -> bool:
+    """Whether native kernels serve `operation` on this tensor's device; warns once where they could but are missing."""
+    if not _native:
+        return False
+    if tensor.device.type == "cpu":
+        return True
+    if operation not in _warned:
+        _warned.add(operation)
+        warnings.warn(
+            f"kfac_ext.{operation}: no native kernels for device '{tensor.device.type}' in this build; plain PyTorch "
+            "runs instead. For CUDA install nvcc and rebuild with KFAC_CUDA=ON.",
+            stacklevel=4,
+        )
+    return False
+
+
+@contextmanager
+def _native_restored(previous: bool) -> Iterator[None]:
+    global _native
+    try:
+        yield
+    finally:
+        _native = previous
+
+
+def use_native(enabled: bool = True) -> Any:
+    """Turn the native kernels on or off for the process; as a context manager, until its end.
+
+    The environment variable KFAC_NATIVE=0 does the same from the start.
+
+    Example:
+        >>> with kfac_ext.use_native(False):
+        ...     A = kfac_ext.linear_covariance(x)  # plain PyTorch
+    """
+    global _native
+    previous, _native = _native, bool(enabled)
+    return _native_restored(previous)
+
+
+def build_info() -> dict[str, Any]:
+    """What is compiled and what runs where: versions, instruction set, threads, CUDA architectures."""
+    cuda = getattr(_C, "cuda_architectures", lambda: [])()
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "simd": _C.cpu_info()["simd"],
+        "threads": f"{torch.get_num_threads()} ({_C.cpu_info()['threads']})",
+        "cuda_architectures": cuda,
+        "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "native": _native,
+    }
+
+
+def check_floating(operation: str, name: str, tensor: Tensor) -> None:
+    """Raise unless `tensor` has a dtype the operations compute with, is strided and not empty."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{operation}: {name} is a {type(tensor).__name__}, expected a tensor")
+    if tensor.dtype not in DTYPE_CODES:
+        raise TypeError(f"{operation}: {name} has dtype {tensor.dtype}, expected float32, float64, bfloat16 or float16")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{operation}: {name} has layout {tensor.layout}, expected a dense tensor")
+    if tensor.numel() == 0:
+        raise ValueError(f"{operation}: {name} is empty, its shape is {tuple(tensor.shape)}")
+
+
+def check_output(operation: str, out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Raise unless `out` is a contiguous tensor of this shape, dtype and device."""
+    if not isinstance(out, Tensor):
+        raise TypeError(f"{operation}: out is a {type(out).__name__}, expected a tensor")
+    if tuple(out.shape) != shape:
+        raise ValueError(f"{operation}: out has shape {tuple(out.shape)}, expected {shape}")
+    if out.dtype != dtype:
+        raise TypeError(f"{operation}: out has dtype {out.dtype}, expected {dtype}")
+    if out.device != device:
+        raise ValueError(f"{operation}: out is on {out.device}, the input on {device}: expected the same device")
+    if not out.is_contiguous():
+        raise ValueError(f"{operation}: out is not contiguous, its strides are {out.stride()}")

@@ -1,0 +1,392 @@
+"""Covariances of layer inputs and output gradients: the Kronecker factors A and G."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfac_ext import _C, reference
+from kfac_ext.geometry import ConvGeometry, Pair, accumulator_dtype, conv_geometry
+from kfac_ext.ops._library import DTYPE_CODES, check_floating, check_output, define, native_device
+
+_AUTO = 0  # kfac::CovarianceAlgorithm::kAuto
+
+
+def _check_mode(operation: str, mode: str) -> None:
+    if mode not in ("expand", "reduce"):
+        raise ValueError(f"{operation}: mode is {mode!r}, expected 'expand' or 'reduce'")
+
+
+def _factor_shape(groups: int, n: int) -> tuple[int, ...]:
+    return (groups, n, n) if groups > 1 else (n, n)
+
+
+def _run(x: Tensor, shape: list[int], reduce: bool, bias: bool, decay: float, scale: float, out: Tensor) -> None:
+    """Call the kernel on x seen as images [N, C, H, W]; `scale` multiplies the plain sum."""
+    _C.covariance_cpu(
+        x.data_ptr(),
+        DTYPE_CODES[x.dtype],
+        list(x.stride()),
+        shape,
+        reduce,
+        _AUTO,
+        bias,
+        decay,
+        scale,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+# ---- rows ----
+
+
+def _check_linear(x: Tensor, out: Tensor, bias: bool) -> None:
+    operation = "linear_covariance"
+    check_floating(operation, "x", x)
+    if x.dim() == 0:
+        raise ValueError(f"{operation}: x has 0 dimensions, expected at least 1: [..., d]")
+    n = x.shape[-1] + bias
+    check_output(operation, out, (n, n), accumulator_dtype(x.dtype), x.device)
+
+
+def _linear(x: Tensor, out: Tensor, bias: bool, decay: float, scale: float) -> None:
+    _check_linear(x, out, bias)
+    if not native_device("linear_covariance", x):
+        reference.linear_covariance_(x, out=out, decay=decay, scale=scale, bias=bias)
+        return
+    rows = x.reshape(-1, x.shape[-1], 1, 1)
+    _run(rows, [*rows.shape, *_ROW_GEOMETRY, 1], False, bias, decay, scale / rows.shape[0], out)
+
+
+def _linear_fake(x: Tensor, out: Tensor, bias: bool, decay: float, scale: float) -> None:
+    _check_linear(x, out, bias)
+
+
+# kernel 1 x 1, stride 1, no padding, dilation 1, output 1 x 1
+_ROW_GEOMETRY = (1, 1, 1, 1, 0, 0, 1, 1, 1, 1)
+
+_linear_op = define(
+    "linear_covariance_(Tensor x, Tensor(a!) out, bool bias, float decay, float scale) -> ()", _linear, _linear_fake
+)
+
+
+def linear_covariance_(x: Tensor, *, out: Tensor, decay: float = 0.0, scale: float = 1.0, bias: bool = False) -> Tensor:
+    """out <- decay out + scale linear_covariance(x, bias=bias), in one pass; returns `out`.
+
+    Args:
+        x: [..., d], as for `linear_covariance`.
+        out: [d(+1), d(+1)], contiguous, float32 (float64 for float64 x); mutated.
+        decay: weight of what `out` holds; 0 overwrites it, NaN included.
+        scale: weight of the new value. A running average has decay 0.95 and scale 0.05.
+        bias: append 1 to every row.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is wanted; `out` is unchanged then.
+
+    Example:
+        >>> A = torch.zeros(5, 5)
+        >>> _ = kfac_ext.linear_covariance_(torch.randn(32, 4), out=A, decay=0.95, scale=0.05, bias=True)
+    """
+    _linear_op(x.detach(), out, bias, decay, scale)
+    return out
+
+
+def linear_covariance(x: Tensor, *, bias: bool = False) -> Tensor:
+    """Covariance of the inputs of a linear layer: A = 1/R sum_r a_r a_r^T over all R rows a of x.
+
+    The factor A of Martens & Grosse 2015 (equation 1); with a sequence [N, T, d] the 'expand' setting of
+    Eschenhagen et al. 2023.
+
+    Args:
+        x: [..., d], float32, float64, bfloat16 or float16, any strides.
+        bias: append 1 to every row, as the last entry.
+
+    Returns:
+        [d, d], or [d+1, d+1] with bias; float32, float64 for float64 x. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is wanted.
+
+    Example:
+        >>> kfac_ext.linear_covariance(torch.randn(32, 10, 4), bias=True).shape
+        torch.Size([5, 5])
+    """
+    check_floating("linear_covariance", "x", x)
+    n = (x.shape[-1] if x.dim() else 0) + bias
+    return linear_covariance_(x, out=x.new_empty(n, n, dtype=accumulator_dtype(x.dtype)), bias=bias)
+
+
+# ---- images ----
+
+
+def _check_conv(x: Tensor, out: Tensor, geometry: ConvGeometry, bias: bool, mode: str) -> None:
+    operation = "conv2d_covariance"
+    check_floating(operation, "x", x)
+    _check_mode(operation, mode)
+    shape = _factor_shape(geometry.groups, geometry.patch_size(x.shape[1]) + bias)
+    check_output(operation, out, shape, accumulator_dtype(x.dtype), x.device)
+
+
+def _geometry(
+    x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair | str, dilation: Pair, groups: int
+) -> ConvGeometry:
+    try:
+        return conv_geometry(x.shape, kernel_size, stride, padding, dilation, groups)
+    except ValueError as error:
+        raise ValueError(f"conv2d_covariance: {error}") from None
+
+
+def _unpacked(
+    x: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int
+) -> ConvGeometry:
+    """The geometry with padding given as (left, right, top, bottom)."""
+    left, right, top, bottom = padding
+    before = conv_geometry(
+        (*x.shape[:2], x.shape[2] + top + bottom, x.shape[3] + left + right), kernel_size, stride, 0, dilation, groups
+    )
+    return before._replace(padding=(left, right, top, bottom))
+
+
+def _conv(
+    x: Tensor,
+    out: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    bias: bool,
+    mode: str,
+    decay: float,
+    scale: float,
+) -> None:
+    geometry = _unpacked(x, kernel_size, stride, padding, dilation, groups)
+    _check_conv(x, out, geometry, bias, mode)
+    if not native_device("conv2d_covariance", x):
+        image = torch.nn.functional.pad(x, padding)
+        options: dict[str, Any] = {"stride": stride, "dilation": dilation, "groups": groups, "bias": bias, "mode": mode}
+        reference.conv2d_covariance_(image, kernel_size, out=out, decay=decay, scale=scale, **options)
+        return
+    positions = 1 if mode == "reduce" else geometry.output_size[0] * geometry.output_size[1]
+    left, _, top, _ = geometry.padding
+    shape = [*x.shape, *kernel_size, *stride, top, left, *dilation, *geometry.output_size, groups]
+    _run(x, shape, mode == "reduce", bias, decay, scale / (x.shape[0] * positions), out)
+
+
+def _conv_fake(
+    x: Tensor,
+    out: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    bias: bool,
+    mode: str,
+    decay: float,
+    scale: float,
+) -> None:
+    _check_conv(x, out, _unpacked(x, kernel_size, stride, padding, dilation, groups), bias, mode)
+
+
+_conv_op = define(
+    "conv2d_covariance_(Tensor x, Tensor(a!) out, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
+    "int groups, bool bias, str mode, float decay, float scale) -> ()",
+    _conv,
+    _conv_fake,
+)
+
+
+def conv2d_covariance_(
+    x: Tensor,
+    kernel_size: Pair,
+    *,
+    out: Tensor,
+    decay: float = 0.0,
+    scale: float = 1.0,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    bias: bool = False,
+    mode: str = "expand",
+) -> Tensor:
+    """out <- decay out + scale conv2d_covariance(x, kernel_size, ...), in one pass; returns `out`.
+
+    Args:
+        x, kernel_size, stride, padding, dilation, groups, bias, mode: as for `conv2d_covariance`.
+        out: [d, d] or [groups, d, d], contiguous, float32 (float64 for float64 x); mutated.
+        decay: weight of what `out` holds; 0 overwrites it, NaN included.
+        scale: weight of the new value.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is wanted; `out` is unchanged then.
+
+    Example:
+        >>> A = torch.zeros(27, 27)
+        >>> _ = kfac_ext.conv2d_covariance_(torch.randn(8, 3, 32, 32), 3, out=A, decay=0.95, scale=0.05, padding=1)
+    """
+    geometry = _geometry(x, kernel_size, stride, padding, dilation, groups)
+    _conv_op(
+        x.detach(),
+        out,
+        geometry.kernel_size,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        groups,
+        bias,
+        mode,
+        decay,
+        scale,
+    )
+    return out
+
+
+def conv2d_covariance(
+    x: Tensor,
+    kernel_size: Pair,
+    *,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    bias: bool = False,
+    mode: str = "expand",
+) -> Tensor:
+    """Covariance of the patches a 2-D convolution sees: A = 1/(N S) sum over samples and positions of a a^T.
+
+    a lists one patch in the order (channel, kernel row, kernel column), then 1 if `bias`: the order of
+    `weight.flatten(1)`. Grosse & Martens 2016; 'reduce' (Eschenhagen et al. 2023) averages the patches of a sample
+    over its S positions first, A = 1/N sum of mean(a) mean(a)^T.
+
+    No patch is ever written to memory: entry ((c, p), (c', q)) depends on q - p only, up to the borders, so a 3 x 3
+    kernel needs 13 products of the image with its shifted self instead of 81.
+
+    Args:
+        x: [N, C, H, W], float32, float64, bfloat16 or float16, any strides.
+        kernel_size, stride, padding, dilation, groups: as for `torch.nn.Conv2d` (padding 'same' and 'valid' too).
+        bias: append 1 to every patch.
+        mode: 'expand' or 'reduce'.
+
+    Returns:
+        [d, d], or [groups, d, d] for groups > 1; d = C/groups kh kw (+1). float32, float64 for float64 x.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is wanted.
+
+    Example:
+        >>> kfac_ext.conv2d_covariance(torch.randn(8, 16, 32, 32), 3, padding=1).shape
+        torch.Size([144, 144])
+    """
+    check_floating("conv2d_covariance", "x", x)
+    geometry = _geometry(x, kernel_size, stride, padding, dilation, groups)
+    shape = _factor_shape(groups, geometry.patch_size(x.shape[1]) + bias)
+    return conv2d_covariance_(
+        x,
+        kernel_size,
+        out=x.new_empty(shape, dtype=accumulator_dtype(x.dtype)),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        bias=bias,
+        mode=mode,
+    )
+
+
+# ---- gradients ----
+
+
+def _check_gradient(g: Tensor, out: Tensor, groups: int, mode: str) -> None:
+    operation = "gradient_covariance"
+    check_floating(operation, "g", g)
+    _check_mode(operation, mode)
+    n = _gradient_size(g, groups)
+    check_output(operation, out, _factor_shape(groups, n), accumulator_dtype(g.dtype), g.device)
+
+
+def _gradient_size(g: Tensor, groups: int) -> int:
+    if g.dim() not in (2, 4):
+        raise ValueError(
+            f"gradient_covariance: g has {g.dim()} dimensions {tuple(g.shape)}, expected [N, O] or [N, O, H, W]"
+        )
+    if groups < 1 or g.shape[1] % groups:
+        raise ValueError(f"gradient_covariance: groups is {groups}, expected a divisor of the {g.shape[1]} channels")
+    return g.shape[1] // groups
+
+
+def _gradient(g: Tensor, out: Tensor, groups: int, mode: str, decay: float, scale: float) -> None:
+    _check_gradient(g, out, groups, mode)
+    if not native_device("gradient_covariance", g):
+        reference.gradient_covariance_(g, out=out, decay=decay, scale=scale, groups=groups, mode=mode)
+        return
+    if g.dim() == 4 and mode == "reduce":
+        g = g.sum(dim=(2, 3), dtype=accumulator_dtype(g.dtype))
+    image = g[:, :, None, None] if g.dim() == 2 else g
+    height, width = image.shape[2:]
+    shape = [*image.shape, 1, 1, 1, 1, 0, 0, 1, 1, height, width, groups]
+    _run(image, shape, False, False, decay, scale / g.shape[0], out)
+
+
+def _gradient_fake(g: Tensor, out: Tensor, groups: int, mode: str, decay: float, scale: float) -> None:
+    _check_gradient(g, out, groups, mode)
+
+
+_gradient_op = define(
+    "gradient_covariance_(Tensor g, Tensor(a!) out, int groups, str mode, float decay, float scale) -> ()",
+    _gradient,
+    _gradient_fake,
+)
+
+
+def gradient_covariance_(
+    g: Tensor, *, out: Tensor, decay: float = 0.0, scale: float = 1.0, groups: int = 1, mode: str = "expand"
+) -> Tensor:
+    """out <- decay out + scale gradient_covariance(g, ...), in one pass; returns `out`.
+
+    Args:
+        g, groups, mode: as for `gradient_covariance`.
+        out: [O, O] or [groups, O/groups, O/groups], contiguous, float32 (float64 for float64 g); mutated.
+        decay: weight of what `out` holds; 0 overwrites it, NaN included.
+        scale: weight of the new value.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is wanted; `out` is unchanged then.
+
+    Example:
+        >>> G = torch.zeros(10, 10)
+        >>> _ = kfac_ext.gradient_covariance_(torch.randn(32, 10), out=G, decay=0.95, scale=0.05)
+    """
+    _gradient_op(g.detach(), out, groups, mode, decay, scale)
+    return out
+
+
+def gradient_covariance(g: Tensor, *, groups: int = 1, mode: str = "expand") -> Tensor:
+    """Covariance of the gradients at a layer's outputs: G = 1/N sum over samples and positions of g g^T.
+
+    g = d(loss summed over samples)/d(pre-activation), so that A (x) G estimates the layer's block of the Fisher
+    matrix of the mean loss (Martens & Grosse 2015; Grosse & Martens 2016). 'reduce' sums g over positions first.
+
+    Args:
+        g: [N, O] or [N, O, H, W], float32, float64, bfloat16 or float16, any strides.
+        groups: one block for each group of output channels.
+        mode: 'expand' or 'reduce'.
+
+    Returns:
+        [O, O], or [groups, O/groups, O/groups] for groups > 1; float32, float64 for float64 g.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is wanted.
+
+    Example:
+        >>> kfac_ext.gradient_covariance(torch.randn(8, 16, 32, 32), mode="reduce").shape
+        torch.Size([16, 16])
+    """
+    check_floating("gradient_covariance", "g", g)
+    shape = _factor_shape(groups, _gradient_size(g, groups))
+    out = g.new_empty(shape, dtype=accumulator_dtype(g.dtype))
+    return gradient_covariance_(g, out=out, groups=groups, mode=mode)

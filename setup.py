@@ -1,0 +1,43 @@
+"""Builds the extension by running CMake; which sources there are and how they compile is CMake's business alone.
+
+Environment: KFAC_CUDA=AUTO|ON|OFF (default AUTO: CUDA kernels if an nvcc is found) and CMAKE_ARGS (passed on).
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+# fixed, so that an editable rebuild compiles only what changed
+BUILD = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+
+
+class CMakeBuild(build_ext):
+    """`build_ext` that configures and builds the one CMake target `_C`."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        module = Path(self.get_ext_fullpath(ext.name)).resolve()
+        configure = [
+            *("cmake", "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja"),
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DKFAC_CUDA={os.environ.get('KFAC_CUDA', 'AUTO')}",
+            f"-DKFAC_MODULE_DIRECTORY={module.parent}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+        ]
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(BUILD), "--target", "_C"], check=True)
+
+
+setup(ext_modules=[Extension("kfac_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
