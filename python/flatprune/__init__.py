@@ -1,0 +1,77 @@
+"""Train a network and prune its neurons at the same time, toward flat minima.
+
+The method is that of Ebrahimi & Klabjan 2021 (arXiv 2111.08577) in its idea: neurons go while the network trains, and
+the Hessian's spectral radius is held down, both by Kronecker-factored curvature (Martens & Grosse 2015).
+
+    curvature = flatprune.Curvature(model)
+    flatness = flatprune.Flatness(curvature, total_steps=steps)
+    pruner = flatprune.Pruner(model, optimizer, curvature, example_inputs,
+                              target=flatprune.Target(params=0.1), total_steps=steps)
+    for x, y in loader:
+        optimizer.zero_grad()
+        logits = model(x)
+        loss = criterion(logits, y)
+        (loss + flatness.penalty(x, logits, loss)).backward()
+        optimizer.step()
+        pruner.step()
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flatprune.curvature import Curvature
+    from flatprune.data import Normalization
+    from flatprune.errors import DivergedError, InputError, Interrupted
+    from flatprune.export import load
+    from flatprune.pruner import Pruner
+    from flatprune.runs import resume, run
+    from flatprune.settings import Settings
+    from flatprune.spectrum import Flatness, hessian_lambda_max
+    from flatprune.targets import Target
+
+_HOMES = {
+    "Curvature": "curvature",
+    "DivergedError": "errors",
+    "Flatness": "spectrum",
+    "InputError": "errors",
+    "Interrupted": "errors",
+    "Normalization": "data",
+    "Pruner": "pruner",
+    "Settings": "settings",
+    "Target": "targets",
+    "hessian_lambda_max": "spectrum",
+    "load": "export",
+    "resume": "runs",
+    "run": "runs",
+}
+__all__ = [
+    "Curvature",
+    "DivergedError",
+    "Flatness",
+    "InputError",
+    "Interrupted",
+    "Normalization",
+    "Pruner",
+    "Settings",
+    "Target",
+    "hessian_lambda_max",
+    "load",
+    "resume",
+    "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Importing torch takes a second and torch-pruning more: each name is fetched when it is first used.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'flatprune' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"flatprune.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

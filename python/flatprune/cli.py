@@ -1,0 +1,186 @@
+"""The command `flatprune`: `run` trains and prunes, `eval` tests what was saved.
+
+Exit codes: 0 done; 2 something given cannot be used, the loss diverged, or a file could not be written (one line on
+stderr says which); 130 interrupted, with a checkpoint to resume from.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flatprune.errors import DivergedError, InputError, Interrupted
+from flatprune.settings import Settings
+
+EXIT_FAILED = 2
+EXIT_INTERRUPTED = 130
+_ON_OFF = {"on": True, "off": False}
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Train a network and prune its neurons at the same time, toward flat minima.",
+)
+
+
+@app.command(name="run")
+def run_command(
+    context: typer.Context,
+    data: Annotated[str, typer.Option(help="digits, or an .npz with x_train, y_train, x_test, y_test")] = Settings.data,
+    model: Annotated[
+        str, typer.Option(help="mlp, lenet5, convnet, vgg11_bn (13, 16, 19), resnet20 (32, 44, 56, 110)")
+    ] = Settings.model,
+    target_params: Annotated[
+        float, typer.Option(help="fraction of the parameters left at the end; 1 does not prune")
+    ] = Settings.target_params,
+    epochs: Annotated[int, typer.Option(help="passes over the training images")] = Settings.epochs,
+    seed: Annotated[int, typer.Option(help="of initialisation, order, subset, noise")] = Settings.seed,
+    out: Annotated[Path, typer.Option(help="folder for the results")] = Path("runs/latest"),
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:INDEX")] = Settings.device,
+    train_size: Annotated[int | None, typer.Option(help="train on a random subset of this size")] = None,
+    label_noise: Annotated[
+        float, typer.Option(help="fraction of the training labels drawn anew, uniformly over the classes")
+    ] = Settings.label_noise,
+    image_size: Annotated[int | None, typer.Option(help="average the images down to this height and width")] = None,
+    classes: Annotated[int | None, typer.Option(help="number of classes, if not the largest label + 1")] = None,
+    widths: Annotated[str | None, typer.Option(help="hidden widths of the network, as in 300,100")] = None,
+    flatness: Annotated[str, typer.Option(help="on or off: penalise the spectral radius of the curvature")] = "on",
+    criterion: Annotated[str, typer.Option(help="which neurons go: obs, outgoing or l1")] = Settings.criterion,
+    compensate: Annotated[
+        str, typer.Option(help="auto, on or off: survivors take over what removed neurons did")
+    ] = Settings.compensate,
+    exclude: Annotated[str | None, typer.Option(help="layers that keep their neurons: names or regexes, a,b")] = None,
+    batch_size: Annotated[int, typer.Option(help="images a step")] = Settings.batch_size,
+    lr: Annotated[float | None, typer.Option(help="learning rate; default 0.1 with batch norm, 0.05 without")] = None,
+    schedule: Annotated[
+        str, typer.Option(help="fc (constant until pruning ends, then a cosine to 0) or cosine")
+    ] = Settings.schedule,
+    augment: Annotated[str, typer.Option(help="on or off: random shifts, and mirror images for colour")] = "off",
+    compare_dense: Annotated[
+        bool, typer.Option("--compare-dense", help="first train the same network the same way without pruning")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the checkpoint in --out")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that is in --out")] = False,
+) -> None:
+    """Train and prune; results go to --out."""
+    values = {
+        **{key: value for key, value in context.params.items() if key in Settings.__dataclass_fields__},
+        "widths": _widths(widths),
+        "exclude": tuple(part for part in (exclude or "").split(",") if part),
+        "flatness": _switch("flatness", flatness),
+        "augment": _switch("augment", augment),
+    }
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite: expected one of them")
+    _run(out, values, _given(context, values), resume=resume, overwrite=overwrite)
+
+
+def _run(out: Path, values: dict[str, Any], given: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+    from rich.console import Console
+
+    from flatprune import progress, runs
+
+    console = Console()
+
+    def observer(title: str) -> progress.Observer:
+        return progress.observer(console, title)
+
+    if resume:
+        done = (out / runs.SUMMARY_FILE).is_file()
+        summary = runs.resume(out, given, observer=observer)
+        if done:
+            console.print(f"{out}: this run is finished already", highlight=False, markup=False, soft_wrap=True)
+    else:
+        summary = runs.run(Settings(**values), out, overwrite=overwrite, observer=observer)
+    progress.print_summary(console, summary, str(out))
+
+
+@app.command(name="eval")
+def eval_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a finished run")],
+    data: Annotated[str | None, typer.Option(help="digits or an .npz; default the data of the run")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:INDEX")] = Settings.device,
+) -> None:
+    """Print the accuracy of the saved network on the test images."""
+    import json
+
+    from flatprune import runs
+    from flatprune.data import read_images
+    from flatprune.export import load
+    from flatprune.trainer import evaluate
+
+    where = Settings(device=device).torch_device()
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    network = load(folder, where)
+    if data is None:
+        summary = folder / runs.SUMMARY_FILE
+        if not summary.is_file():
+            raise InputError(f"{folder}: has no {runs.SUMMARY_FILE}; name the data with --data")
+        data = json.loads(summary.read_text())["data"]
+    x, y = _test_tensors(data, network, read_images(str(data)))
+    accuracy, loss = evaluate(network, x.to(where), y.to(where))
+    correct = round(accuracy * len(y) / 100.0)
+    print(f"test accuracy {accuracy!r} % ({correct} of {len(y)}), loss {loss:.4f}")
+
+
+def _test_tensors(data: str, network: Any, images: Any) -> tuple[Any, Any]:
+    """The test images as the network takes them, and their labels, once both are known to fit it."""
+    import torch
+
+    channels, height, width = network.image_shape
+    x = network.normalization(images.x_test)
+    if tuple(x.shape[1:]) != (channels, height, width):
+        shape = "x".join(str(side) for side in images.x_test.shape[1:])
+        raise InputError(f"{data}: x_test has images of {shape}, the network takes {height}x{width}x{channels}")
+    if images.y_test.max() >= network.classes:
+        raise InputError(f"{data}: y_test has label {images.y_test.max()}, the network knows {network.classes} classes")
+    return x, torch.from_numpy(images.y_test)
+
+
+def _given(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
+    """The settings that stand on the command line, as against those left at their defaults."""
+    sources = {name: context.get_parameter_source(name) for name in values if name in context.params}
+    return {name: values[name] for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
+
+
+def _widths(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"widths is {text!r}, expected whole numbers as in 300,100") from None
+
+
+def _switch(name: str, text: str) -> bool:
+    if text not in _ON_OFF:
+        raise InputError(f"{name} is {text!r}, expected on or off")
+    return _ON_OFF[text]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; every failure that a user can cause is one line on stderr."""
+    try:
+        result = app(args=None if arguments is None else list(arguments), standalone_mode=False, prog_name="flatprune")
+        return result if isinstance(result, int) else 0
+    except Interrupted as error:
+        return _fail(str(error), EXIT_INTERRUPTED)
+    except KeyboardInterrupt:
+        return _fail("interrupted", EXIT_INTERRUPTED)
+    except (InputError, DivergedError, OSError) as error:
+        return _fail(str(error), EXIT_FAILED)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # what typer raises for a command line it cannot parse
+            raise
+        return _fail(error.format_message(), EXIT_FAILED)
+
+
+def _fail(message: str, code: int) -> int:
+    print("flatprune: " + " ".join(message.split()), file=sys.stderr)
+    return code

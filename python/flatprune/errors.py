@@ -1,0 +1,15 @@
+"""Errors that the user of the command line or of the package can act on."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """What was given cannot be used; the message is one line that names the culprit and what is wanted."""
+
+
+class DivergedError(RuntimeError):
+    """The training loss is no longer a finite number; the last checkpoint on disk is from before that."""
+
+
+class Interrupted(RuntimeError):  # noqa: N818 - the user asked for it, nothing went wrong
+    """Training was asked to stop; everything needed to go on is in the checkpoint."""

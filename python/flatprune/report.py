@@ -1,0 +1,305 @@
+"""The result for people: a figure over time (PNG) and a page that needs nothing else (HTML)."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flatprune.checkpoint import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PLOT_FILE = "progress.png"
+REPORT_FILE = "report.html"
+
+_INK, _GREY, _PALE = "#1f2430", "#7a8194", "#e6e8ef"
+_BLUE, _TEAL, _ROSE = "#2f5bea", "#0f9b8e", "#d6456b"
+_DPI = 200
+
+
+def write_report(
+    folder: Path,
+    summary: dict[str, Any],
+    history: list[dict[str, Any]],
+    dense_history: list[dict[str, Any]] | None = None,
+) -> None:
+    """Write `progress.png` and `report.html` into `folder`.
+
+    Args:
+        folder: of the run.
+        summary: content of `summary.json`.
+        history: records of `history.jsonl`.
+        dense_history: the same of the network trained without pruning, drawn behind.
+    """
+    image = png(figure(summary, history, dense_history or []))
+    write_atomically(folder / PLOT_FILE, image)
+    write_atomically(folder / REPORT_FILE, page(summary, history, image))
+
+
+def figure(summary: dict[str, Any], history: list[dict[str, Any]], dense_history: list[dict[str, Any]]) -> Figure:
+    """Accuracy, parameters left and spectral radius over the epochs, one above the other."""
+    from matplotlib.figure import Figure
+
+    epochs = [record for record in history if record["kind"] == "epoch"]
+    dense = [record for record in dense_history if record["kind"] == "epoch"]
+    plot = Figure(figsize=(8.0, 8.2), facecolor="white")
+    axes = plot.subplots(3, 1, sharex=True, gridspec_kw={"height_ratios": (1.25, 1.0, 1.0), "hspace": 0.16})
+    _draw_accuracy(axes[0], epochs, dense)
+    _draw_size(axes[1], summary, history)
+    _draw_radius(axes[2], epochs, dense)
+    for axis in axes:
+        _style(axis, summary, history)
+    axes[2].set_xlabel("epoch", color=_INK, fontsize=10)
+    axes[2].set_xlim(0, max(1, summary["epochs"]))
+    plot.subplots_adjust(left=0.09, right=0.83, top=0.88, bottom=0.065)
+    plot.text(0.09, 0.955, headline(summary), color=_INK, fontsize=14, fontweight="bold")
+    plot.text(0.09, 0.922, subline(summary), color=_GREY, fontsize=10)
+    return plot
+
+
+def png(plot: Figure) -> bytes:
+    """The figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    plot.savefig(buffer, format="png", dpi=_DPI)
+    return buffer.getvalue()
+
+
+def headline(summary: dict[str, Any]) -> str:
+    """The result in one line."""
+    accuracy = f"{summary['test_accuracy_last']:.1f} % accuracy"
+    if summary["target_params"] >= 1.0:
+        return f"{summary['model']} on {_data_name(summary)}: {accuracy}"
+    return f"{summary['model']} on {_data_name(summary)}: {accuracy} with {_left(summary)} of the parameters"
+
+
+def subline(summary: dict[str, Any]) -> str:
+    """What the result compares with."""
+    parts = [f"{summary['params_before']:,} → {summary['params_after']:,} parameters"]
+    if summary["target_params"] >= 1.0:
+        parts = [f"{summary['params_before']:,} parameters, not pruned"]
+    if "dense_test_accuracy_last" in summary:
+        parts.append(f"dense network {summary['dense_test_accuracy_last']:.1f} %")
+    return " · ".join([*parts, f"{summary['epochs']} epochs", f"seed {summary['seed']}"])
+
+
+def _draw_accuracy(axis: Axes, epochs: list[dict[str, Any]], dense: list[dict[str, Any]]) -> None:
+    x = [record["epoch"] for record in epochs]
+    test = [record["test_accuracy"] for record in epochs]
+    train = [record["train_accuracy"] for record in epochs]
+    axis.set_ylabel("accuracy, %", color=_INK, fontsize=10)
+    labels = [(test[-1], f"test {test[-1]:.1f}", _BLUE), (train[-1], f"train {train[-1]:.1f}", _GREY)]
+    if dense:
+        values = [record["test_accuracy"] for record in dense]
+        axis.plot([record["epoch"] for record in dense], values, color=_INK, linewidth=1.1, linestyle=(0, (4, 2)))
+        labels.append((values[-1], f"dense {values[-1]:.1f}", _INK))
+    axis.plot(x, train, color=_GREY, linewidth=1.0, alpha=0.7)
+    axis.plot(x, test, color=_BLUE, linewidth=2.0)
+    settled = sorted(test + train)[len(test) // 5 :]  # the first steps would squeeze all the rest
+    low = max(0.0, settled[0] - 2.0)
+    high = min(100.5, settled[-1] + 1.5)
+    axis.set_ylim(low, max(high, low + 1.0))
+    _label_right(axis, labels)
+
+
+def _draw_size(axis: Axes, summary: dict[str, Any], history: list[dict[str, Any]]) -> None:
+    before = summary["params_before"]
+    x, y = [0.0], [100.0]
+    for record in history:
+        if "params" in record:
+            x.append(record["step"] / summary["steps"] * summary["epochs"])
+            y.append(100.0 * record["params"] / before)
+    axis.step(x, y, where="post", color=_TEAL, linewidth=2.0)
+    axis.fill_between(x, y, step="post", color=_TEAL, alpha=0.10, linewidth=0)
+    axis.set_ylim(0, 105)
+    axis.set_ylabel("parameters left, %", color=_INK, fontsize=10)
+    _label_right(axis, [(y[-1], f"{_left(summary)}\n{summary['params_after']:,}", _TEAL)])
+
+
+def _draw_radius(axis: Axes, epochs: list[dict[str, Any]], dense: list[dict[str, Any]]) -> None:
+    axis.set_yscale("log")
+    axis.set_ylabel("spectral radius (K-FAC)", color=_INK, fontsize=10)
+    labels = []
+    if dense:
+        _draw_positive(axis, dense, "spectral_radius", color=_INK, linewidth=1.1, linestyle=(0, (4, 2)))
+        labels.append((dense[-1]["spectral_radius"], f"dense {dense[-1]['spectral_radius']:.2g}", _INK))
+    for key, name, style in (
+        ("spectral_radius", "largest layer", {"linewidth": 2.0}),
+        ("spectral_radius_geometric_mean", "geometric mean", {"linewidth": 1.1, "alpha": 0.65}),
+    ):
+        _draw_positive(axis, epochs, key, color=_ROSE, **style)
+        labels.append((epochs[-1][key], f"{name}\n{epochs[-1][key]:.2g}", _ROSE))
+    _label_right(axis, [label for label in labels if label[0] > 0])
+
+
+def _draw_positive(axis: Axes, records: list[dict[str, Any]], key: str, **style: Any) -> None:
+    kept = [record for record in records if (record[key] or 0.0) > 0.0]
+    axis.plot([record["epoch"] for record in kept], [record[key] for record in kept], **style)
+
+
+def _label_right(axis: Axes, labels: list[tuple[float, str, str]]) -> None:
+    """Write each label at the height of its line's end, moved apart where two would touch."""
+    low, high = axis.get_ylim()
+    scale = axis.transScale.transform
+    bottom, top = scale((1, low))[1], scale((1, high))[1]
+    gap, used = 0.13, -1.0
+    for value, text, color in sorted(labels, key=lambda label: label[0]):
+        height = (scale((1, max(value, 1e-300)))[1] - bottom) / (top - bottom)
+        height = max(min(max(height, 0.0), 1.0), used + gap)
+        used = height + 0.10 * text.count("\n")
+        axis.text(1.02, height, text, transform=axis.transAxes, color=color, fontsize=9.5, va="center", linespacing=1.3)
+
+
+def _style(axis: Axes, summary: dict[str, Any], history: list[dict[str, Any]]) -> None:
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axis.spines[side].set_color(_PALE)
+    axis.tick_params(colors=_GREY, labelsize=9, length=0, which="both")
+    axis.grid(axis="y", color=_PALE, linewidth=0.8)
+    axis.set_axisbelow(True)
+    steps = [record["step"] for record in history if record["kind"] == "removal"]
+    if steps:
+        first, last = (step / summary["steps"] * summary["epochs"] for step in (steps[0], steps[-1]))
+        axis.axvspan(first, last, color=_INK, alpha=0.035, linewidth=0)
+
+
+def page(summary: dict[str, Any], history: list[dict[str, Any]], image: bytes) -> str:
+    """The HTML page, with the figure inside it."""
+    figure_data = base64.b64encode(image).decode()
+    return _PAGE.format(
+        title=html.escape(headline(summary)),
+        subtitle=html.escape(subline(summary)),
+        cards="".join(_card(*card) for card in _cards(summary)),
+        figure=f'<img alt="accuracy, parameters and spectral radius over the epochs" '
+        f'src="data:image/png;base64,{figure_data}">',
+        layers=_layer_rows(summary),
+        settings=_rows(summary["settings"]),
+        versions=_rows(summary["versions"]),
+    )
+
+
+def _cards(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    dense = summary.get("dense_test_accuracy_last")
+    accuracy = f"{summary['test_accuracy_last']:.2f} %"
+    against = f"best epoch {summary['test_accuracy_best']:.2f} %"
+    if dense is not None:
+        against = f"dense {dense:.2f} % ({summary['test_accuracy_last'] - dense:+.2f})"
+    return [
+        ("test accuracy", accuracy, against),
+        ("parameters", _left(summary), f"{summary['params_before']:,} → {summary['params_after']:,}"),
+        (
+            "multiply-accumulates",
+            f"{100.0 * summary['flops_after'] / summary['flops_before']:.1f} %",
+            f"{summary['flops_before']:,} → {summary['flops_after']:,} an image",
+        ),
+        ("λmax of the Hessian", *_with_dense(summary, "hessian_lambda_max")),
+        ("spectral radius (K-FAC)", *_with_dense(summary, "spectral_radius_kfac")),
+        ("training time", _seconds(summary["seconds"]), f"{summary['epochs']} epochs, {summary['steps']:,} steps"),
+    ]
+
+
+def _with_dense(summary: dict[str, Any], key: str) -> tuple[str, str]:
+    dense = summary.get(f"dense_{key}")
+    return _number(summary[key]), "at the end of training" if dense is None else f"dense {_number(dense)}"
+
+
+def _card(name: str, value: str, note: str) -> str:
+    return f'<div class="card"><h2>{html.escape(name)}</h2><b>{html.escape(value)}</b><p>{html.escape(note)}</p></div>'
+
+
+def _layer_rows(summary: dict[str, Any]) -> str:
+    rows = []
+    most = max(summary["widths_before"].values())
+    for name, before in summary["widths_before"].items():
+        after = summary["widths_after"][name]
+        whole, kept = 100.0 * before / most, 100.0 * after / before
+        bar = f'<div class="bar" style="width:{whole:.1f}%"><i style="width:{kept:.1f}%"></i></div>'
+        rows.append(f"<tr><td>{html.escape(name)}</td><td>{before}</td><td>{after}</td><td>{bar}</td></tr>")
+    return "".join(rows)
+
+
+def _rows(values: dict[str, Any]) -> str:
+    return "".join(
+        f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(_plain(value))}</td></tr>"
+        for name, value in values.items()
+    )
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(str(item) for item in value) or "none"
+    return "default" if value is None else str(value)
+
+
+def _left(summary: dict[str, Any]) -> str:
+    return f"{100.0 * summary['params_after'] / summary['params_before']:.1f} %"
+
+
+def _data_name(summary: dict[str, Any]) -> str:
+    return Path(summary["data"]).stem
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None or value - value != 0.0 else f"{value:.3g}"
+
+
+def _seconds(value: float) -> str:
+    minutes, seconds = divmod(round(value), 60)
+    return f"{minutes} min {seconds} s" if minutes else f"{value:.1f} s"
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light; --ink: #1f2430; --grey: #6b7285; --pale: #e6e8ef; --teal: #0f9b8e; --ground: #f6f7fa; }}
+* {{ box-sizing: border-box; }}
+body {{ margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }}
+main {{ max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }}
+h1 {{ margin: 0; font-size: 1.6rem; line-height: 1.25; }}
+h1 + p {{ margin: .3rem 0 1.6rem; color: var(--grey); }}
+h3 {{ margin: 2.2rem 0 .6rem; font-size: 1.05rem; }}
+.cards {{ display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); }}
+.card, figure, table {{ background: white; border: 1px solid var(--pale); border-radius: 10px; }}
+.card {{ padding: .9rem 1.1rem; }}
+.card h2 {{ margin: 0; font-size: .82rem; font-weight: 500; color: var(--grey); }}
+.card b {{ font-size: 1.55rem; font-variant-numeric: tabular-nums; }}
+.card p {{ margin: 0; font-size: .85rem; color: var(--grey); font-variant-numeric: tabular-nums; }}
+figure {{ margin: 1rem 0 0; padding: .6rem; }}
+img {{ display: block; width: 100%; height: auto; }}
+table {{ width: 100%; border-collapse: separate; border-spacing: 0; padding: .3rem 0; }}
+th, td {{ padding: .28rem 1rem; text-align: left; font-size: .88rem; font-variant-numeric: tabular-nums; }}
+th {{ color: var(--grey); font-weight: 500; }}
+td:last-child {{ width: 60%; overflow-wrap: anywhere; }}
+.bar {{ height: .7rem; min-width: 2px; background: var(--pale); border-radius: 3px; }}
+.bar i {{ display: block; height: 100%; background: var(--teal); border-radius: 3px; }}
+code {{ background: white; border: 1px solid var(--pale); border-radius: 5px; padding: .1rem .35rem; }}
+</style>
+</head>
+<body><main>
+<h1>{title}</h1><p>{subtitle}</p>
+<div class="cards">{cards}</div>
+<figure>{figure}</figure>
+<h3>Width of every layer, before and after</h3>
+<table><tr><th>layer</th><th>before</th><th>after</th><th></th></tr>{layers}</table>
+<h3>Use the network</h3>
+<p><code>model = flatprune.load("…this folder…")</code>
+then <code>model(model.normalization(images)).argmax(1)</code>
+for uint8 images [n, height, width, channels].</p>
+<h3>Settings</h3>
+<table>{settings}</table>
+<h3>Versions</h3>
+<table>{versions}</table>
+</main></body>
+</html>
+"""

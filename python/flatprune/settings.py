@@ -1,0 +1,128 @@
+"""All settings of a run in one place: their defaults, their checks, the learning rate they imply."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+
+from flatprune import models
+from flatprune.errors import InputError
+
+CRITERIA = ("obs", "outgoing", "l1")
+COMPENSATE = ("auto", "on", "off")
+SCHEDULES = ("fc", "cosine")
+COOL_DOWN_START = 0.4  # of the steps; "fc" holds the learning rate until pruning ends
+MOMENTUM = 0.9
+WEIGHT_DECAY = 5e-4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What defines a run; together with the data it determines the result.
+
+    Attributes:
+        data: "digits" or the path of an .npz file.
+        model: name of a network, see `flatprune.models`.
+        widths: hidden widths of the network, or None for its usual ones.
+        image_size: average the images down to image_size x image_size, or None.
+        classes: number of classes, or None for the largest training label + 1.
+        target_params: fraction of the parameters left at the end, in (0, 1]; 1 trains without pruning.
+        epochs, batch_size, seed: as their names say.
+        lr: learning rate before the schedule, or None for 0.1 with batch norm and 0.05 without.
+        schedule: "fc" (constant until pruning ends at 40 % of the steps, then a cosine to 0) or "cosine" throughout.
+        device: "cpu", "cuda" or "cuda:i".
+        train_size: random subset of the training images, or None for all.
+        label_noise: fraction of the training labels drawn anew.
+        flatness: whether the spectral radius of the curvature is penalised.
+        criterion: "obs", "outgoing" or "l1".
+        compensate: whether survivors take over what removed neurons did: "auto", "on" or "off".
+        exclude: regular expressions of layers whose neurons stay.
+        augment: random shifts (and mirror images for colour).
+        compare_dense: first train the same network the same way without pruning.
+
+    Raises:
+        InputError: naming the first setting that cannot be used.
+    """
+
+    data: str = "digits"
+    model: str = "mlp"
+    widths: tuple[int, ...] | None = None
+    image_size: int | None = None
+    classes: int | None = None
+    target_params: float = 0.1
+    epochs: int = 60
+    batch_size: int = 128
+    seed: int = 0
+    lr: float | None = None
+    schedule: str = "fc"
+    device: str = "cpu"
+    train_size: int | None = None
+    label_noise: float = 0.0
+    flatness: bool = True
+    criterion: str = "obs"
+    compensate: str = "auto"
+    exclude: tuple[str, ...] = ()
+    augment: bool = False
+    compare_dense: bool = False
+
+    def __post_init__(self) -> None:
+        models.check_name(self.model)
+        if not 0.0 < self.target_params <= 1.0:
+            raise InputError(f"target_params is {self.target_params}, expected above 0 and at most 1")
+        for name, least in (("epochs", 1), ("batch_size", 2), ("seed", 0), ("train_size", 1), ("image_size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{name} is {value}, expected {least} or more")
+        if self.lr is not None and not (self.lr > 0.0 and math.isfinite(self.lr)):
+            raise InputError(f"lr is {self.lr}, expected a number above 0")
+        if not 0.0 <= self.label_noise <= 1.0:
+            raise InputError(f"label_noise is {self.label_noise}, expected 0 to 1")
+        for name, choices in (("criterion", CRITERIA), ("compensate", COMPENSATE), ("schedule", SCHEDULES)):
+            _check_choice(name, getattr(self, name), choices)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values (tuples become lists) for JSON and checkpoints."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Settings:
+        """The inverse of `as_dict`."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
+
+    def torch_device(self) -> torch.device:
+        """The device, once it is known to be there.
+
+        Raises:
+            InputError: it is not.
+        """
+        kind, _, index = self.device.partition(":")
+        if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
+            raise InputError(f"device is {self.device!r}, expected cpu, cuda or cuda:INDEX")
+        if kind == "cuda" and not torch.cuda.is_available():
+            reason = "this PyTorch is built without CUDA" if torch.version.cuda is None else "no GPU is reachable"
+            raise InputError(f"device {self.device} cannot be used: {reason}")
+        if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+            raise InputError(f"device {self.device} cannot be used: there are {torch.cuda.device_count()} GPUs, from 0")
+        return torch.device(self.device)
+
+    def learning_rate(self, step: int, total_steps: int, peak: float) -> float:
+        """Learning rate of step 0 .. total_steps - 1.
+
+        "fc": peak until 40 % of the steps, then peak (1 + cos(pi t)) / 2, t from 0 to 1. "cosine": t over all steps.
+        """
+        start = COOL_DOWN_START * total_steps if self.schedule == "fc" else 0.0
+        if step < start:
+            return peak
+        return peak * 0.5 * (1.0 + math.cos(math.pi * (step - start) / (total_steps - start)))
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(value.lower(), choices, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(choices)}"
+        raise InputError(f"{name} is {value!r}; {hint}")
