@@ -1,0 +1,94 @@
+"""What one forward shows of the layers, and the hook that starts looking."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from flatprune.layers import Layer, RngState
+
+
+class Capture:
+    """One forward: each call's input and the place of its z in the autograd graph, the output, the RNG state before.
+
+    Attributes:
+        rng: the random streams before the forward, if asked for.
+        autocast: whether it ran in autocast.
+        output: what the model returned.
+        targets: labels that were sampled from `output`, if any.
+        gradients: layer -> g of each call; None where there is none (yet).
+        on_gradient: if set, z's gradients of the user's backward are taken down and this is called after each.
+    """
+
+    def __init__(self, rng: RngState | None = None, autocast: bool = False) -> None:
+        self.rng, self.autocast = rng, autocast
+        self.output: Any = None
+        self.targets: Tensor | None = None
+        self._inputs: dict[str, list[Tensor]] = {}
+        self._versions: dict[str, list[int]] = {}
+        self._edges: dict[str, list[GradientEdge]] = {}
+        self.gradients: dict[str, list[Tensor | None]] = {}
+        self.on_gradient: Callable[[Capture], None] | None = None
+
+    def add(self, layer: Layer, x: Tensor, z: Tensor) -> None:
+        """Take down one call; calls without gradient (frozen below) are left out."""
+        if not z.requires_grad:
+            return
+        self._inputs.setdefault(layer.name, []).append(x)
+        self._versions.setdefault(layer.name, []).append(x._version)
+        # the edge keeps pointing at z as it is now, also after an in-place activation
+        self._edges.setdefault(layer.name, []).append(get_gradient_edge(z))
+        slots = self.gradients.setdefault(layer.name, [])
+        slots.append(None)
+        if self.on_gradient is not None:
+            z.register_hook(self._gradient_hook(slots, len(slots) - 1))
+
+    def _gradient_hook(self, slots: list[Tensor | None], index: int) -> Callable[[Tensor], None]:
+        def hook(gradient: Tensor) -> None:
+            slots[index] = gradient.detach()
+            if self.on_gradient is not None:
+                self.on_gradient(self)
+
+        return hook
+
+    @property
+    def names(self) -> list[str]:
+        """The layers that were called, in the order of their first call."""
+        return list(self._edges)
+
+    def inputs(self, name: str) -> list[Tensor]:
+        """The inputs of every call of a layer; raises RuntimeError if one was changed in place since."""
+        for x, version in zip(self._inputs[name], self._versions[name]):
+            if x._version != version:
+                raise RuntimeError(f"Curvature: the input of layer {name!r} was changed in place after the call")
+        return self._inputs[name]
+
+    def gradients_of(
+        self, output: Tensor, seed: Tensor | None = None, *, create_graph: bool = False
+    ) -> dict[str, list[Tensor | None]]:
+        """d(output . seed)/dz of every call, None where z does not reach the output; the graph stays."""
+        edges = [edge for calls in self._edges.values() for edge in calls]
+        found = torch.autograd.grad(
+            output, edges, seed, retain_graph=True, create_graph=create_graph, allow_unused=True
+        )
+        rest = iter(found)
+        return {name: [next(rest) for _ in calls] for name, calls in self._edges.items()}
+
+
+class ForwardHook:
+    """A forward pre-hook that calls `function(args, kwargs)`; deep copies and pickles get an inert one."""
+
+    def __init__(self, function: Callable[[tuple[Any, ...], dict[str, Any]], None] | None) -> None:
+        self._function = function
+
+    def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What torch calls before the forward."""
+        if self._function is not None:
+            self._function(args, kwargs)
+
+    def __reduce__(self) -> tuple[type[ForwardHook], tuple[None]]:
+        return ForwardHook, (None,)

@@ -1,0 +1,454 @@
+"""Kronecker factors of a model while it trains: hooks -> kfac_ext.FactorSet."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatprune.capture import Capture, ForwardHook
+from flatprune.fisher import (
+    LOSSES,
+    checked_output,
+    empty_factors,
+    fresh_covariances,
+    output_gradient,
+    prediction_count,
+    sample_targets,
+    update_factors_,
+)
+from flatprune.layers import Layer, RngState, call_hooks, check_model, device_of, trace_layers, undisturbed
+from kfac_ext import FactorSet
+
+_RECENT_SAMPLES = 256
+_FIRST_POWER_STEPS, _POWER_STEPS, _REMOVAL_POWER_STEPS = 20, 3, 10
+
+
+class Curvature:
+    """Running Kronecker factors A = E[a a^T], G = E[g g^T] of every Linear and Conv2d of a model in training.
+
+    Layer l maps a (its input, 1 appended where there is a bias or a batch norm) to z, taken after the batch norm
+    that directly follows; g = d(loss summed over samples)/dz. A (x) G estimates the Fisher block of the mean loss
+    in the folded weights (Martens & Grosse 2015; scales as in `kfac_ext`). Radius of a block: lambda_1(A) lambda_1(G)
+    (Ebrahimi & Klabjan 2021, arXiv 2111.08577, explore the spectral radius of the Hessian with K-FAC; Sandler,
+    Klabjan, Luo, arXiv 2102.11210, track it by warm power iteration).
+
+    One forward pre-hook on the model does it all: on every `factor_update_steps`-th forward in train mode with
+    gradients on, hooks on the layers are put up, and taken down when that forward ends. The model's random stream,
+    running statistics, outputs and gradients are untouched. Tensor hooks of the user on activations fire once more
+    in such a forward with the true Fisher. The layers and their batch norms are found out in one extra forward
+    without gradients, before the first training forward or in `trace`.
+
+    The first update of a layer takes its factors whole, later ones give `factors <- decay factors + (1 - decay) new`.
+    An update whose output is not finite is left out, with a warning.
+
+    Args:
+        model: not compiled; `torch.compile` hides the layers from hooks.
+        factor_decay: weight of the past, a float or a function of `step_count`.
+        factor_update_steps: k, an int or a function of `step_count`; None: 10 with convolutions, else 5.
+        fisher_type: "true" draws labels from the model's prediction (with a generator of its own), one extra partial
+            backward an update; "empirical" uses the gradients of the user's own backward of the mean loss.
+        kfac_approx: "reduce" averages a and sums g over positions first, "expand" keeps positions apart; a layer
+            called several times in one forward: calls count as positions.
+        loss: "cross_entropy" (output [N, C, ...]) or "mse" (torch's mean over all elements).
+        skip_layers: regular expressions of layer names that get no factors.
+        generator: for the labels; None: a CPU generator seeded with `torch.initial_seed()`.
+        grad_scale: empirical only: by how much the loss that is backpropagated exceeds the mean loss, a float or a
+            function (`GradScaler.get_scale`, 1/k for gradient accumulation over k batches).
+
+    Raises:
+        ValueError: an argument out of range; the model has uninitialised (lazy) parameters or is compiled.
+
+    Example:
+        >>> curvature = Curvature(model)
+        >>> criterion(model(x), y).backward()
+        >>> curvature.spectral_radius()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        factor_decay: float | Callable[[int], float] = 0.95,
+        factor_update_steps: int | Callable[[int], int] | None = None,
+        fisher_type: str = "true",
+        kfac_approx: str = "reduce",
+        loss: str = "cross_entropy",
+        skip_layers: Iterable[str] = (),
+        generator: torch.Generator | None = None,
+        grad_scale: float | Callable[[], float] = 1.0,
+    ) -> None:
+        _check_choice("fisher_type", fisher_type, ("true", "empirical"))
+        _check_choice("kfac_approx", kfac_approx, ("reduce", "expand"))
+        _check_choice("loss", loss, LOSSES)
+        if not callable(factor_decay) and not 0 <= factor_decay < 1:
+            raise ValueError(f"Curvature: factor_decay is {factor_decay}, expected 0 <= factor_decay < 1")
+        if factor_update_steps is not None and not callable(factor_update_steps) and factor_update_steps < 1:
+            raise ValueError(f"Curvature: factor_update_steps is {factor_update_steps}, expected >= 1")
+        check_model(model)
+        self.model = model
+        self.factor_decay, self.factor_update_steps = factor_decay, factor_update_steps
+        self.fisher_type, self.kfac_approx, self.loss = fisher_type, kfac_approx, loss
+        self.skip_layers, self.grad_scale = tuple(skip_layers), grad_scale
+        self.generator = generator or torch.Generator().manual_seed(torch.initial_seed())
+        self.step_count = 0
+        self._layers: dict[str, Layer] | None = None
+        self._factors: FactorSet | None = None
+        self._started: set[str] = set()  # layers whose factors have been measured
+        self._was_cut = False
+        self._recent: deque[tuple[Tensor, ...]] = deque()
+        self._pauses = 0
+        self._open: ExitStack | None = None
+        self._pending: Capture | None = None
+        self._record: Capture | None = None
+        self._record_next = False
+        self._handle = model.register_forward_pre_hook(ForwardHook(self._before_forward), with_kwargs=True)
+
+    # what is there
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        """Name -> Layer in forward order; raises RuntimeError before the first training forward or `trace`."""
+        return self._traced()[0]
+
+    @property
+    def factors(self) -> FactorSet:
+        """The factors under the keys `name.A` and `name.G`; raises RuntimeError like `layers`."""
+        return self._traced()[1]
+
+    @factors.setter
+    def factors(self, factors: FactorSet) -> None:
+        self._factors = factors
+        self._was_cut = True
+        self._pending = self._record = None
+
+    @property
+    def recent_inputs(self) -> tuple[Any, ...]:
+        """The model's last positional inputs in training, oldest first, 256 samples or more once seen; detached.
+
+        One tensor a batch, or a tuple of tensors for a model of several inputs.
+        """
+        return tuple(batch[0] if len(batch) == 1 else batch for batch in self._recent)
+
+    @property
+    def is_updated(self) -> bool:
+        """Whether factors have been measured at least once."""
+        return bool(self._started)
+
+    def trace(self, *args: Any, **kwargs: Any) -> None:
+        """Find the layers by one forward on these inputs (any batch size) if they are not known yet.
+
+        Warns once of layers that are never called. Raises ValueError if no layer is left.
+        """
+        if self._layers is None:
+            with self.paused():
+                layers = trace_layers(self.model, args, kwargs, self.skip_layers)
+            self._factors = empty_factors(layers)
+            self._layers = layers
+
+    def folded_weight(self, name: str) -> Tensor:
+        """V of a layer, see `Layer.folded_weight`."""
+        return self._layer(name).folded_weight()
+
+    def fresh_covariances(
+        self, names: Iterable[str], inputs: Tensor | Sequence[Any], mode: str = "expand", *, bias: bool | None = True
+    ) -> dict[str, Tensor]:
+        """A of the layers named from one forward on `inputs`, apart from the running factors.
+
+        Batch norms use batch statistics (those frozen in a training model stay frozen), dropout is off, random
+        streams and running statistics are untouched.
+
+        Args:
+            names: layers.
+            inputs: a batch, or batches as `recent_inputs` gives them (joined to one).
+            mode: "expand" or "reduce".
+            bias: append the 1, so that the last row and column hold the mean patch; None: as in the running factors.
+        """
+        with self.paused():
+            return fresh_covariances(self.model, [self._layer(name) for name in names], inputs, mode, bias)
+
+    # the radius
+
+    def spectral_radii(self) -> dict[str, Tensor]:
+        """rho_l = lambda_1(A_l) lambda_1(G_l) of every layer that has factors, the largest over groups; 0-d tensors.
+
+        Raises:
+            RuntimeError: before the first update.
+        """
+        if not self._started:
+            raise RuntimeError("Curvature: no factors yet, the model has made no training forward")
+        factors = self.factors
+        if self._was_cut:
+            factors.power_iteration_(max_iter=_REMOVAL_POWER_STEPS)
+            self._was_cut = False
+        return {
+            name: (factors.eigenvalue(f"{name}.A") * factors.eigenvalue(f"{name}.G")).max()
+            for name in self.layers
+            if name in self._started
+        }
+
+    def spectral_radius(self) -> float:
+        """max over l of rho_l."""
+        return float(torch.stack(list(self.spectral_radii().values())).max())
+
+    def geometric_mean_radius(self) -> float:
+        """(prod over l of rho_l)^(1/B): follows the true lambda_max of the Hessian better than the maximum."""
+        radii = torch.stack(list(self.spectral_radii().values()))
+        return float(radii.clamp_min(torch.finfo(radii.dtype).tiny).log().mean().exp())
+
+    # control
+
+    def narrow(self, keep: Mapping[str, Tensor], groups: Mapping[str, Tensor] | None = None) -> None:
+        """Keep these rows and columns of the factors named (see `FactorSet.narrowed`), e.g. after neurons went.
+
+        An error leaves everything as it was. A pending empirical update is dropped; the eigenpairs are brought up to
+        date (10 steps) when they are needed next.
+        """
+        self.factors = self.factors.narrowed(keep, groups)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Forwards inside count for nothing."""
+        self._pauses += 1
+        try:
+            yield
+        finally:
+            self._pauses -= 1
+
+    def remove(self) -> None:
+        """Take every hook off the model; factors stay readable. Calling it twice does nothing."""
+        self._handle.remove()
+        self._close()
+        self._pending = self._record = None
+        self._record_next = False
+
+    def __enter__(self) -> Curvature:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.remove()
+
+    # records of single forwards, for the flatness term
+
+    def record_next_forward(self) -> None:
+        """Keep what the next training forward shows, for `take_record`."""
+        self._record_next = True
+
+    def take_record(self, output: Tensor) -> Capture | None:
+        """The record of the forward that gave this very tensor; None if there is none, or if it ran in autocast."""
+        record, self._record = self._record, None
+        return record if record is not None and record.output is output and not record.autocast else None
+
+    def observe(self, *args: Any) -> Capture:
+        """A forward of its own on these inputs with gradients, without autocast; nothing else is disturbed."""
+        self.trace(*args)
+        device = device_of(self.model)
+        capture = Capture(RngState.now(device))
+        with ExitStack() as stack:
+            stack.enter_context(self.paused())
+            stack.enter_context(undisturbed(self.model))
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(call_hooks(self.layers.values(), capture.add))
+            capture.output = checked_output(self.model(*args), self.loss)
+        return capture
+
+    def settle(self, loss: Tensor) -> None:
+        """Empirical Fisher: take the gradients of a pending update from this mean loss now, not from its backward."""
+        pending, self._pending = self._pending, None
+        if pending is not None and loss.requires_grad:
+            pending.on_gradient = None
+            pending.gradients = pending.gradients_of(loss)
+            self._commit_empirical(pending, grad_scale=1.0)
+
+    # state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and containers: counters, layers, factors, generator, recent inputs."""
+        state: dict[str, Any] = {
+            "step_count": self.step_count,
+            "generator": self.generator.get_state(),
+            "recent_inputs": [[x.clone() for x in batch] for batch in self._recent],
+        }
+        if self._layers is not None:
+            state["layers"] = {name: layer.norm_name for name, layer in self._layers.items()}
+            state["started"] = sorted(self._started)
+            state["was_cut"] = self._was_cut
+            state["factors"] = self.factors.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict` of a curvature of a model of the same shapes, bit for bit.
+
+        Raises:
+            ValueError: naming the first layer or factor that does not fit; nothing is changed then.
+        """
+        layers = factors = None
+        if "layers" in state:
+            layers = self._named_layers(state["layers"])
+            factors = empty_factors(layers)
+            factors.load_state_dict(state["factors"])
+        self.generator.set_state(state["generator"].cpu())
+        self._layers, self._factors = layers, factors
+        self._started = set(state.get("started", ()))
+        self._was_cut = state.get("was_cut", False)
+        self.step_count = state["step_count"]
+        device = device_of(self.model)
+        self._recent = deque(tuple(x.to(device) for x in batch) for batch in state["recent_inputs"])
+        self._pending = self._record = None
+
+    # inside
+
+    def _traced(self) -> tuple[dict[str, Layer], FactorSet]:
+        if self._layers is None or self._factors is None:
+            raise RuntimeError(
+                "Curvature: the layers are known from the first training forward on; call trace(inputs) before"
+            )
+        return self._layers, self._factors
+
+    def _layer(self, name: str) -> Layer:
+        layer = self.layers.get(name)
+        if layer is None:
+            raise KeyError(f"Curvature: no layer named {name!r}, there are {', '.join(self.layers)}")
+        return layer
+
+    def _named_layers(self, norms: Mapping[str, str | None]) -> dict[str, Layer]:
+        modules: dict[str, Any] = dict(self.model.named_modules())
+        for name in [*norms, *(norm for norm in norms.values() if norm is not None)]:
+            if name not in modules:
+                raise ValueError(f"Curvature.load_state_dict: the model has no module named {name!r}")
+        return {
+            name: Layer(name, modules[name], None if norm is None else modules[norm], norm)
+            for name, norm in norms.items()
+        }
+
+    def _before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._pauses or not self.model.training or not torch.is_grad_enabled():
+            return
+        if self._layers is None:
+            self.trace(*args, **kwargs)
+        if args and all(isinstance(x, Tensor) for x in args):
+            self._remember(args)
+        if self._pending is not None:
+            self._commit_empirical(self._pending)
+        update = self.step_count % self._update_steps() == 0
+        self.step_count += 1
+        if update or self._record_next:
+            self._observe_forward(update)
+
+    def _remember(self, args: tuple[Tensor, ...]) -> None:
+        self._recent.append(tuple(x.detach() for x in args))
+        while sum(len(batch[0]) for batch in self._recent) - len(self._recent[0][0]) >= _RECENT_SAMPLES:
+            self._recent.popleft()
+
+    def _update_steps(self) -> int:
+        steps = self.factor_update_steps
+        if callable(steps):
+            return steps(self.step_count)
+        return steps if steps is not None else 10 if self.has_convolutions else 5
+
+    @property
+    def has_convolutions(self) -> bool:
+        """Whether a layer is a Conv2d: decides defaults that differ between MLPs and conv nets."""
+        return any(isinstance(layer.module, nn.Conv2d) for layer in self.layers.values())
+
+    def _observe_forward(self, update: bool) -> None:
+        """Put up hooks for the forward that begins now; the last one takes them all down again."""
+        self._close()
+        device = device_of(self.model)
+        record, self._record_next, self._record = self._record_next, False, None
+        capture = Capture(RngState.now(device) if record else None, torch.is_autocast_enabled(device.type))
+        if update and self.fisher_type == "empirical":
+            capture.on_gradient = self._on_gradient
+        stack = ExitStack()
+        stack.enter_context(call_hooks(self.layers.values(), capture.add))
+
+        def finish(_module: nn.Module, _args: Any, output: Any) -> None:
+            self._close()
+            if output is not None:  # a forward that raised comes by here with None
+                self._after_forward(capture, output, update, record)
+
+        stack.enter_context(self.model.register_forward_hook(finish, always_call=True))
+        self._open = stack
+
+    def _close(self) -> None:
+        stack, self._open = self._open, None
+        if stack is not None:
+            stack.close()
+
+    def _after_forward(self, capture: Capture, output: Any, update: bool, record: bool) -> None:
+        output = capture.output = checked_output(output, self.loss)
+        if not output.requires_grad:
+            return
+        if not capture.names:
+            raise RuntimeError(
+                f"Curvature: the forward called none of {', '.join(self.layers)} through its module; a model that is "
+                "compiled hides its layers: make Curvature(model) on the plain model and train that one"
+            )
+        if record:
+            self._record = capture
+        if update and self.fisher_type == "empirical":
+            self._pending = capture
+        elif update and _all_finite([output], "output"):
+            self._update_true(capture)
+
+    def _update_true(self, capture: Capture) -> None:
+        output = capture.output
+        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+            capture.targets = sample_targets(output, self.loss, self.generator)
+            values = output.detach()
+            seed = output_gradient(values.float() if values.itemsize < 4 else values, capture.targets, self.loss)
+        capture.gradients = capture.gradients_of(output, seed.to(output.dtype))
+        self._commit(capture, 1.0)
+
+    def _on_gradient(self, capture: Capture) -> None:
+        if capture is self._pending and all(g is not None for slots in capture.gradients.values() for g in slots):
+            self._commit_empirical(capture)
+
+    def _commit_empirical(self, capture: Capture, grad_scale: float | None = None) -> None:
+        self._pending = None
+        if grad_scale is None:
+            grad_scale = self.grad_scale() if callable(self.grad_scale) else self.grad_scale
+        gradients = [g for slots in capture.gradients.values() for g in slots if g is not None]
+        if gradients and _all_finite([capture.output, *gradients], "output or gradient"):
+            self._commit(capture, prediction_count(capture.output, self.loss) / grad_scale)
+
+    def _commit(self, capture: Capture, factor: float) -> None:
+        """Blend one forward's A and G (gradients times `factor`) into the factors, then follow their eigenvectors."""
+        decay = self.factor_decay(self.step_count - 1) if callable(self.factor_decay) else self.factor_decay
+        count = prediction_count(capture.output, self.loss)
+        with torch.no_grad(), torch.autocast(capture.output.device.type, enabled=False):
+            seen = update_factors_(
+                self.factors, self.layers, capture, self.kfac_approx, decay, self._started, count, factor**2
+            )
+        if not seen:
+            return
+        if not self._started:
+            self._warn_unreached(seen)
+        steps = _POWER_STEPS if self._started.issuperset(seen) else _FIRST_POWER_STEPS
+        self._started.update(seen)
+        self.factors.power_iteration_(max_iter=_REMOVAL_POWER_STEPS if self._was_cut else steps)
+        self._was_cut = False
+
+    def _warn_unreached(self, seen: set[str]) -> None:
+        missing = [name for name in self.layers if name not in seen]
+        if missing:
+            warnings.warn(f"Curvature: no gradient reaches {', '.join(map(repr, missing))}; no factors", stacklevel=2)
+
+
+def _check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"Curvature: {argument} is {value!r}, expected {' or '.join(map(repr, choices))}")
+
+
+def _all_finite(tensors: Sequence[Tensor], what: str) -> bool:
+    # a running average never forgets a NaN; the answer is worth one wait for the device every few steps
+    finite = bool(torch.stack([t.isfinite().all() for t in tensors]).all())
+    if not finite:
+        warnings.warn(f"Curvature: the model's {what} is not finite, factors are not updated", stacklevel=2)
+    return finite

@@ -1,0 +1,307 @@
+"""From what one forward (and backward) shows to Kronecker factors: sampled labels, A and G of one layer, projections.
+
+A layer that is called several times in one forward shares its weight over the calls as a convolution does over
+positions, so calls count as more positions (Eschenhagen et al. 2023, arXiv 2311.00636): *expand* averages a a^T over
+samples, positions and calls and sums g g^T over positions and calls; *reduce* first averages a and sums g over both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import kfac_ext
+from flatprune.capture import Capture
+from flatprune.layers import Layer, call_hooks, module_modes, padded_input, undisturbed
+from kfac_ext import FactorSet
+from kfac_ext.geometry import conv_geometry
+
+LOSSES = ("cross_entropy", "mse")
+
+
+def checked_output(output: object, loss: str) -> Tensor:
+    """The model's output as a tensor; raises TypeError or ValueError that says what is wanted."""
+    if not isinstance(output, Tensor):
+        raise TypeError(f"Curvature: the model returns {type(output).__name__}, expected one tensor")
+    if loss == "cross_entropy" and (output.dim() < 2 or output.shape[1] < 2):
+        raise ValueError(f"Curvature: output {tuple(output.shape)}, expected [N, classes >= 2, ...] for cross_entropy")
+    return output
+
+
+def prediction_count(output: Tensor, loss: str) -> int:
+    """N, what a mean loss divides by: for cross entropy N times the positions of [N, C, ...]; for mse the samples."""
+    return output.numel() // output.shape[1] if loss == "cross_entropy" else output.shape[0]
+
+
+def sample_targets(output: Tensor, loss: str, generator: torch.Generator) -> Tensor:
+    """Labels [N, ...] (cross entropy) or values like `output` (mse) drawn from the model's own prediction.
+
+    mse is read as torch's mean over all elements: l_n = 1/C |f - y|^2 is the negative log-likelihood of
+    N(f, C/2 I), so that E[g g^T] at the output is its Hessian 2/C I.
+    """
+    values = output.detach().to(torch.float64 if output.dtype == torch.float64 else torch.float32)
+    if loss == "mse":
+        scale = (values[0].numel() / 2) ** 0.5
+        noise = torch.randn(values.shape, generator=generator, device=generator.device, dtype=values.dtype)
+        return values + scale * noise.to(values.device)
+    cumulative = values.softmax(dim=1).movedim(1, -1).cumsum(dim=-1)
+    shape = (*cumulative.shape[:-1], 1)
+    draw = torch.rand(shape, generator=generator, device=generator.device, dtype=values.dtype).to(values.device)
+    return (cumulative < draw).sum(dim=-1).clamp_max(output.shape[1] - 1)
+
+
+def output_gradient(output: Tensor, targets: Tensor, loss: str) -> Tensor:
+    """d(loss summed over samples)/d(output): softmax - onehot, or 2/C (f - y)."""
+    if loss == "mse":
+        return (output - targets.to(output.dtype)) * (2.0 / output[0].numel())
+    onehot = F.one_hot(targets, output.shape[1]).movedim(-1, 1)
+    return output.softmax(dim=1) - onehot.to(output.dtype)
+
+
+def output_variance(output: Tensor, change: Tensor, loss: str) -> Tensor:
+    """mean over samples of t^T H t, t = `change` of the output and H the Hessian of one sample's loss there.
+
+    Cross entropy: mean[sum_c p t^2 - (sum_c p t)^2], p the softmax of `output`; mse: mean 2/C |t|^2.
+    """
+    if loss == "mse":
+        return change.square().sum() * (2.0 / output.numel())
+    p = output.softmax(dim=1)
+    mean = (p * change).sum(dim=1, keepdim=True)
+    return (p * (change - mean).square()).sum(dim=1).mean()
+
+
+def empty_factors(layers: Mapping[str, Layer]) -> FactorSet:
+    """The factors of these layers, all zero; ValueError if they are not on one device."""
+    devices = {layer.module.weight.device: name for name, layer in layers.items()}
+    if len(devices) > 1:
+        places = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
+        raise ValueError(f"Curvature: layers are on several devices ({places}), expected one")
+    double = any(layer.module.weight.dtype == torch.float64 for layer in layers.values())
+    sizes = {key: size for layer in layers.values() for key, size in layer.factor_sizes().items()}
+    return FactorSet(sizes, dtype=torch.float64 if double else torch.float32, device=next(iter(devices)))
+
+
+def update_factors_(
+    factors: FactorSet,
+    layers: Mapping[str, Layer],
+    capture: Capture,
+    mode: str,
+    decay: float,
+    started: Set[str],
+    count: int,
+    gradient_scale: float,
+) -> set[str]:
+    """factors <- decay factors + (1 - decay) (A, gradient_scale G) of one forward; layers not in `started`: decay 0.
+
+    Returns the layers seen. Raises RuntimeError if a layer's shape is not its factor's; nothing is changed then.
+    """
+    seen = {}
+    for name, slots in capture.gradients.items():
+        used = [(x.detach(), g) for x, g in zip(capture.inputs(name), slots) if g is not None]
+        if used:
+            seen[name] = used
+            _check_sizes(factors, layers[name])
+    for name, used in seen.items():
+        past, layer = decay if name in started else 0.0, layers[name]
+        inputs, grads = [x for x, _ in used], [g for _, g in used]
+        update_input_factor_(factors[f"{name}.A"], layer, inputs, mode, decay=past, scale=1 - past)
+        scale = (1 - past) * gradient_scale
+        update_gradient_factor_(factors[f"{name}.G"], layer, grads, mode, count, decay=past, scale=scale)
+    return set(seen)
+
+
+def _check_sizes(factors: FactorSet, layer: Layer) -> None:
+    for key, size in layer.factor_sizes().items():
+        if factors.sizes[key] != size:
+            raise RuntimeError(
+                f"Curvature: factor {key!r} has size {factors.sizes[key]}, layer {layer.name!r} now wants {size}: "
+                "call narrow() when the model's shapes change"
+            )
+
+
+@torch.no_grad()
+def fresh_covariances(
+    model: nn.Module, layers: Sequence[Layer], inputs: Tensor | Sequence[Any], mode: str, bias: bool | None
+) -> dict[str, Tensor]:
+    """See `Curvature.fresh_covariances`."""
+    found: dict[str, list[tuple[int, Tensor]]] = {}
+
+    def report(layer: Layer, x: Tensor, _z: Tensor) -> None:
+        append = layer.constant if bias is None else bias
+        found.setdefault(layer.name, []).append((len(x), input_covariance(layer, x, mode, bias=append)))
+
+    modes = {
+        module: isinstance(module, _BatchNorm) and (module.training or not model.training) for module in model.modules()
+    }
+    with undisturbed(model), module_modes(modes), call_hooks(layers, report):
+        model(*_joined(inputs))
+    missing = [layer.name for layer in layers if layer.name not in found]
+    if missing:
+        raise RuntimeError(f"Curvature.fresh_covariances: the forward did not call layer {missing[0]!r}")
+    return {layer.name: _weighted_mean(found[layer.name]) for layer in layers}
+
+
+def _joined(inputs: Tensor | Sequence[Any]) -> tuple[Tensor, ...]:
+    """The positional inputs of one forward on all batches together."""
+    if isinstance(inputs, Tensor):
+        return (inputs,)
+    batches = [batch if isinstance(batch, (tuple, list)) else (batch,) for batch in inputs]
+    if not batches:
+        raise ValueError("Curvature.fresh_covariances: inputs is empty, expected a batch or a sequence of batches")
+    return tuple(torch.cat(parts) for parts in zip(*batches))
+
+
+def _weighted_mean(values: list[tuple[int, Tensor]]) -> Tensor:
+    total = sum(count for count, _ in values)
+    return values[0][1] if len(values) == 1 else torch.stack([value * (n / total) for n, value in values]).sum(dim=0)
+
+
+def input_covariance(layer: Layer, x: Tensor, mode: str, *, bias: bool) -> Tensor:
+    """A of one call: [d(+1), d(+1)], or [groups, ...] for a grouped convolution."""
+    module = layer.module
+    if isinstance(module, nn.Conv2d):
+        image, padding = padded_input(module, _batched(layer, x))
+        return kfac_ext.conv2d_covariance(image, **_geometry(module, padding), bias=bias, mode=mode)
+    return kfac_ext.linear_covariance(_linear_rows(x, mode), bias=bias)
+
+
+def update_input_factor_(
+    out: Tensor, layer: Layer, inputs: Sequence[Tensor], mode: str, *, decay: float, scale: float
+) -> None:
+    """out <- decay out + scale A, A over all calls of the layer in one forward."""
+    module, bias = layer.module, layer.constant
+    if len(inputs) > 1 and mode == "reduce":
+        rows = _mean_rows(layer, inputs)  # [groups, N, d]
+        for block, values in zip(out if layer.groups > 1 else (out,), rows):
+            kfac_ext.linear_covariance_(values, out=block, decay=decay, scale=scale, bias=bias)
+        return
+    counts = [_position_count(layer, x) * len(x) for x in inputs] if len(inputs) > 1 else [1]
+    for x, count in zip(inputs, counts):
+        share = scale * count / sum(counts)
+        if isinstance(module, nn.Conv2d):
+            image, padding = padded_input(module, _batched(layer, x))
+            kfac_ext.conv2d_covariance_(
+                image, **_geometry(module, padding), bias=bias, mode=mode, out=out, decay=decay, scale=share
+            )
+        else:
+            kfac_ext.linear_covariance_(_linear_rows(x, mode), out=out, decay=decay, scale=share, bias=bias)
+        decay = 1.0
+
+
+def update_gradient_factor_(
+    out: Tensor, layer: Layer, grads: Sequence[Tensor], mode: str, count: int, *, decay: float, scale: float
+) -> None:
+    """out <- decay out + scale G, G = 1/count sum of g g^T over all calls; g = d(summed loss)/dz."""
+    is_conv = isinstance(layer.module, nn.Conv2d)
+    if len(grads) > 1 and mode == "reduce":
+        _same_batch(layer, grads)
+        grads = [torch.stack([_summed(g, is_conv) for g in grads]).sum(dim=0)]
+    for g in grads:
+        if not is_conv:
+            g = _summed(g, False) if mode == "reduce" else g.reshape(-1, g.shape[-1])
+        share = scale * len(g) / count
+        kfac_ext.gradient_covariance_(g, out=out, decay=decay, scale=share, groups=layer.groups, mode=mode)
+        decay = 1.0
+
+
+def projected_inputs(layer: Layer, inputs: Sequence[Tensor], unit: Tensor, mode: str) -> Tensor:
+    """u.a of every row that A averages over: [rows, groups], so that its mean square is u^T A u of this batch."""
+    values = [_project_input(layer, x, unit) for x in inputs]  # [N, positions, groups]
+    if mode == "expand":
+        return torch.cat([v.flatten(0, 1) for v in values])
+    _same_batch(layer, values)
+    return torch.cat(values, dim=1).mean(dim=1)
+
+
+def projected_gradients(layer: Layer, grads: Sequence[Tensor], unit: Tensor, mode: str) -> Tensor:
+    """s.g of every row that G sums over: [rows, groups], so that its sum of squares / N is s^T G s of this batch."""
+    values = []
+    for g in grads:
+        g = g if g.dim() > 1 else g[None]
+        channels_last = g.movedim(1, -1) if isinstance(layer.module, nn.Conv2d) else g
+        rows = channels_last.reshape(len(g), -1, layer.groups, channels_last.shape[-1] // layer.groups)
+        values.append((rows * unit.view(layer.groups, -1)).sum(dim=-1))
+    if mode == "expand":
+        return torch.cat([v.flatten(0, 1) for v in values])
+    _same_batch(layer, values)
+    return torch.cat(values, dim=1).sum(dim=1)
+
+
+def _project_input(layer: Layer, x: Tensor, unit: Tensor) -> Tensor:
+    module, d = layer.module, layer.patch_size
+    filters = unit.view(layer.groups, -1)
+    if isinstance(module, nn.Conv2d):
+        image, padding = padded_input(module, _batched(layer, x))
+        kernel = filters[:, :d].reshape(layer.groups, -1, *module.kernel_size).to(image.dtype)
+        values = F.conv2d(image, kernel, None, module.stride, padding, module.dilation, module.groups)
+        values = values.flatten(2).mT
+    else:
+        values = F.linear(x.reshape(len(x), -1, d), filters[:, :d].to(x.dtype))
+    return values + filters[:, d] if layer.constant else values
+
+
+def _geometry(module: nn.Conv2d, padding: object) -> dict:
+    return {
+        "kernel_size": module.kernel_size,
+        "stride": module.stride,
+        "padding": padding,
+        "dilation": module.dilation,
+        "groups": module.groups,
+    }
+
+
+def _batched(layer: Layer, x: Tensor) -> Tensor:
+    if x.dim() != 4:
+        raise ValueError(f"Curvature: layer {layer.name!r} got an input {tuple(x.shape)}, expected [N, C, H, W]")
+    return x
+
+
+def _linear_rows(x: Tensor, mode: str) -> Tensor:
+    return x.flatten(1, -2).mean(dim=1) if mode == "reduce" and x.dim() > 2 else x
+
+
+def _summed(g: Tensor, is_conv: bool) -> Tensor:
+    """g [N, O] summed over positions."""
+    if is_conv:
+        return g.sum(dim=(2, 3))
+    return g.flatten(1, -2).sum(dim=1) if g.dim() > 2 else g.reshape(-1, g.shape[-1])
+
+
+def _position_count(layer: Layer, x: Tensor) -> int:
+    if not isinstance(layer.module, nn.Conv2d):
+        return x[0].numel() // x.shape[-1]
+    image, padding = padded_input(layer.module, _batched(layer, x))
+    height, width = conv_geometry(image.shape, **_geometry(layer.module, padding)).output_size
+    return height * width
+
+
+def _mean_rows(layer: Layer, inputs: Sequence[Tensor]) -> Tensor:
+    """a averaged over positions and calls: [groups, N, d]."""
+    _same_batch(layer, inputs)
+    module = layer.module
+    counts = [_position_count(layer, x) for x in inputs]
+    total = torch.zeros(())
+    for x, count in zip(inputs, counts):
+        if isinstance(module, nn.Conv2d):
+            image, padding = padded_input(module, x)
+            geometry = conv_geometry(image.shape, **_geometry(module, padding))
+            image = F.pad(image, geometry.padding)
+            rows = F.unfold(image, module.kernel_size, module.dilation, 0, module.stride).mean(dim=2)
+        else:
+            rows = _linear_rows(x, "reduce")
+        total = total.to(rows) + rows * (count / sum(counts))
+    return total.unflatten(1, (layer.groups, -1)).transpose(0, 1)
+
+
+def _same_batch(layer: Layer, tensors: Sequence[Tensor]) -> None:
+    sizes = {len(t) for t in tensors}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"Curvature: layer {layer.name!r} is called on batches of {sorted(sizes)} samples in one forward; "
+            "kfac_approx='reduce' needs equal ones (skip the layer, or use 'expand')"
+        )

@@ -1,0 +1,175 @@
+"""The true largest eigenvalue of the Hessian, by Hessian-vector products in the folded weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from flatprune.layers import Layer, module_modes, trace_layers, undisturbed
+
+Criterion = Callable[[Any, Tensor], Tensor]
+
+
+def hessian_lambda_max(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    criterion: Criterion,
+    *,
+    iterations: int = 50,
+    generator: torch.Generator | None = None,
+    tol: float = 1e-4,
+    batch_size: int = 1024,
+) -> float:
+    """Largest (algebraic) eigenvalue of the Hessian of the mean loss of (x, y) in the folded weights.
+
+    The model is taken in eval mode. A batch norm that directly follows a layer is folded: the parameters are
+    V[:, :d] = s W and the constant s (bias - running_mean) + beta, s = gamma / sqrt(running_var + eps) (a constant
+    only where the layer has a bias or the batch norm an affine map), so that scaling a weight under a batch norm does
+    not change the answer. All other parameters that require gradients count as they are. Lanczos iteration with
+    Hessian-vector products by double backprop; the Ritz value rises towards the eigenvalue from below.
+
+    Args:
+        model: unchanged, also its modes, buffers and gradients.
+        x: inputs [N, ...].
+        y: targets [N, ...].
+        criterion: mean loss of (output, target), twice differentiable.
+        iterations: at most so many Hessian-vector products.
+        generator: for the start vector; None: a fixed one.
+        tol: stops when the residual of the Ritz pair is below tol times its value.
+        batch_size: samples a forward; the mean over all of x is exact whatever it is.
+
+    Raises:
+        ValueError: no samples, x and y of different lengths, or no parameter that requires a gradient.
+    """
+    if len(x) == 0 or len(x) != len(y):
+        raise ValueError(f"hessian_lambda_max: {len(x)} inputs and {len(y)} targets, expected equally many, at least 1")
+    modes = dict.fromkeys(model.modules(), False)
+    with undisturbed(model), module_modes(modes), torch.enable_grad():
+        fixed, leaves = _folded_parameters(model, x[:1])
+        if not leaves:
+            raise ValueError("hessian_lambda_max: no parameter requires a gradient")
+        start = _start_vector(leaves, generator)
+
+        def product(vector: Tensor) -> Tensor:
+            return _hessian_product(model, fixed, leaves, x, y, criterion, batch_size, vector)
+
+        return _lanczos_max(product, start, iterations, tol)
+
+
+def _folded_parameters(model: nn.Module, example: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(constants, leaves) that `functional_call` puts in the place of parameters and buffers; same function."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # layers without factors do not matter here
+        layers = _layers(model, example)
+    fixed: dict[str, Tensor] = {}
+    leaves: dict[str, Tensor] = {}
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for layer in layers:
+        for name, value, is_leaf in _folded_layer(layer):
+            carried = is_leaf and f"{layer.name}.weight".lstrip(".") in trainable
+            (leaves if carried else fixed)[name] = value
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name not in fixed and name not in leaves:
+            leaves[name] = parameter
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in leaves.items()}
+    return fixed, leaves
+
+
+def _layers(model: nn.Module, example: Tensor) -> list[Layer]:
+    """The layers with a batch norm of their own behind them (one that serves two layers cannot be folded)."""
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        return []
+    layers = trace_layers(model, (example,)).values()
+    norms = [layer.norm_name for layer in layers]
+    return [layer for layer in layers if layer.norm_name is not None and norms.count(layer.norm_name) == 1]
+
+
+def _folded_layer(layer: Layer) -> Iterator[tuple[str, Tensor, bool]]:
+    """(name, value, whether it is a parameter) of everything that changes: V in the layer, an identity batch norm."""
+    norm = layer.norm
+    assert norm is not None and norm.running_mean is not None and norm.running_var is not None
+    folded = layer.folded_weight()
+    prefix = f"{layer.name}." if layer.name else ""
+    weight, constant = folded[:, :-1].reshape(layer.module.weight.shape), folded[:, -1]
+    zero = torch.zeros_like(norm.running_mean)
+    yield f"{prefix}weight", weight, True
+    yield f"{layer.norm_name}.running_var", torch.full_like(norm.running_var, 1 - norm.eps), False
+    in_bias, in_norm = layer.module.bias is not None, norm.bias is not None
+    if in_bias:
+        yield f"{prefix}bias", constant, True
+    if norm.weight is not None:
+        yield f"{layer.norm_name}.weight", torch.ones_like(norm.weight), False
+    if norm.bias is not None:
+        yield f"{layer.norm_name}.bias", zero if in_bias else constant, not in_bias
+    yield f"{layer.norm_name}.running_mean", zero if in_bias or in_norm else -constant, False
+
+
+def _hessian_product(
+    model: nn.Module,
+    fixed: dict[str, Tensor],
+    leaves: dict[str, Tensor],
+    x: Tensor,
+    y: Tensor,
+    criterion: Criterion,
+    batch_size: int,
+    vector: Tensor,
+) -> Tensor:
+    """H v of the mean loss of all samples; v and the result are flat, in float64 for the recurrence."""
+    parameters = list(leaves.values())
+    parts = [v.view_as(p).to(p.dtype) for v, p in zip(vector.split([p.numel() for p in parameters]), parameters)]
+    total = torch.zeros_like(vector)
+    for first in range(0, len(x), batch_size):
+        inputs, targets = x[first : first + batch_size], y[first : first + batch_size]
+        loss = criterion(functional_call(model, {**fixed, **leaves}, (inputs,)), targets)
+        grads = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+        pairs = [(g, v) for g, v in zip(grads, parts) if g is not None and g.requires_grad]
+        directional = sum(((g * v).sum() for g, v in pairs), start=loss.new_zeros(()))
+        if not directional.requires_grad:  # the loss is linear here
+            continue
+        products = torch.autograd.grad(directional, parameters, allow_unused=True, materialize_grads=True)
+        total += _flat(products).to(total.dtype) * (len(inputs) / len(x))
+    return total
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
+def _start_vector(leaves: dict[str, Tensor], generator: torch.Generator | None) -> Tensor:
+    size = sum(p.numel() for p in leaves.values())
+    generator = generator or torch.Generator().manual_seed(0)
+    vector = torch.randn(size, generator=generator, device=generator.device, dtype=torch.float64)
+    return vector.to(next(iter(leaves.values())).device)
+
+
+def _lanczos_max(product: Callable[[Tensor], Tensor], start: Tensor, iterations: int, tol: float) -> float:
+    """Largest eigenvalue by the three-term recurrence (lost orthogonality repeats Ritz values, it moves none)."""
+    current, previous = start / start.norm(), torch.zeros_like(start)
+    alphas: list[float] = []
+    betas: list[float] = []
+    value = 0.0
+    for _ in range(iterations):
+        image = product(current)
+        alpha = float(current @ image)
+        image = image - alpha * current - (betas[-1] if betas else 0.0) * previous
+        beta = float(image.norm())
+        alphas.append(alpha)
+        tridiagonal = torch.diag(torch.tensor(alphas, dtype=torch.float64))
+        if betas:
+            off = torch.tensor(betas, dtype=torch.float64)
+            tridiagonal += torch.diag(off, 1) + torch.diag(off, -1)
+        values, vectors = torch.linalg.eigh(tridiagonal)
+        value = float(values[-1])
+        residual = abs(beta * float(vectors[-1, -1]))
+        if residual <= tol * abs(value):
+            break
+        previous, current = current, image / beta
+        betas.append(beta)
+    return value
