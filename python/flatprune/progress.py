@@ -84,11 +84,13 @@ class LiveDisplay(Observer):
         self._title = title
         self._clock = Clock()
         self._live: Live | None = None
+        self._trainer: Trainer | None = None
         self._shown = 0.0
         self._records: list[dict[str, Any]] = []
 
     def start(self, trainer: Trainer) -> None:
         """Open the display, with the curves of what was done before."""
+        self._trainer = trainer
         self._records = [record for record in trainer.history if record["kind"] == "epoch"]
         self._console.print(Text(describe(trainer, self._title), style="bold"))
         self._live = Live(self._view(trainer, 0.0), console=self._console, auto_refresh=False)
@@ -98,8 +100,7 @@ class LiveDisplay(Observer):
         """Draw again, ten times a second at most."""
         left = self._clock.left(trainer.progress.step, trainer.total_steps)
         now = time.monotonic()
-        last = trainer.progress.step == trainer.total_steps
-        if self._live is not None and (last or now - self._shown > _REFRESH_SECONDS):
+        if self._live is not None and now - self._shown > _REFRESH_SECONDS:
             self._shown = now
             self._live.update(self._view(trainer, left), refresh=True)
 
@@ -109,7 +110,8 @@ class LiveDisplay(Observer):
 
     def stop(self) -> None:
         """Leave the last picture standing."""
-        if self._live is not None:
+        if self._live is not None and self._trainer is not None:
+            self._live.update(self._view(self._trainer, 0.0), refresh=True)
             self._live.stop()
 
     def _view(self, trainer: Trainer, left: float) -> Group:

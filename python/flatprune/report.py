@@ -47,18 +47,19 @@ def figure(summary: dict[str, Any], history: list[dict[str, Any]], dense_history
 
     epochs = [record for record in history if record["kind"] == "epoch"]
     dense = [record for record in dense_history if record["kind"] == "epoch"]
-    plot = Figure(figsize=(8.0, 8.2), facecolor="white")
-    axes = plot.subplots(3, 1, sharex=True, gridspec_kw={"height_ratios": (1.25, 1.0, 1.0), "hspace": 0.16})
+    plot = Figure(figsize=(8.4, 8.4), facecolor="white")
+    axes = plot.subplots(3, 1, sharex=True, gridspec_kw={"height_ratios": (1.25, 1.0, 1.0), "hspace": 0.22})
+    plot.subplots_adjust(left=0.075, right=0.83, top=0.865, bottom=0.06)
+    axes[2].set_xlim(0, summary["epochs"])
     _draw_accuracy(axes[0], epochs, dense)
     _draw_size(axes[1], summary, history)
     _draw_radius(axes[2], epochs, dense)
-    for axis in axes:
-        _style(axis, summary, history)
+    for axis, name in zip(axes, ("accuracy, %", "parameters left, %", "spectral radius, K-FAC")):
+        _style(axis, name)
+        _shade_pruning(axis, summary, history)
     axes[2].set_xlabel("epoch", color=_INK, fontsize=10)
-    axes[2].set_xlim(0, max(1, summary["epochs"]))
-    plot.subplots_adjust(left=0.09, right=0.83, top=0.88, bottom=0.065)
-    plot.text(0.09, 0.955, headline(summary), color=_INK, fontsize=14, fontweight="bold")
-    plot.text(0.09, 0.922, subline(summary), color=_GREY, fontsize=10)
+    plot.text(0.03, 0.957, headline(summary), color=_INK, fontsize=14, fontweight="bold")
+    plot.text(0.03, 0.928, subline(summary), color=_GREY, fontsize=10)
     return plot
 
 
@@ -91,12 +92,11 @@ def _draw_accuracy(axis: Axes, epochs: list[dict[str, Any]], dense: list[dict[st
     x = [record["epoch"] for record in epochs]
     test = [record["test_accuracy"] for record in epochs]
     train = [record["train_accuracy"] for record in epochs]
-    axis.set_ylabel("accuracy, %", color=_INK, fontsize=10)
-    labels = [(test[-1], f"test {test[-1]:.1f}", _BLUE), (train[-1], f"train {train[-1]:.1f}", _GREY)]
+    labels = [(test[-1], f"test {test[-1]:.1f} %", _BLUE), (train[-1], f"train {train[-1]:.1f} %", _GREY)]
     if dense:
         values = [record["test_accuracy"] for record in dense]
         axis.plot([record["epoch"] for record in dense], values, color=_INK, linewidth=1.1, linestyle=(0, (4, 2)))
-        labels.append((values[-1], f"dense {values[-1]:.1f}", _INK))
+        labels.append((values[-1], f"dense {values[-1]:.1f} %", _INK))
     axis.plot(x, train, color=_GREY, linewidth=1.0, alpha=0.7)
     axis.plot(x, test, color=_BLUE, linewidth=2.0)
     settled = sorted(test + train)[len(test) // 5 :]  # the first steps would squeeze all the rest
@@ -116,13 +116,11 @@ def _draw_size(axis: Axes, summary: dict[str, Any], history: list[dict[str, Any]
     axis.step(x, y, where="post", color=_TEAL, linewidth=2.0)
     axis.fill_between(x, y, step="post", color=_TEAL, alpha=0.10, linewidth=0)
     axis.set_ylim(0, 105)
-    axis.set_ylabel("parameters left, %", color=_INK, fontsize=10)
     _label_right(axis, [(y[-1], f"{_left(summary)}\n{summary['params_after']:,}", _TEAL)])
 
 
 def _draw_radius(axis: Axes, epochs: list[dict[str, Any]], dense: list[dict[str, Any]]) -> None:
     axis.set_yscale("log")
-    axis.set_ylabel("spectral radius (K-FAC)", color=_INK, fontsize=10)
     labels = []
     if dense:
         _draw_positive(axis, dense, "spectral_radius", color=_INK, linewidth=1.1, linestyle=(0, (4, 2)))
@@ -133,6 +131,7 @@ def _draw_radius(axis: Axes, epochs: list[dict[str, Any]], dense: list[dict[str,
     ):
         _draw_positive(axis, epochs, key, color=_ROSE, **style)
         labels.append((epochs[-1][key], f"{name}\n{epochs[-1][key]:.2g}", _ROSE))
+    _log_ticks(axis)
     _label_right(axis, [label for label in labels if label[0] > 0])
 
 
@@ -142,30 +141,58 @@ def _draw_positive(axis: Axes, records: list[dict[str, Any]], key: str, **style:
 
 
 def _label_right(axis: Axes, labels: list[tuple[float, str, str]]) -> None:
-    """Write each label at the height of its line's end, moved apart where two would touch."""
-    low, high = axis.get_ylim()
-    scale = axis.transScale.transform
-    bottom, top = scale((1, low))[1], scale((1, high))[1]
-    gap, used = 0.13, -1.0
-    for value, text, color in sorted(labels, key=lambda label: label[0]):
-        height = (scale((1, max(value, 1e-300)))[1] - bottom) / (top - bottom)
-        height = max(min(max(height, 0.0), 1.0), used + gap)
-        used = height + 0.10 * text.count("\n")
-        axis.text(1.02, height, text, transform=axis.transAxes, color=color, fontsize=9.5, va="center", linespacing=1.3)
+    """Write each label at the height of its line's end; those that would touch are moved apart evenly."""
+    ordered = sorted(labels, key=lambda label: label[0])
+    low, high = axis.transScale.transform([(1, bound) for bound in axis.get_ylim()])[:, 1]
+    wanted = [(axis.transScale.transform((1, label[0]))[1] - low) / (high - low) for label in ordered]
+    line = 0.15 / axis.get_position().height / 8.4  # the height of a line of text as a share of this panel
+    half = [line * (0.5 + 0.5 * label[1].count("\n")) * 1.25 for label in ordered]
+    for height, (_, text, color) in zip(spread(wanted, half), ordered):
+        axis.text(1.02, height, text, transform=axis.transAxes, color=color, fontsize=9.5, va="center")
 
 
-def _style(axis: Axes, summary: dict[str, Any], history: list[dict[str, Any]]) -> None:
-    for side in ("top", "right"):
+def spread(wanted: list[float], half: list[float]) -> list[float]:
+    """Positions in [0, 1] near those wanted (ascending), of things that reach `half` to both sides without touching."""
+    places = [min(max(place, 0.0), 1.0) for place in wanted]
+    for _ in range(100):
+        for i in range(len(places) - 1):
+            overlap = half[i] + half[i + 1] - (places[i + 1] - places[i])
+            if overlap > 1e-9:
+                places[i] -= overlap / 2
+                places[i + 1] += overlap / 2
+        over = max(0.0, places[-1] + half[-1] - 1.05) if places else 0.0
+        places = [place - over for place in places]
+    return places
+
+
+def _style(axis: Axes, name: str) -> None:
+    for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axis.spines[side].set_color(_PALE)
+    axis.spines["bottom"].set_color(_PALE)
     axis.tick_params(colors=_GREY, labelsize=9, length=0, which="both")
     axis.grid(axis="y", color=_PALE, linewidth=0.8)
     axis.set_axisbelow(True)
+    axis.set_title(name, loc="left", color=_INK, fontsize=10, pad=6)
+
+
+def _shade_pruning(axis: Axes, summary: dict[str, Any], history: list[dict[str, Any]]) -> None:
     steps = [record["step"] for record in history if record["kind"] == "removal"]
     if steps:
         first, last = (step / summary["steps"] * summary["epochs"] for step in (steps[0], steps[-1]))
-        axis.axvspan(first, last, color=_INK, alpha=0.035, linewidth=0)
+        axis.axvspan(first, last, color=_INK, alpha=0.04, linewidth=0)
+        if axis.get_subplotspec().is_first_row():
+            middle = axis.get_xaxis_transform()
+            axis.text((first + last) / 2, 1.02, "pruning", transform=middle, color=_GREY, fontsize=8.5, ha="center")
+
+
+def _log_ticks(axis: Axes) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    low, high = axis.get_ylim()
+    wide = high / low > 200.0
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_locator(NullLocator())
 
 
 def page(summary: dict[str, Any], history: list[dict[str, Any]], image: bytes) -> str:

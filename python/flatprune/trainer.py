@@ -111,8 +111,7 @@ class Trainer:
         self.criterion = nn.CrossEntropyLoss()
         self.optimizer = torch.optim.SGD(parameter_groups(self.model), lr=self.peak_lr, momentum=MOMENTUM)
         self.order_generator = torch.Generator().manual_seed(settings.seed)
-        self.fisher_generator = torch.Generator(self.device).manual_seed(settings.seed)
-        self.curvature = Curvature(self.model, generator=self.fisher_generator)
+        self.curvature = Curvature(self.model, generator=torch.Generator().manual_seed(settings.seed))
         self.flatness = Flatness(self.curvature, total_steps=self.total_steps) if settings.flatness else None
         self.pruner = self._pruner() if settings.target_params < 1.0 else None
         if state is not None:
@@ -294,7 +293,6 @@ class Trainer:
                 "torch": torch.get_rng_state(),
                 "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
                 "order": self.order_generator.get_state(),
-                "fisher": self.fisher_generator.get_state(),
             },
         }
 
@@ -316,10 +314,7 @@ class Trainer:
         rng = state["rng"]
         torch.set_rng_state(rng["torch"].cpu())
         self.order_generator.set_state(rng["order"].cpu())
-        if state["settings"]["device"].partition(":")[0] != self.device.type:
-            return  # going on on another kind of device: its generators start anew
-        self.fisher_generator.set_state(rng["fisher"].cpu())
-        if rng["cuda"] is not None:
+        if rng["cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(rng["cuda"].cpu(), self.device)
 
 

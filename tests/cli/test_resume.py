@@ -1,0 +1,188 @@
+"""A run that was stopped and resumed ends exactly where one that was not stopped ends."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from flatprune import runs
+from flatprune.errors import InputError, Interrupted
+from flatprune.settings import Settings
+from flatprune.trainer import Observer
+
+STEPS_PER_EPOCH = 6
+SETTINGS = {"epochs": 10, "batch_size": 16, "target_params": 0.3, "seed": 4, "label_noise": 0.1, "augment": True}
+
+
+class Crash(Exception):  # noqa: N818
+    pass
+
+
+class At(Observer):
+    """Does something after a step."""
+
+    def __init__(self, step, action):
+        self.at, self.action = step, action
+
+    def step(self, trainer):
+        if trainer.progress.step == self.at:
+            self.action()
+
+
+def press_ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def crash():
+    raise Crash
+
+
+def result(folder):
+    summary = json.loads((folder / "summary.json").read_text())
+    history = runs.read_history(folder / "history.jsonl")
+    for record in (summary, *history):
+        for key in ("seconds", "dense_seconds"):
+            record.pop(key, None)
+    return summary, history, torch.load(folder / "model.pt", weights_only=True)["state_dict"]
+
+
+def assert_same(first, second):
+    (summary, history, tensors), (other_summary, other_history, other_tensors) = result(first), result(second)
+    assert summary == other_summary
+    assert history == other_history
+    assert tensors.keys() == other_tensors.keys()
+    for name in tensors:
+        assert torch.equal(tensors[name], other_tensors[name]), name
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    import numpy as np
+    from small_images import image_arrays
+
+    path = tmp_path_factory.mktemp("data") / "images.npz"
+    np.savez(path, **image_arrays())
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, data):
+    """Model name -> folder of a run that nobody interrupted."""
+    folders = {}
+
+    def make(model):
+        if model not in folders:
+            folders[model] = tmp_path_factory.mktemp("whole") / "out"
+            runs.run(Settings(data=data, model=model, **SETTINGS), folders[model])
+        return folders[model]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("model", "stops"),
+    [
+        ("mlp", [1]),
+        ("mlp", [3, 20]),  # in the warm-up of the flatness term, between two removals
+        ("mlp", [STEPS_PER_EPOCH * 7]),
+        ("convnet", [5, 21, 40]),
+    ],
+)
+def test_ctrl_c_and_resume(tmp_path, data, whole, model, stops):
+    reference, out = whole(model), tmp_path / "out"
+    with pytest.raises(Interrupted, match=f"stopped at step {stops[0]} of 60.*--resume"):
+        runs.run(Settings(data=data, model=model, **SETTINGS), out, observer=lambda _: At(stops[0], press_ctrl_c))
+    for stop in stops[1:]:
+        with pytest.raises(Interrupted, match=f"step {stop} of 60"):
+            runs.resume(out, observer=lambda _, stop=stop: At(stop, press_ctrl_c))
+    torch.manual_seed(999)
+    runs.resume(out)
+    assert_same(reference, out)
+
+
+@pytest.mark.parametrize("step", [4, 15, 33])
+def test_a_crash_goes_back_to_the_last_epoch(tmp_path, data, whole, step):
+    out = tmp_path / "out"
+    with pytest.raises(Crash):
+        runs.run(Settings(data=data, model="mlp", **SETTINGS), out, observer=lambda _: At(step, crash))
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert state["progress"]["step"] == step // STEPS_PER_EPOCH * STEPS_PER_EPOCH
+    runs.resume(out)
+    assert_same(whole("mlp"), out)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, data, whole, monkeypatch, flatprune):
+    out = tmp_path / "out"
+    real, saves = runs.save_atomically, []
+
+    def save(path, state):
+        saves.append(path)
+        if len(saves) == 4:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        real(path, state)
+
+    monkeypatch.setattr(runs, "save_atomically", save)
+    options = ["--epochs", 10, "--batch-size", 16, "--target-params", 0.3, "--seed", 4, "--label-noise", 0.1]
+    outcome = flatprune("run", "--data", data, "--out", out, *options, "--augment", "on")
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1 and "No space left" in outcome.err and "checkpoint.pt" in outcome.err
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["progress"]["epoch"] == 2
+    monkeypatch.undo()
+    outcome = flatprune("run", "--resume", "--out", out)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert_same(whole("mlp"), out)
+
+
+@pytest.mark.parametrize("part", ["dense", "pruned"])
+def test_stopped_beside_the_dense_network(tmp_path, data, part):
+    settings = Settings(data=data, compare_dense=True, **SETTINGS)
+    runs.run(settings, tmp_path / "whole")
+    out = tmp_path / "out"
+    with pytest.raises(Interrupted):
+        runs.run(settings, out, observer=lambda title: At(31, press_ctrl_c) if title == part else Observer())
+    assert (out / "dense" / "summary.json").exists() == (part == "pruned")
+    runs.resume(out)
+    assert_same(tmp_path / "whole", out)
+    assert_same(tmp_path / "whole" / "dense", out / "dense")
+
+
+def test_comparing_with_the_dense_network_changes_nothing(tmp_path, data, whole):
+    runs.run(Settings(data=data, compare_dense=True, **SETTINGS), tmp_path / "out")
+    _, history, tensors = result(tmp_path / "out")
+    _, expected_history, expected_tensors = result(whole("mlp"))
+    assert history == expected_history
+    assert all(torch.equal(tensors[name], expected_tensors[name]) for name in tensors)
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path, data, whole):
+    runs.run(Settings(data=data, model="mlp", **SETTINGS), tmp_path / "out")
+    assert_same(whole("mlp"), tmp_path / "out")
+
+
+def test_resuming_a_finished_run_changes_nothing(whole, flatprune):
+    folder = whole("mlp")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    outcome = flatprune("run", "--resume", "--out", folder)
+    assert outcome.code == 0 and "finished already" in outcome.out
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_other_settings_or_data_are_refused(tmp_path, data, flatprune):
+    out = tmp_path / "out"
+    with pytest.raises(Interrupted):
+        runs.run(Settings(data=data, **SETTINGS), out, observer=lambda _: At(8, press_ctrl_c))
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    for option, value, word in (("--epochs", 20, "epochs"), ("--model", "convnet", "model"), ("--seed", 5, "seed")):
+        outcome = flatprune("run", "--resume", "--out", out, option, value)
+        assert outcome.code == 2 and word in outcome.err and outcome.err.count("\n") == 1
+    outcome = flatprune("run", "--resume", "--out", out, "--data", "digits")
+    assert outcome.code == 2 and "digits: not the data of the checkpoint" in outcome.err
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    with pytest.raises(InputError, match="no checkpoint"):
+        runs.resume(tmp_path / "elsewhere")
+    assert flatprune("run", "--resume", "--out", out, "--epochs", 10, "--data", data).code == 0

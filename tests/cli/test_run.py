@@ -1,0 +1,213 @@
+"""From the command line to the files in the folder of the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from small_images import image_arrays
+
+import flatprune as package
+from flatprune import runs
+from flatprune.models import layer_widths, multiply_accumulates, parameter_count
+
+REQUIRED = (
+    "data model seed epochs params_before params_after flops_before flops_after test_accuracy_last test_accuracy_best "
+    "train_accuracy_last spectral_radius_kfac hessian_lambda_max widths_before widths_after seconds"
+).split()
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    """Two epochs on the digits, with the dense network beside; returns the folder."""
+    from flatprune.cli import main
+
+    folder = tmp_path_factory.mktemp("run") / "out"
+    code = main(
+        ["run", "--epochs", "2", "--target-params", "0.3", "--seed", "3", "--compare-dense", "--out", str(folder)]
+    )
+    assert code == 0
+    return folder
+
+
+def summary_of(folder):
+    return json.loads((folder / runs.SUMMARY_FILE).read_text())
+
+
+def test_files(digits_run):
+    assert {path.name for path in digits_run.iterdir()} == {*runs.RUN_FILES, "dense"}
+    assert {path.name for path in (digits_run / "dense").iterdir()} == set(runs.RUN_FILES)
+    assert (digits_run / "progress.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_summary(digits_run):
+    summary = summary_of(digits_run)
+    assert not [key for key in REQUIRED if key not in summary]
+    assert summary["params_before"] == 17_226
+    assert summary["params_after"] <= 0.3 * summary["params_before"]
+    assert summary["flops_after"] < summary["flops_before"] == 64 * 128 + 128 * 64 + 64 * 10
+    assert (summary["data"], summary["model"], summary["seed"], summary["epochs"]) == ("digits", "mlp", 3, 2)
+    assert 10.0 < summary["test_accuracy_last"] <= summary["test_accuracy_best"] <= 100.0  # percent
+    assert summary["spectral_radius_kfac"] > 0 and summary["hessian_lambda_max"] > 0
+    assert list(summary["widths_before"].values()) == [128, 64, 10]
+    assert list(summary["widths_after"].values())[-1] == 10
+    assert summary["versions"]["torch"] == torch.__version__
+
+
+def test_dense_beside(digits_run):
+    summary, dense = summary_of(digits_run), summary_of(digits_run / "dense")
+    assert summary["dense_test_accuracy_last"] == dense["test_accuracy_last"]
+    assert dense["params_after"] == dense["params_before"] == summary["params_before"]
+
+
+def test_history(digits_run):
+    records = [json.loads(line) for line in (digits_run / runs.HISTORY_FILE).read_text().splitlines()]
+    epochs = [record for record in records if record["kind"] == "epoch"]
+    removals = [record for record in records if record["kind"] == "removal"]
+    assert [record["epoch"] for record in epochs] == [1, 2]
+    assert removals and all(record["layer"] in ("1", "3") for record in removals)
+    summary = summary_of(digits_run)
+    assert epochs[-1]["test_accuracy"] == summary["test_accuracy_last"]
+    assert epochs[-1]["params"] == summary["params_after"]
+    assert epochs[-1]["spectral_radius"] == summary["spectral_radius_kfac"]
+
+
+def test_loads_back(digits_run):
+    summary, model = summary_of(digits_run), package.load(digits_run)
+    assert parameter_count(model) == summary["params_after"]
+    assert layer_widths(model) == summary["widths_after"]
+    assert multiply_accumulates(model, model.image_shape) == summary["flops_after"]
+    first = model[1]
+    assert first.out_features == first.weight.shape[0] == summary["widths_after"]["1"]
+    digits = runs._load(package.Settings())
+    accuracy = 100.0 * float((model(digits.x_test).argmax(1) == digits.y_test).double().mean())
+    assert accuracy == pytest.approx(summary["test_accuracy_last"], abs=1e-9)
+
+
+def test_model_file_is_plain(digits_run):
+    state = torch.load(digits_run / "model.pt", weights_only=True)
+    assert (state["format"], state["version"]) == ("flatprune-model", 1)
+    assert state["model"] == {"name": "mlp", "image_shape": [1, 8, 8], "classes": 10, "widths": None}
+    assert state["widths"] == summary_of(digits_run)["widths_after"]
+    torch.load(digits_run / "checkpoint.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("options", [(), ("--data", "digits")])
+def test_eval_prints_the_accuracy_of_the_summary(flatprune, digits_run, options):
+    outcome = flatprune("eval", digits_run, *options)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert f" {summary_of(digits_run)['test_accuracy_last']!r} %" in outcome.out
+
+
+def test_eval_on_other_images(flatprune, digits_run, npz):
+    outcome = flatprune("eval", digits_run, "--data", npz(shape=(9, 9, 1)))
+    assert outcome.code == 2 and "9x9x1" in outcome.err and outcome.err.count("\n") == 1
+    outcome = flatprune("eval", digits_run, "--data", npz(shape=(8, 8, 3)))
+    assert outcome.code == 2 and "3 channels" in outcome.err
+    assert flatprune("eval", digits_run, "--data", npz()).code == 0
+
+
+def test_report_stands_alone(digits_run):
+    page = (digits_run / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "http" not in page and 'src="data' in page
+    assert f"{summary_of(digits_run)['params_after']:,}" in page
+
+
+def test_a_folder_with_a_run_is_left_alone(flatprune, digits_run):
+    before = {path: path.read_bytes() for path in digits_run.rglob("*") if path.is_file()}
+    outcome = flatprune("run", "--epochs", 1, "--out", digits_run)
+    assert outcome.code == 2 and "--overwrite" in outcome.err and outcome.err.count("\n") == 1
+    # nor is it touched by a mistake in an overwriting command
+    assert flatprune("run", "--epochs", 1, "--out", digits_run, "--overwrite", "--train-size", 10**6).code == 2
+    assert {path: path.read_bytes() for path in digits_run.rglob("*") if path.is_file()} == before
+
+
+def test_overwrite_replaces_the_run_and_nothing_else(flatprune, npz, tmp_path):
+    out = tmp_path / "out"
+    command = ("run", "--data", npz(), "--out", out, "--epochs", 1, "--batch-size", 32, "--target-params", 0.5)
+    assert flatprune(*command, "--compare-dense").code == 0
+    (out / "notes.txt").write_text("mine")
+    assert flatprune(*command, "--overwrite", "--seed", 1).code == 0
+    assert summary_of(out)["seed"] == 1
+    assert (out / "notes.txt").read_text() == "mine"
+    assert not (out / "dense" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("model", ["convnet", "lenet5", "resnet20"])
+def test_convolutional_networks(flatprune, npz, tmp_path, model):
+    out = tmp_path / "out"
+    options = ("--epochs", 2, "--batch-size", 32, "--target-params", 0.5, "--label-noise", 0.1, "--augment", "on")
+    outcome = flatprune("run", "--data", npz(), "--model", model, "--out", out, *options)
+    assert (outcome.code, outcome.err) == (0, "")
+    summary = summary_of(out)
+    assert summary["params_after"] <= 0.5 * summary["params_before"]
+    assert f" {summary['test_accuracy_last']!r} %" in flatprune("eval", out).out
+
+
+@pytest.mark.parametrize("options", [("--flatness", "off"), ("--criterion", "l1"), ("--target-params", 1)])
+def test_variants(flatprune, npz, tmp_path, options):
+    out = tmp_path / "out"
+    outcome = flatprune("run", "--data", npz(), "--out", out, "--epochs", 2, "--batch-size", 32, *options)
+    assert (outcome.code, outcome.err) == (0, "")
+    summary = summary_of(out)
+    assert summary["params_after"] <= summary["target_params"] * summary["params_before"]
+
+
+def test_plain_lines_when_not_a_terminal(flatprune, npz, tmp_path):
+    outcome = flatprune("run", "--data", npz(), "--out", tmp_path / "out", "--epochs", 3, "--batch-size", 32)
+    lines = [line for line in outcome.out.splitlines() if line.startswith("epoch")]
+    assert len(lines) == 3
+    for word in ("loss", "train", "test", "parameters", "radius", "left"):
+        assert all(word in line for line in lines)
+    assert "\x1b" not in outcome.out and "\r" not in outcome.out
+
+
+def test_a_loss_that_diverges_keeps_the_last_good_checkpoint(flatprune, npz, tmp_path):
+    out = tmp_path / "out"
+    outcome = flatprune("run", "--data", npz(), "--out", out, "--epochs", 5, "--batch-size", 32, "--lr", "1e30")
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1 and "loss became" in outcome.err and str(out) in outcome.err
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert all(bool(tensor.isfinite().all()) for tensor in state["model"].values())
+    assert not (out / "summary.json").exists()
+
+
+def test_ctrl_c_leaves_a_checkpoint(tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "flatprune", "run", "--epochs", "100000", "--out", str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        for line in process.stdout:
+            if line.startswith("epoch"):
+                break
+        os.kill(process.pid, signal.SIGINT)
+        process.stdout.read()
+        error = process.stderr.read()
+    assert process.returncode == 130
+    assert error.count("\n") == 1 and f"--resume --out {out}" in error
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["progress"]["step"] > 0
+
+
+def test_importing_is_quick():
+    code = """
+import sys, flatprune
+assert 'torch' not in sys.modules
+flatprune.load
+assert not {'matplotlib', 'sklearn', 'torch_pruning'} & set(sys.modules), sorted(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert set(package.__all__) <= set(dir(package))
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+    with pytest.raises(AttributeError):
+        package.no_such_name  # noqa: B018
+
+
+def test_images_of_this_test_can_be_learned():
+    assert set(image_arrays()["y_train"]) == {0, 1, 2, 3}
