@@ -1,0 +1,64 @@
+"""When neurons go and how many parameters may be left after each event."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class CubicSchedule:
+    """Removal events at equal distances, their budgets on a cubic (Zhu & Gupta 2017, arXiv 1710.01878).
+
+    With p the share of the pruning phase that is over, the budget is
+    `target + (start - target) (1 - p)^3`: fast at first, while much is redundant, slow at the end.
+
+    Args:
+        total_steps: optimizer steps of the whole training.
+        start: share of the training after which pruning begins.
+        end: share of the training at which the last event is.
+        every: steps between events; the last one is exactly at `end`.
+
+    Raises:
+        ValueError: naming the argument out of range.
+
+    Example:
+        >>> CubicSchedule(400).events
+        (60, 80, 100, 120, 140, 160)
+        >>> CubicSchedule(400).budget(160, start=72666, target=3633)
+        3633
+    """
+
+    total_steps: int
+    start: float = 0.1
+    end: float = 0.4
+    every: int = 20
+    events: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.total_steps < 1:
+            raise ValueError(f"CubicSchedule: total_steps is {self.total_steps}, expected 1 or more")
+        if not 0.0 <= self.start <= self.end <= 1.0:
+            raise ValueError(f"CubicSchedule: start {self.start} and end {self.end}, expected 0 <= start <= end <= 1")
+        if self.every < 1:
+            raise ValueError(f"CubicSchedule: every is {self.every}, expected 1 or more")
+        last = max(1, round(self.end * self.total_steps))
+        count = max(1, round((last - self.start * self.total_steps) / self.every))
+        events = tuple(last - self.every * (count - 1 - i) for i in range(count))
+        object.__setattr__(self, "events", events)
+
+    def budget(self, step: int, start: int, target: int) -> int | None:
+        """Parameters that may be left after the event at `step`, or None if there is no event.
+
+        Args:
+            step: optimizer steps taken, from 1.
+            start: parameters before pruning.
+            target: parameters after the last event.
+        """
+        if step not in self.events:
+            return None
+        progress = (self.events.index(step) + 1) / len(self.events)
+        return target + int((start - target) * (1.0 - progress) ** 3)
+
+    def is_last(self, step: int) -> bool:
+        """Whether the event at `step` is the last one."""
+        return step == self.events[-1]
