@@ -137,7 +137,8 @@ class FactorSet:
         """A new FactorSet in which the factors named keep only these rows and columns; the rest is copied.
 
         Args:
-            keep: key -> indices [m] of the rows (= columns) that stay, in their new order.
+            keep: key -> indices [m] of the rows (= columns) that stay, in their new order; [groups, m] for a factor
+                of one block a group that keeps other rows in each block.
             groups: key -> indices of the groups that stay, for factors of one block a group.
 
         The eigenvectors are cut and scaled back to length one; eigenvalues are kept until the next power iteration.
@@ -152,8 +153,8 @@ class FactorSet:
             if key in groups:
                 matrix, vector, value = (t.index_select(0, groups[key]) for t in (matrix, vector, value))
             if key in keep:
-                matrix = matrix.index_select(-1, keep[key]).index_select(-2, keep[key])
-                vector = torch.nn.functional.normalize(vector.index_select(-1, keep[key]), dim=-1)
+                matrix = _rows(_rows(matrix, keep[key]).mT, keep[key]).mT
+                vector = torch.nn.functional.normalize(_rows(vector[..., None], keep[key])[..., 0], dim=-1)
             matrices[key], vectors[key], values[key] = matrix, vector, value
         result = FactorSet(
             {key: _size_of(matrix) for key, matrix in matrices.items()},
@@ -163,8 +164,8 @@ class FactorSet:
         for key, vector in vectors.items():
             result[key].copy_(matrices[key])
             result.eigenvalue(key).copy_(values[key])
-            if bool(vector.any()):  # else the fresh start vector stays
-                result.vector(key).copy_(vector)
+            start = result.vector(key)  # stays where nothing of the eigenvector is left
+            start.copy_(torch.where(vector.any(dim=-1, keepdim=True), vector, start))
         return result
 
     def state_dict(self) -> dict[str, Any]:
@@ -205,6 +206,13 @@ def _groups_and_n(size: Size) -> tuple[int, int]:
 
 def _size_of(matrix: Tensor) -> Size:
     return (matrix.shape[0], matrix.shape[1]) if matrix.dim() == 3 else matrix.shape[0]
+
+
+def _rows(matrix: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` [m] of a matrix [..., n, k], or rows index[g] of the block g of [groups, n, k]."""
+    if index.dim() == 1:
+        return matrix.index_select(-2, index)
+    return matrix.gather(-2, index[..., None].expand(-1, -1, matrix.shape[-1]))
 
 
 def _blocks(tensor: Tensor, grouped_dim: int) -> Sequence[Tensor]:
