@@ -7,6 +7,7 @@ stderr says which); 130 interrupted, with a checkpoint to resume from.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,7 +55,7 @@ def run_command(
     compensate: Annotated[
         str, typer.Option(help="auto, on or off: survivors take over what removed neurons did")
     ] = Settings.compensate,
-    exclude: Annotated[str | None, typer.Option(help="layers that keep their neurons: names or regexes, a,b")] = None,
+    exclude: Annotated[str | None, typer.Option(help="layers that keep their neurons: names as in 3,5")] = None,
     batch_size: Annotated[int, typer.Option(help="images a step")] = Settings.batch_size,
     lr: Annotated[float | None, typer.Option(help="learning rate; default 0.1 with batch norm, 0.05 without")] = None,
     schedule: Annotated[
@@ -167,7 +168,10 @@ def _switch(name: str, text: str) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; every failure that a user can cause is one line on stderr."""
     try:
-        result = app(args=None if arguments is None else list(arguments), standalone_mode=False, prog_name="flatprune")
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            given = None if arguments is None else list(arguments)
+            result = app(args=given, standalone_mode=False, prog_name="flatprune")
         return result if isinstance(result, int) else 0
     except Interrupted as error:
         return _fail(str(error), EXIT_INTERRUPTED)
@@ -179,6 +183,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not hasattr(error, "format_message"):  # what typer raises for a command line it cannot parse
             raise
         return _fail(error.format_message(), EXIT_FAILED)
+
+
+def _warn(message: Warning | str, *_: Any) -> None:
+    print(f"flatprune: warning: {message}", file=sys.stderr)
 
 
 def _fail(message: str, code: int) -> int:

@@ -40,7 +40,7 @@ class Settings:
         flatness: whether the spectral radius of the curvature is penalised.
         criterion: "obs", "outgoing" or "l1".
         compensate: whether survivors take over what removed neurons did: "auto", "on" or "off".
-        exclude: regular expressions of layers whose neurons stay.
+        exclude: names of layers (or of modules around them) whose neurons stay.
         augment: random shifts (and mirror images for colour).
         compare_dense: first train the same network the same way without pruning.
 

@@ -17,7 +17,7 @@ from flatprune.curvature import Curvature
 from flatprune.data import Dataset, augmented, batch_indices
 from flatprune.errors import DivergedError, InputError, Interrupted
 from flatprune.export import take_tensors
-from flatprune.pruner import Pruner
+from flatprune.pruner import Pruner, Removal
 from flatprune.settings import MOMENTUM, WEIGHT_DECAY, Settings
 from flatprune.spectrum import Flatness, hessian_lambda_max
 from flatprune.targets import Target
@@ -116,6 +116,8 @@ class Trainer:
         self.pruner = self._pruner() if settings.target_params < 1.0 else None
         if state is not None:
             self._load_state_dict(state)
+        elif self.pruner is not None:
+            self._check_reachable(self.pruner)
 
     def _pruner(self) -> Pruner:
         settings = self.settings
@@ -132,8 +134,16 @@ class Trainer:
                 compensate=compensate,
                 exclude=settings.exclude,
             )
-        except ValueError as error:  # a layer that cannot be pruned, a target that cannot be reached
-            raise InputError(str(error)) from error
+        except (KeyError, ValueError) as error:  # a layer that is not there or cannot be pruned
+            raise InputError(str(error.args[0])) from error
+
+    def _check_reachable(self, pruner: Pruner) -> None:
+        least, share = pruner.reachable_params(), self.settings.target_params
+        if least > share * self.params_before:
+            raise InputError(
+                f"target_params is {share:g}, {share * self.params_before:.0f} of {self.params_before} parameters, but "
+                f"{self.settings.model} keeps at least {least} ({least / self.params_before:.2g})"
+            )
 
     @property
     def params(self) -> int:
@@ -211,9 +221,19 @@ class Trainer:
         progress.seen += len(y)
         return [self._log_removal(removal) for removal in removals]
 
-    def _log_removal(self, removal: Any) -> dict[str, Any]:
+    def _log_removal(self, removal: Removal) -> dict[str, Any]:
         progress = self.progress
-        record = {"kind": "removal", "epoch": progress.epoch + 1, "step": progress.step, **removal_fields(removal)}
+        record = {
+            "kind": "removal" if removal.removed else "event",
+            "epoch": progress.epoch + 1,
+            "step": removal.step,
+            "layer": removal.layer,
+            "removed": removal.removed,
+            "width": removal.width_after,
+            "params": removal.params_after,
+            "compensated": removal.compensated,
+            "note": removal.note,
+        }
         self.history.append(record)
         return record
 
@@ -347,9 +367,3 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
         loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
     model.train(training)
     return 100.0 * correct / len(x), loss / len(x)
-
-
-def removal_fields(removal: Any) -> dict[str, Any]:
-    """The plain fields of a removal record of the pruner."""
-    values = removal._asdict() if hasattr(removal, "_asdict") else vars(removal)
-    return {key: value for key, value in values.items() if isinstance(value, (int, float, str, bool))}

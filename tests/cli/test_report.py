@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from io import StringIO
 
 import pytest
@@ -12,7 +13,7 @@ from flatprune.settings import Settings
 
 def test_labels_are_moved_apart():
     places = spread([0.5, 0.5, 0.52], [0.05, 0.05, 0.05])
-    assert all(b - a >= 0.1 - 1e-3 for a, b in zip(places, places[1:]))
+    assert all(b - a >= 0.1 - 1e-3 for a, b in itertools.pairwise(places))
     assert sum(places) / 3 == pytest.approx(0.507, abs=0.01)
     assert spread([0.1, 0.9], [0.05, 0.05]) == [0.1, 0.9]
     assert max(spread([1.0, 1.0, 1.0], [0.05] * 3)) <= 1.0 + 1e-6

@@ -16,10 +16,11 @@ import flatprune as package
 from flatprune import runs
 from flatprune.models import layer_widths, multiply_accumulates, parameter_count
 
-REQUIRED = (
-    "data model seed epochs params_before params_after flops_before flops_after test_accuracy_last test_accuracy_best "
-    "train_accuracy_last spectral_radius_kfac hessian_lambda_max widths_before widths_after seconds"
-).split()
+REQUIRED = [
+    *("data", "model", "seed", "epochs", "params_before", "params_after", "flops_before", "flops_after"),
+    *("test_accuracy_last", "test_accuracy_best", "train_accuracy_last", "spectral_radius_kfac", "hessian_lambda_max"),
+    *("widths_before", "widths_after", "seconds"),
+]
 
 
 @pytest.fixture(scope="module")
