@@ -138,7 +138,7 @@ def fresh_covariances(
     modes = {
         module: isinstance(module, _BatchNorm) and (module.training or not model.training) for module in model.modules()
     }
-    with undisturbed(model), module_modes(modes), call_hooks(layers, report):
+    with module_modes(modes), undisturbed(model), call_hooks(layers, report):
         model(*_joined(inputs))
     missing = [layer.name for layer in layers if layer.name not in found]
     if missing:

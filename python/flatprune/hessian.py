@@ -51,7 +51,7 @@ def hessian_lambda_max(
     if len(x) == 0 or len(x) != len(y):
         raise ValueError(f"hessian_lambda_max: {len(x)} inputs and {len(y)} targets, expected equally many, at least 1")
     modes = dict.fromkeys(model.modules(), False)
-    with undisturbed(model), module_modes(modes), torch.enable_grad():
+    with module_modes(modes), undisturbed(model), torch.enable_grad():
         fixed, leaves = _folded_parameters(model, x[:1])
         if not leaves:
             raise ValueError("hessian_lambda_max: no parameter requires a gradient")
