@@ -23,9 +23,12 @@ class CMakeBuild(build_ext):
     """`build_ext` that configures and builds the one CMake target `_C`."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Configure and build into the fixed build folder."""
         import pybind11
 
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
+        # an editable build writes next to the sources, so that a plain `cmake --build` refreshes it too
+        target = ROOT / "kfac_ext" / module.name if self.editable_mode else module
         configure = [
             *("cmake", "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja"),
             f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
@@ -33,11 +36,14 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DKFAC_CUDA={os.environ.get('KFAC_CUDA', 'AUTO')}",
-            f"-DKFAC_MODULE_DIRECTORY={module.parent}",
+            f"-DKFAC_MODULE_DIRECTORY={target.parent}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(BUILD), "--target", "_C"], check=True)
+        if target != module:
+            module.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(target, module)
 
 
 setup(ext_modules=[Extension("kfac_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -11,21 +11,24 @@ namespace {
 
 constexpr int64_t kShareBytes = 256 << 10;  // packed samples a thread works on alone: a part of its second-level cache
 constexpr int64_t kSharedBytes = 4 << 20;   // packed samples that all threads work on together
+constexpr int64_t kOnePassRows = 4096;      // more rows than this are better summed by every thread on its own
 constexpr int64_t kPrivateBytes = 768 << 10;  // sums small enough for every thread to have its own
 
-// The sums of all regions: a tile [kPanel][kPanel] for every pair (i, j) of a group's panels (j <= i where symmetric),
-// or one [kPanel] vector a panel for depthwise layers; and the channel sums that the bias row needs.
+// Where the sums of all regions lie: first the channel sums that the bias row needs, then a tile [kPanel][kPanel] for
+// every pair (i, j) of a group's panels (j <= i where symmetric), or one [kPanel] vector a panel for depthwise layers.
 class SumLayout {
  public:
   SumLayout(const ShiftPlan& plan, int64_t groups, int64_t panels_per_group, int64_t panels, bool depthwise, bool bias)
       : panels_per_group_(panels_per_group) {
     for (const Region& region : plan.regions) {
+      columns_.push_back(size_);
+      if (bias && region.symmetric()) size_ += panels * kPanel;
+    }
+    for (const Region& region : plan.regions) {
       tiles_.push_back(size_);
       const int64_t p = panels_per_group;
       stride_.push_back(depthwise ? kPanel : (region.symmetric() ? p * (p + 1) / 2 : p * p) * kTile);
       size_ += depthwise ? panels * kPanel : groups * stride_.back();
-      columns_.push_back(size_);
-      if (bias && region.symmetric()) size_ += panels * kPanel;
     }
   }
 
@@ -54,6 +57,7 @@ class Covariance {
         threads_(threads) {}
 
   void run(double decay, double scale, T* out) {
+    if (fits_one_pass()) return run_in_one_pass(T(decay), T(scale), out);
     const int64_t shares = std::min<int64_t>(threads_, shape_.samples);
     if (shares > 1 && layout_.size() * int64_t(sizeof(T)) > kPrivateBytes) {
       sums_.assign(layout_.size(), T(0));
@@ -73,6 +77,36 @@ class Covariance {
   }
   T* panel(T* packed, int64_t number, int64_t samples) const {
     return packed + number * source_.pixels() * samples * kPanel;
+  }
+
+  // Rows few enough to be packed at once: every tile is summed and written while it is in the nearest cache.
+  bool fits_one_pass() const {
+    return shape_.taps() == 1 && shape_.groups == 1 && plan_.regions.size() == 1 &&
+           shape_.samples * sample_bytes() <= kSharedBytes && shape_.samples * source_.pixels() <= kOnePassRows;
+  }
+
+  void run_in_one_pass(T decay, T scale, T* out) {
+    const int64_t d = shape_.patch_size() + (bias_ ? 1 : 0), panels = source_.panels(), samples = shape_.samples;
+    sums_.assign(panels * kPanel, T(0));  // of columns, for the bias
+    std::vector<T> packed(samples * sample_bytes() / sizeof(T));
+    const Runs runs = runs_of(plan_.regions[0], samples);
+    T* const first = packed.data() + start_of(plan_.regions[0], samples);
+    const PanelKernels<T>& kernels = panel_kernels<T>();
+    parallel_for(panels, threads_, [&](int64_t p) { source_.pack(0, samples, p, panel(packed.data(), p, samples)); });
+    parallel_for(panels, threads_, [&](int64_t task) {
+      const int64_t i = panels - 1 - task;  // the longest first
+      const T* a = panel(first, i, samples);
+      if (bias_) kernels.column_sums(runs, a, sums_.data() + i * kPanel);
+      for (int64_t j = 0; j <= i; ++j) {
+        T tile[kTile] = {}, mirrored[kTile];
+        kernels.gram(runs, a, panel(first, j, samples), channels_in(i), tile);
+        kernels.blend_tile(tile, channels_in(i), channels_in(j), decay, scale, out + (i * d + j) * kPanel, d);
+        if (j == i) continue;
+        transpose_tile(tile, mirrored);
+        kernels.blend_tile(mirrored, channels_in(j), channels_in(i), decay, scale, out + (j * d + i) * kPanel, d);
+      }
+    });
+    if (bias_) expand_bias(0, decay, scale, out, d);
   }
 
   // Every thread packs and sums its own samples.
@@ -112,9 +146,10 @@ class Covariance {
   int64_t tasks() const { return int64_t(plan_.regions.size()) * source_.panels(); }
 
   void sum_task(int64_t task, T* packed, int64_t samples, T* sums) const {
-    const int64_t number = task % int64_t(plan_.regions.size()), p = task / int64_t(plan_.regions.size());
+    const int64_t regions = int64_t(plan_.regions.size()), number = task % regions;
+    const int64_t p = source_.panels() - 1 - task / regions;  // panels with the most tiles first
     const Region& region = plan_.regions[number];
-    const int64_t start = (region.y0 * shape_.width + region.x0) * samples * kPanel;
+    const int64_t start = start_of(region, samples);
     const int64_t shift = (region.shift_y * shape_.width + region.shift_x) * samples * kPanel;
     const Runs runs = runs_of(region, samples);
     const T* a = panel(packed, p, samples) + start;
@@ -122,11 +157,14 @@ class Covariance {
     if (bias_ && region.symmetric()) kernels.column_sums(runs, a, sums + layout_.columns(number, p));
     if (source_.depthwise()) return kernels.gram_diagonal(runs, a, a + shift, sums + layout_.lanes(number, p));
     const int64_t per_group = source_.panels_per_group(), group = p / per_group, i = p % per_group;
-    const int rows = int(std::min<int64_t>(kPanel, shape_.group_channels() - i * kPanel));
     for (int64_t j = 0; j < (region.symmetric() ? i + 1 : per_group); ++j) {
       const T* b = panel(packed, group * per_group + j, samples) + start + shift;
-      kernels.gram(runs, a, b, rows, sums + layout_.tile(region, number, group, i, j));
+      kernels.gram(runs, a, b, channels_in(i), sums + layout_.tile(region, number, group, i, j));
     }
+  }
+
+  int64_t start_of(const Region& region, int64_t samples) const {
+    return (region.y0 * shape_.width + region.x0) * samples * kPanel;
   }
 
   Runs runs_of(const Region& region, int64_t samples) const {
@@ -155,62 +193,59 @@ class Covariance {
     }
   }
 
+  // Channels of the group in its panel i.
+  int channels_in(int64_t i) const { return int(std::min<int64_t>(kPanel, shape_.group_channels() - i * kPanel)); }
+
   static T blend(T old, T value, T decay, T scale) { return decay == 0 ? scale * value : decay * old + scale * value; }
 
   // Rows (c, p) of the channels c of panel i, all columns (c', q).
   void expand_panel(int64_t group, int64_t i, T decay, T scale, T* out, int64_t d) const {
-    const int64_t taps = shape_.taps(), channels = shape_.group_channels();
-    const int64_t rows = std::min<int64_t>(kPanel, channels - i * kPanel);
-    std::vector<T> scratch(2 * plan_.regions.size() * kTile), line(taps * kPanel);
-    std::vector<const T*> tiles(2 * plan_.regions.size());
+    const PanelKernels<T>& kernels = panel_kernels<T>();
+    const int64_t taps = shape_.taps(), rows = channels_in(i);
+    std::vector<T> scratch(2 * plan_.regions.size() * kTile), lines(taps * kPanel);
+    std::vector<const T*> tiles(2 * plan_.regions.size()), terms;
     for (int64_t j = 0; j < source_.panels_per_group(); ++j) {
       orient_tiles(group, i, j, scratch.data(), tiles.data());
-      const int64_t columns = std::min<int64_t>(kPanel, channels - j * kPanel);
+      T* target = out + (i * d + j) * kPanel * taps;
+      if (taps == 1 && !plan_.regions.empty()) {
+        kernels.blend_tile(tiles[0], rows, channels_in(j), decay, scale, target, d);
+        continue;
+      }
       for (int64_t c = 0; c < rows; ++c) {
-        for (int64_t p = 0; p < taps; ++p) {
+        for (int64_t p = 0; p < taps; ++p, target += d) {
           for (int64_t q = 0; q < taps; ++q) {
-            sum_terms(plan_.terms[p * taps + q], tiles.data(), c, line.data() + q * kPanel);
-          }
-          T* target = out + ((i * kPanel + c) * taps + p) * d + j * kPanel * taps;
-          for (int64_t k = 0; k < columns; ++k) {
-            for (int64_t q = 0; q < taps; ++q) {
-              target[k * taps + q] = blend(target[k * taps + q], line[q * kPanel + k], decay, scale);
+            terms.clear();
+            for (const Term& term : plan_.terms[p * taps + q]) {
+              terms.push_back(tiles[2 * term.region + term.transposed] + c * kPanel);
             }
+            kernels.sum_lines(terms.data(), int(terms.size()), lines.data() + q * kPanel);
           }
+          kernels.blend_taps(lines.data(), taps, channels_in(j), decay, scale, target);
         }
       }
     }
   }
 
+  static const T* transpose_tile(const T* tile, T* target) {
+    for (int r = 0; r < kPanel; ++r) {
+      for (int c = 0; c < kPanel; ++c) target[r * kPanel + c] = tile[c * kPanel + r];
+    }
+    return target;
+  }
+
   // tiles[2 r] = sums of region r with channel rows of panel i and columns of panel j; tiles[2 r + 1]: the same of the
   // region with u and u + s exchanged.
   void orient_tiles(int64_t group, int64_t i, int64_t j, T* scratch, const T** tiles) const {
-    const auto transposed = [](const T* tile, T* target) {
-      for (int r = 0; r < kPanel; ++r) {
-        for (int c = 0; c < kPanel; ++c) target[r * kPanel + c] = tile[c * kPanel + r];
-      }
-      return static_cast<const T*>(target);
-    };
     for (size_t r = 0; r < plan_.regions.size(); ++r, scratch += 2 * kTile) {
       const Region& region = plan_.regions[r];
       const auto tile = [&](int64_t a, int64_t b) { return sums_.data() + layout_.tile(region, int(r), group, a, b); };
       if (region.symmetric()) {
-        tiles[2 * r] = tiles[2 * r + 1] = j <= i ? tile(i, j) : transposed(tile(j, i), scratch);
+        tiles[2 * r] = tiles[2 * r + 1] = j <= i ? tile(i, j) : transpose_tile(tile(j, i), scratch);
       } else {
         tiles[2 * r] = tile(i, j);
-        tiles[2 * r + 1] = transposed(tile(j, i), scratch + kTile);
+        tiles[2 * r + 1] = transpose_tile(tile(j, i), scratch + kTile);
       }
     }
-  }
-
-  static void sum_terms(const std::vector<Term>& terms, const T* const* tiles, int64_t row, T* line) {
-    T sum[kPanel] = {};
-    for (const Term& term : terms) {
-      const T* values = tiles[2 * term.region + term.transposed] + row * kPanel;
-      const T sign = T(term.sign);
-      for (int k = 0; k < kPanel; ++k) sum[k] += sign * values[k];
-    }
-    std::memcpy(line, sum, sizeof sum);
   }
 
   void expand_depthwise(int64_t group, T decay, T scale, T* out) const {
@@ -219,7 +254,7 @@ class Covariance {
       for (int64_t q = 0; q < taps; ++q) {
         T sum = 0;
         for (const Term& term : plan_.terms[p * taps + q]) {
-          sum += T(term.sign) * sums_[layout_.lanes(term.region, group / kPanel) + group % kPanel];
+          sum += sums_[layout_.lanes(term.region, group / kPanel) + group % kPanel];
         }
         out[p * d + q] = blend(out[p * d + q], sum, decay, scale);
       }
@@ -234,7 +269,7 @@ class Covariance {
       for (int64_t p = 0; p < taps; ++p) {
         T sum = 0;
         for (const Term& term : plan_.terms[p * taps + p]) {
-          sum += T(term.sign) * sums_[layout_.columns(term.region, 0) + lane];
+          sum += sums_[layout_.columns(term.region, 0) + lane];
         }
         const int64_t row = c * taps + p;
         out[row * d + d - 1] = out[(d - 1) * d + row] = blend(out[row * d + d - 1], sum, decay, scale);

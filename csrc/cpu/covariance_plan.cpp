@@ -1,6 +1,7 @@
 #include <algorithm>
-#include <array>
+#include <iterator>
 #include <map>
+#include <set>
 #include <tuple>
 
 #include "kfac/covariance.h"
@@ -10,11 +11,6 @@ namespace {
 
 struct Interval {  // pixels first, first + stride, ...
   int64_t first = 0, count = 0;
-};
-
-struct SignedInterval {
-  float sign;
-  Interval pixels;
 };
 
 // One axis of the convolution.
@@ -32,32 +28,21 @@ struct Axis {
     return {begin * stride + offset(p), std::max<int64_t>(0, end - begin)};
   }
 
-  // The smallest interval that holds the windows of all pairs with the shift and phase of (p, q): what they share.
-  Interval hull(int64_t p, int64_t q) const {
-    int64_t first = size, last = -1;
+  // The window cut wherever a window with the same shift and phase begins or ends: pieces that windows share whole.
+  std::vector<Interval> pieces(int64_t p, int64_t q) const {
+    std::set<int64_t> cuts;
     for (int64_t p2 = 0; p2 < kernel; ++p2) {
       const int64_t q2 = p2 + q - p;
       if (q2 < 0 || q2 >= kernel || phase(p2) != phase(p)) continue;
       const Interval pixels = window(p2, q2);
-      if (pixels.count == 0) continue;
-      first = std::min(first, pixels.first);
-      last = std::max(last, pixels.first + (pixels.count - 1) * stride);
+      if (pixels.count) cuts.insert({pixels.first, pixels.first + pixels.count * stride});
     }
-    return last < first ? Interval{} : Interval{first, (last - first) / stride + 1};
-  }
-
-  // The window as hull minus what sticks out before and after, or as itself where that is less work.
-  std::vector<SignedInterval> terms(int64_t p, int64_t q) const {
-    const Interval pixels = window(p, q), whole = hull(p, q);
-    if (pixels.count == 0) return {};
-    const int64_t excluded = whole.count - pixels.count;
-    if (excluded == 0) return {{1, whole}};
-    if (pixels.count <= excluded) return {{1, pixels}};
-    const Interval before{whole.first, (pixels.first - whole.first) / stride};
-    const Interval after{pixels.first + pixels.count * stride, excluded - before.count};
-    std::vector<SignedInterval> result{{1, whole}};
-    if (before.count) result.push_back({-1, before});
-    if (after.count) result.push_back({-1, after});
+    const Interval mine = window(p, q);
+    const int64_t end = mine.first + mine.count * stride;
+    std::vector<Interval> result;
+    for (auto cut = cuts.begin(); cut != cuts.end(); ++cut) {
+      if (*cut >= mine.first && *cut < end) result.push_back({*cut, (*std::next(cut) - *cut) / stride});
+    }
     return result;
   }
 };
@@ -69,7 +54,7 @@ class RegionTable {
  public:
   explicit RegionTable(std::vector<Region>& regions) : regions_(regions) {}
 
-  Term term(Region region, float sign) {
+  Term term(Region region) {
     const bool transposed = std::tie(region.shift_y, region.shift_x) < std::make_tuple<int64_t, int64_t>(0, 0);
     if (transposed) {
       region = {region.y0 + region.shift_y,
@@ -82,7 +67,7 @@ class RegionTable {
     const RegionKey key{region.y0, region.ny, region.x0, region.nx, region.shift_y, region.shift_x};
     const auto [found, added] = numbers_.emplace(key, static_cast<int>(regions_.size()));
     if (added) regions_.push_back(region);
-    return {found->second, transposed, sign};
+    return {found->second, transposed};
   }
 
  private:
@@ -102,10 +87,9 @@ ShiftPlan shift_plan(const ConvShape& shape) {
   for (int64_t p = 0; p < taps; ++p) {
     for (int64_t q = 0; q < taps; ++q) {
       const int64_t shift_y = (q / kw - p / kw) * shape.dilation_h, shift_x = (q % kw - p % kw) * shape.dilation_w;
-      for (const SignedInterval& y : vertical.terms(p / kw, q / kw)) {
-        for (const SignedInterval& x : horizontal.terms(p % kw, q % kw)) {
-          const Region region{y.pixels.first, y.pixels.count, x.pixels.first, x.pixels.count, shift_y, shift_x};
-          plan.terms[p * taps + q].push_back(table.term(region, y.sign * x.sign));
+      for (const Interval& y : vertical.pieces(p / kw, q / kw)) {
+        for (const Interval& x : horizontal.pieces(p % kw, q % kw)) {
+          plan.terms[p * taps + q].push_back(table.term({y.first, y.count, x.first, x.count, shift_y, shift_x}));
         }
       }
     }

@@ -27,7 +27,7 @@ struct Vector {
 };
 
 // Rows summed in registers before they are added to memory: long float sums drift, pairwise ones do not.
-constexpr int64_t kFlushRows = 512;
+constexpr int64_t kFlushRows = 64;
 
 // tile[0..R)[0..kPanel) += sum over `runs` of a[r][0..R) b[r][0..kPanel)
 template <class T, int R>
@@ -143,8 +143,67 @@ struct Float16 {
   }
 };
 
+// How many leading sources there are, if they are neighbours in memory; else 0.
+template <class S>
+int contiguous_lanes(const void* const* sources) {
+  int lanes = 0;
+  while (lanes < kPanel && sources[lanes] == static_cast<const S*>(sources[0]) + lanes) ++lanes;
+  for (int i = lanes; i < kPanel; ++i) {
+    if (sources[i]) return 0;
+  }
+  return sources[0] ? lanes : 0;
+}
+
+#ifdef __AVX512F__
+// Transposes 16 rows of 16 floats in registers: butterflies that exchange blocks of 8, 4, 2 and 1 lanes.
+template <int kDistance>
+KFAC_INLINE void butterfly(Vector<float>::type* rows) {
+  typedef int32_t Lanes __attribute__((vector_size(64)));
+  Lanes upper, lower;  // which lanes of (a, b) make up the two new rows; constants once unrolled
+  for (int l = 0; l < kPanel; ++l) {
+    upper[l] = (l & kDistance) ? kPanel + l - kDistance : l;
+    lower[l] = (l & kDistance) ? kPanel + l : l + kDistance;
+  }
+  for (int i = 0; i < kPanel; ++i) {
+    if (i & kDistance) continue;
+    const Vector<float>::type a = rows[i], b = rows[i + kDistance];
+    rows[i] = __builtin_shuffle(a, b, upper);
+    rows[i + kDistance] = __builtin_shuffle(a, b, lower);
+  }
+}
+#endif
+
+// Rows of consecutive floats, 16 at a time; returns how many were done.
+KFAC_INLINE int64_t interleave_blocks(const void* const* sources, int64_t count, float* target, int64_t target_stride) {
+  int64_t r = 0;
+#ifdef __AVX512F__
+  using V = Vector<float>::type;
+  for (; r + kPanel <= count; r += kPanel) {
+    V rows[kPanel];
+    for (int i = 0; i < kPanel; ++i) {
+      rows[i] = sources[i] ? *reinterpret_cast<const V*>(static_cast<const float*>(sources[i]) + r) : V{};
+    }
+    butterfly<8>(rows);
+    butterfly<4>(rows);
+    butterfly<2>(rows);
+    butterfly<1>(rows);
+    for (int i = 0; i < kPanel; ++i) *reinterpret_cast<V*>(target + (r + i) * target_stride) = rows[i];
+  }
+#else
+  (void)sources, (void)count, (void)target, (void)target_stride;
+#endif
+  return r;
+}
+
 template <class S, class T>
 void interleave_from(const void* const* sources, int64_t count, int64_t stride, T* target, int64_t target_stride) {
+  if (const int lanes = contiguous_lanes<S>(sources)) {
+    const S* row = static_cast<const S*>(sources[0]);
+    for (int64_t r = 0; r < count; ++r, row += stride, target += target_stride) {
+      for (int i = 0; i < kPanel; ++i) target[i] = i < lanes ? T(row[i]) : T(0);
+    }
+    return;
+  }
   static const S kZero{};
   const S* from[kPanel];
   int64_t step[kPanel];
@@ -152,8 +211,12 @@ void interleave_from(const void* const* sources, int64_t count, int64_t stride, 
     from[i] = sources[i] ? static_cast<const S*>(sources[i]) : &kZero;
     step[i] = sources[i] ? stride : 0;
   }
-  for (int64_t r = 0; r < count; ++r, target += target_stride) {
-    for (int i = 0; i < kPanel; ++i) target[i] = T(from[i][r * step[i]]);
+  int64_t done = 0;
+  if constexpr (__is_same(S, float) && __is_same(T, float)) {
+    if (stride == 1) done = interleave_blocks(sources, count, target, target_stride);
+  }
+  for (int64_t r = done; r < count; ++r) {
+    for (int i = 0; i < kPanel; ++i) target[r * target_stride + i] = T(from[i][r * step[i]]);
   }
 }
 
@@ -196,6 +259,38 @@ void convert(const void* source, DType dtype, int64_t count, int64_t stride, T* 
   }
 }
 
+template <class T>
+KFAC_INLINE T blend(T old, T value, T decay, T scale) {
+  return decay == 0 ? scale * value : decay * old + scale * value;
+}
+
+template <class T>
+void blend_tile(const T* tile, int rows, int columns, T decay, T scale, T* out, int64_t out_stride) {
+  for (int r = 0; r < rows; ++r, tile += kPanel, out += out_stride) {
+    if (columns == kPanel) {
+      for (int c = 0; c < kPanel; ++c) out[c] = blend(out[c], tile[c], decay, scale);
+    } else {
+      for (int c = 0; c < columns; ++c) out[c] = blend(out[c], tile[c], decay, scale);
+    }
+  }
+}
+
+template <class T>
+void sum_lines(const T* const* lines, int count, T* sum) {
+  T total[kPanel] = {};
+  for (int l = 0; l < count; ++l) {
+    for (int i = 0; i < kPanel; ++i) total[i] += lines[l][i];
+  }
+  for (int i = 0; i < kPanel; ++i) sum[i] = total[i];
+}
+
+template <class T>
+void blend_taps(const T* lines, int taps, int columns, T decay, T scale, T* out) {
+  for (int c = 0; c < columns; ++c, out += taps) {
+    for (int q = 0; q < taps; ++q) out[q] = blend(out[q], lines[q * kPanel + c], decay, scale);
+  }
+}
+
 #define KFAC_STRING_(x) #x
 #define KFAC_STRING(x) KFAC_STRING_(x)
 
@@ -204,8 +299,10 @@ void convert(const void* source, DType dtype, int64_t count, int64_t stride, T* 
 extern const SimdKernels kSimdKernels;
 const SimdKernels kSimdKernels = {
     KFAC_STRING(KFAC_SIMD),
-    {gram<float>, gram_diagonal<float>, column_sums<float>, interleave<float>, convert<float>},
-    {gram<double>, gram_diagonal<double>, column_sums<double>, interleave<double>, convert<double>},
+    {gram<float>, gram_diagonal<float>, column_sums<float>, interleave<float>, convert<float>, blend_tile<float>,
+     sum_lines<float>, blend_taps<float>},
+    {gram<double>, gram_diagonal<double>, column_sums<double>, interleave<double>, convert<double>, blend_tile<double>,
+     sum_lines<double>, blend_taps<double>},
 };
 
 }  // namespace KFAC_SIMD

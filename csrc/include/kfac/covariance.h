@@ -57,7 +57,6 @@ struct Region {
 struct Term {
   int region;
   bool transposed;
-  float sign;
 };
 
 struct ShiftPlan {
