@@ -44,9 +44,12 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError):
+            reason = f"cannot be saved ({error.strerror}); what was there before is kept"
+            raise OSError(error.errno, reason, str(path)) from error
         raise
     _sync_folder(path.parent)
 

@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; every failure that a user can cause is one line on stderr."""
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _warn
+            warnings.showwarning = _warn  # type: ignore[assignment]
             given = None if arguments is None else list(arguments)
             result = app(args=given, standalone_mode=False, prog_name="flatprune")
         return result if isinstance(result, int) else 0
@@ -177,8 +177,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), EXIT_INTERRUPTED)
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
-    except (InputError, DivergedError, OSError) as error:
+    except (InputError, DivergedError) as error:
         return _fail(str(error), EXIT_FAILED)
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), EXIT_FAILED)
     except Exception as error:
         if not hasattr(error, "format_message"):  # what typer raises for a command line it cannot parse
             raise

@@ -134,7 +134,7 @@ def read_images(data: str, classes: int | None = None) -> Images:
             f"x_train of {arrays['x_train'].shape[1:]}; expected the same"
         )
     count = _class_count(data, arrays["y_train"], arrays["y_test"], classes)
-    return Images(data, *(arrays[key] for key in KEYS), classes=count)
+    return Images(data, arrays["x_train"], arrays["y_train"], arrays["x_test"], arrays["y_test"], count)
 
 
 def load_dataset(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -207,8 +207,8 @@ def multiply_accumulates(model: nn.Module, image_shape: tuple[int, int, int]) ->
 
     def count(module: nn.Module, _: Any, output: Tensor) -> None:
         nonlocal total
-        channels = module.weight.shape[0]  # type: ignore[union-attr, index]
-        total += module.weight.numel() * (output.numel() // channels)  # type: ignore[union-attr, operator]
+        weight = cast(Tensor, module.weight)
+        total += weight.numel() * (output.numel() // len(weight))
 
     layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     handles = [layer.register_forward_hook(count) for layer in layers]

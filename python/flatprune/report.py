@@ -56,9 +56,11 @@ def figure(summary: dict[str, Any], history: list[dict[str, Any]], dense_history
     _draw_radius(axes[2], epochs, dense)
     for axis, name in zip(axes, ("accuracy, %", "parameters left, %", "spectral radius, K-FAC")):
         _style(axis, name)
-        _shade_pruning(axis, summary, history)
+        _shade_pruning(axis, summary, history, name_it=axis is axes[0])
     axes[2].set_xlabel("epoch", color=_INK, fontsize=10)
-    plot.text(0.03, 0.957, headline(summary), color=_INK, fontsize=14, fontweight="bold")
+    title = headline(summary)
+    size = min(14.0, 14.0 * 64 / len(title))
+    plot.text(0.03, 0.957, title, color=_INK, fontsize=size, fontweight="bold")
     plot.text(0.03, 0.928, subline(summary), color=_GREY, fontsize=10)
     return plot
 
@@ -175,14 +177,14 @@ def _style(axis: Axes, name: str) -> None:
     axis.set_title(name, loc="left", color=_INK, fontsize=10, pad=6)
 
 
-def _shade_pruning(axis: Axes, summary: dict[str, Any], history: list[dict[str, Any]]) -> None:
+def _shade_pruning(axis: Axes, summary: dict[str, Any], history: list[dict[str, Any]], *, name_it: bool) -> None:
     steps = [record["step"] for record in history if record["kind"] == "removal"]
     if steps:
         first, last = (step / summary["steps"] * summary["epochs"] for step in (steps[0], steps[-1]))
         axis.axvspan(first, last, color=_INK, alpha=0.04, linewidth=0)
-        if axis.get_subplotspec().is_first_row():
-            middle = axis.get_xaxis_transform()
-            axis.text((first + last) / 2, 1.02, "pruning", transform=middle, color=_GREY, fontsize=8.5, ha="center")
+        if name_it:
+            above = axis.get_xaxis_transform()
+            axis.text((first + last) / 2, 1.02, "pruning", transform=above, color=_GREY, fontsize=8.5, ha="center")
 
 
 def _log_ticks(axis: Axes) -> None:

@@ -4,6 +4,22 @@ Files of a run: `checkpoint.pt` (see `flatprune.checkpoint`), `history.jsonl` (a
 and at the end `model.pt` (see `flatprune.export`), `progress.png`, `report.html` and, last, `summary.json`; `dense/`
 holds the same for the network that is trained without pruning, where that is wanted.
 Each file is written atomically, so that it is whole at any time.
+
+`summary.json`:
+    data, model, seed, epochs, target_params, steps, train_images, test_images, image_shape, classes: what was done
+    params_before, params_after            trainable scalars
+    flops_before, flops_after              multiply-accumulates of linear and convolution layers for one image
+    test_accuracy_last, test_accuracy_best percent, after the last epoch and after the best one (of the test set)
+    train_accuracy_last                    percent, of the final network on its training images and (noisy) labels
+    spectral_radius_kfac                   max over layers of lambda_1(A) lambda_1(G); with _geometric_mean beside it
+    hessian_lambda_max                     of the mean loss over the first 1,024 training images, batch norm folded
+    widths_before, widths_after            layer name -> output channels or features
+    seconds                                of training and testing, without start-up
+    dense_*                                the same of the network trained without pruning, where that was wanted
+    settings, versions                     everything needed to do it again
+
+`history.jsonl`, by `kind`: "epoch" (losses, accuracies in percent, params, radii, seconds so far), "removal" (step,
+layer, removed, width and params after it), "event" (a removal event at which nothing was removed, and the reason).
 """
 
 from __future__ import annotations

@@ -92,7 +92,8 @@ class Settings:
     def from_dict(cls, values: dict[str, Any]) -> Settings:
         """The inverse of `as_dict`."""
         known = {field.name for field in fields(cls)}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
+        kept: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
+        return cls(**kept)
 
     def torch_device(self) -> torch.device:
         """The device, once it is known to be there.

@@ -121,7 +121,7 @@ class Trainer:
 
     def _pruner(self) -> Pruner:
         settings = self.settings
-        compensate: str | bool = {"auto": "auto", "on": True, "off": False}[settings.compensate]
+        compensate = "auto" if settings.compensate == "auto" else settings.compensate == "on"
         try:
             return Pruner(
                 self.model,
@@ -213,13 +213,19 @@ class Trainer:
             )
         objective.backward()
         self.optimizer.step()
-        removals = [] if self.pruner is None else self.pruner.step()
+        removals = self._prune()
         progress.step += 1
         progress.batch += 1
         progress.loss_sum += float(loss.detach()) * len(y)
         progress.correct += int((logits.detach().argmax(1) == y).sum())
         progress.seen += len(y)
         return [self._log_removal(removal) for removal in removals]
+
+    def _prune(self) -> list[Removal]:
+        try:
+            return [] if self.pruner is None else self.pruner.step()
+        except ValueError as error:  # factors or scores that are not finite
+            raise DivergedError(f"{error} (step {self.progress.step + 1})") from error
 
     def _log_removal(self, removal: Removal) -> dict[str, Any]:
         progress = self.progress
@@ -268,7 +274,7 @@ class Trainer:
         return record
 
     def results(self) -> dict[str, Any]:
-        """The figures of `summary.json` that describe the network as it is now (see `docs` of the file formats)."""
+        """The figures of `summary.json` that describe the network as it is now (see `flatprune.runs`)."""
         train_accuracy, _ = evaluate(self.model, self.dataset.x_train, self.dataset.y_train)
         test_accuracy, _ = evaluate(self.model, self.dataset.x_test, self.dataset.y_test)
         return {

@@ -118,15 +118,15 @@ def test_a_crash_goes_back_to_the_last_epoch(tmp_path, data, whole, step):
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, data, whole, monkeypatch, flatprune):
     out = tmp_path / "out"
-    real, saves = runs.save_atomically, []
+    real, syncs = os.fsync, []
 
-    def save(path, state):
-        saves.append(path)
-        if len(saves) == 4:
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        real(path, state)
+    def fsync(descriptor):
+        syncs.append(descriptor)
+        if len(syncs) == 4 * 3 + 1:  # each save syncs checkpoint, folder, history, folder: the fourth checkpoint fails
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
 
-    monkeypatch.setattr(runs, "save_atomically", save)
+    monkeypatch.setattr(os, "fsync", fsync)
     options = ["--epochs", 10, "--batch-size", 16, "--target-params", 0.3, "--seed", 4, "--label-noise", 0.1]
     outcome = flatprune("run", "--data", data, "--out", out, *options, "--augment", "on")
     assert outcome.code == 2
