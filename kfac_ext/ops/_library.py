@@ -74,7 +74,7 @@ def use_native(enabled: bool = True) -> Any:
 
 def build_info() -> dict[str, Any]:
     """What is compiled and what runs where: versions, instruction set, threads, CUDA architectures."""
-    cuda = getattr(_C, "cuda_architectures", lambda: [])()
+    cuda: list[str] = getattr(_C, "cuda_architectures", list)()
     return {
         "version": __version__,
         "torch": torch.__version__,

@@ -14,9 +14,13 @@ from kfac_ext.ops._library import DTYPE_CODES, check_floating, check_output, def
 _AUTO = 0  # kfac::CovarianceAlgorithm::kAuto
 
 
-def _check_mode(operation: str, mode: str) -> None:
-    if mode not in ("expand", "reduce"):
+_MODES = ("expand", "reduce")
+
+
+def _reduces(operation: str, mode: str) -> bool:
+    if mode not in _MODES:
         raise ValueError(f"{operation}: mode is {mode!r}, expected 'expand' or 'reduce'")
+    return mode == "reduce"
 
 
 def _factor_shape(groups: int, n: int) -> tuple[int, ...]:
@@ -122,10 +126,9 @@ def linear_covariance(x: Tensor, *, bias: bool = False) -> Tensor:
 # ---- images ----
 
 
-def _check_conv(x: Tensor, out: Tensor, geometry: ConvGeometry, bias: bool, mode: str) -> None:
+def _check_conv(x: Tensor, out: Tensor, geometry: ConvGeometry, bias: bool) -> None:
     operation = "conv2d_covariance"
     check_floating(operation, "x", x)
-    _check_mode(operation, mode)
     shape = _factor_shape(geometry.groups, geometry.patch_size(x.shape[1]) + bias)
     check_output(operation, out, shape, accumulator_dtype(x.dtype), x.device)
 
@@ -159,21 +162,22 @@ def _conv(
     dilation: list[int],
     groups: int,
     bias: bool,
-    mode: str,
+    reduce: bool,
     decay: float,
     scale: float,
 ) -> None:
     geometry = _unpacked(x, kernel_size, stride, padding, dilation, groups)
-    _check_conv(x, out, geometry, bias, mode)
+    _check_conv(x, out, geometry, bias)
     if not native_device("conv2d_covariance", x):
         image = torch.nn.functional.pad(x, padding)
-        options: dict[str, Any] = {"stride": stride, "dilation": dilation, "groups": groups, "bias": bias, "mode": mode}
+        options: dict[str, Any] = {"stride": stride, "dilation": dilation, "groups": groups, "bias": bias}
+        options["mode"] = _MODES[reduce]
         reference.conv2d_covariance_(image, kernel_size, out=out, decay=decay, scale=scale, **options)
         return
-    positions = 1 if mode == "reduce" else geometry.output_size[0] * geometry.output_size[1]
+    positions = 1 if reduce else geometry.output_size[0] * geometry.output_size[1]
     left, _, top, _ = geometry.padding
     shape = [*x.shape, *kernel_size, *stride, top, left, *dilation, *geometry.output_size, groups]
-    _run(x, shape, mode == "reduce", bias, decay, scale / (x.shape[0] * positions), out)
+    _run(x, shape, reduce, bias, decay, scale / (x.shape[0] * positions), out)
 
 
 def _conv_fake(
@@ -185,16 +189,16 @@ def _conv_fake(
     dilation: list[int],
     groups: int,
     bias: bool,
-    mode: str,
+    reduce: bool,
     decay: float,
     scale: float,
 ) -> None:
-    _check_conv(x, out, _unpacked(x, kernel_size, stride, padding, dilation, groups), bias, mode)
+    _check_conv(x, out, _unpacked(x, kernel_size, stride, padding, dilation, groups), bias)
 
 
 _conv_op = define(
     "conv2d_covariance_(Tensor x, Tensor(a!) out, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
-    "int groups, bool bias, str mode, float decay, float scale) -> ()",
+    "int groups, bool bias, bool reduce, float decay, float scale) -> ()",
     _conv,
     _conv_fake,
 )
@@ -239,7 +243,7 @@ def conv2d_covariance_(
         geometry.dilation,
         groups,
         bias,
-        mode,
+        _reduces("conv2d_covariance", mode),
         decay,
         scale,
     )
@@ -301,10 +305,9 @@ def conv2d_covariance(
 # ---- gradients ----
 
 
-def _check_gradient(g: Tensor, out: Tensor, groups: int, mode: str) -> None:
+def _check_gradient(g: Tensor, out: Tensor, groups: int) -> None:
     operation = "gradient_covariance"
     check_floating(operation, "g", g)
-    _check_mode(operation, mode)
     n = _gradient_size(g, groups)
     check_output(operation, out, _factor_shape(groups, n), accumulator_dtype(g.dtype), g.device)
 
@@ -319,12 +322,12 @@ def _gradient_size(g: Tensor, groups: int) -> int:
     return g.shape[1] // groups
 
 
-def _gradient(g: Tensor, out: Tensor, groups: int, mode: str, decay: float, scale: float) -> None:
-    _check_gradient(g, out, groups, mode)
+def _gradient(g: Tensor, out: Tensor, groups: int, reduce: bool, decay: float, scale: float) -> None:
+    _check_gradient(g, out, groups)
     if not native_device("gradient_covariance", g):
-        reference.gradient_covariance_(g, out=out, decay=decay, scale=scale, groups=groups, mode=mode)
+        reference.gradient_covariance_(g, out=out, decay=decay, scale=scale, groups=groups, mode=_MODES[reduce])
         return
-    if g.dim() == 4 and mode == "reduce":
+    if g.dim() == 4 and reduce:
         g = g.sum(dim=(2, 3), dtype=accumulator_dtype(g.dtype))
     image = g[:, :, None, None] if g.dim() == 2 else g
     height, width = image.shape[2:]
@@ -332,12 +335,12 @@ def _gradient(g: Tensor, out: Tensor, groups: int, mode: str, decay: float, scal
     _run(image, shape, False, False, decay, scale / g.shape[0], out)
 
 
-def _gradient_fake(g: Tensor, out: Tensor, groups: int, mode: str, decay: float, scale: float) -> None:
-    _check_gradient(g, out, groups, mode)
+def _gradient_fake(g: Tensor, out: Tensor, groups: int, reduce: bool, decay: float, scale: float) -> None:
+    _check_gradient(g, out, groups)
 
 
 _gradient_op = define(
-    "gradient_covariance_(Tensor g, Tensor(a!) out, int groups, str mode, float decay, float scale) -> ()",
+    "gradient_covariance_(Tensor g, Tensor(a!) out, int groups, bool reduce, float decay, float scale) -> ()",
     _gradient,
     _gradient_fake,
 )
@@ -361,7 +364,7 @@ def gradient_covariance_(
         >>> G = torch.zeros(10, 10)
         >>> _ = kfac_ext.gradient_covariance_(torch.randn(32, 10), out=G, decay=0.95, scale=0.05)
     """
-    _gradient_op(g.detach(), out, groups, mode, decay, scale)
+    _gradient_op(g.detach(), out, groups, _reduces("gradient_covariance", mode), decay, scale)
     return out
 
 

@@ -48,9 +48,9 @@ def conv2d_covariance(
 
 def gradient_covariance(g: Tensor, *, groups: int = 1, mode: str = "expand") -> Tensor:
     """G = 1/N sum of g g^T over samples and positions of g [N, O] or [N, O, H, W]."""
-    values = g.to(accumulator_dtype(g.dtype)).unflatten(1, (groups, -1)).flatten(3)  # [N, groups, O/groups(, S)]
-    if values.dim() == 4:
-        values = values.sum(dim=3) if mode == "reduce" else values.movedim(3, 1).flatten(0, 1)
+    values = g.to(accumulator_dtype(g.dtype)).unflatten(1, (groups, -1))  # [N, groups, O/groups(, H, W)]
+    if g.dim() == 4:
+        values = values.sum(dim=(3, 4)) if mode == "reduce" else values.permute(0, 3, 4, 1, 2).flatten(0, 2)
     rows = values.transpose(0, 1)  # [groups, N or N S, O/groups]
     factors = rows.mT @ rows / g.shape[0]
     return factors if groups > 1 else factors[0]

@@ -1,0 +1,41 @@
+# Two commands set everything up: `make demo` and `make test`. Everything else uses the same environment.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+.PHONY: setup demo test lint format bench clean
+
+setup: $(READY)
+
+# pip 25.1 is the first that reads [dependency-groups]
+$(READY): pyproject.toml setup.py CMakeLists.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet 'pip>=25.1'
+	$(BIN)/pip install --quiet --group dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation --editable .
+	touch $@
+
+demo: setup
+	$(BIN)/flatprune run --data digits --model mlp --target-params 0.1 --compare-dense --out runs/demo --overwrite
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: setup
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+bench: setup
+	$(BIN)/python -m pytest bench
+
+clean:
+	rm -rf $(VENV) build runs *.egg-info kfac_ext/*.so

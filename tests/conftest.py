@@ -1,0 +1,32 @@
+"""What all tests share: devices that can be tested here, thread counts, comparison with an oracle."""
+
+import pytest
+import torch
+
+import kfac_ext
+
+
+def _devices():
+    reason = "no CUDA device" if not torch.cuda.is_available() else "no CUDA kernels in this build"
+    ready = torch.cuda.is_available() and bool(kfac_ext.build_info()["cuda_architectures"])
+    return ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not ready, reason=reason))]
+
+
+@pytest.fixture(params=_devices())
+def device(request):
+    return request.param
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def relative_error(value, oracle):
+    """|value - oracle| / |oracle| in the Frobenius norm, in float64."""
+    value, oracle = value.double().cpu(), oracle.double().cpu()
+    assert value.shape == oracle.shape
+    return float((value - oracle).norm() / oracle.norm().clamp_min(1e-300))

@@ -1,0 +1,112 @@
+import io
+
+import pytest
+import torch
+
+import kfac_ext
+from kfac_ext import FactorSet
+
+SIZES = {"conv.A": 28, "conv.G": 16, "depthwise.A": (5, 9), "fc.A": 17}
+
+
+@pytest.fixture
+def factors():
+    result = FactorSet(SIZES, dtype=torch.float64)
+    for key in result:
+        matrix = result[key]
+        root = torch.randn(matrix.shape, dtype=torch.float64)
+        matrix.copy_(root @ root.mT)
+    return result
+
+
+def test_everything_lies_in_one_buffer_of_aligned_slots(factors):
+    for key, size in SIZES.items():
+        expected = (size[0], size[1], size[1]) if isinstance(size, tuple) else (size, size)
+        view = factors[key]
+        assert view.shape == expected and view.is_contiguous()
+        assert view.untyped_storage().data_ptr() == factors.buffer.untyped_storage().data_ptr()
+        assert (view.data_ptr() - factors.buffer.data_ptr()) % 64 == 0
+    factors.buffer.zero_()
+    assert not factors["fc.A"].any()
+
+
+def test_operations_write_into_the_views(factors):
+    x = torch.randn(9, 17, dtype=torch.float64)
+    kfac_ext.linear_covariance_(x, out=factors["fc.A"])
+    assert torch.equal(factors["fc.A"], kfac_ext.linear_covariance(x))
+
+
+def test_power_iteration_finds_every_dominant_eigenpair(factors):
+    factors.power_iteration_(tol=1e-9, max_iter=10_000)
+    for key in factors:
+        exact = torch.linalg.eigvalsh(factors[key])[..., -1]
+        torch.testing.assert_close(factors.eigenvalue(key), exact)
+        vector = factors.vector(key)[..., None]
+        torch.testing.assert_close((factors[key] @ vector), exact[..., None, None] * vector, rtol=1e-5, atol=1e-5)
+
+
+def test_power_iteration_of_some_factors_leaves_the_others(factors):
+    factors.power_iteration_(["fc.A", "depthwise.A"])
+    assert factors.eigenvalue("fc.A") > 0 and bool((factors.eigenvalue("depthwise.A") > 0).all())
+    assert factors.eigenvalue("conv.A") == 0
+
+
+def test_damped_inverse(factors):
+    inverse, info = factors.damped_inverse(0.1)
+    assert not info.any() and len(info) == 8
+    for key in factors:
+        n = factors[key].shape[-1]
+        exact = torch.linalg.inv(factors[key] + 0.1 * torch.eye(n, dtype=torch.float64))
+        torch.testing.assert_close(inverse[key], exact)
+
+
+def test_pi_corrected_damping(factors):
+    inverse, _ = factors.damped_inverse(0.04, ["conv.A", "conv.G"], pi=[("conv.A", "conv.G")])
+    pi = (factors["conv.A"].diagonal().mean() / factors["conv.G"].diagonal().mean()).sqrt()
+    exact = torch.linalg.inv(factors["conv.A"] + 0.2 * pi * torch.eye(28, dtype=torch.float64))
+    torch.testing.assert_close(inverse["conv.A"], exact)
+    with pytest.raises(ValueError, match="grouped"):
+        factors.damped_inverse(0.1, ["depthwise.A", "conv.G"], pi=[("depthwise.A", "conv.G")])
+
+
+def test_narrowed_keeps_rows_columns_and_eigenvectors(factors):
+    factors.power_iteration_()
+    keep, groups = torch.tensor([3, 0, 5]), torch.tensor([1, 4])
+    small = factors.narrowed({"fc.A": keep}, {"depthwise.A": groups})
+    assert small.sizes == {**SIZES, "fc.A": 3, "depthwise.A": (2, 9)}
+    assert torch.equal(small["fc.A"], factors["fc.A"][keep][:, keep])
+    assert torch.equal(small["depthwise.A"], factors["depthwise.A"][groups])
+    assert torch.equal(small["conv.A"], factors["conv.A"])
+    expected = torch.nn.functional.normalize(factors.vector("fc.A")[keep], dim=0)
+    torch.testing.assert_close(small.vector("fc.A"), expected)
+    with pytest.raises(KeyError, match=r"no\.A"):
+        factors.narrowed({"no.A": keep})
+
+
+def test_state_dict_round_trip(factors):
+    factors.power_iteration_()
+    file = io.BytesIO()
+    torch.save(factors.state_dict(), file)
+    file.seek(0)
+    other = FactorSet(SIZES, dtype=torch.float64)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for name in ("buffer", "vectors", "eigenvalues"):
+        assert torch.equal(getattr(other, name), getattr(factors, name))
+
+
+def test_a_state_of_other_sizes_is_refused(factors):
+    other = FactorSet({**SIZES, "fc.A": 16}, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"'fc.A' has size 17 in the state, expected 16"):
+        other.load_state_dict(factors.state_dict())
+    assert not other.buffer.any()
+
+
+@pytest.mark.parametrize("sizes", [{"a": 0}, {"a": (0, 3)}, {"a": -1}])
+def test_bad_sizes(sizes):
+    with pytest.raises(ValueError, match="factor 'a' has size"):
+        FactorSet(sizes)
+
+
+def test_bad_dtype():
+    with pytest.raises(ValueError, match=r"dtype is torch\.float16"):
+        FactorSet({"a": 3}, dtype=torch.float16)
