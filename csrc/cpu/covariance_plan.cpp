@@ -1,6 +1,8 @@
 #include <algorithm>
+#include <array>
 #include <iterator>
 #include <map>
+#include <mutex>
 #include <set>
 #include <tuple>
 
@@ -75,9 +77,7 @@ class RegionTable {
   std::map<RegionKey, int> numbers_;
 };
 
-}  // namespace
-
-ShiftPlan shift_plan(const ConvShape& shape) {
+ShiftPlan build_plan(const ConvShape& shape) {
   const Axis vertical{shape.height, shape.kernel_h, shape.stride_h, shape.pad_top, shape.dilation_h, shape.out_h};
   const Axis horizontal{shape.width, shape.kernel_w, shape.stride_w, shape.pad_left, shape.dilation_w, shape.out_w};
   ShiftPlan plan;
@@ -95,6 +95,20 @@ ShiftPlan shift_plan(const ConvShape& shape) {
     }
   }
   return plan;
+}
+
+}  // namespace
+
+const ShiftPlan& shift_plan(const ConvShape& shape) {
+  using Key = std::array<int64_t, 12>;  // a plan does not depend on samples, channels and groups
+  static std::map<Key, ShiftPlan> plans;
+  static std::mutex mutex;
+  const Key key{shape.height,  shape.width,    shape.kernel_h,   shape.kernel_w,   shape.stride_h, shape.stride_w,
+                shape.pad_top, shape.pad_left, shape.dilation_h, shape.dilation_w, shape.out_h,    shape.out_w};
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto found = plans.find(key);
+  if (found == plans.end()) found = plans.emplace(key, build_plan(shape)).first;
+  return found->second;
 }
 
 }  // namespace kfac
