@@ -207,7 +207,7 @@ class Pruner:
         """One round: score, choose, compensate, cut."""
         compensate = self._compensates(budget)
         scores, inverses = self._scores(compensate)
-        gone = select(self.model, self.groups, scores, budget, self.limits, give_back=last)
+        gone = select(self.model, self.groups, scores, budget, self.limits, closely=last)
         if not gone:
             return []
         replacements = compensation(self.curvature, self.groups, gone, inverses) if compensate else None

@@ -28,15 +28,15 @@ def pruned(model: nn.Module, gone: dict[int, Tensor]) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("give_back", [False, True])
-def test_the_count_on_paper_is_the_count_after_the_cut(name, give_back):
+@pytest.mark.parametrize("closely", [False, True])
+def test_the_count_on_paper_is_the_count_after_the_cut(name, closely):
     model = NETWORKS[name]()
     groups = neuron_groups(model, digits()[0][:2]).groups
     start = params_of(model)
     assert ParameterCount(model, groups).params == start
     for seed, share in enumerate((0.9, 0.7, 0.5)):
         budget = int(share * start)
-        gone = select(model, groups, random_scores(groups, seed), budget, Limits(), give_back=give_back)
+        gone = select(model, groups, random_scores(groups, seed), budget, Limits(), closely=closely)
         count = ParameterCount(model, groups)
         for position, neurons in gone.items():
             count.remove(position, len(neurons))
@@ -93,7 +93,7 @@ def test_grouped_convolutions_lose_the_same_number_from_each_group():
     assert params_of(pruned(model, gone)) <= 0.6 * params_of(model)
 
 
-def test_giving_back_comes_nearer_to_the_budget_and_never_passes_it():
+def test_the_last_event_comes_nearer_to_the_budget_and_never_passes_it():
     model = mlp(40, 30)
     groups = neuron_groups(model, digits()[0][:2]).groups
     nearer = 0
@@ -102,12 +102,23 @@ def test_giving_back_comes_nearer_to_the_budget_and_never_passes_it():
         scores = [torch.linspace(0.5, 1, 40).double(), random_scores(groups, seed)[1]]
         budget = params_of(model) - 700 - 7 * seed
         left = [
-            params_of(pruned(model, select(model, groups, scores, budget, Limits(), give_back=flag)))
+            params_of(pruned(model, select(model, groups, scores, budget, Limits(), closely=flag)))
             for flag in (False, True)
         ]
         assert left[0] <= left[1] <= budget
         nearer += left[1] > left[0]
     assert nearer > 0
+
+
+def test_the_last_neuron_is_the_one_that_costs_least():
+    model = mlp(40, 30)  # 95 parameters go with a neuron of the first layer, 51 with one of the second
+    groups = neuron_groups(model, digits()[0][:2]).groups
+    scores = [torch.linspace(0.5, 1, 40).double(), torch.linspace(0.6, 1, 30).double()]
+    budget = params_of(model) - 40
+    first = select(model, groups, scores, budget, Limits())
+    closest = select(model, groups, scores, budget, Limits(), closely=True)
+    assert {p: n.tolist() for p, n in first.items()} == {0: [0]}  # the lowest score a parameter
+    assert {p: n.tolist() for p, n in closest.items()} == {1: [0]}  # 0.6 x 51 is less than 0.5 x 95
 
 
 def test_a_budget_that_is_met_removes_nothing():
