@@ -61,6 +61,16 @@ def test_compensation_is_automatic():
     assert all(compensated(mlp(), 0.3, compensate=True))
 
 
+def test_obs_without_automatic_compensation_is_the_outgoing_score():
+    def neurons(**options: object) -> list[tuple[int, ...]]:
+        torch.manual_seed(0)
+        return [record.neurons for record in Run(mlp(40, 30)).prune(100, params=0.3, **options).train(45)]
+
+    outgoing = neurons(criterion="outgoing")
+    assert neurons(criterion="obs") == outgoing
+    assert neurons(criterion="obs", compensate=False) != outgoing
+
+
 def test_compensated_pruning_keeps_more_of_the_accuracy_right_after_the_cut():
     """Real data: after a removal without further training, the compensated network classifies better."""
     x, y = digits()
