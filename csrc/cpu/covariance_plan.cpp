@@ -83,17 +83,18 @@ ShiftPlan build_plan(const ConvShape& shape) {
   ShiftPlan plan;
   RegionTable table(plan.regions);
   const int64_t kw = shape.kernel_w, taps = shape.taps();
-  plan.terms.resize(taps * taps);
   for (int64_t p = 0; p < taps; ++p) {
     for (int64_t q = 0; q < taps; ++q) {
+      plan.first_term.push_back(int64_t(plan.terms.size()));
       const int64_t shift_y = (q / kw - p / kw) * shape.dilation_h, shift_x = (q % kw - p % kw) * shape.dilation_w;
       for (const Interval& y : vertical.pieces(p / kw, q / kw)) {
         for (const Interval& x : horizontal.pieces(p % kw, q % kw)) {
-          plan.terms[p * taps + q].push_back(table.term({y.first, y.count, x.first, x.count, shift_y, shift_x}));
+          plan.terms.push_back(table.term({y.first, y.count, x.first, x.count, shift_y, shift_x}));
         }
       }
     }
   }
+  plan.first_term.push_back(int64_t(plan.terms.size()));
   return plan;
 }
 

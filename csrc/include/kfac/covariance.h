@@ -67,7 +67,9 @@ struct Term {
 
 struct ShiftPlan {
   std::vector<Region> regions;
-  std::vector<std::vector<Term>> terms;  // [taps * taps]: block (p, q) = sum of its terms
+  std::vector<Term> terms;
+  std::vector<int64_t> first_term;  // [taps * taps + 1]: block (p, q) is the sum of terms first_term[p taps + q] up to
+                                    // the next entry
 };
 
 // The plan of this geometry, made at its first use and kept for the life of the process.
