@@ -13,7 +13,7 @@ namespace kfac {
 namespace {
 
 constexpr int64_t kSharedSize = 768;    // from here on all threads work on one matrix
-constexpr int64_t kTriangleSize = 384;  // from here on reading half the matrix is worth two products an entry
+constexpr int64_t kTriangleSize = 256;  // from here on reading half the matrix is worth two products an entry
 constexpr int64_t kStripeRows = 256;    // rows whose products are summed as T before they join the sum in double
 
 constexpr int64_t padded(int64_t n) {

@@ -189,32 +189,28 @@ KFAC_INLINE double root(double x) {
   return __builtin_sqrt(x);
 }
 
-// Row operations that turn [-B | I] into [-L^T | L^-1], a row a vector.
+// Row operations that turn [-B | I] into [-L^T | L^-1].
 template <class T>
 int invert_factor(const T* s, T* l) {
-  T rows[kPanel][kPanel];
+  alignas(kVectorBytes) T rows[kPanel][2 * kPanel];  // local: the compiler sees that no two rows overlap
   for (int i = 0; i < kPanel; ++i) {
     for (int j = 0; j < kPanel; ++j) {
       rows[i][j] = s[i * kPanel + j];
-      l[i * kPanel + j] = T(i == j);
+      rows[i][kPanel + j] = T(i == j);
     }
   }
   for (int k = 0; k < kPanel; ++k) {
     const T pivot = -rows[k][k];
     if (!(pivot > 0 && pivot - pivot == 0)) return k + 1;
     const T scale = 1 / root(pivot);
-    T* lk = l + k * kPanel;
-    for (int j = 0; j < kPanel; ++j) {
-      rows[k][j] *= scale;
-      lk[j] *= scale;
-    }
+    for (int j = 0; j < 2 * kPanel; ++j) rows[k][j] *= scale;
     for (int i = k + 1; i < kPanel; ++i) {
       const T factor = rows[k][i];  // -L[i][k]
-      for (int j = 0; j < kPanel; ++j) {
-        rows[i][j] += factor * rows[k][j];
-        l[i * kPanel + j] += factor * lk[j];
-      }
+      for (int j = 0; j < 2 * kPanel; ++j) rows[i][j] += factor * rows[k][j];
     }
+  }
+  for (int i = 0; i < kPanel; ++i) {
+    for (int j = 0; j < kPanel; ++j) l[i * kPanel + j] = rows[i][kPanel + j];
   }
   return 0;
 }

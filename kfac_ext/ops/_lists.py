@@ -20,7 +20,7 @@ def as_list(operation: str, name: str, tensors: Sequence[Tensor]) -> list[Tensor
     for i, item in enumerate(items):
         if not isinstance(item, Tensor):
             raise TypeError(f"{operation}: {name}[{i}] is a {type(item).__name__}, expected a tensor")
-    return [item.detach() for item in items]
+    return [item.detach() if item.requires_grad else item for item in items]
 
 
 def check_count(operation: str, name: str, given: int, wanted: int, of: str) -> None:
@@ -40,6 +40,23 @@ def check_matrix(operation: str, name: str, tensor: Tensor, like: Tensor) -> Non
         raise TypeError(f"{operation}: {name} has dtype {tensor.dtype}, the first matrix {like.dtype}: expected one")
     if tensor.device != like.device:
         raise ValueError(f"{operation}: {name} is on {tensor.device}, the first matrix on {like.device}: expected one")
+
+
+def check_squares(operation: str, name: str, tensors: Sequence[Tensor], like: Tensor) -> None:
+    """Raise unless `tensors` are square matrices of float32 or float64, of the dtype and on the device of `like`."""
+    dtype, device = like.dtype, like.device
+    for i, tensor in enumerate(tensors):
+        shape = tensor.shape
+        if (
+            len(shape) != 2
+            or shape[0] != shape[1]
+            or shape[0] == 0
+            or tensor.dtype != dtype
+            or dtype not in FACTOR_DTYPES
+            or tensor.device != device
+            or tensor.layout != torch.strided
+        ):  # which of these it is takes longer to find out
+            check_square(operation, f"{name}[{i}]", tensor, like)
 
 
 def check_square(operation: str, name: str, tensor: Tensor, like: Tensor, size: int | None = None) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kfac_ext import _C, reference
 from kfac_ext.ops._library import DTYPE_CODES, define, native_device
-from kfac_ext.ops._lists import as_list, check_count, check_square, row_major
+from kfac_ext.ops._lists import as_list, check_count, check_squares, row_major
 
 __all__ = ["damped_inverse", "damped_inverse_ex"]
 
@@ -18,8 +18,7 @@ _OPERATION = "damped_inverse"
 
 
 def _check(matrices: Sequence[Tensor], amounts: Tensor, diagonals: Sequence[Tensor]) -> None:
-    for i, matrix in enumerate(matrices):
-        check_square(_OPERATION, f"matrices[{i}]", matrix, matrices[0])
+    check_squares(_OPERATION, "matrices", matrices, matrices[0])
     check_count(_OPERATION, "damping", len(amounts), len(matrices), "matrices")
     if not diagonals:
         return
@@ -173,8 +172,7 @@ def damped_inverse_ex(
     if pi is None:
         amounts, diagonals = _split(symmetric, damping)
     else:
-        for i, matrix in enumerate(symmetric):
-            check_square(_OPERATION, f"matrices[{i}]", matrix, symmetric[0])
+        check_squares(_OPERATION, "matrices", symmetric, symmetric[0])
         amount = _checked_amount("damping, with pi one for all,", damping)  # type: ignore[arg-type]
         amounts, diagonals = _pi_amounts(symmetric, amount, _checked_pairs(pi, len(symmetric))), []
     return _inverse_op(symmetric, amounts, diagonals)

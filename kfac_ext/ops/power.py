@@ -12,7 +12,7 @@ from torch import Tensor
 from kfac_ext import _C, reference
 from kfac_ext.geometry import ConvGeometry, Pair, accumulator_dtype, conv_geometry
 from kfac_ext.ops._library import DTYPE_CODES, check_floating, define, native_device
-from kfac_ext.ops._lists import as_list, check_count, check_square, row_major
+from kfac_ext.ops._lists import as_list, check_count, check_squares, row_major
 from kfac_ext.reference.power import PowerIteration, start_vector
 
 __all__ = ["PowerIteration", "covariance_power_iteration", "power_iteration", "power_iteration_", "start_vector"]
@@ -36,7 +36,7 @@ def _check_method(operation: str, tol: float, max_iter: int) -> None:
 def _check_vector(operation: str, name: str, vector: Tensor, n: int, dtype: torch.dtype, device: torch.device) -> None:
     if not isinstance(vector, Tensor):
         raise TypeError(f"{operation}: {name} is a {type(vector).__name__}, expected a tensor")
-    if tuple(vector.shape) != (n,):
+    if vector.shape != (n,):
         raise ValueError(f"{operation}: {name} has shape {tuple(vector.shape)}, expected {(n,)}")
     if vector.dtype != dtype:
         raise TypeError(f"{operation}: {name} has dtype {vector.dtype}, expected {dtype}")
@@ -67,9 +67,10 @@ def _take_over(result: PowerIteration, vectors: Sequence[Tensor]) -> _Results:
 def _check_matrices(matrices: Sequence[Tensor], vectors: Sequence[Tensor]) -> None:
     operation = "power_iteration"
     check_count(operation, "vectors", len(vectors), len(matrices), "matrices")
+    check_squares(operation, "matrices", matrices, matrices[0])
+    dtype, device = matrices[0].dtype, matrices[0].device
     for i, (matrix, vector) in enumerate(zip(matrices, vectors)):
-        check_square(operation, f"matrices[{i}]", matrix, matrices[0])
-        _check_vector(operation, f"vectors[{i}]", vector, matrix.shape[0], matrix.dtype, matrix.device)
+        _check_vector(operation, f"vectors[{i}]", vector, matrix.shape[0], dtype, device)
 
 
 def _power(matrices: list[Tensor], vectors: list[Tensor], tol: float, max_iter: int) -> _Results:
@@ -160,10 +161,10 @@ def power_iteration(
     operation = "power_iteration"
     symmetric = as_list(operation, "matrices", matrices)
     if vectors is None:
-        for i, matrix in enumerate(symmetric):
-            check_square(operation, f"matrices[{i}]", matrix, symmetric[0])
+        if symmetric:
+            check_squares(operation, "matrices", symmetric, symmetric[0])
         starts = [_cached_start(m.shape[0], m.dtype, m.device) for m in symmetric]
-        units = list(torch.cat(starts).split([len(start) for start in starts])) if starts else []
+        units = list(torch.cat(starts).split([start.shape[0] for start in starts])) if starts else []
     else:
         units = [vector.clone() for vector in as_list(operation, "vectors", vectors)]
     return power_iteration_(symmetric, units, tol=tol, max_iter=max_iter)
@@ -301,6 +302,8 @@ def covariance_power_iteration(
         raise ValueError(f"{operation}: x has 0 dimensions, expected at least 1: [..., d]")
     if vector is None:
         vector = _cached_start(_covariance_size(x, steps[0], bias), dtype, x.device)
-    unit = vector.detach().clone() if isinstance(vector, Tensor) else vector
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"{operation}: vector is a {type(vector).__name__}, expected a tensor")
+    unit = vector.detach().clone(memory_format=torch.contiguous_format)
     values, residuals, iterations = _covariance_op(x.detach(), unit, *steps, bias, tol, max_iter)
     return PowerIteration(values, [unit], residuals, iterations)
