@@ -22,7 +22,7 @@ build: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/*/ --target _C
 
 demo: setup
-	$(BIN)/flatprune run --data digits --model mlp --target-params 0.1 --compare-dense --out runs/demo --overwrite
+	$(BIN)/flatprune run --data digits --model mlp --target-params 0.1 --epochs 200 --compare-dense --out runs/demo --overwrite
 
 test: setup
 	$(BIN)/python -m pytest
