@@ -10,6 +10,7 @@ NETWORKS = worksets.networks()
 QUICK_NETWORKS = worksets.networks(quick=True)
 LAYERS = worksets.single_layers()
 QUICK_LAYERS = worksets.single_layers(quick=True)
+NETWORK_LAYERS = worksets.network_layers()
 
 
 def native(layers, inputs):
@@ -21,7 +22,7 @@ def native(layers, inputs):
     ]
 
 
-def variants_of(layers, inputs):
+def variants_of(layers, inputs, with_peers=True):
     """Native, two ways in plain PyTorch and the peers, on these layers."""
     own = {
         "native": lambda: native(layers, inputs),
@@ -30,7 +31,7 @@ def variants_of(layers, inputs):
     }
     if not any(layer.is_convolution and layer.kernel > 1 for layer in layers):
         del own["strided"]  # the same matmul
-    foreign, skipped = peers.available(peers.covariances(layers, inputs))
+    foreign, skipped = peers.available(peers.covariances(layers, inputs)) if with_peers else ({}, {})
     return agreeing(own | foreign, "unfold", skipped), skipped
 
 
@@ -53,6 +54,16 @@ def test_input_of_a_layer(measure, quick, name):
     variants, skipped = variants_of([layer], [worksets.activation(layer)])
     flops = 2 * layer.batch * layer.output_size**2 * layer.patch**2 * layer.groups
     measure("covariance of one layer", name, variants, skipped=skipped, shape=layer.describe(), plain_flops=flops)
+
+
+@pytest.mark.parametrize("name", NETWORK_LAYERS)
+def test_every_layer_of_the_networks(measure, quick, name):
+    """None may be slower than in plain PyTorch."""
+    if quick:
+        pytest.skip("full runs only")
+    layer = NETWORK_LAYERS[name]
+    variants, _ = variants_of([layer], [worksets.activation(layer)], with_peers=False)
+    measure("covariance of one layer", name, variants, shape=layer.describe(), max_rounds=11)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -185,6 +185,15 @@ def single_layers(quick: bool = False) -> dict[str, LayerShape]:
     return layers | others
 
 
+def network_layers() -> dict[str, LayerShape]:
+    """Every distinct layer of every network."""
+    return {
+        f"{network}: {layer.describe().rsplit(',', 1)[0]}": layer
+        for network, layers in networks().items()
+        for layer in distinct(layers)
+    }
+
+
 # ---- inputs ----
 
 
