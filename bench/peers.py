@@ -112,13 +112,20 @@ COVARIANCE: dict[str, Callable[[Tensor, LayerShape], Tensor]] = {
 }
 
 
+def covariance_of(name: str) -> Callable[[Tensor, LayerShape], Tensor]:
+    """A peer's covariance of a layer of either kind (linear ones by one matmul)."""
+    method = COVARIANCE[name]
+    return lambda x, layer: method(x, layer) if layer.is_convolution else x.T @ x / len(x)
+
+
 def covariances(layers: Sequence[LayerShape], inputs: Sequence[Tensor]) -> dict[str, Callable[[], Step]]:
-    """Makers of the covariances of all convolutions among the layers (linear ones by one matmul)."""
+    """Makers of the covariances of all layers."""
 
-    def run(method: Callable[[Tensor, LayerShape], Tensor]) -> list[Tensor]:
-        return [method(x, layer) if layer.is_convolution else x.T @ x / len(x) for layer, x in zip(layers, inputs)]
+    def maker(name: str) -> Callable[[], Step]:
+        method = covariance_of(name)
+        return lambda: lambda: [method(x, layer) for layer, x in zip(layers, inputs)]
 
-    return {name: lambda method=method: lambda: run(method) for name, method in COVARIANCE.items()}  # type: ignore[misc]
+    return {name: maker(name) for name in COVARIANCE}
 
 
 # ---- inverses ----
