@@ -12,8 +12,6 @@ from kfac_ext.geometry import ConvGeometry, Pair, accumulator_dtype, conv_geomet
 from kfac_ext.ops._library import DTYPE_CODES, check_floating, check_output, define, native_device
 
 _AUTO = 0  # kfac::CovarianceAlgorithm::kAuto
-
-
 _MODES = ("expand", "reduce")
 
 
@@ -317,7 +315,7 @@ def _gradient_size(g: Tensor, groups: int) -> int:
         raise ValueError(
             f"gradient_covariance: g has {g.dim()} dimensions {tuple(g.shape)}, expected [N, O] or [N, O, H, W]"
         )
-    if groups < 1 or g.shape[1] % groups:
+    if not isinstance(groups, int) or groups < 1 or g.shape[1] % groups:
         raise ValueError(f"gradient_covariance: groups is {groups}, expected a divisor of the {g.shape[1]} channels")
     return g.shape[1] // groups
 
