@@ -6,6 +6,7 @@
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of kfac_ext; call kfac_ext's functions instead.";
   register_covariance(m);
+  register_cuda(m);
   m.def("cpu_info", [] {
     pybind11::dict info;
     info["simd"] = kfac::simd().name;

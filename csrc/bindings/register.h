@@ -4,3 +4,4 @@
 #include <pybind11/pybind11.h>
 
 void register_covariance(pybind11::module_& m);
+void register_cuda(pybind11::module_& m);
