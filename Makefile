@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup build demo test lint format bench clean
 
 setup: $(READY)
 
@@ -16,6 +16,10 @@ $(READY): pyproject.toml setup.py CMakeLists.txt
 	$(BIN)/pip install --quiet --group dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation --editable .
 	touch $@
+
+# after a change to a C++ file
+build: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/*/ --target _C
 
 demo: setup
 	$(BIN)/flatprune run --data digits --model mlp --target-params 0.1 --compare-dense --out runs/demo --overwrite

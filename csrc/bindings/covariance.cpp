@@ -85,8 +85,9 @@ void register_covariance(py::module_& m) {
         view, conv_shape(shape), covariance_mode(reduce), static_cast<kfac::CovarianceAlgorithm>(algorithm), bias,
         decay, scale, reinterpret_cast<void*>(out), threads);
   });
-  m.def("covariance_algorithm", [](const std::array<int64_t, 15>& shape) {
-    return static_cast<int>(kfac::covariance_algorithm(conv_shape(shape)));
+  m.def("covariance_costs", [](const std::array<int64_t, 15>& shape) {
+    const kfac::CovarianceCosts costs = kfac::covariance_costs(conv_shape(shape));
+    return py::make_tuple(costs.shift, costs.patches);
   });
   py::class_<kfac::CovarianceGroup>(m, "CovarianceGroup")
       .def(py::init(&covariance_group))

@@ -7,6 +7,9 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of kfac_ext; call kfac_ext's functions instead.";
   register_covariance(m);
   register_cuda(m);
+  register_inverse(m);
+  register_power_iteration(m);
+  register_saliency(m);
   m.def("cpu_info", [] {
     pybind11::dict info;
     info["simd"] = kfac::simd().name;

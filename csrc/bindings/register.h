@@ -5,3 +5,6 @@
 
 void register_covariance(pybind11::module_& m);
 void register_cuda(pybind11::module_& m);
+void register_inverse(pybind11::module_& m);
+void register_power_iteration(pybind11::module_& m);
+void register_saliency(pybind11::module_& m);

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t kShareBytes = 256 << 10;  // packed samples a thread works on alone: a part of its second-level cache
 constexpr int64_t kSharedBytes = 4 << 20;   // packed samples that all threads work on together
+constexpr int64_t kColumnBlock = 4;         // panels that a panel is multiplied with before the next region is begun
 constexpr int64_t kOnePassRows = 4096;      // more rows than this are better summed by every thread on its own
 constexpr int64_t kPrivateBytes = 768 << 10;  // sums small enough for every thread to have its own
 
@@ -142,24 +143,32 @@ class Covariance {
     }
   }
 
-  // A task is one region and one panel i (with every panel j of its group).
-  int64_t tasks() const { return int64_t(plan_.regions.size()) * source_.panels(); }
+  // A task is a panel i with a few panels j of its group, over all regions: what it reads stays in the cache.
+  int64_t column_blocks() const { return divide_up(source_.panels_per_group(), kColumnBlock); }
+  int64_t tasks() const { return source_.panels() * column_blocks(); }
 
   void sum_task(int64_t task, T* packed, int64_t samples, T* sums) const {
-    const int64_t regions = int64_t(plan_.regions.size()), number = task % regions;
-    const int64_t p = source_.panels() - 1 - task / regions;  // panels with the most tiles first
-    const Region& region = plan_.regions[number];
-    const int64_t start = start_of(region, samples);
-    const int64_t shift = (region.shift_y * shape_.width + region.shift_x) * samples * kPanel;
-    const Runs runs = runs_of(region, samples);
-    const T* a = panel(packed, p, samples) + start;
-    const PanelKernels<T>& kernels = panel_kernels<T>();
-    if (bias_ && region.symmetric()) kernels.column_sums(runs, a, sums + layout_.columns(number, p));
-    if (source_.depthwise()) return kernels.gram_diagonal(runs, a, a + shift, sums + layout_.lanes(number, p));
+    const int64_t p = source_.panels() - 1 - task / column_blocks();  // panels with the most tiles first
     const int64_t per_group = source_.panels_per_group(), group = p / per_group, i = p % per_group;
-    for (int64_t j = 0; j < (region.symmetric() ? i + 1 : per_group); ++j) {
-      const T* b = panel(packed, group * per_group + j, samples) + start + shift;
-      kernels.gram(runs, a, b, channels_in(i), sums + layout_.tile(region, number, group, i, j));
+    const int64_t first = task % column_blocks() * kColumnBlock, last = std::min(first + kColumnBlock, per_group);
+    const PanelKernels<T>& kernels = panel_kernels<T>();
+    for (int number = 0; number < int(plan_.regions.size()); ++number) {
+      const Region& region = plan_.regions[number];
+      const int64_t start = start_of(region, samples);
+      const int64_t shift = (region.shift_y * shape_.width + region.shift_x) * samples * kPanel;
+      const Runs runs = runs_of(region, samples);
+      const T* a = panel(packed, p, samples) + start;
+      if (bias_ && region.symmetric() && first == 0) {
+        kernels.column_sums(runs, a, sums + layout_.columns(number, p));
+      }
+      if (source_.depthwise()) {
+        kernels.gram_diagonal(runs, a, a + shift, sums + layout_.lanes(number, p));
+        continue;
+      }
+      for (int64_t j = first; j < (region.symmetric() ? std::min(last, i + 1) : last); ++j) {
+        const T* b = panel(packed, group * per_group + j, samples) + start + shift;
+        kernels.gram(runs, a, b, channels_in(i), sums + layout_.tile(region, number, group, i, j));
+      }
     }
   }
 
@@ -203,7 +212,7 @@ class Covariance {
     const PanelKernels<T>& kernels = panel_kernels<T>();
     const int64_t taps = shape_.taps(), rows = channels_in(i);
     std::vector<T> scratch(2 * plan_.regions.size() * kTile), lines(taps * kPanel);
-    std::vector<const T*> tiles(2 * plan_.regions.size()), terms;
+    std::vector<const T*> tiles(2 * plan_.regions.size()), terms(plan_.first_term.back());
     for (int64_t j = 0; j < source_.panels_per_group(); ++j) {
       orient_tiles(group, i, j, scratch.data(), tiles.data());
       T* target = out + (i * d + j) * kPanel * taps;
@@ -211,16 +220,11 @@ class Covariance {
         kernels.blend_tile(tiles[0], rows, channels_in(j), decay, scale, target, d);
         continue;
       }
+      for (size_t t = 0; t < terms.size(); ++t) terms[t] = tiles[2 * plan_.terms[t].region + plan_.terms[t].transposed];
       for (int64_t c = 0; c < rows; ++c) {
         for (int64_t p = 0; p < taps; ++p, target += d) {
-          for (int64_t q = 0; q < taps; ++q) {
-            terms.clear();
-            for (const Term& term : plan_.terms[p * taps + q]) {
-              terms.push_back(tiles[2 * term.region + term.transposed] + c * kPanel);
-            }
-            kernels.sum_lines(terms.data(), int(terms.size()), lines.data() + q * kPanel);
-          }
-          kernels.blend_taps(lines.data(), taps, channels_in(j), decay, scale, target);
+          kernels.sum_lines(terms.data(), plan_.first_term.data() + p * taps, int(taps), c * kPanel, lines.data());
+          kernels.blend_taps(lines.data(), int(taps), channels_in(j), decay, scale, target);
         }
       }
     }
@@ -253,8 +257,8 @@ class Covariance {
     for (int64_t p = 0; p < taps; ++p) {
       for (int64_t q = 0; q < taps; ++q) {
         T sum = 0;
-        for (const Term& term : plan_.terms[p * taps + q]) {
-          sum += sums_[layout_.lanes(term.region, group / kPanel) + group % kPanel];
+        for (int64_t t = plan_.first_term[p * taps + q]; t < plan_.first_term[p * taps + q + 1]; ++t) {
+          sum += sums_[layout_.lanes(plan_.terms[t].region, group / kPanel) + group % kPanel];
         }
         out[p * d + q] = blend(out[p * d + q], sum, decay, scale);
       }
@@ -268,8 +272,8 @@ class Covariance {
       const int64_t lane = source_.depthwise() ? group : group * source_.panels_per_group() * kPanel + c;
       for (int64_t p = 0; p < taps; ++p) {
         T sum = 0;
-        for (const Term& term : plan_.terms[p * taps + p]) {
-          sum += sums_[layout_.columns(term.region, 0) + lane];
+        for (int64_t t = plan_.first_term[p * taps + p]; t < plan_.first_term[p * taps + p + 1]; ++t) {
+          sum += sums_[layout_.columns(plan_.terms[t].region, 0) + lane];
         }
         const int64_t row = c * taps + p;
         out[row * d + d - 1] = out[(d - 1) * d + row] = blend(out[row * d + d - 1], sum, decay, scale);
@@ -281,7 +285,7 @@ class Covariance {
 
   const PanelSource<T>& source_;
   const ConvShape& shape_;
-  const ShiftPlan plan_;
+  const ShiftPlan& plan_;
   const SumLayout layout_;
   const bool bias_;
   const int threads_;
@@ -297,9 +301,53 @@ void covariance(const ImageView& image, const ConvShape& shape, CovarianceMode m
 
 }  // namespace
 
+namespace {
+
+// Costs in units of one multiply-add of a panel-wide vector (about 0.35 ns on the machine of the fit). The constants
+// are the least-squares fit to what bench/crossover.py measures; it also prints how often the rule is right.
+constexpr double kShiftTile = 500;  // one tile of one region: calling the inner loop, turning the tile around
+constexpr double kShiftLine = 20;   // one panel-wide vector of one term, or of the result
+constexpr double kShiftPackedValue = 0.7;
+constexpr double kPatchFma = 1.4;  // its panels come from farther away
+constexpr double kPatchTile = 1000;
+constexpr double kPatchPixel = 6;  // of one padded channel: copied once, gathered once a tap
+
+// Tile rows summed for all pairs of panels of `channels` channels, or for half of them.
+double tile_rows(int64_t channels, bool half) {
+  const int64_t panels = divide_up(channels, int64_t(kPanel));
+  double rows = 0;
+  for (int64_t i = 0; i < panels; ++i) {
+    rows += double(std::min<int64_t>(kPanel, divide_up(channels - i * kPanel, 4) * 4)) * double(half ? i + 1 : panels);
+  }
+  return rows;
+}
+
+}  // namespace
+
+CovarianceCosts covariance_costs(const ConvShape& shape) {
+  const ShiftPlan& plan = shift_plan(shape);
+  const int64_t channels = shape.group_channels(), panels = divide_up(channels, int64_t(kPanel));
+  const int64_t patch_panels = divide_up(shape.patch_size(), int64_t(kPanel));
+  const double lines = double(plan.terms.size()) + double(shape.taps() * shape.taps());
+  double fma = 0;
+  for (const Region& r : plan.regions) fma += double(r.ny * r.nx) * tile_rows(channels, r.symmetric());
+  const double samples = double(shape.samples), pixels = double(shape.height * shape.width);
+  const double padded = double((shape.out_h - 1) * shape.stride_h + (shape.kernel_h - 1) * shape.dilation_h + 1) *
+                        double((shape.out_w - 1) * shape.stride_w + (shape.kernel_w - 1) * shape.dilation_w + 1);
+  const double positions = double(shape.out_h * shape.out_w);
+  return {samples * (fma + kShiftPackedValue * pixels * double(panels * kPanel)) +
+              double(panels * panels) * kShiftTile * double(plan.regions.size()) +
+              double(channels * panels) * kShiftLine * lines,
+          samples * (kPatchFma * positions * tile_rows(shape.patch_size(), true) +
+                     kPatchPixel * padded * double(channels)) +
+              kPatchTile * double(patch_panels * (patch_panels + 1) / 2)};
+}
+
 CovarianceAlgorithm covariance_algorithm(const ConvShape& shape) {
-  if (shape.taps() == 1 || (shape.groups > 1 && shape.group_channels() == 1)) return CovarianceAlgorithm::kShift;
-  return shape.group_channels() >= 8 ? CovarianceAlgorithm::kShift : CovarianceAlgorithm::kPatches;
+  const bool depthwise = shape.groups > 1 && shape.group_channels() == 1;
+  if (shape.taps() == 1 || depthwise) return CovarianceAlgorithm::kShift;
+  const CovarianceCosts costs = covariance_costs(shape);
+  return costs.shift <= costs.patches ? CovarianceAlgorithm::kShift : CovarianceAlgorithm::kPatches;
 }
 
 void covariance_cpu(const ImageView& image, const ConvShape& shape, CovarianceMode mode, CovarianceAlgorithm algorithm,

@@ -1,6 +1,8 @@
 #include <algorithm>
+#include <array>
 #include <iterator>
 #include <map>
+#include <mutex>
 #include <set>
 #include <tuple>
 
@@ -75,26 +77,39 @@ class RegionTable {
   std::map<RegionKey, int> numbers_;
 };
 
-}  // namespace
-
-ShiftPlan shift_plan(const ConvShape& shape) {
+ShiftPlan build_plan(const ConvShape& shape) {
   const Axis vertical{shape.height, shape.kernel_h, shape.stride_h, shape.pad_top, shape.dilation_h, shape.out_h};
   const Axis horizontal{shape.width, shape.kernel_w, shape.stride_w, shape.pad_left, shape.dilation_w, shape.out_w};
   ShiftPlan plan;
   RegionTable table(plan.regions);
   const int64_t kw = shape.kernel_w, taps = shape.taps();
-  plan.terms.resize(taps * taps);
   for (int64_t p = 0; p < taps; ++p) {
     for (int64_t q = 0; q < taps; ++q) {
+      plan.first_term.push_back(int64_t(plan.terms.size()));
       const int64_t shift_y = (q / kw - p / kw) * shape.dilation_h, shift_x = (q % kw - p % kw) * shape.dilation_w;
       for (const Interval& y : vertical.pieces(p / kw, q / kw)) {
         for (const Interval& x : horizontal.pieces(p % kw, q % kw)) {
-          plan.terms[p * taps + q].push_back(table.term({y.first, y.count, x.first, x.count, shift_y, shift_x}));
+          plan.terms.push_back(table.term({y.first, y.count, x.first, x.count, shift_y, shift_x}));
         }
       }
     }
   }
+  plan.first_term.push_back(int64_t(plan.terms.size()));
   return plan;
+}
+
+}  // namespace
+
+const ShiftPlan& shift_plan(const ConvShape& shape) {
+  using Key = std::array<int64_t, 12>;  // a plan does not depend on samples, channels and groups
+  static std::map<Key, ShiftPlan> plans;
+  static std::mutex mutex;
+  const Key key{shape.height,  shape.width,    shape.kernel_h,   shape.kernel_w,   shape.stride_h, shape.stride_w,
+                shape.pad_top, shape.pad_left, shape.dilation_h, shape.dilation_w, shape.out_h,    shape.out_w};
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto found = plans.find(key);
+  if (found == plans.end()) found = plans.emplace(key, build_plan(shape)).first;
+  return found->second;
 }
 
 }  // namespace kfac

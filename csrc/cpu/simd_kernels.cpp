@@ -3,6 +3,10 @@
 // with instructions the processor lacks, for everyone.
 #include "kfac/simd.h"
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 namespace kfac {
 namespace KFAC_SIMD {
 namespace {
@@ -276,16 +280,42 @@ void blend_tile(const T* tile, int rows, int columns, T decay, T scale, T* out, 
 }
 
 template <class T>
-void sum_lines(const T* const* lines, int count, T* sum) {
-  T total[kPanel] = {};
-  for (int l = 0; l < count; ++l) {
-    for (int i = 0; i < kPanel; ++i) total[i] += lines[l][i];
+void sum_lines(const T* const* lines, const int64_t* first, int count, int64_t offset, T* sums) {
+  for (int q = 0; q < count; ++q, sums += kPanel) {
+    T total[kPanel] = {};
+    for (int64_t l = first[q]; l < first[q + 1]; ++l) {
+      for (int i = 0; i < kPanel; ++i) total[i] += lines[l][offset + i];
+    }
+    for (int i = 0; i < kPanel; ++i) sums[i] = total[i];
   }
-  for (int i = 0; i < kPanel; ++i) sum[i] = total[i];
 }
+
+#ifdef __AVX512F__
+// Up to 16 taps: the lines are transposed in registers, so that each channel's taps are one masked vector.
+KFAC_INLINE void blend_few_taps(const float* lines, int taps, float decay, float scale, float* out) {
+  using V = Vector<float>::type;
+  V rows[kPanel];
+  for (int q = 0; q < kPanel; ++q) rows[q] = q < taps ? *reinterpret_cast<const V*>(lines + q * kPanel) * scale : V{};
+  butterfly<8>(rows);
+  butterfly<4>(rows);
+  butterfly<2>(rows);
+  butterfly<1>(rows);
+  const __mmask16 mask = static_cast<__mmask16>((1u << taps) - 1);
+  for (int c = 0; c < kPanel; ++c, out += taps) {
+    __m512 value = reinterpret_cast<__m512&>(rows[c]);
+    if (decay != 0) value = _mm512_fmadd_ps(_mm512_set1_ps(decay), _mm512_maskz_loadu_ps(mask, out), value);
+    _mm512_mask_storeu_ps(out, mask, value);
+  }
+}
+#endif
 
 template <class T>
 void blend_taps(const T* lines, int taps, int columns, T decay, T scale, T* out) {
+#ifdef __AVX512F__
+  if constexpr (__is_same(T, float)) {
+    if (taps <= kPanel && columns == kPanel) return blend_few_taps(lines, taps, decay, scale, out);
+  }
+#endif
   for (int c = 0; c < columns; ++c, out += taps) {
     for (int q = 0; q < taps; ++q) out[q] = blend(out[q], lines[q * kPanel + c], decay, scale);
   }

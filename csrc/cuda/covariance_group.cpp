@@ -1,6 +1,7 @@
 #include "kfac/covariance_group.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <numeric>
 #include <stdexcept>
@@ -27,11 +28,6 @@ bool is_depthwise(const ConvShape& packed) {
   return packed.groups > 1 && packed.group_channels() == 1;
 }
 
-PackKind pack_kind(const CovarianceProblem& problem, CovarianceAlgorithm algorithm) {
-  if (problem.mode == CovarianceMode::kReduce) return PackKind::kMeans;
-  return algorithm == CovarianceAlgorithm::kPatches ? PackKind::kPatches : PackKind::kImage;
-}
-
 // The convolution that is left to do once packed: 1 x 1 where packing has gathered or averaged the patches already.
 ConvShape packed_shape(const ConvShape& shape, PackKind kind) {
   if (kind == PackKind::kImage) return shape;
@@ -42,6 +38,28 @@ ConvShape packed_shape(const ConvShape& shape, PackKind kind) {
   }
   packed.groups = shape.groups;
   return packed;
+}
+
+// Predicted cost, in products of one row: a float that goes to memory and back costs as much as kFloatCost of them.
+double group_cost(const ConvShape& packed) {
+  constexpr double kFloatCost = 400;
+  const int64_t channels = packed.group_channels(), bits = tile_edge_bits(channels);
+  const int32_t side = int32_t(divide_up(channels, int64_t(1) << bits));
+  double cost = kFloatCost * double(packed.samples * packed.height * packed.width * channels);
+  for (const Region& region : shift_plan(packed).regions) {
+    const double rows = double(region.ny * region.nx * packed.samples), pairs = pair_count(side, region.symmetric());
+    cost += pairs * double(1 << 2 * bits) * (rows + kFloatCost * std::ceil(rows / kChunkRows));
+  }
+  return cost;
+}
+
+PackKind pack_kind(const CovarianceProblem& problem) {
+  if (problem.mode == CovarianceMode::kReduce) return PackKind::kMeans;
+  if (problem.algorithm == CovarianceAlgorithm::kShift) return PackKind::kImage;
+  if (problem.algorithm == CovarianceAlgorithm::kPatches) return PackKind::kPatches;
+  if (problem.shape.taps() == 1 || is_depthwise(problem.shape)) return PackKind::kImage;
+  const double shift = group_cost(problem.shape);
+  return group_cost(packed_shape(problem.shape, PackKind::kPatches)) < shift ? PackKind::kPatches : PackKind::kImage;
 }
 
 MmaMode mma_mode(const CovarianceProblem& problem) {
@@ -163,7 +181,7 @@ struct CovarianceGroup::Builder {
     job.packed = allocate(int64_t(packed_rows(job)) * job.row_pitch);
     (kind == PackKind::kMeans ? means : pack).add(job, pack_tiles(job));
 
-    const ShiftPlan plan = shift_plan(packed);
+    const ShiftPlan& plan = shift_plan(packed);
     add_expand(layer, packed, plan, problem.bias, job);
     for (const Region& region : plan.regions) add_region(region, packed, problem, job);
   }
@@ -240,15 +258,8 @@ struct CovarianceGroup::Builder {
   }
 
   void add_terms(const ShiftPlan& plan) {
-    int32_t first = 0;
-    for (const auto& block : plan.terms) {
-      terms.push_back(first);
-      first += int32_t(block.size());
-    }
-    terms.push_back(first);
-    for (const auto& block : plan.terms) {
-      for (const Term& term : block) terms.push_back(2 * term.region + term.transposed);
-    }
+    for (const int64_t first : plan.first_term) terms.push_back(int32_t(first));
+    for (const Term& term : plan.terms) terms.push_back(2 * term.region + term.transposed);
   }
 
   template <class Job>

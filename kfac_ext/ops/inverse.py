@@ -1,1 +1,216 @@
-from kfac_ext.reference.inverse import damped_inverse, damped_inverse_ex
+"""Damped inverses of a list of symmetric positive definite matrices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kfac_ext import _C, reference
+from kfac_ext.ops._library import DTYPE_CODES, define, native_device
+from kfac_ext.ops._lists import as_list, check_count, check_squares, row_major
+
+__all__ = ["damped_inverse", "damped_inverse_ex"]
+
+_OPERATION = "damped_inverse"
+
+
+def _check(matrices: Sequence[Tensor], amounts: Tensor, diagonals: Sequence[Tensor]) -> None:
+    check_squares(_OPERATION, "matrices", matrices, matrices[0])
+    check_count(_OPERATION, "damping", len(amounts), len(matrices), "matrices")
+    if not diagonals:
+        return
+    for i, (matrix, diagonal) in enumerate(zip(matrices, diagonals)):
+        if diagonal.numel() and tuple(diagonal.shape) != (matrix.shape[0],):
+            raise ValueError(
+                f"{_OPERATION}: damping[{i}] has shape {tuple(diagonal.shape)}, expected () or {(matrix.shape[0],)}"
+            )
+
+
+def _inverse(matrices: list[Tensor], amounts: Tensor, diagonals: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    _check(matrices, amounts, diagonals)
+    if native_device(_OPERATION, matrices[0]):
+        inverses, info = _native(matrices, amounts, diagonals)
+    else:
+        damping = [d.to(m.dtype) for d, m in zip(_per_matrix(amounts, diagonals), matrices)]
+        inverses, info = reference.damped_inverse_ex(matrices, damping)
+    if matrices[0].dtype == torch.float32:
+        _retry_in_double(matrices, _per_matrix(amounts, diagonals), inverses, info)
+    return inverses, info
+
+
+def _native(matrices: list[Tensor], amounts: Tensor, diagonals: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    rows = [row_major(matrix) for matrix in matrices]
+    inverses = [torch.empty_like(matrix, memory_format=torch.contiguous_format) for matrix in rows]
+    # a diagonal of one dtype with its matrix; address 0 where there is none
+    added = [d.to(m.dtype).contiguous() for d, m in zip(diagonals, rows)] or [amounts.new_empty(0)] * len(rows)
+    problems = [
+        (m.data_ptr(), m.shape[0], m.stride(0), d.data_ptr() if d.numel() else 0, inverse.data_ptr())
+        for m, d, inverse in zip(rows, added, inverses)
+    ]
+    info = _C.damped_inverse_cpu(problems, amounts.tolist(), DTYPE_CODES[rows[0].dtype], torch.get_num_threads())
+    return inverses, torch.tensor(info, dtype=torch.int32)
+
+
+def _per_matrix(amounts: Tensor, diagonals: Sequence[Tensor]) -> list[Tensor]:
+    """The damping of each matrix as one tensor, 0-d or [n_i]."""
+    if not diagonals:
+        return list(amounts.unbind())
+    return [amount + d if d.numel() else amount for amount, d in zip(amounts.unbind(), diagonals)]
+
+
+def _retry_in_double(matrices: list[Tensor], damping: list[Tensor], inverses: list[Tensor], info: Tensor) -> None:
+    """Invert what failed in float32 once more in float64, which bears a condition 1e8 times as large."""
+    for i in info.nonzero().flatten().tolist():
+        double, flag = reference.damped_inverse_ex([matrices[i].double()], [damping[i]])
+        if not flag.any():
+            inverses[i].copy_(double[0])
+            info[i] = 0
+
+
+def _fake(matrices: list[Tensor], amounts: Tensor, diagonals: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    _check(matrices, amounts, diagonals)
+    inverses = [torch.empty_like(matrix, memory_format=torch.contiguous_format) for matrix in matrices]
+    return inverses, amounts.new_empty(len(matrices), dtype=torch.int32)
+
+
+_inverse_op = define(
+    "damped_inverse(Tensor[] matrices, Tensor amounts, Tensor[] diagonals) -> (Tensor[], Tensor)", _inverse, _fake
+)
+
+
+# ---- the forms that damping comes in ----
+
+
+def _checked_amount(name: str, amount: float) -> float:
+    if isinstance(amount, bool) or not isinstance(amount, (int, float)):
+        raise TypeError(f"{_OPERATION}: {name} is a {type(amount).__name__}, expected a number or a tensor")
+    if not (math.isfinite(amount) and amount >= 0):
+        raise ValueError(f"{_OPERATION}: {name} is {amount}, expected a finite number >= 0")
+    return float(amount)
+
+
+def _split(matrices: list[Tensor], damping: float | Sequence[float | Tensor] | Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Amounts [L], float64, for the whole diagonals; and a tensor [n_i] (or [0]) for each if any was given."""
+    device = matrices[0].device
+    if isinstance(damping, Tensor) and damping.dim() == 0:
+        return damping.detach().to(device, torch.float64).expand(len(matrices)), []
+    if not isinstance(damping, (Sequence, Tensor)):
+        amount = _checked_amount("damping", damping)
+        return torch.full((len(matrices),), amount, dtype=torch.float64, device=device), []
+    check_count(_OPERATION, "damping", len(damping), len(matrices), "matrices")
+    scalars, diagonals = [], []
+    none = torch.empty(0, device=device)
+    for i, entry in enumerate(damping):
+        is_tensor = isinstance(entry, Tensor)
+        if is_tensor and entry.device != device:
+            raise ValueError(f"{_OPERATION}: damping[{i}] is on {entry.device}, the matrices on {device}")
+        is_diagonal = is_tensor and entry.dim() > 0
+        diagonals.append(entry.detach() if is_diagonal else none)
+        scalars.append(0.0 if is_diagonal else entry if is_tensor else _checked_amount(f"damping[{i}]", entry))
+    if any(isinstance(scalar, Tensor) for scalar in scalars):
+        amounts = torch.stack([torch.as_tensor(s, dtype=torch.float64, device=device).detach() for s in scalars])
+    else:
+        amounts = torch.tensor(scalars, dtype=torch.float64, device=device)
+    return amounts, diagonals if any(d is not none for d in diagonals) else []
+
+
+def _checked_pairs(pi: Sequence[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    pairs = [(int(i), int(j)) for i, j in pi]
+    seen: set[int] = set()
+    for k, indices in enumerate(pairs):
+        for index in indices:
+            if not 0 <= index < count:
+                raise ValueError(f"{_OPERATION}: pi[{k}] is {indices}, expected indices of the {count} matrices")
+            if index in seen:
+                raise ValueError(f"{_OPERATION}: pi[{k}] is {indices}, but matrix {index} is in a pair already")
+            seen.add(index)
+    return pairs
+
+
+def _pi_amounts(matrices: list[Tensor], damping: float, pairs: Sequence[tuple[int, int]]) -> Tensor:
+    """Amounts [L] with sqrt(damping) pi for A and sqrt(damping)/pi for G of each pair."""
+    means = torch.stack([matrix.trace() / matrix.shape[0] for matrix in matrices]).double()
+    amounts = torch.full_like(means, damping)
+    if pairs:
+        A, G = torch.tensor(pairs, device=means.device).unbind(1)
+        ratio = (means[A] / means[G]).sqrt()
+        ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
+        amounts[A], amounts[G] = damping**0.5 * ratio, damping**0.5 / ratio
+    return amounts
+
+
+def damped_inverse_ex(
+    matrices: Sequence[Tensor],
+    damping: float | Sequence[float | Tensor] | Tensor,
+    *,
+    pi: Sequence[tuple[int, int]] | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """`damped_inverse` that does not raise where a matrix is not positive definite but says so in `info`.
+
+    Args:
+        matrices, damping, pi: as for `damped_inverse`.
+
+    Returns:
+        The list of inverses, and info [L] int32: 0, or k where the leading minor of order k of M_i + D_i is not
+        positive or not finite; that inverse is NaN then. A float32 matrix that fails is inverted in float64 by
+        torch.linalg before it is given up.
+
+    Raises:
+        TypeError, ValueError: naming the argument and its place in the list.
+
+    Example:
+        >>> _, info = kfac_ext.damped_inverse_ex([torch.eye(2), -torch.eye(2)], 0.5)
+        >>> info
+        tensor([0, 1], dtype=torch.int32)
+    """
+    symmetric = as_list(_OPERATION, "matrices", matrices)
+    if not symmetric:
+        return [], torch.zeros(0, dtype=torch.int32)
+    if pi is None:
+        amounts, diagonals = _split(symmetric, damping)
+    else:
+        check_squares(_OPERATION, "matrices", symmetric, symmetric[0])
+        amount = _checked_amount("damping, with pi one for all,", damping)  # type: ignore[arg-type]
+        amounts, diagonals = _pi_amounts(symmetric, amount, _checked_pairs(pi, len(symmetric))), []
+    return _inverse_op(symmetric, amounts, diagonals)
+
+
+def damped_inverse(
+    matrices: Sequence[Tensor],
+    damping: float | Sequence[float | Tensor] | Tensor,
+    *,
+    pi: Sequence[tuple[int, int]] | None = None,
+) -> list[Tensor]:
+    """(M_i + D_i)^-1 of every symmetric positive definite matrix, D_i = damping I or a diagonal; exactly symmetric.
+
+    The two Kronecker factors of a layer, damped apart, stand for the damped product:
+    (A (x) G + lambda I)^-1 ~ (A + pi sqrt(lambda) I)^-1 (x) (G + sqrt(lambda)/pi I)^-1 with
+    pi = sqrt(mean diag A / mean diag G) (Martens & Grosse 2015, section 6.3).
+
+    Args:
+        matrices: list of [n_i, n_i], float32 or float64, of one dtype and device; the lower triangle is read.
+        damping: a number for all; or a list with a number, a 0-d tensor or a tensor [n_i] (one amount for each
+            diagonal entry) for each matrix.
+        pi: pairs (index of A, index of G) in `matrices` whose damping is pi-corrected, `damping` being lambda;
+            matrices in no pair get lambda itself.
+
+    Returns:
+        One new contiguous [n_i, n_i] a matrix.
+
+    Raises:
+        torch.linalg.LinAlgError: naming the matrices that are not positive definite.
+        TypeError, ValueError: naming the argument and its place in the list.
+
+    Example:
+        >>> kfac_ext.damped_inverse([torch.eye(2)], 1.0)
+        [tensor([[0.5000, 0.0000],
+                [0.0000, 0.5000]])]
+    """
+    inverses, info = damped_inverse_ex(matrices, damping, pi=pi)
+    failed = info.nonzero().flatten().tolist()
+    if failed:
+        raise torch.linalg.LinAlgError(f"{_OPERATION}: matrices {failed} are not positive definite")
+    return inverses

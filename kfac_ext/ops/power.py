@@ -1,10 +1,309 @@
-"""Power iteration (placeholder over the reference until the native kernels land)."""
+"""Dominant eigenpairs by power iteration, of matrices and of covariances that are never formed."""
 
-from kfac_ext.reference.power import PowerIteration, covariance_power_iteration, power_iteration, start_vector
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from kfac_ext import _C, reference
+from kfac_ext.geometry import ConvGeometry, Pair, accumulator_dtype, conv_geometry
+from kfac_ext.ops._library import DTYPE_CODES, check_floating, define, native_device
+from kfac_ext.ops._lists import as_list, check_count, check_squares, row_major
+from kfac_ext.reference.power import PowerIteration, start_vector
+
+__all__ = ["PowerIteration", "covariance_power_iteration", "power_iteration", "power_iteration_", "start_vector"]
+
+_Results = tuple[Tensor, Tensor, Tensor]
+"""eigenvalues, residuals, iterations: each [L]"""
 
 
-def power_iteration_(matrices, vectors, *, tol=1e-3, max_iter=100):
-    result = power_iteration(matrices, vectors, tol=tol, max_iter=max_iter)
-    for v, w in zip(vectors, result.eigenvectors):
-        v.copy_(w)
-    return result._replace(eigenvectors=list(vectors))
+@lru_cache(maxsize=256)
+def _cached_start(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return start_vector(n, dtype, device)
+
+
+def _check_method(operation: str, tol: float, max_iter: int) -> None:
+    if not (isinstance(tol, (int, float)) and math.isfinite(tol) and tol >= 0):
+        raise ValueError(f"{operation}: tol is {tol!r}, expected a finite number >= 0")
+    if not (isinstance(max_iter, int) and 1 <= max_iter < 2**31):
+        raise ValueError(f"{operation}: max_iter is {max_iter!r}, expected an int >= 1")
+
+
+def _check_vector(operation: str, name: str, vector: Tensor, n: int, dtype: torch.dtype, device: torch.device) -> None:
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"{operation}: {name} is a {type(vector).__name__}, expected a tensor")
+    if vector.shape != (n,):
+        raise ValueError(f"{operation}: {name} has shape {tuple(vector.shape)}, expected {(n,)}")
+    if vector.dtype != dtype:
+        raise TypeError(f"{operation}: {name} has dtype {vector.dtype}, expected {dtype}")
+    if vector.device != device:
+        raise ValueError(f"{operation}: {name} is on {vector.device}, expected {device}")
+    if not vector.is_contiguous():
+        raise ValueError(f"{operation}: {name} is not contiguous, its strides are {vector.stride()}")
+
+
+def _tensors(pairs: Sequence[tuple[float, float, int]], like: Tensor) -> _Results:
+    values, residuals, iterations = zip(*pairs)
+    return like.new_tensor(values), like.new_tensor(residuals), like.new_tensor(iterations, dtype=torch.int32)
+
+
+def _empty_results(count: int, like: Tensor) -> _Results:
+    return like.new_empty(count), like.new_empty(count), like.new_empty(count, dtype=torch.int32)
+
+
+def _take_over(result: PowerIteration, vectors: Sequence[Tensor]) -> _Results:
+    for vector, found in zip(vectors, result.eigenvectors):
+        vector.copy_(found)
+    return result.eigenvalues, result.residuals, result.iterations
+
+
+# ---- matrices ----
+
+
+def _check_matrices(matrices: Sequence[Tensor], vectors: Sequence[Tensor]) -> None:
+    operation = "power_iteration"
+    check_count(operation, "vectors", len(vectors), len(matrices), "matrices")
+    check_squares(operation, "matrices", matrices, matrices[0])
+    dtype, device = matrices[0].dtype, matrices[0].device
+    for i, (matrix, vector) in enumerate(zip(matrices, vectors)):
+        _check_vector(operation, f"vectors[{i}]", vector, matrix.shape[0], dtype, device)
+
+
+def _power(matrices: list[Tensor], vectors: list[Tensor], tol: float, max_iter: int) -> _Results:
+    _check_matrices(matrices, vectors)
+    if not native_device("power_iteration", matrices[0]):
+        return _take_over(reference.power_iteration(matrices, vectors, tol=tol, max_iter=max_iter), vectors)
+    rows = [row_major(matrix) for matrix in matrices]
+    problems = [(m.data_ptr(), m.shape[0], m.stride(0), v.data_ptr()) for m, v in zip(rows, vectors)]
+    dtype = DTYPE_CODES[rows[0].dtype]
+    return _tensors(_C.power_iteration_cpu(problems, dtype, tol, max_iter, torch.get_num_threads()), rows[0])
+
+
+def _power_fake(matrices: list[Tensor], vectors: list[Tensor], tol: float, max_iter: int) -> _Results:
+    _check_matrices(matrices, vectors)
+    return _empty_results(len(matrices), matrices[0])
+
+
+_power_op = define(
+    "power_iteration_(Tensor[] matrices, Tensor(a!)[] vectors, float tol, int max_iter) -> (Tensor, Tensor, Tensor)",
+    _power,
+    _power_fake,
+)
+
+
+def power_iteration_(
+    matrices: Sequence[Tensor], vectors: Sequence[Tensor], *, tol: float = 1e-3, max_iter: int = 100
+) -> PowerIteration:
+    """`power_iteration` from `vectors`, which become the eigenvectors.
+
+    Args:
+        matrices, tol, max_iter: as for `power_iteration`.
+        vectors: one [n_i] a matrix, contiguous, of its dtype and device; mutated.
+
+    Returns:
+        PowerIteration, whose `eigenvectors` are `vectors`.
+
+    Raises:
+        TypeError, ValueError: naming the argument and its place in the list; no vector is changed then.
+
+    Example:
+        >>> A, v = torch.eye(3), torch.ones(3)
+        >>> kfac_ext.power_iteration_([A], [v]).eigenvalues
+        tensor([1.0000])
+    """
+    operation = "power_iteration"
+    _check_method(operation, tol, max_iter)
+    symmetric, units = as_list(operation, "matrices", matrices), as_list(operation, "vectors", vectors)
+    if not symmetric:
+        check_count(operation, "vectors", len(units), 0, "matrices")
+        return PowerIteration(torch.zeros(0), [], torch.zeros(0), torch.zeros(0, dtype=torch.int32))
+    values, residuals, iterations = _power_op(symmetric, units, tol, max_iter)
+    return PowerIteration(values, list(vectors), residuals, iterations)
+
+
+def power_iteration(
+    matrices: Sequence[Tensor],
+    vectors: Sequence[Tensor] | None = None,
+    *,
+    tol: float = 1e-3,
+    max_iter: int = 100,
+) -> PowerIteration:
+    """Dominant eigenpair of every symmetric matrix: v <- A v / |A v| until |A v - lambda v| <= tol |lambda|.
+
+    lambda = v^T A v, an eigenvalue of largest magnitude; all matrices and all iterations in one call, each matrix
+    stopping on its own. The error of lambda is of the order of residual^2: tol 1e-2 gives it to about 2e-4, 1e-3 to
+    2e-6, where the next eigenvalue is not close.
+
+    Args:
+        matrices: list of symmetric [n_i, n_i], float32 or float64, of one dtype and device. Only the lower triangle
+            of a large one is read. A matrix whose rows are not contiguous is copied first.
+        vectors: where to start, one [n_i] a matrix, of any length; a zero or non-finite one is replaced by the
+            default, a fixed vector that no natural eigenvector is orthogonal to.
+        tol: bound on the residual |A v - lambda v| / |lambda|.
+        max_iter: products A v at most.
+
+    Returns:
+        PowerIteration: `eigenvalues` [L], `eigenvectors` list of [n_i], `residuals` [L], `iterations` [L] int32. The
+        residual is that of the vector which gave lambda; the eigenvector returned is one step further. A matrix that
+        is not finite has eigenvalue and residual NaN and keeps its start; the zero matrix has 0 and 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument and its place in the list.
+
+    Example:
+        >>> kfac_ext.power_iteration([torch.diag(torch.tensor([3.0, 1.0]))], tol=1e-6).eigenvalues
+        tensor([3.])
+    """
+    operation = "power_iteration"
+    symmetric = as_list(operation, "matrices", matrices)
+    if vectors is None:
+        if symmetric:
+            check_squares(operation, "matrices", symmetric, symmetric[0])
+        starts = [_cached_start(m.shape[0], m.dtype, m.device) for m in symmetric]
+        units = list(torch.cat(starts).split([start.shape[0] for start in starts])) if starts else []
+    else:
+        units = [vector.clone() for vector in as_list(operation, "vectors", vectors)]
+    return power_iteration_(symmetric, units, tol=tol, max_iter=max_iter)
+
+
+# ---- covariances ----
+
+
+def _covariance_geometry(
+    x: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int]
+) -> ConvGeometry:
+    """The geometry with padding given as (left, right, top, bottom)."""
+    left, right, top, bottom = padding
+    shape = (*x.shape[:2], x.shape[2] + top + bottom, x.shape[3] + left + right)
+    return conv_geometry(shape, kernel_size, stride, 0, dilation, 1)._replace(padding=(left, right, top, bottom))
+
+
+def _covariance_size(x: Tensor, kernel_size: Sequence[int], bias: bool) -> int:
+    return (x.shape[1] * kernel_size[0] * kernel_size[1] if kernel_size else x.shape[-1]) + bias
+
+
+def _check_covariance(x: Tensor, vector: Tensor, kernel_size: list[int], bias: bool) -> None:
+    operation = "covariance_power_iteration"
+    n = _covariance_size(x, kernel_size, bias)
+    _check_vector(operation, "vector", vector, n, accumulator_dtype(x.dtype), x.device)
+
+
+def _covariance(
+    x: Tensor,
+    vector: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    bias: bool,
+    tol: float,
+    max_iter: int,
+) -> _Results:
+    _check_covariance(x, vector, kernel_size, bias)
+    if not native_device("covariance_power_iteration", x):
+        image = torch.nn.functional.pad(x, padding) if kernel_size else x
+        result = reference.covariance_power_iteration(
+            image, kernel_size or None, vector, stride=stride, dilation=dilation, bias=bias, tol=tol, max_iter=max_iter
+        )
+        return _take_over(result, [vector])
+    method = (bias, vector.data_ptr(), tol, max_iter, torch.get_num_threads())
+    if kernel_size:
+        geometry = _covariance_geometry(x, kernel_size, stride, padding, dilation)
+        left, _, top, _ = geometry.padding
+        shape = [*x.shape, *kernel_size, *stride, top, left, *dilation, *geometry.output_size, 1]
+        pair = _C.patch_covariance_power_iteration_cpu(
+            x.data_ptr(), DTYPE_CODES[x.dtype], list(x.stride()), shape, *method
+        )
+    else:
+        rows = x.reshape(-1, x.shape[-1])
+        pair = _C.row_covariance_power_iteration_cpu(
+            rows.data_ptr(), DTYPE_CODES[x.dtype], [*rows.shape, *rows.stride()], *method
+        )
+    return _tensors([pair], vector)
+
+
+def _covariance_fake(
+    x: Tensor,
+    vector: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    bias: bool,
+    tol: float,
+    max_iter: int,
+) -> _Results:
+    _check_covariance(x, vector, kernel_size, bias)
+    return _empty_results(1, vector)
+
+
+_covariance_op = define(
+    "covariance_power_iteration_(Tensor x, Tensor(a!) vector, int[] kernel_size, int[] stride, int[] padding, "
+    "int[] dilation, bool bias, float tol, int max_iter) -> (Tensor, Tensor, Tensor)",
+    _covariance,
+    _covariance_fake,
+)
+
+
+def covariance_power_iteration(
+    x: Tensor,
+    kernel_size: Pair | None = None,
+    vector: Tensor | None = None,
+    *,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    bias: bool = False,
+    tol: float = 1e-3,
+    max_iter: int = 100,
+) -> PowerIteration:
+    """Dominant eigenpair of the covariance of a layer's inputs, never formed: A v = 1/R sum over rows a of (a.v) a.
+
+    The A of `linear_covariance(x, bias=bias)`, or with a kernel size that of `conv2d_covariance(x, kernel_size, ...)`
+    with mode 'expand': there a.v is the convolution of x with the one filter v, and neither A nor a patch is written
+    to memory. Each iteration reads x once.
+
+    Args:
+        x: [..., d], or [N, C, H, W] with a kernel size; float32, float64, bfloat16 or float16, any strides.
+        kernel_size: of the convolution; None for a linear layer.
+        vector: where to start, [d(+1)] or [C kh kw (+1)], float32 (float64 for float64 x); not changed. A zero or
+            non-finite one is replaced by the default.
+        stride, padding, dilation: as for `torch.nn.Conv2d` (padding 'same' and 'valid' too).
+        bias: append 1 to every row.
+        tol, max_iter: as for `power_iteration`.
+
+    Returns:
+        PowerIteration of one matrix, as from `power_iteration`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is wanted.
+
+    Example:
+        >>> pair = kfac_ext.covariance_power_iteration(torch.randn(8, 16, 32, 32), 3, padding=1)
+        >>> pair.eigenvectors[0].shape
+        torch.Size([144])
+    """
+    operation = "covariance_power_iteration"
+    check_floating(operation, "x", x)
+    _check_method(operation, tol, max_iter)
+    dtype = accumulator_dtype(x.dtype)
+    steps: tuple[Sequence[int], ...] = ((), (), (), ())
+    if kernel_size is not None:
+        try:
+            geometry = conv_geometry(x.shape, kernel_size, stride, padding, dilation, 1)
+        except ValueError as error:
+            raise ValueError(f"{operation}: {error}") from None
+        steps = (geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation)
+    elif x.dim() == 0:
+        raise ValueError(f"{operation}: x has 0 dimensions, expected at least 1: [..., d]")
+    if vector is None:
+        vector = _cached_start(_covariance_size(x, steps[0], bias), dtype, x.device)
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"{operation}: vector is a {type(vector).__name__}, expected a tensor")
+    unit = vector.detach().clone(memory_format=torch.contiguous_format)
+    values, residuals, iterations = _covariance_op(x.detach(), unit, *steps, bias, tol, max_iter)
+    return PowerIteration(values, [unit], residuals, iterations)

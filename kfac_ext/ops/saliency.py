@@ -1,1 +1,244 @@
-from kfac_ext.reference.saliency import compensate, obs_saliency, outgoing_saliency
+"""What the removal of a neuron costs, seen from the layer that it feeds, and the compensation of those that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kfac_ext import _C, reference
+from kfac_ext.ops._library import DTYPE_CODES, define, native_device
+from kfac_ext.ops._lists import as_list, check_count, check_matrix, check_square, row_major
+
+__all__ = ["compensate", "obs_saliency", "outgoing_saliency"]
+
+# ---- scores ----
+
+
+def _operation(obs: bool) -> str:
+    return "obs_saliency" if obs else "outgoing_saliency"
+
+
+def _check_scores(
+    weights: Sequence[Tensor], inputs: Sequence[Tensor], Gs: Sequence[Tensor], blocks: Sequence[int], obs: bool
+) -> None:
+    operation, name = _operation(obs), "inverses" if obs else "As"
+    for given, argument in ((inputs, name), (Gs, "Gs"), (blocks, "blocks")):
+        check_count(operation, argument, len(given), len(weights), "weights")
+    for i, (weight, matrix, G, block) in enumerate(zip(weights, inputs, Gs, blocks)):
+        check_matrix(operation, f"weights[{i}]", weight, weights[0])
+        outputs, columns = weight.shape
+        check_square(operation, f"{name}[{i}]", matrix, weights[0], columns)
+        check_square(operation, f"Gs[{i}]", G, weights[0], outputs)
+        if not 1 <= block <= columns or columns % block > 1:
+            raise ValueError(
+                f"{operation}: blocks[{i}] is {block}, expected a divisor of the {columns} columns of weights[{i}] "
+                "(or of all but the last, the bias)"
+            )
+
+
+def _scores(
+    weights: list[Tensor], inputs: list[Tensor], Gs: list[Tensor], blocks: list[int], obs: bool
+) -> list[Tensor]:
+    _check_scores(weights, inputs, Gs, blocks, obs)
+    operation = _operation(obs)
+    if not native_device(operation, weights[0]):
+        return getattr(reference, operation)(weights, inputs, Gs, blocks)
+    rows = [tuple(row_major(matrix) for matrix in layer) for layer in zip(weights, inputs, Gs)]
+    scores = [weight.new_empty(weight.shape[1] // block) for weight, block in zip(weights, blocks)]
+    problems = [
+        (V.data_ptr(), *V.shape, V.stride(0), A.data_ptr(), A.stride(0), G.data_ptr(), G.stride(0), block, s.data_ptr())
+        for (V, A, G), block, s in zip(rows, blocks, scores)
+    ]
+    failed = _C.saliency_cpu(problems, obs, DTYPE_CODES[weights[0].dtype], torch.get_num_threads())
+    for i, neuron in enumerate(failed):
+        if neuron >= 0:
+            raise torch.linalg.LinAlgError(
+                f"{operation}: the block of neuron {neuron} in inverses[{i}] is not positive definite"
+            )
+    return scores
+
+
+def _scores_fake(
+    weights: list[Tensor], inputs: list[Tensor], Gs: list[Tensor], blocks: list[int], obs: bool
+) -> list[Tensor]:
+    _check_scores(weights, inputs, Gs, blocks, obs)
+    return [weight.new_empty(weight.shape[1] // block) for weight, block in zip(weights, blocks)]
+
+
+_scores_op = define(
+    "saliency(Tensor[] weights, Tensor[] inputs, Tensor[] Gs, int[] blocks, bool obs) -> Tensor[]",
+    _scores,
+    _scores_fake,
+)
+
+
+def _score_layers(
+    weights: Sequence[Tensor], inputs: Sequence[Tensor], Gs: Sequence[Tensor], blocks: Sequence[int], obs: bool
+) -> list[Tensor]:
+    operation = _operation(obs)
+    lists = [
+        as_list(operation, name, tensors)
+        for name, tensors in (("weights", weights), ("inverses" if obs else "As", inputs), ("Gs", Gs))
+    ]
+    if not lists[0]:
+        return []
+    return _scores_op(*lists, [int(block) for block in blocks], obs)
+
+
+def outgoing_saliency(
+    weights: Sequence[Tensor], As: Sequence[Tensor], Gs: Sequence[Tensor], blocks: Sequence[int]
+) -> list[Tensor]:
+    """Score of every neuron by the weights that read it: S_j = 1/2 tr(V_J^T G V_J A_JJ).
+
+    The second-order change of the loss when neuron j, which feeds the columns J = [j block, (j+1) block) of a layer
+    with weights V and Kronecker-factored curvature A (x) G, becomes silent. All layers in one call.
+
+    Args:
+        weights: V of each layer, [O, d], float32 or float64, of one dtype and device.
+        As: [d, d] covariance of the layer's inputs, symmetric.
+        Gs: [O, O] covariance of the gradients at its outputs, symmetric.
+        blocks: columns a neuron feeds: 1 for a Linear layer, kh kw for a convolution. A last column left over (the
+            bias) belongs to no neuron.
+
+    Returns:
+        One [d // block] a layer.
+
+    Raises:
+        TypeError, ValueError: naming the argument and its place in the list.
+
+    Example:
+        >>> V, A, G = torch.ones(3, 2), torch.eye(2), torch.eye(3)
+        >>> kfac_ext.outgoing_saliency([V], [A], [G], [1])
+        [tensor([1.5000, 1.5000])]
+    """
+    return _score_layers(weights, As, Gs, blocks, False)
+
+
+def obs_saliency(
+    weights: Sequence[Tensor], inverses: Sequence[Tensor], Gs: Sequence[Tensor], blocks: Sequence[int]
+) -> list[Tensor]:
+    """Score of every neuron once the others have made up for it: S_j = 1/2 tr(V_J^T G V_J (H_JJ)^-1).
+
+    H = (A + D)^-1 is the damped inverse of the input covariance: optimal brain surgeon (Hassibi & Stork 1992) for a
+    block of columns under the curvature A (x) G. `compensate` gives the weights that reach this change.
+
+    Args:
+        weights: V of each layer, [O, d], float32 or float64, of one dtype and device.
+        inverses: H of each layer, [d, d], symmetric positive definite, from `damped_inverse`.
+        Gs: [O, O] covariance of the gradients at its outputs, symmetric.
+        blocks: columns a neuron feeds, as for `outgoing_saliency`.
+
+    Returns:
+        One [d // block] a layer.
+
+    Raises:
+        torch.linalg.LinAlgError: naming the layer and the first neuron whose block H_JJ is not positive definite.
+        TypeError, ValueError: naming the argument and its place in the list.
+
+    Example:
+        >>> V, H, G = torch.ones(3, 2), torch.eye(2), torch.eye(3)
+        >>> kfac_ext.obs_saliency([V], [H], [G], [1])
+        [tensor([1.5000, 1.5000])]
+    """
+    return _score_layers(weights, inverses, Gs, blocks, True)
+
+
+# ---- compensation ----
+
+
+def _check_compensate(weights: Sequence[Tensor], inverses: Sequence[Tensor], gone: Sequence[Tensor]) -> None:
+    operation = "compensate"
+    for given, argument in ((inverses, "inverses"), (gone, "gone")):
+        check_count(operation, argument, len(given), len(weights), "weights")
+    for i, (weight, inverse, index) in enumerate(zip(weights, inverses, gone)):
+        check_matrix(operation, f"weights[{i}]", weight, weights[0])
+        check_square(operation, f"inverses[{i}]", inverse, weights[0], weight.shape[1])
+        if index.dtype != torch.int64 or index.dim() != 1:
+            raise TypeError(
+                f"{operation}: gone[{i}] has dtype {index.dtype} and shape {tuple(index.shape)}, expected int64 [m]"
+            )
+        if index.device != weight.device:
+            raise ValueError(f"{operation}: gone[{i}] is on {index.device}, the weights on {weight.device}")
+        if index.shape[0] > weight.shape[1]:
+            raise ValueError(f"{operation}: gone[{i}] has {index.shape[0]} indices of {weight.shape[1]} columns")
+
+
+def _kept_columns(i: int, index: Tensor, columns: int) -> Tensor:
+    """The columns not in `index`, in order; raise unless those are distinct columns."""
+    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= columns):
+        raise ValueError(
+            f"compensate: gone[{i}] has indices from {int(index.min())} to {int(index.max())}, "
+            f"expected columns 0 to {columns - 1}"
+        )
+    kept = index.new_ones(columns, dtype=torch.bool).index_fill_(0, index, False).nonzero().flatten()
+    if kept.numel() != columns - index.numel():
+        raise ValueError(f"compensate: gone[{i}] names a column twice")
+    return kept
+
+
+def _compensate(weights: list[Tensor], inverses: list[Tensor], gone: list[Tensor]) -> list[Tensor]:
+    _check_compensate(weights, inverses, gone)
+    kept = [_kept_columns(i, index, weight.shape[1]) for i, (weight, index) in enumerate(zip(weights, gone))]
+    if not native_device("compensate", weights[0]):
+        return reference.compensate(weights, inverses, gone)
+    rows = [(row_major(weight), row_major(inverse)) for weight, inverse in zip(weights, inverses)]
+    lost = [index.contiguous() for index in gone]
+    found = [weight.new_empty(weight.shape[0], len(keep)) for weight, keep in zip(weights, kept)]
+    problems = [
+        (W.data_ptr(), len(W), W.stride(0), H.data_ptr(), H.stride(0), *_span(index), *_span(keep), out.data_ptr())
+        for (W, H), index, keep, out in zip(rows, lost, kept, found)
+    ]
+    infos = _C.compensate_cpu(problems, DTYPE_CODES[weights[0].dtype], torch.get_num_threads())
+    for i, info in enumerate(infos):
+        if info:
+            raise torch.linalg.LinAlgError(
+                f"compensate: inverses[{i}] at the columns gone[{i}] is not positive definite"
+            )
+    return found
+
+
+def _span(index: Tensor) -> tuple[int, int]:
+    return index.data_ptr(), index.numel()
+
+
+def _compensate_fake(weights: list[Tensor], inverses: list[Tensor], gone: list[Tensor]) -> list[Tensor]:
+    _check_compensate(weights, inverses, gone)
+    return [weight.new_empty(weight.shape[0], weight.shape[1] - index.shape[0]) for weight, index in zip(weights, gone)]
+
+
+_compensate_op = define(
+    "compensate(Tensor[] weights, Tensor[] inverses, Tensor[] gone) -> Tensor[]", _compensate, _compensate_fake
+)
+
+
+def compensate(weights: Sequence[Tensor], inverses: Sequence[Tensor], gone: Sequence[Tensor]) -> list[Tensor]:
+    """Weights of the columns K that stay, making up for the columns J gone: W_K - W_J (H_JJ)^-1 H_JK.
+
+    The minimum of the layer's squared change under its input covariance: since H = (A + D)^-1, it equals
+    W_K + W_J R^T with R = (A_KK + D)^-1 A_KJ (optimal brain surgeon, Hassibi & Stork 1992). All layers in one call.
+
+    Args:
+        weights: W of each layer, [O, d], float32 or float64, of one dtype and device.
+        inverses: H of each layer, [d, d], symmetric positive definite, from `damped_inverse`.
+        gone: J of each layer, int64 [m], distinct column indices in any order; may be empty.
+
+    Returns:
+        One new [O, d - m] a layer, the columns in their old order.
+
+    Raises:
+        torch.linalg.LinAlgError: naming the layer whose H_JJ is not positive definite.
+        TypeError, ValueError: naming the argument and its place in the list.
+
+    Example:
+        >>> W, H = torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+        >>> kfac_ext.compensate([W], [H], [torch.tensor([0])])
+        [tensor([[1.5000]])]
+    """
+    operation = "compensate"
+    lists = [
+        as_list(operation, name, tensors)
+        for name, tensors in (("weights", weights), ("inverses", inverses), ("gone", gone))
+    ]
+    return _compensate_op(*lists) if lists[0] else []

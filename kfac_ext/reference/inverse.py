@@ -36,7 +36,8 @@ def damped_inverse_ex(
         amount = damping[i] if isinstance(damping, (Sequence, Tensor)) else damping
         diagonal = torch.as_tensor(amount, dtype=matrix.dtype, device=matrix.device).expand(matrix.shape[0])
         factor, info = torch.linalg.cholesky_ex(matrix + torch.diag(diagonal))
-        inverses.append(torch.cholesky_inverse(factor))
+        inverse = torch.cholesky_inverse(factor)
+        inverses.append(torch.where(info == 0, inverse, torch.full_like(inverse, float("nan"))))
         infos.append(info.to(torch.int32))
     return inverses, torch.stack(infos) if infos else torch.zeros(0, dtype=torch.int32)
 

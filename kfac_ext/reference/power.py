@@ -34,16 +34,23 @@ def start_vector(n: int, dtype: torch.dtype, device: torch.device | str = "cpu")
 def iterate(
     product: Callable[[Tensor], Tensor], vector: Tensor, tol: float, max_iter: int
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """v <- A v / |A v| until |A v - lambda v| <= tol lambda; (lambda, v, residual, iterations)."""
+    """v <- A v / |A v| until |A v - lambda v| <= tol |lambda|; (lambda, v, residual, iterations)."""
+    vector = vector / vector.norm()
+    if not bool(vector.isfinite().all()):
+        vector = start_vector(len(vector), vector.dtype, vector.device)
     eigenvalue = residual = vector.new_zeros(())
     steps = 0
-    for steps in range(1, max_iter + 1):
+    while steps < max_iter:
+        steps += 1
         image = product(vector)
         eigenvalue = vector @ image
         norm = image.norm()
         residual = (image - eigenvalue * vector).norm() / eigenvalue.abs().clamp_min(torch.finfo(vector.dtype).tiny)
         if float(norm) == 0:  # the zero matrix (or a start in its kernel): keep the unit vector
             residual = vector.new_zeros(())
+            break
+        if not bool(norm.isfinite()):
+            eigenvalue = residual = vector.new_full((), float("nan"))
             break
         vector = image / norm
         if float(residual) <= tol:
@@ -61,7 +68,7 @@ def power_iteration(
     """Dominant eigenpair of every symmetric matrix; see `kfac_ext.power_iteration`."""
     if vectors is None:
         vectors = [start_vector(m.shape[0], m.dtype, m.device) for m in matrices]
-    results = [iterate(m.mv, v / v.norm(), tol, max_iter) for m, v in zip(matrices, vectors)]
+    results = [iterate(m.mv, v, tol, max_iter) for m, v in zip(matrices, vectors)]
     if not results:
         return PowerIteration(torch.zeros(0), [], torch.zeros(0), torch.zeros(0, dtype=torch.int32))
     values, units, residuals, steps = zip(*results)
@@ -94,7 +101,5 @@ def covariance_power_iteration(
         rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
     if vector is None:
         vector = start_vector(rows.shape[1], rows.dtype, rows.device)
-    value, unit, residual, steps = iterate(
-        lambda v: rows.T @ (rows @ v) / len(rows), vector / vector.norm(), tol, max_iter
-    )
+    value, unit, residual, steps = iterate(lambda v: rows.T @ (rows @ v) / len(rows), vector, tol, max_iter)
     return PowerIteration(value[None], [unit], residual[None], torch.tensor([steps], dtype=torch.int32))

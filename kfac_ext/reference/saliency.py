@@ -37,9 +37,15 @@ def obs_saliency(
 ) -> list[Tensor]:
     """S_j = 1/2 tr(V_J^T G V_J (H_JJ)^-1); see `kfac_ext.obs_saliency`."""
     scores = []
-    for weight, inverse, G, block in zip(weights, inverses, Gs, blocks):
+    for i, (weight, inverse, G, block) in enumerate(zip(weights, inverses, Gs, blocks)):
         forms = _outgoing_forms(weight, G, block)
-        solved = torch.linalg.solve(_blocks(inverse, len(forms), block), forms)
+        factors, info = torch.linalg.cholesky_ex(_blocks(inverse, len(forms), block))
+        if bool(info.any()):
+            neuron = int(info.nonzero()[0])
+            raise torch.linalg.LinAlgError(
+                f"obs_saliency: the block of neuron {neuron} in inverses[{i}] is not positive definite"
+            )
+        solved = torch.cholesky_solve(forms, factors)
         scores.append(0.5 * solved.diagonal(dim1=1, dim2=2).sum(dim=1))
     return scores
 
@@ -47,9 +53,14 @@ def obs_saliency(
 def compensate(weights: Sequence[Tensor], inverses: Sequence[Tensor], gone: Sequence[Tensor]) -> list[Tensor]:
     """W_K - W_J (H_JJ)^-1 H_JK of every layer, J = the columns gone, K = the rest; see `kfac_ext.compensate`."""
     kept = []
-    for weight, inverse, index in zip(weights, inverses, gone):
+    for i, (weight, inverse, index) in enumerate(zip(weights, inverses, gone)):
         keep = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
         keep[index] = False
-        update = torch.linalg.solve(inverse[index][:, index], inverse[index][:, keep])
+        factor, info = torch.linalg.cholesky_ex(inverse[index][:, index])
+        if bool(info.any()):
+            raise torch.linalg.LinAlgError(
+                f"compensate: inverses[{i}] at the columns gone[{i}] is not positive definite"
+            )
+        update = torch.cholesky_solve(inverse[index][:, keep], factor)
         kept.append(weight[:, keep] - weight[:, index] @ update)
     return kept

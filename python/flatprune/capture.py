@@ -20,6 +20,7 @@ class Capture:
         autocast: whether it ran in autocast.
         output: what the model returned.
         targets: labels that were sampled from `output`, if any.
+        z_squares: layer -> mean of |z|^2 over rows (samples and positions) of its first call, if `rng` was asked for.
         gradients: layer -> g of each call; None where there is none (yet).
         on_gradient: if set, z's gradients of the user's backward are taken down and this is called after each.
     """
@@ -31,6 +32,7 @@ class Capture:
         self._inputs: dict[str, list[Tensor]] = {}
         self._versions: dict[str, list[int]] = {}
         self._edges: dict[str, list[GradientEdge]] = {}
+        self.z_squares: dict[str, Tensor] = {}
         self.gradients: dict[str, list[Tensor | None]] = {}
         self.on_gradient: Callable[[Capture], None] | None = None
 
@@ -42,6 +44,9 @@ class Capture:
         self._versions.setdefault(layer.name, []).append(x._version)
         # the edge keeps pointing at z as it is now, also after an in-place activation
         self._edges.setdefault(layer.name, []).append(get_gradient_edge(z))
+        if self.rng is not None and layer.name not in self.z_squares:
+            outputs = z.shape[1 if layer.is_convolution else -1]
+            self.z_squares[layer.name] = z.detach().square().mean() * outputs
         slots = self.gradients.setdefault(layer.name, [])
         slots.append(None)
         if self.on_gradient is not None:

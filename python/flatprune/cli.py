@@ -43,6 +43,9 @@ def run_command(
     seed: Annotated[int, typer.Option(help="of initialisation, order, subset, noise")] = Settings.seed,
     out: Annotated[Path, typer.Option(help="folder for the results")] = Path("runs/latest"),
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:INDEX")] = Settings.device,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads; default 1 for small networks, else all cores")
+    ] = None,
     train_size: Annotated[int | None, typer.Option(help="train on a random subset of this size")] = None,
     label_noise: Annotated[
         float, typer.Option(help="fraction of the training labels drawn anew, uniformly over the classes")

@@ -102,6 +102,7 @@ class Curvature:
         self._started: set[str] = set()  # layers whose factors have been measured
         self._was_cut = False
         self._recent: deque[tuple[Tensor, ...]] = deque()
+        self._recent_count = 0
         self._pauses = 0
         self._open: ExitStack | None = None
         self._pending: Capture | None = None
@@ -300,6 +301,7 @@ class Curvature:
         self.step_count = state["step_count"]
         device = device_of(self.model)
         self._recent = deque(tuple(x.to(device) for x in batch) for batch in state["recent_inputs"])
+        self._recent_count = sum(len(batch[0]) for batch in self._recent)
         self._pending = self._record = None
 
     # inside
@@ -332,7 +334,7 @@ class Curvature:
             return
         if self._layers is None:
             self.trace(*args, **kwargs)
-        if args and all(isinstance(x, Tensor) for x in args):
+        if args and all(isinstance(x, Tensor) and x.dim() > 0 for x in args):
             self._remember(args)
         if self._pending is not None:
             self._commit_empirical(self._pending)
@@ -343,8 +345,9 @@ class Curvature:
 
     def _remember(self, args: tuple[Tensor, ...]) -> None:
         self._recent.append(tuple(x.detach() for x in args))
-        while sum(len(batch[0]) for batch in self._recent) - len(self._recent[0][0]) >= _RECENT_SAMPLES:
-            self._recent.popleft()
+        self._recent_count += len(args[0])
+        while self._recent_count - len(self._recent[0][0]) >= _RECENT_SAMPLES:
+            self._recent_count -= len(self._recent.popleft()[0])
 
     def _update_steps(self) -> int:
         steps = self.factor_update_steps

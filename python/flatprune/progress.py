@@ -203,7 +203,7 @@ def print_summary(console: Console, summary: dict[str, Any], folder: str) -> Non
     table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
     table.add_column("")
     if has_dense or pruned:
-        table.add_column("dense", justify="right")
+        table.add_column("dense" if has_dense else "before", justify="right")
     table.add_column("pruned" if pruned else "result", justify="right", style=_FIGURE_STYLE)
     for name, before, after in _summary_rows(summary):
         table.add_row(name, *([before] if has_dense or pruned else []), after)

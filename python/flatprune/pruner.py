@@ -78,7 +78,8 @@ class Pruner:
         total_steps: optimizer steps of the whole training.
         criterion: "obs", "outgoing", or the baselines "l1" (global) and "l1_uniform".
         compensate: update the survivors; "auto": always with convolutions, without them below 4 % of the parameters,
-            never with the magnitude baselines.
+            never with the magnitude baselines. Where "auto" does not compensate, "obs" means the plain outgoing score,
+            which is as good there and needs no inverse; with True or False it always is the obs score.
         schedule: when to prune; default `CubicSchedule(total_steps)`.
         round_to: widths of groups that lose neurons become multiples of this.
         min_width: neurons that stay in each group at least.
@@ -207,7 +208,7 @@ class Pruner:
         """One round: score, choose, compensate, cut."""
         compensate = self._compensates(budget)
         scores, inverses = self._scores(compensate)
-        gone = select(self.model, self.groups, scores, budget, self.limits, give_back=last)
+        gone = select(self.model, self.groups, scores, budget, self.limits, closely=last)
         if not gone:
             return []
         replacements = compensation(self.curvature, self.groups, gone, inverses) if compensate else None
@@ -247,15 +248,17 @@ class Pruner:
     def _scores(self, compensate: bool) -> tuple[list[Tensor], dict[str, tuple[Tensor, ...]]]:
         """Scores of all neurons a parameter, and the inverses if they are needed (one forward at most)."""
         by_curvature = self.criterion in ("obs", "outgoing")
+        plain = self.compensate == "auto" and not compensate
+        criterion = "outgoing" if by_curvature and plain else self.criterion
         inverses: dict[str, tuple[Tensor, ...]] = {}
         if by_curvature or compensate:
             names = {member.name: None for group in self.groups for member in group.of_role(CONSUMER)}
             statistics = input_statistics(self.curvature, names)
-            if compensate or self.criterion == "obs":
+            if compensate or criterion == "obs":
                 inverses = statistics.inverses()
         if not by_curvature:
-            return magnitude_scores(self.groups, self.criterion), inverses
-        scores = curvature_scores(self.curvature, self.groups, self.criterion, statistics, inverses)
+            return magnitude_scores(self.groups, criterion), inverses
+        scores = curvature_scores(self.curvature, self.groups, criterion, statistics, inverses)
         costs = neuron_costs(self.model, self.groups)
         return [score / cost for score, cost in zip(scores, costs)], inverses
 

@@ -62,6 +62,8 @@ _DENSE_KEYS = (
     "seconds",
 )
 _MAY_CHANGE = ("data", "device")  # on resuming: the data are known by their digest, the device is free
+# Multiply-accumulates a step: below, threads cost more than they give, and on busy cores twenty times as much.
+_THREADED_WORK = 10**8
 _NoteObserver = Callable[[str], Observer]
 
 
@@ -183,7 +185,7 @@ def _resumed_settings(folder: Path, settings: Settings, given: dict[str, Any]) -
 
 def _go_on(trainer: Trainer, folder: Path, observer: _NoteObserver) -> dict[str, Any]:
     try:
-        with _stop_signals() as stop_requested:
+        with _stop_signals() as stop_requested, _threads(trainer):
             dense = None
             if trainer.settings.compare_dense:
                 devices = [trainer.device] if trainer.device.type == "cuda" else []
@@ -263,6 +265,17 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
+
+
+@contextlib.contextmanager
+def _threads(trainer: Trainer) -> Iterator[None]:
+    before = torch.get_num_threads()
+    small = trainer.flops_before * trainer.batch_size * 3 < _THREADED_WORK  # forward, and twice that backward
+    torch.set_num_threads(trainer.settings.threads or (1 if small else before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

@@ -141,7 +141,7 @@ def select(
     budget: int,
     limits: Limits,
     *,
-    give_back: bool = False,
+    closely: bool = False,
 ) -> dict[int, Tensor]:
     """The neurons to remove: globally lowest score first until at most `budget` parameters are left.
 
@@ -151,8 +151,8 @@ def select(
         scores: one tensor [neurons] a group.
         budget: parameters to get down to.
         limits: how many may go; where they bind, more than `budget` parameters are left.
-        give_back: let the neurons of highest score stay after all where the budget allows it, so that the count ends
-            as close to the budget as possible.
+        closely: end near the budget: the last neuron is, of those that reach it, the one of least total score
+            (score times parameters), and neurons of high score stay after all where the budget allows it.
 
     Returns:
         Position in `groups` -> int64 [m] neurons, ascending; groups that lose none are left out.
@@ -161,13 +161,16 @@ def select(
     count = ParameterCount(model, groups)
     taken: list[_Bundle] = []
     params = count.params
-    for bundle in _bundles(groups, scores, orders, limits):
+    bundles = _bundles(groups, scores, orders, limits)
+    for number, bundle in enumerate(bundles):
         if params <= budget:
             break
+        if closely and count.params_without(bundle.position, bundle.size) <= budget:
+            bundle = _gentlest_finish(count, bundles[number:], budget)
         count.remove(bundle.position, bundle.size)
         params = count.params
         taken.append(bundle)
-    if give_back and params <= budget:
+    if closely and params <= budget:
         taken = _give_back(count, taken, budget)
     ends: dict[int, int] = {}
     for bundle in taken:
@@ -197,6 +200,17 @@ def _bundles(
             for start, size in zip(starts, sizes)
         ]
     return sorted(bundles, key=lambda bundle: (bundle.score, bundle.position, bundle.start))
+
+
+def _gentlest_finish(count: ParameterCount, left: Sequence[_Bundle], budget: int) -> _Bundle:
+    """Of the bundles that may go next and reach the budget, the one whose score times parameters is least."""
+    params = count.params
+    nexts: dict[int, _Bundle] = {}
+    for bundle in left:
+        nexts.setdefault(bundle.position, bundle)
+    after = {position: count.params_without(position, bundle.size) for position, bundle in nexts.items()}
+    finishing = [position for position in nexts if after[position] <= budget]
+    return nexts[min(finishing, key=lambda position: nexts[position].score * (params - after[position]))]
 
 
 def _give_back(count: ParameterCount, taken: list[_Bundle], budget: int) -> list[_Bundle]:

@@ -35,6 +35,7 @@ class Settings:
         lr: learning rate before the schedule, or None for 0.1 with batch norm and 0.05 without.
         schedule: "fc" (constant until pruning ends at 40 % of the steps, then a cosine to 0) or "cosine" throughout.
         device: "cpu", "cuda" or "cuda:i".
+        threads: CPU threads; None: one for a network too small for a second to help, else PyTorch's default.
         train_size: random subset of the training images, or None for all.
         label_noise: fraction of the training labels drawn anew.
         flatness: whether the spectral radius of the curvature is penalised.
@@ -60,6 +61,7 @@ class Settings:
     lr: float | None = None
     schedule: str = "fc"
     device: str = "cpu"
+    threads: int | None = None
     train_size: int | None = None
     label_noise: float = 0.0
     flatness: bool = True
@@ -73,7 +75,14 @@ class Settings:
         models.check_name(self.model)
         if not 0.0 < self.target_params <= 1.0:
             raise InputError(f"target_params is {self.target_params}, expected above 0 and at most 1")
-        for name, least in (("epochs", 1), ("batch_size", 2), ("seed", 0), ("train_size", 1), ("image_size", 1)):
+        for name, least in (
+            ("epochs", 1),
+            ("batch_size", 2),
+            ("seed", 0),
+            ("train_size", 1),
+            ("image_size", 1),
+            ("threads", 1),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{name} is {value}, expected {least} or more")

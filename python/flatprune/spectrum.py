@@ -30,7 +30,7 @@ __all__ = ["Flatness", "hessian_lambda_max"]
 
 _MODES = ("forward", "double_backward")
 _LOSS_DECAY = 0.98
-_STEP_SIZE = 0.1  # length of the largest shift of a z in mode "forward"
+_STEP_SIZE = 0.1  # length of the largest shift of a z in mode "forward", as a part of the root mean square of |z|
 _LEAST_KAPPA = 1e-4  # no block is pressed below this part of its radius, also with kappa 0: rho -> 0 is a dead network
 
 
@@ -264,7 +264,8 @@ class Flatness:
         """The same, its expectation over labels, from the change of the output in one forward with moved z."""
         curvature, output = self.curvature, capture.output
         lengths = torch.stack([block.gradient_weight for block in blocks]).sqrt()
-        step = _STEP_SIZE / lengths.max()
+        sizes = torch.stack([capture.z_squares[block.layer.name] for block in blocks]).sqrt()
+        step = _STEP_SIZE / (lengths / sizes).max()
         shifts = {block.layer.name: (length * step) * block.s.flatten() for block, length in zip(blocks, lengths)}
         signs: dict[str, Tensor] = {}
 

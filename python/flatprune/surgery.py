@@ -77,7 +77,7 @@ def _replace(parameter: nn.Parameter, data: Tensor, grad: Tensor | None) -> None
     changes, so the data passes through an empty tensor of another dtype.
     """
     parameter.grad = None
-    other = torch.float32 if data.dtype == torch.float64 else torch.float64
+    other = torch.float32 if data.dtype == torch.float16 else torch.float16
     parameter.data = torch.empty(0, dtype=other, device=data.device)
     parameter.data = data
     parameter.grad = grad

@@ -34,6 +34,14 @@ class At(Observer):
             self.action()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _without_figures():
+    """Drawing takes longer than these runs, and test_run.py looks at the figures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.report, "write_report", lambda *_: None)
+        yield
+
+
 def press_ctrl_c():
     os.kill(os.getpid(), signal.SIGINT)
 

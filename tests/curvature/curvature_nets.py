@@ -65,11 +65,13 @@ class Segmenter(nn.Module):
         self.conv, self.head = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 3, 1)
 
     def forward(self, x):
-        return self.head(torch.relu(self.conv(x)))
+        return self.head(torch.tanh(self.conv(x)))
 
 
 def mlp():
-    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 5, bias=False), nn.Tanh(), nn.Linear(5, 3))
+    return nn.Sequential(
+        nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 5, bias=False), nn.Tanh(), nn.Linear(5, 3)
+    )
 
 
 def mlp_norm():

@@ -77,7 +77,9 @@ def test_layers_are_in_forward_order_with_their_norms():
         curvature = Curvature(model)
         curvature.trace(x[:1])
         assert {key: layer.norm_name for key, layer in curvature.layers.items() if layer.norm} == norms
-        assert all(layer.norm is model.get_submodule(layer.norm_name) for layer in curvature.layers.values() if layer.norm)
+        assert all(
+            layer.norm is model.get_submodule(layer.norm_name) for layer in curvature.layers.values() if layer.norm
+        )
     model, x = curvature_nets.make("residual")
     model.forward = lambda x: model.head(torch.relu(model.second(model.first(x))).mean(dim=(2, 3)))
     curvature = Curvature(model)

@@ -54,8 +54,7 @@ def test_training_is_bit_identical_with_and_without(fisher_type):
     watched = net()
     torch.manual_seed(1)
     curvature = Curvature(watched, fisher_type=fisher_type, factor_update_steps=2)
-    # a penalty of no weight makes all the extra forwards but must change nothing
-    flatness = Flatness(curvature, start=0, every=2, strength=0.0)
+    flatness = Flatness(curvature, start=0, every=2)  # makes all the extra forwards; times 0 it must change nothing
     found = train(watched, 5, penalty=lambda *args: 0 * flatness.penalty(*args))
     assert curvature.is_updated
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
@@ -175,7 +174,7 @@ def test_frozen_layers_are_named_and_left_out():
 
 
 def test_compiled_models_are_refused():
-    model, x = curvature_nets.make("mlp")
+    model, _ = curvature_nets.make("mlp")
     with pytest.raises(ValueError, match="compile"):
         Curvature(torch.compile(model, backend="eager"))
     with pytest.raises(ValueError, match=r"1 is compiled"):
@@ -184,6 +183,21 @@ def test_compiled_models_are_refused():
     inplace.compile(backend="eager")
     with pytest.raises(ValueError, match="compile"):
         Curvature(inplace)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_compiled_afterwards_still_delivers():
+    torch.compiler.reset()
+    found = []
+    for compiled in (False, True):
+        model, x = curvature_nets.make("mlp")
+        curvature = Curvature(model, factor_update_steps=1, generator=torch.Generator().manual_seed(0))
+        run = torch.compile(model, backend="eager") if compiled else model
+        for step in range(2):
+            run(x + step).sum().backward()
+        assert curvature.step_count == 2
+        found.append(curvature.factors.buffer)
+    torch.testing.assert_close(found[0], found[1])
 
 
 def test_bad_arguments_name_the_argument():
@@ -219,7 +233,7 @@ def test_unequal_batches_of_one_layer_are_refused_by_reduce():
 
     model = Uneven()
     Curvature(model)
-    with pytest.raises(ValueError, match="'a'.*expand"):
+    with pytest.raises(ValueError, match=r"'a'.*expand"):
         model(torch.randn(4, 3))
 
 
@@ -261,7 +275,11 @@ def test_state_continues_bit_for_bit():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     train(model, 5, flatness.penalty, optimizer)
     file = io.BytesIO()
-    state = {"curvature": curvature.state_dict(), "flatness": flatness.state_dict(), "optimizer": optimizer.state_dict()}
+    state = {
+        "curvature": curvature.state_dict(),
+        "flatness": flatness.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
     torch.save(state, file)
     twin = copy.deepcopy(model)
     torch.manual_seed(5)

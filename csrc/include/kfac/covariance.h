@@ -39,6 +39,12 @@ enum class CovarianceAlgorithm : int { kAuto = 0, kShift = 1, kPatches = 2 };
 void covariance_cpu(const ImageView& image, const ConvShape& shape, CovarianceMode mode, CovarianceAlgorithm algorithm,
                     bool bias, double decay, double scale, void* out, int threads);
 
+// Predicted costs of the two algorithms for one group, in one unit.
+struct CovarianceCosts {
+  double shift, patches;
+};
+CovarianceCosts covariance_costs(const ConvShape& shape);
+
 // What kAuto chooses for this shape.
 CovarianceAlgorithm covariance_algorithm(const ConvShape& shape);
 
@@ -61,9 +67,12 @@ struct Term {
 
 struct ShiftPlan {
   std::vector<Region> regions;
-  std::vector<std::vector<Term>> terms;  // [taps * taps]: block (p, q) = sum of its terms
+  std::vector<Term> terms;
+  std::vector<int64_t> first_term;  // [taps * taps + 1]: block (p, q) is the sum of terms first_term[p taps + q] up to
+                                    // the next entry
 };
 
-ShiftPlan shift_plan(const ConvShape& shape);
+// The plan of this geometry, made at its first use and kept for the life of the process.
+const ShiftPlan& shift_plan(const ConvShape& shape);
 
 }  // namespace kfac

@@ -33,8 +33,8 @@ struct PanelKernels {
   void (*convert)(const void* source, DType dtype, int64_t count, int64_t source_stride, T* target);
   // out[r][c] <- decay out[r][c] + scale tile[r][c]; decay 0 overwrites `out`, NaN included
   void (*blend_tile)(const T* tile, int rows, int columns, T decay, T scale, T* out, int64_t out_stride);
-  // sum[i] = sum over l < count of lines[l][i]
-  void (*sum_lines)(const T* const* lines, int count, T* sum);
+  // sums[q][i] = sum over first[q] <= l < first[q + 1] of lines[l][offset + i], q < count
+  void (*sum_lines)(const T* const* lines, const int64_t* first, int count, int64_t offset, T* sums);
   // out[c * taps + q] <- decay out[c * taps + q] + scale lines[q][c]
   void (*blend_taps)(const T* lines, int taps, int columns, T decay, T scale, T* out);
 };

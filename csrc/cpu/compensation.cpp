@@ -1,0 +1,104 @@
+#include <algorithm>
+
+#include "kfac/parallel.h"
+#include "kfac/saliency.h"
+#include "size_order.h"
+#include "tiled_sweep.h"
+
+namespace kfac {
+namespace {
+
+constexpr int64_t kSharedSize = 512;  // removed columns from which on all threads work on one layer
+
+// One layer: the sweep of [[H_JJ, .], [W_J, .]] leaves U = W_J (H_JJ)^-1 below, then out = W_K - U H_JK.
+template <class T>
+class Compensation {
+ public:
+  explicit Compensation(CompensationProblem& problem)
+      : p_(problem),
+        gone_panels_(divide_up(problem.removed, kPanel)),
+        output_panels_(divide_up(problem.outputs, kPanel)),
+        sweep_(gone_panels_, output_panels_) {}
+
+  void run(int threads) {
+    parallel_for(gone_panels_ + output_panels_, threads, [&](int64_t i) { fill_row(i); });
+    p_.info = sweep_.run(threads);
+    if (p_.info) return;
+    U_.resize(output_panels_ * panel_size());
+    parallel_for(output_panels_, threads, [&](int64_t i) { transpose_row(i); });
+    parallel_for(divide_up(p_.remaining, kPanel), threads, [&](int64_t k) { write_columns(k); });
+  }
+
+ private:
+  int64_t panel_size() const { return gone_panels_ * kTile; }
+
+  T weight(int64_t row, int64_t column) const {
+    return static_cast<const T*>(p_.weight)[row * p_.weight_stride + column];
+  }
+  T inverse(int64_t row, int64_t column) const {
+    return static_cast<const T*>(p_.inverse)[row * p_.inverse_stride + column];
+  }
+
+  // The negative of H_JJ (the identity beyond it) or of W_J
+  void fill_row(int64_t i) {
+    for (int64_t j = 0; j < std::min(i + 1, gone_panels_); ++j) {
+      T* tile = sweep_.tile(i, j);
+      for (int64_t r = 0; r < kPanel; ++r) {
+        for (int64_t c = 0; c < kPanel; ++c) tile[r * kPanel + c] = -entry(i * kPanel + r, j * kPanel + c);
+      }
+    }
+  }
+
+  T entry(int64_t row, int64_t column) const {
+    const int64_t output = row - gone_panels_ * kPanel;
+    if (output >= 0) return output < p_.outputs && column < p_.removed ? weight(output, p_.gone[column]) : T(0);
+    if (row >= p_.removed || column >= p_.removed) return T(row == column);
+    return inverse(p_.gone[std::max(row, column)], p_.gone[std::min(row, column)]);
+  }
+
+  // -U^T in panels [removed][kPanel]
+  void transpose_row(int64_t i) {
+    for (int64_t j = 0; j < gone_panels_; ++j) {
+      const T* tile = sweep_.tile(gone_panels_ + i, j);
+      T* target = U_.data() + i * panel_size() + j * kTile;
+      for (int64_t r = 0; r < kPanel; ++r) {
+        for (int64_t c = 0; c < kPanel; ++c) target[r * kPanel + c] = tile[c * kPanel + r];
+      }
+    }
+  }
+
+  // 16 of the columns that stay
+  void write_columns(int64_t k) {
+    const int64_t* kept = p_.kept + k * kPanel;
+    const int64_t columns = std::min<int64_t>(kPanel, p_.remaining - k * kPanel);
+    Buffer<T> H(panel_size(), T(0));
+    for (int64_t j = 0; j < p_.removed; ++j) {
+      for (int64_t c = 0; c < columns; ++c) H[j * kPanel + c] = inverse(p_.gone[j], kept[c]);
+    }
+    for (int64_t i = 0; i < output_panels_; ++i) {
+      T tile[kTile] = {};
+      panel_kernels<T>().gram({1, 0, 1, 0, gone_panels_ * kPanel}, U_.data() + i * panel_size(), H.data(), kPanel,
+                              tile);
+      for (int64_t r = 0; r < std::min<int64_t>(kPanel, p_.outputs - i * kPanel); ++r) {
+        T* row = static_cast<T*>(p_.out) + (i * kPanel + r) * p_.remaining + k * kPanel;
+        for (int64_t c = 0; c < columns; ++c) row[c] = weight(i * kPanel + r, kept[c]) + tile[r * kPanel + c];
+      }
+    }
+  }
+
+  CompensationProblem& p_;
+  const int64_t gone_panels_, output_panels_;
+  TiledSweep<T> sweep_;
+  Buffer<T> U_;
+};
+
+}  // namespace
+
+void compensate_cpu(CompensationProblem* problems, int64_t count, DType dtype, int threads) {
+  const SizeOrder order(count, [&](int64_t i) { return problems[i].removed; });
+  order.run(kSharedSize, threads, [&](int64_t i, int own) {
+    dtype == DType::kFloat64 ? Compensation<double>(problems[i]).run(own) : Compensation<float>(problems[i]).run(own);
+  });
+}
+
+}  // namespace kfac

@@ -1,0 +1,121 @@
+"""The largest Hessian eigenvalue against dense Hessians in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import curvature_nets
+import curvature_oracles
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+from flatprune.hessian import _lanczos_max, hessian_lambda_max
+
+EXACT = {"iterations": 300, "tol": 1e-9}
+
+
+def dense_lambda_max(model, x, y):
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+
+    def loss(flat):
+        parts = flat.split([shape.numel() for shape in shapes.values()])
+        values = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts)}
+        return F.cross_entropy(functional_call(model, values, (x,)), y)
+
+    hessian = curvature_oracles.dense_hessian(loss, list(model.parameters()))
+    return float(torch.linalg.eigvalsh(hessian)[-1])
+
+
+@pytest.mark.parametrize("name", ["mlp", "sequence", "called_twice", "conv_grouped"])
+def test_equals_the_dense_hessian(name):
+    model, x = curvature_nets.make(name)
+    y = torch.tensor([0, 1, 2, 0, 1])
+    expected = dense_lambda_max(copy.deepcopy(model).eval(), x, y)
+    assert hessian_lambda_max(model, x, y, F.cross_entropy, **EXACT) == pytest.approx(expected, rel=1e-7)
+    assert hessian_lambda_max(model, x, y, F.cross_entropy, batch_size=2, **EXACT) == pytest.approx(expected, rel=1e-7)
+    generator = torch.Generator().manual_seed(8)
+    found = hessian_lambda_max(model, x, y, F.cross_entropy, generator=generator)
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def folded_by_hand(model):
+    """The same function in eval mode without batch norms, which are put into the layers' weights and biases."""
+    modules = []
+    for module in copy.deepcopy(model).eval():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            before = modules[-1]
+            scale = module.weight.data / (module.running_var + module.eps).sqrt()
+            shift = module.bias.data - module.running_mean * scale
+            bias = 0 if before.bias is None else before.bias.data
+            before.weight.data = before.weight.data * scale.view(-1, *[1] * (before.weight.dim() - 1))
+            before.bias = nn.Parameter(scale * bias + shift)
+        else:
+            modules.append(module)
+    return nn.Sequential(*modules)
+
+
+@pytest.mark.parametrize("name", ["mlp_norm", "conv_norm_depthwise"])
+def test_batch_norms_are_folded(name):
+    model, x = curvature_nets.make(name)
+    y = torch.tensor([0, 1, 2, 0, 1])
+    twin = folded_by_hand(model)
+    torch.testing.assert_close(twin(x), copy.deepcopy(model).eval()(x))
+    expected = dense_lambda_max(twin, x, y)
+    assert hessian_lambda_max(model, x, y, F.cross_entropy, **EXACT) == pytest.approx(expected, rel=1e-7)
+
+
+def test_scaling_a_weight_under_a_batch_norm_changes_nothing():
+    model, x = curvature_nets.make("conv_norm_depthwise")
+    y = torch.tensor([0, 1, 2, 0, 1])
+    before = hessian_lambda_max(model, x, y, F.cross_entropy, **EXACT)
+    model[0].weight.data *= 10
+    model[1].running_mean *= 10
+    model[1].running_var.mul_(100).add_(99 * model[1].eps)
+    assert hessian_lambda_max(model, x, y, F.cross_entropy, **EXACT) == pytest.approx(before, rel=1e-7)
+
+
+def test_batch_norm_without_an_affine_map():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4, affine=False), nn.ReLU(), nn.Linear(4, 2))
+    model.double()
+    model[1].running_mean.uniform_(-1, 1)
+    x, y = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 0, 1, 1, 0])
+    plain = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    scale = 1 / (model[1].running_var + model[1].eps).sqrt()
+    plain[0].weight.data = model[0].weight.data * scale[:, None]
+    plain[0].bias = nn.Parameter(-model[1].running_mean * scale, requires_grad=False)  # constant, no parameter
+    plain[2].load_state_dict(model[3].state_dict())
+    expected = hessian_lambda_max(plain, x, y, F.cross_entropy, **EXACT)
+    assert hessian_lambda_max(model, x, y, F.cross_entropy, **EXACT) == pytest.approx(expected, rel=1e-7)
+
+
+def test_algebraic_maximum_and_early_end():
+    diagonal = torch.tensor([-5.0, 1.0, 2.0], dtype=torch.float64)
+    start = torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64)
+    assert _lanczos_max(lambda v: diagonal * v, start, 10, 1e-12) == pytest.approx(2.0)
+    assert _lanczos_max(lambda v: 0 * v, start, 10, 1e-12) == 0
+
+
+def test_the_model_is_left_as_it_was():
+    model, x = curvature_nets.make("conv_norm_depthwise")
+    y = torch.tensor([0, 1, 2, 0, 1])
+    model[1].eval()
+    modes = [module.training for module in model.modules()]
+    state, rng = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    with torch.no_grad():
+        hessian_lambda_max(model, x, y, F.cross_entropy, iterations=3)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), rng) and all(p.grad is None for p in model.parameters())
+
+
+def test_bad_arguments():
+    model, x = curvature_nets.make("mlp")
+    with pytest.raises(ValueError, match="5 inputs and 4 targets"):
+        hessian_lambda_max(model, x, torch.zeros(4, dtype=torch.long), F.cross_entropy)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter"):
+        hessian_lambda_max(model, x, torch.zeros(5, dtype=torch.long), F.cross_entropy)

@@ -1,0 +1,180 @@
+"""Small networks with every kind of coupling, and a few steps of training on scikit-learn's digits."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from flatprune import models
+from flatprune.curvature import Curvature
+from flatprune.neurons import CONSUMER, NeuronGroup
+from flatprune.pruner import Pruner
+from flatprune.targets import Target
+
+
+@functools.cache
+def digits() -> tuple[Tensor, Tensor]:
+    """1,797 images [n, 1, 8, 8] of mean 0 and deviation 1, and their labels."""
+    data = load_digits()
+    x = torch.tensor(data.images, dtype=torch.float32)[:, None]
+    return (x - x.mean()) / x.std(), torch.tensor(data.target)
+
+
+def mlp(*widths: int) -> nn.Module:
+    return models.build("mlp", (1, 8, 8), 10, widths or (24, 16))
+
+
+def chain() -> nn.Module:
+    """Convolutions with batch norm (one with a bias too), in-place ReLU, pooling and a flatten of 4x4 positions."""
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(8, 12, 3, padding=1),
+        nn.BatchNorm2d(12),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(12 * 16, 20),
+        nn.ReLU(),
+        nn.Linear(20, 10),
+    )
+
+
+def resnet() -> nn.Module:
+    """A residual network of three stages with one block each; the first stage has an identity shortcut."""
+    return models.ResNet(1, 10, 1, (8, 8, 12))
+
+
+def resnet20() -> nn.Module:
+    return models.build("resnet20", (1, 8, 8), 10, (8, 8, 12))
+
+
+class Depthwise(nn.Module):
+    """Pointwise - depthwise - pointwise with batch norm and PReLU, then global pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand = nn.Conv2d(1, 12, 1)
+        self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.norm = nn.BatchNorm2d(12)
+        self.act = nn.PReLU(12)
+        self.project = nn.Conv2d(12, 16, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(16)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm(self.depthwise(self.expand(x))))
+        return self.head(torch.relu(self.norm2(self.project(x))).mean((2, 3)))
+
+
+class Grouped(nn.Module):
+    """A convolution of three groups between others, read by one and reading one, and one layer called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 12, 3, padding=1)
+        self.grouped = nn.Conv2d(12, 18, 3, padding=1, groups=3, bias=False)
+        self.norm = nn.BatchNorm2d(18)
+        self.mix = nn.Conv2d(18, 10, 1)
+        self.twice = nn.Conv2d(10, 10, 3, padding=1)
+        self.head = nn.Linear(10, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.grouped(torch.relu(self.first(x)))))
+        x = torch.relu(self.mix(x))
+        x = torch.relu(self.twice(torch.relu(self.twice(x))))
+        return self.head(x.mean((2, 3)))
+
+
+class Concat(nn.Module):
+    """Two branches joined by a concatenation, a gated pair of halves, and a layer that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Conv2d(1, 6, 3, padding=1)
+        self.right = nn.Conv2d(1, 8, 1)
+        self.join = nn.Conv2d(14, 10, 3, padding=1)
+        self.gate = nn.Conv2d(10, 16, 1)
+        self.after = nn.Conv2d(8, 9, 1)
+        self.unused = nn.Linear(3, 3)
+        self.head = nn.Linear(9, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.join(torch.cat([torch.relu(self.left(x)), torch.relu(self.right(x))], dim=1)))
+        value, gate = self.gate(x).chunk(2, dim=1)
+        return self.head(torch.relu(self.after(value * torch.sigmoid(gate))).mean((2, 3)))
+
+
+NETWORKS = {
+    "mlp": mlp,
+    "chain": chain,
+    "resnet": resnet,
+    "depthwise": Depthwise,
+    "grouped": Grouped,
+    "concat": Concat,
+}
+
+
+def sgd(model: nn.Module, lr: float = 0.05) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
+
+
+class Run:
+    """A model in training with its curvature and, after `prune`, a pruner; batches depend on the step alone."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        self.model = model.train()
+        self.optimizer = optimizer or sgd(model)
+        self.curvature = Curvature(model, generator=torch.Generator().manual_seed(0))
+        self.pruner: Pruner | None = None
+        self.step_count = 0
+
+    def prune(self, total_steps: int, params: float = 0.3, **options: object) -> Run:
+        x, _ = digits()
+        self.pruner = Pruner(
+            self.model,
+            self.optimizer,
+            self.curvature,
+            x[:2],
+            target=Target(params),
+            total_steps=total_steps,
+            **options,  # type: ignore[arg-type]
+        )
+        return self
+
+    def train(self, steps: int, batch: int = 64) -> list:
+        x, y = digits()
+        records = []
+        for _ in range(steps):
+            order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.step_count))[:batch]
+            self.optimizer.zero_grad()
+            loss = F.cross_entropy(self.model(x[order]), y[order])
+            loss.backward()
+            self.optimizer.step()
+            self.step_count += 1
+            if self.pruner is not None:
+                records += self.pruner.step()
+        return records
+
+
+def zeroed_inputs(groups: list[NeuronGroup], gone: dict[int, Tensor]) -> list:
+    """Hooks that set what the consumers of the neurons gone read to zero; returns their handles."""
+
+    def hook(index: Tensor, dim: int):
+        def zero(_module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+            return (args[0].index_fill(dim, index, 0.0),)
+
+        return zero
+
+    return [
+        member.module.register_forward_pre_hook(
+            hook(member.index[neurons].flatten(), 1 if isinstance(member.module, nn.Conv2d) else -1)
+        )
+        for position, neurons in gone.items()
+        for member in groups[position].of_role(CONSUMER)
+    ]

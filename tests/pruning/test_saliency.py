@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pruning_networks import NETWORKS, Run, chain, digits, mlp, zeroed_inputs
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+from flatprune import saliency, surgery
+from flatprune.graph import neuron_groups
+from flatprune.neurons import CONSUMER, PRODUCER
+from flatprune.selection import neuron_costs
+
+
+def trained(name: str, steps: int = 120) -> Run:
+    torch.manual_seed(0)
+    run = Run(NETWORKS[name]())
+    run.train(steps)
+    return run
+
+
+def consumers(groups) -> list[str]:
+    return list({m.name: None for g in groups for m in g.of_role(CONSUMER)})
+
+
+def dense_blocks(run: Run, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """V, A and G of a layer without groups, in float64."""
+    A = saliency.input_statistics(run.curvature, [name]).covariances[name]
+    return tuple(t.double() for t in (run.curvature.folded_weight(name), A, run.curvature.factors[f"{name}.G"]))
+
+
+@pytest.mark.parametrize("criterion", ["outgoing", "obs"])
+@pytest.mark.parametrize(
+    ("name", "position", "layer", "columns"),
+    [
+        ("mlp", 0, "3", lambda j: [j]),
+        ("chain", 0, "3", lambda j: range(9 * j, 9 * j + 9)),
+        ("chain", 1, "8", lambda j: range(16 * j, 16 * j + 16)),
+        ("concat", 1, "join", lambda j: range(9 * (6 + j), 9 * (7 + j))),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Curvature")
+def test_scores_are_the_formula(criterion, name, position, layer, columns):
+    run = trained(name, 12)
+    groups = neuron_groups(run.model, digits()[0][:2]).groups
+    statistics = saliency.input_statistics(run.curvature, consumers(groups))
+    scores = saliency.curvature_scores(run.curvature, groups, criterion, statistics, statistics.inverses())
+    V, A, G = dense_blocks(run, layer)
+    patch = A.shape[0] - 1
+    damping = torch.full((patch + 1,), 0.01 * float(A.diagonal()[:patch].mean()), dtype=torch.float64)
+    damping[-1] = 1e-6
+    H = torch.linalg.inv(A + torch.diag(damping))
+    for j, score in enumerate(scores[position].tolist()):
+        J = list(columns(j))
+        middle = torch.linalg.inv(H[J][:, J]) if criterion == "obs" else A[J][:, J]
+        assert score == pytest.approx(0.5 * float((V[:, J].T @ G @ V[:, J] @ middle).trace()), rel=2e-3, abs=1e-12)
+
+
+def test_scores_of_several_consumers_and_of_grouped_convolutions_add_up():
+    run = trained("resnet", 12)
+    groups = neuron_groups(run.model, digits()[0][:2]).groups
+    statistics = saliency.input_statistics(run.curvature, consumers(groups))
+    total = saliency.curvature_scores(run.curvature, groups, "outgoing", statistics)[0]
+    expected = torch.zeros(8, dtype=torch.float64)
+    for member in groups[0].of_role(CONSUMER):
+        V, A, G = dense_blocks(run, member.name)
+        area = member.module.weight[0, 0].numel()
+        for j in range(8):
+            J = slice(j * area, (j + 1) * area)
+            expected[j] += 0.5 * (V[:, J].T @ G @ V[:, J] @ A[J, J]).trace()
+    torch.testing.assert_close(total, expected, rtol=1e-3, atol=1e-9)
+
+    run = trained("grouped", 12)
+    groups = neuron_groups(run.model, digits()[0][:2]).groups
+    statistics = saliency.input_statistics(run.curvature, consumers(groups))
+    total = saliency.curvature_scores(run.curvature, groups, "outgoing", statistics)[0]
+    A, G = statistics.covariances["grouped"].double(), run.curvature.factors["grouped.G"].double()
+    V = run.curvature.folded_weight("grouped").double().view(3, 6, -1)
+    for j in range(12):
+        p, J = j // 4, slice(9 * (j % 4), 9 * (j % 4) + 9)
+        value = 0.5 * (V[p, :, J].T @ G[p] @ V[p, :, J] @ A[p, J, J]).trace()
+        assert float(total[j]) == pytest.approx(float(value), rel=1e-3)
+
+
+def mean_loss(model: nn.Module) -> float:
+    x, y = digits()
+    with torch.no_grad():
+        return float(F.cross_entropy(model(x), y))
+
+
+@pytest.mark.parametrize(("network", "bound"), [("mlp", 0.85), ("chain", 0.8)])
+def test_outgoing_score_ranks_neurons_like_their_real_removal(network, bound):
+    torch.manual_seed(0)
+    model = mlp(32, 24) if network == "mlp" else chain()
+    run = Run(model)
+    run.train(200)
+    groups = neuron_groups(model, digits()[0][:2]).groups
+    statistics = saliency.input_statistics(run.curvature, consumers(groups))
+    scores = saliency.curvature_scores(run.curvature, groups, "outgoing", statistics)
+    model.eval()
+    loss = mean_loss(model)
+    predicted, real = [], []
+    for position, group in enumerate(groups):
+        for j in range(group.width):
+            handles = zeroed_inputs(groups, {position: torch.tensor([j])})
+            real.append(mean_loss(model) - loss)
+            for handle in handles:
+                handle.remove()
+            predicted.append(float(scores[position][j]))
+    correlation = float(spearmanr(predicted, real).statistic)
+    assert correlation >= bound
+
+
+def layer_outputs(model: nn.Module, names: list[str], x: Tensor) -> dict[str, Tensor]:
+    """Outputs of the layers named on x in evaluation mode."""
+    found: dict[str, Tensor] = {}
+    modules = dict(model.named_modules())
+    handles = [
+        modules[name].register_forward_hook(lambda _m, _a, out, name=name: found.__setitem__(name, out.clone()))
+        for name in names
+    ]
+    model.eval()
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def after_removal(run: Run, position: int, gone: Tensor, compensate: bool) -> nn.Module:
+    """A copy of the run's model without these neurons."""
+    groups = neuron_groups(run.model, digits()[0][:2]).groups
+    values = None
+    if compensate:
+        inverses = saliency.input_statistics(run.curvature, consumers(groups)).inverses()
+        values = saliency.compensation(run.curvature, groups, {position: gone}, inverses)
+    model = copy.deepcopy(run.model)
+    surgery.plan(model, neuron_groups(model, digits()[0][:2]).groups, {position: gone}, replacements=values).commit()
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:Curvature")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_compensation_brings_the_layers_after_nearer_to_the_unpruned_ones(name):
+    run = trained(name, 60)
+    x = digits()[0][-600:]
+    groups = neuron_groups(run.model, x[:2]).groups
+    layers = run.curvature.layers
+    run.curvature.remove()
+    for position, group in enumerate(groups):
+        rank = torch.arange(group.width) // group.partitions if group.partitions > 1 else torch.arange(group.width)
+        gone = (rank % 3 == 0).nonzero().flatten()
+        if group.partitions > 1:
+            gone = torch.cat([(group.partition == p).nonzero()[:1, 0] for p in range(group.partitions)])
+        # a layer that loses rows as well (a recurrent one) has other outputs; compare the rest
+        lost_rows = {m.name for m in group.of_role(PRODUCER)}
+        names = [m.name for m in group.of_role(CONSUMER) if m.name not in lost_rows]
+        seen = {name: (layers[name].norm_name or name) for name in names}
+        expected = layer_outputs(run.model, list(seen.values()), x)
+        on, off = (
+            layer_outputs(after_removal(run, position, gone, flag), list(seen.values()), x) for flag in (True, False)
+        )
+        first = seen[names[0]]  # later ones also see changed inputs
+        error_on, error_off = (float((z[first] - expected[first]).square().mean()) for z in (on, off))
+        assert error_on < 0.9 * error_off, (group.name, first)
+
+
+def test_constant_part_goes_to_the_bias_or_the_running_mean():
+    run = trained("chain", 30)
+    groups = neuron_groups(run.model, digits()[0][:2]).groups
+    inverses = saliency.input_statistics(run.curvature, consumers(groups)).inverses()
+    values = saliency.compensation(
+        run.curvature, groups, {0: torch.tensor([1]), 1: torch.tensor([2]), 2: torch.tensor([3])}, inverses
+    )
+    assert set(values) == {"3.weight", "3.bias", "8.weight", "8.bias", "10.weight", "10.bias"}
+    run = trained("depthwise", 30)
+    groups = neuron_groups(run.model, digits()[0][:2]).groups
+    inverses = saliency.input_statistics(run.curvature, consumers(groups)).inverses()
+    values = saliency.compensation(run.curvature, groups, {0: torch.tensor([1])}, inverses)
+    assert set(values) == {"project.weight", "norm2.running_mean"}
+    assert not torch.equal(values["norm2.running_mean"], run.model.norm2.running_mean)
+
+
+def test_compensation_is_the_least_squares_update():
+    """With the raw A (damping aside) the survivors' update minimises the mean squared change of W a."""
+    run = trained("mlp", 40)
+    groups = neuron_groups(run.model, digits()[0][:2]).groups
+    gone = torch.tensor([0, 3, 10])
+    statistics = saliency.input_statistics(run.curvature, ["3", "5"])
+    values = saliency.compensation(run.curvature, groups, {0: gone}, statistics.inverses())
+    A = statistics.covariances["3"].double()
+    A = A + torch.diag(saliency._damping(A, True))
+    W = torch.cat([run.model[3].weight, run.model[3].bias[:, None]], dim=1).detach().double()
+    keep = [j for j in range(A.shape[0]) if j not in gone.tolist()]
+    expected = W[:, keep] + W[:, gone] @ torch.linalg.solve(A[keep][:, keep], A[keep][:, gone]).T
+    torch.testing.assert_close(values["3.weight"][:, keep[:-1]].double(), expected[:, :-1], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(values["3.bias"].double(), expected[:, -1], rtol=1e-3, atol=1e-4)
+    assert torch.equal(values["3.weight"][:, gone], run.model[3].weight[:, gone])
+
+
+def test_magnitudes():
+    model = mlp(6)
+    groups = neuron_groups(model, digits()[0][:2]).groups
+    (l1,) = saliency.magnitude_scores(groups, "l1")
+    torch.testing.assert_close(l1, model[1].weight.detach().abs().mean(dim=1).double())
+    (uniform,) = saliency.magnitude_scores(groups, "l1_uniform")
+    assert uniform.argsort().tolist() == l1.argsort().tolist()
+    assert sorted((uniform * 6).round().tolist()) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.filterwarnings("ignore:Curvature")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_parameters_that_go_with_a_neuron_are_exact(name):
+    source = NETWORKS[name]()
+    total = sum(p.numel() for p in source.parameters())
+    costs = neuron_costs(source, neuron_groups(source, digits()[0][:2]).groups)
+    for position, cost in enumerate(costs):
+        model = copy.deepcopy(source)
+        groups = neuron_groups(model, digits()[0][:2]).groups
+        group = groups[position]
+        gone = torch.cat([(group.partition == p).nonzero()[:1, 0] for p in range(group.partitions)])
+        surgery.plan(model, groups, {position: gone}).commit()
+        assert total - sum(p.numel() for p in model.parameters()) == pytest.approx(cost * len(gone))
+
+
+def test_scoring_before_training_is_refused():
+    run = Run(mlp())
+    run.curvature.trace(digits()[0][:2])
+    with pytest.raises(RuntimeError, match="no factors yet"):
+        saliency.input_statistics(run.curvature, ["3"])
+
+
+def test_bad_factors_are_named():
+    run = trained("mlp", 5)
+    run.curvature.factors["3.A"].fill_(torch.nan)
+    with pytest.raises(ValueError, match="3: the covariance"):
+        saliency.input_statistics(run.curvature, ["3"]).inverses()
+    groups = neuron_groups(run.model, digits()[0][:2]).groups
+    statistics = saliency.input_statistics(run.curvature, ["3", "5"])
+    with pytest.raises(ValueError, match="1: the scores"):
+        saliency.curvature_scores(run.curvature, groups, "outgoing", statistics)

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from pruning_networks import NETWORKS, Grouped, digits, mlp
+from torch import Tensor, nn
+
+from flatprune import surgery
+from flatprune.graph import neuron_groups
+from flatprune.selection import Limits, ParameterCount, select, smallest_params
+
+
+def params_of(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def random_scores(groups, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(group.width, generator=generator, dtype=torch.float64) for group in groups]
+
+
+def pruned(model: nn.Module, gone: dict[int, Tensor]) -> nn.Module:
+    model = copy.deepcopy(model)
+    surgery.plan(model, neuron_groups(model, digits()[0][:2]).groups, gone).commit()
+    return model
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("closely", [False, True])
+def test_the_count_on_paper_is_the_count_after_the_cut(name, closely):
+    model = NETWORKS[name]()
+    groups = neuron_groups(model, digits()[0][:2]).groups
+    start = params_of(model)
+    assert ParameterCount(model, groups).params == start
+    for seed, share in enumerate((0.9, 0.7, 0.5)):
+        budget = int(share * start)
+        gone = select(model, groups, random_scores(groups, seed), budget, Limits(), closely=closely)
+        count = ParameterCount(model, groups)
+        for position, neurons in gone.items():
+            count.remove(position, len(neurons))
+        left = params_of(pruned(model, gone))
+        assert count.params == left <= budget
+
+
+def test_lowest_scores_go_first_over_all_layers():
+    model = mlp(10, 10)
+    groups = neuron_groups(model, digits()[0][:2]).groups
+    scores = random_scores(groups)
+    gone = select(model, groups, scores, params_of(model) - 3 * (64 + 1 + 10), Limits(1, 2, 1.0))
+    removed = torch.cat([scores[p][n] for p, n in gone.items()])
+    kept = torch.cat([scores[p].index_fill(0, gone.get(p, torch.tensor([], dtype=torch.int64)), 9.0) for p in (0, 1)])
+    assert float(removed.max()) <= float(kept.min())
+    assert all(torch.equal(n, n.sort().values) for n in gone.values())
+
+
+def test_at_most_half_of_a_layer_and_at_least_two_neurons():
+    model = mlp(11, 3)
+    groups = neuron_groups(model, digits()[0][:2]).groups
+    gone = select(model, groups, random_scores(groups), 0, Limits())
+    assert {p: len(n) for p, n in gone.items()} == {0: 5, 1: 1}
+    gone = select(model, groups, random_scores(groups), 0, Limits(1, 2, 1.0))
+    assert {p: len(n) for p, n in gone.items()} == {0: 9, 1: 1}
+    smallest = params_of(pruned(model, gone))
+    assert smallest_params(model, groups, Limits()) == smallest
+
+
+@pytest.mark.parametrize("round_to", [4, 8])
+def test_widths_become_multiples(round_to):
+    model = mlp(30, 21)
+    groups = neuron_groups(model, digits()[0][:2]).groups
+    for seed in range(5):
+        gone = select(model, groups, random_scores(groups, seed), int(0.6 * params_of(model)), Limits(round_to))
+        assert gone
+        for position, neurons in gone.items():
+            left = groups[position].width - len(neurons)
+            assert left % round_to == 0
+            assert left >= round_to
+
+
+def test_grouped_convolutions_lose_the_same_number_from_each_group():
+    model = Grouped()
+    groups = neuron_groups(model, digits()[0][:2]).groups
+    scores = [torch.arange(group.width, dtype=torch.float64) for group in groups]  # all low ones in the first share
+    gone = select(model, groups, scores, int(0.3 * params_of(model)), Limits())
+    for position in (0, 1):
+        counts = groups[position].partition[gone[position]].bincount(minlength=3)
+        assert counts.min() == counts.max() > 0
+        share = groups[position].width // 3
+        lowest = torch.cat([torch.arange(int(counts[0])) + p * share for p in range(3)])
+        assert torch.equal(gone[position], lowest)
+    assert params_of(pruned(model, gone)) <= 0.6 * params_of(model)
+
+
+def test_the_last_event_comes_nearer_to_the_budget_and_never_passes_it():
+    model = mlp(40, 30)
+    groups = neuron_groups(model, digits()[0][:2]).groups
+    nearer = 0
+    for seed in range(10):
+        # scores that spend most on the small second layer before a large neuron of the first one overshoots
+        scores = [torch.linspace(0.5, 1, 40).double(), random_scores(groups, seed)[1]]
+        budget = params_of(model) - 700 - 7 * seed
+        left = [
+            params_of(pruned(model, select(model, groups, scores, budget, Limits(), closely=flag)))
+            for flag in (False, True)
+        ]
+        assert left[0] <= left[1] <= budget
+        nearer += left[1] > left[0]
+    assert nearer > 0
+
+
+def test_the_last_neuron_is_the_one_that_costs_least():
+    model = mlp(40, 30)  # 95 parameters go with a neuron of the first layer, 51 with one of the second
+    groups = neuron_groups(model, digits()[0][:2]).groups
+    scores = [torch.linspace(0.5, 1, 40).double(), torch.linspace(0.6, 1, 30).double()]
+    budget = params_of(model) - 40
+    first = select(model, groups, scores, budget, Limits())
+    closest = select(model, groups, scores, budget, Limits(), closely=True)
+    assert {p: n.tolist() for p, n in first.items()} == {0: [0]}  # the lowest score a parameter
+    assert {p: n.tolist() for p, n in closest.items()} == {1: [0]}  # 0.6 x 51 is less than 0.5 x 95
+
+
+def test_a_budget_that_is_met_removes_nothing():
+    model = mlp()
+    groups = neuron_groups(model, digits()[0][:2]).groups
+    assert select(model, groups, random_scores(groups), params_of(model), Limits()) == {}
