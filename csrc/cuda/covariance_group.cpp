@@ -172,9 +172,7 @@ struct CovarianceGroup::Builder {
 
   void add_layer(int layer, const CovarianceProblem& problem) {
     if (problem.dtype == DType::kFloat64) throw std::invalid_argument("covariance: float64 has no CUDA kernels");
-    const CovarianceAlgorithm algorithm =
-        problem.algorithm == CovarianceAlgorithm::kAuto ? covariance_algorithm(problem.shape) : problem.algorithm;
-    const PackKind kind = pack_kind(problem, algorithm);
+    const PackKind kind = pack_kind(problem);
     const ConvShape packed = packed_shape(problem.shape, kind);
     PackJob job = pack_job(problem, packed, kind);
     job.layer = layer;
