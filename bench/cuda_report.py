@@ -1,0 +1,99 @@
+"""Print registers, spills and shared memory of every CUDA kernel, as ptxas reported them when it was compiled.
+
+    python bench/cuda_report.py [--write docs/kernels.md]
+
+`--write` puts the table between the markers `<!-- cuda-report -->` of that file. Needs nvcc at build time, no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from kfac_ext import _C
+
+# of a multiprocessor: shared memory for blocks and what each block takes on top, in bytes
+SHARED_BYTES = {"sm_80": 164 << 10, "sm_86": 100 << 10, "sm_89": 100 << 10, "sm_90": 228 << 10}
+RESERVED_BYTES = 1024
+REGISTERS, THREADS = 65536, {"sm_86": 1536, "sm_89": 1536}
+
+
+class Kernel(NamedTuple):
+    """One kernel compiled for one architecture."""
+
+    name: str
+    architecture: str
+    registers: int
+    spill_stores: int
+    spill_loads: int
+
+
+def demangled(symbol: str) -> str:
+    """A C++ symbol in words: `covariance_tiles_kernel<0>`."""
+    demangle = ctypes.CDLL("libstdc++.so.6").__cxa_demangle
+    demangle.restype = ctypes.c_char_p
+    text = demangle(symbol.encode(), None, None, None).decode()
+    text = re.sub(r"\(\w+::\w+\)", "", text)  # the types of enumerators
+    return re.search(r"\w+_kernel(?:<[^>]*>)?", text)[0]
+
+
+def kernels(report: str) -> list[Kernel]:
+    """What one ptxas report says."""
+    pattern = (
+        r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers"
+    )
+    found = re.findall(pattern, report, flags=re.S)
+    return [Kernel(demangled(symbol), arch, int(regs), int(st), int(ld)) for symbol, arch, st, ld, regs in found]
+
+
+def resident_blocks(kernel: Kernel, threads: int, shared: int) -> int:
+    """Blocks that fit on one multiprocessor by registers, shared memory and threads."""
+    by_registers = REGISTERS // (-(-kernel.registers // 8) * 8 * threads)
+    by_shared = SHARED_BYTES.get(kernel.architecture, 48 << 10) // (shared + RESERVED_BYTES)
+    return min(by_registers, by_shared, THREADS.get(kernel.architecture, 2048) // threads)
+
+
+def table() -> str:
+    """The Markdown table of all kernels of this build."""
+    folder = Path(_C.build_directory()) / "csrc/CMakeFiles/kfac_cuda.dir/cuda"
+    reports = sorted(folder.glob("*.report"))
+    if not reports:
+        raise SystemExit(f"no report under {folder}: this build has no CUDA kernels (configure with KFAC_CUDA=ON)")
+    launch = {name: (threads, shared) for name, threads, shared in _C.cuda_kernels()}
+    lines = [
+        f"nvcc {_C.cuda_compiler}",
+        "",
+        "| kernel | for | registers | spilled bytes (stores, loads) | shared bytes | threads | blocks a multiprocessor |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for kernel in sorted(k for report in reports for k in kernels(report.read_text())):
+        threads, shared = launch[kernel.name]
+        lines.append(
+            f"| `{kernel.name}` | {kernel.architecture} | {kernel.registers} | {kernel.spill_stores}, "
+            f"{kernel.spill_loads} | {shared} | {threads} | {resident_blocks(kernel, threads, shared)} |"
+        )
+    return "\n".join(lines)
+
+
+def replace_between(path: Path, marker: str, text: str) -> None:
+    """Put `text` between the two lines `<!-- marker -->` of a file."""
+    line = f"<!-- {marker} -->"
+    before, _, after = path.read_text().split(line)
+    path.write_text(f"{before}{line}\n{text}\n{line}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    print(table())
+    if arguments.write:
+        replace_between(arguments.write, "cuda-report", table())
+
+
+if __name__ == "__main__":
+    main()
