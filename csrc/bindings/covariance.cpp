@@ -3,8 +3,16 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <tuple>
 
+#include "kfac/covariance_group.h"
 #include "register.h"
+#ifdef KFAC_WITH_CUDA
+#include "covariance.h"
+#endif
 
 namespace py = pybind11;
 
@@ -15,25 +23,88 @@ kfac::ConvShape conv_shape(const std::array<int64_t, 15>& v) {
   return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11], v[12], v[13], v[14]};
 }
 
+kfac::CovarianceMode covariance_mode(bool reduce) {
+  return reduce ? kfac::CovarianceMode::kReduce : kfac::CovarianceMode::kExpand;
+}
+
+// dtype, strides of [N, C, H, W], shape as in conv_shape, reduce, algorithm, bias, precision
+using Problem = std::tuple<int, std::array<int64_t, 4>, std::array<int64_t, 15>, bool, int, bool, int>;
+
+kfac::CovarianceGroup covariance_group(const std::vector<Problem>& specs) {
+  std::vector<kfac::CovarianceProblem> problems;
+  for (const auto& [dtype, strides, shape, reduce, algorithm, bias, precision] : specs) {
+    problems.push_back({static_cast<kfac::DType>(dtype), strides[0], strides[1], strides[2], strides[3],
+                        conv_shape(shape), covariance_mode(reduce), static_cast<kfac::CovarianceAlgorithm>(algorithm),
+                        bias, static_cast<kfac::Precision>(precision)});
+  }
+  return kfac::CovarianceGroup(problems);
+}
+
+#ifdef KFAC_WITH_CUDA
+// Pointers of the layers in the order of the group; all on `device`.
+void covariance_cuda(const kfac::CovarianceGroup& group, uintptr_t descriptors, uintptr_t workspace,
+                     const std::vector<uintptr_t>& images, const std::vector<uintptr_t>& outs,
+                     const std::vector<double>& decays, const std::vector<double>& scales, int device,
+                     uintptr_t stream) {
+  kfac::PackPointers sources{};
+  kfac::ExpandPointers targets{};
+  for (int layer = 0; layer < group.layers(); ++layer) {
+    sources.image[layer] = reinterpret_cast<const void*>(images.at(layer));
+    targets.out[layer] = reinterpret_cast<float*>(outs.at(layer));
+    targets.decay[layer] = static_cast<float>(decays.at(layer));
+    targets.scale[layer] = static_cast<float>(scales.at(layer));
+  }
+  const kfac::DeviceGuard guard(device);
+  cudaError_t status = guard.status();
+  if (status == cudaSuccess) {
+    status =
+        kfac::covariance_cuda(group, reinterpret_cast<const void*>(descriptors), reinterpret_cast<void*>(workspace),
+                              sources, targets, reinterpret_cast<cudaStream_t>(stream));
+  }
+  if (status != cudaSuccess) {
+    cudaGetLastError();  // it is raised here, and not to be found by the next call
+    throw std::runtime_error("covariance_cuda: " + std::string(cudaGetErrorName(status)) + ", " +
+                             cudaGetErrorString(status));
+  }
+}
+#endif
+
 }  // namespace
 
 void register_covariance(py::module_& m) {
-  m.def("covariance_cpu", [](uintptr_t image, int dtype, const std::array<int64_t, 4>& strides,
-                             const std::array<int64_t, 15>& shape, bool reduce, int algorithm, bool bias, double decay,
-                             double scale, uintptr_t out, int threads) {
-    const kfac::ImageView view{reinterpret_cast<const void*>(image),
-                               static_cast<kfac::DType>(dtype),
-                               strides[0],
-                               strides[1],
-                               strides[2],
-                               strides[3]};
-    const py::gil_scoped_release no_gil;
-    kfac::covariance_cpu(
-        view, conv_shape(shape), reduce ? kfac::CovarianceMode::kReduce : kfac::CovarianceMode::kExpand,
-        static_cast<kfac::CovarianceAlgorithm>(algorithm), bias, decay, scale, reinterpret_cast<void*>(out), threads);
-  });
+  m.def("covariance_cpu",
+        [](uintptr_t image, int dtype, const std::array<int64_t, 4>& strides, const std::array<int64_t, 15>& shape,
+           bool reduce, int algorithm, bool bias, double decay, double scale, uintptr_t out, int threads) {
+          const kfac::ImageView view{reinterpret_cast<const void*>(image),
+                                     static_cast<kfac::DType>(dtype),
+                                     strides[0],
+                                     strides[1],
+                                     strides[2],
+                                     strides[3]};
+          const py::gil_scoped_release no_gil;
+          kfac::covariance_cpu(view, conv_shape(shape), covariance_mode(reduce),
+                               static_cast<kfac::CovarianceAlgorithm>(algorithm), bias, decay, scale,
+                               reinterpret_cast<void*>(out), threads);
+        });
   m.def("covariance_costs", [](const std::array<int64_t, 15>& shape) {
     const kfac::CovarianceCosts costs = kfac::covariance_costs(conv_shape(shape));
     return py::make_tuple(costs.shift, costs.patches);
   });
+  py::class_<kfac::CovarianceGroup>(m, "CovarianceGroup")
+      .def(py::init(&covariance_group))
+      .def_property_readonly("workspace_bytes", &kfac::CovarianceGroup::workspace_bytes)
+      .def("counts",
+           [](const kfac::CovarianceGroup& group) {
+             const kfac::CovarianceCounts& c = group.counts();
+             return std::map<std::string, double>{{"products", c.products}, {"inputs", c.inputs},
+                                                  {"packed", c.packed},     {"tile_reads", c.tile_reads},
+                                                  {"slots", c.slots},       {"outputs", c.outputs}};
+           })
+      .def("descriptors", [](const kfac::CovarianceGroup& group) {
+        return py::bytes(group.descriptors().data(), group.descriptors().size());
+      });
+  m.attr("max_group_layers") = kfac::kMaxGroupLayers;
+#ifdef KFAC_WITH_CUDA
+  m.def("covariance_cuda", covariance_cuda, py::call_guard<py::gil_scoped_release>());
+#endif
 }

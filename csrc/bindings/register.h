@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 void register_covariance(pybind11::module_& m);
+void register_cuda(pybind11::module_& m);
 void register_inverse(pybind11::module_& m);
 void register_power_iteration(pybind11::module_& m);
 void register_saliency(pybind11::module_& m);

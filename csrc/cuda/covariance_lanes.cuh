@@ -1,0 +1,63 @@
+// lanes: sums over rows of single columns; reduce: chunks added up in order.
+#pragma once
+
+#include "kfac/covariance_group.h"
+
+namespace kfac {
+
+// A tile is 32 columns of one chunk: 8 threads a column take every eighth row, and are added in order.
+template <class Block>
+KFAC_DEVICE void lane_tile(Block& block, const LaneJob& job, int32_t tile, float* workspace) {
+  float* const sums = block.shared();  // [kLaneRows][kLaneColumns]
+  const int32_t blocks = int32_t(divide_up(job.row_pitch, kLaneColumns));
+  const int32_t chunk = tile / blocks, lane = block.thread() % kLaneColumns;
+  const int32_t column = tile % blocks * kLaneColumns + lane;
+  const uint32_t first = uint32_t(chunk) * job.chunk, end = smaller(first + job.chunk, job.rows.count);
+  const float* const packed = workspace + job.packed;
+  float sum = 0.0f;
+  if (column < job.row_pitch) {
+    for (uint32_t k = first + block.thread() / kLaneColumns; k < end; k += kLaneRows) {
+      const int64_t row = region_row(job.rows, k);
+      const float value = packed[row * job.row_pitch + column];
+      sum += job.product ? value * packed[(row + job.rows.shift) * job.row_pitch + column] : value;
+    }
+  }
+  block.sync();
+  sums[block.thread()] = sum;
+  block.sync();
+  if (block.thread() >= kLaneColumns || column >= job.row_pitch) return;
+  float total = sums[lane];
+  for (int line = 1; line < kLaneRows; ++line) total += sums[line * kLaneColumns + lane];
+  workspace[job.slot + int64_t(chunk) * job.row_pitch + column] = total;
+}
+
+template <class Block>
+KFAC_DEVICE void covariance_lanes(Block& block, const JobList<LaneJob>& list, float* workspace) {
+  int32_t number = 0;
+  for (int32_t tile = block.index(); tile < list.tiles; tile += block.count()) {
+    number = job_of_tile(list.first, number, tile);
+    lane_tile(block, list.jobs[number], tile - list.first[number], workspace);
+  }
+}
+
+template <class Block>
+KFAC_DEVICE void covariance_reduce(Block& block, const JobList<ReduceJob>& list, float* workspace) {
+  int32_t number = 0;
+  for (int32_t tile = block.index(); tile < list.tiles; tile += block.count()) {
+    number = job_of_tile(list.first, number, tile);
+    const ReduceJob& job = list.jobs[number];
+    const int64_t at = int64_t(tile - list.first[number]) * kReduceElements + block.thread() * 4;
+    if (at >= job.length) continue;
+    float* const slot = workspace + job.slot + at;
+    float sum[4] = {slot[0], slot[1], slot[2], slot[3]};
+    for (int32_t chunk = 1; chunk < job.chunks; ++chunk) {
+      const float* const other = slot + chunk * job.length;
+      KFAC_UNROLL
+      for (int e = 0; e < 4; ++e) sum[e] += other[e];
+    }
+    KFAC_UNROLL
+    for (int e = 0; e < 4; ++e) slot[e] = sum[e];
+  }
+}
+
+}  // namespace kfac

@@ -1,0 +1,183 @@
+// tiles: one tile of columns of one region's product P[rows]^T P[rows + shift], over one chunk of rows.
+#pragma once
+
+#include "kfac/covariance_group.h"
+
+namespace kfac {
+
+// Starts the copies of one stage, kStageRows rows of columns A and of columns B, into shared memory [row][column].
+// Rows beyond the chunk and columns beyond the group become zero.
+template <class Shape, class Block>
+KFAC_DEVICE void load_stage(Block& block, const TileJob& job, const TileWork& work, const float* packed, uint32_t stage,
+                            float* a) {
+  constexpr int kVectors = Shape::kEdge / 4, kRowsAtOnce = kBlockThreads / kVectors;
+  float* const b = a + Shape::kStageRows * Shape::kPitch;
+  const int32_t column = block.thread() % kVectors * 4;
+  const bool valid_a = work.column_a + column < job.group_pitch, valid_b = work.column_b + column < job.group_pitch;
+  KFAC_UNROLL
+  for (int pass = 0; pass < Shape::kStageRows / kRowsAtOnce; ++pass) {
+    const int32_t line = pass * kRowsAtOnce + block.thread() / kVectors;
+    const uint32_t k = work.first_row + stage * Shape::kStageRows + line;
+    const bool valid = k < work.end_row;
+    const int64_t row = valid ? int64_t(region_row(job.rows, k)) : 0;
+    const float* const from_a = packed + row * job.row_pitch + work.column_a + column;
+    const float* const from_b = packed + (row + job.rows.shift) * job.row_pitch + work.column_b + column;
+    block.copy16(a + line * Shape::kPitch + column, valid && valid_a ? from_a : packed, valid && valid_a);
+    block.copy16(b + line * Shape::kPitch + column, valid && valid_b ? from_b : packed, valid && valid_b);
+  }
+}
+
+// Cuts `value` into two tf32 numbers; their sum has 21 bits of mantissa and more.
+KFAC_DEVICE void split(float value, uint32_t& high, uint32_t& low) {
+  high = round_to_tf32(value);
+  low = round_to_tf32(value - bits_float(high));
+}
+
+// sum += A B for one instruction's worth of 8 rows, in the way of the mode.
+template <MmaMode kMode, class Block>
+KFAC_DEVICE void multiply(Block& block, const uint32_t (&a)[2][4], const uint32_t (&b)[2][2], float (&sum)[4]) {
+  if constexpr (kMode == MmaMode::kTf32) {
+    block.mma(sum, a[0], b[0]);
+  } else {
+    float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if constexpr (kMode == MmaMode::kSplit) {
+      block.mma(part, a[0], b[1]);
+      block.mma(part, a[1], b[0]);
+    }
+    block.mma(part, a[0], b[0]);
+    KFAC_UNROLL
+    for (int e = 0; e < 4; ++e) sum[e] += part[e];
+  }
+}
+
+template <MmaMode kMode>
+KFAC_DEVICE void fragment(float value, uint32_t& high, uint32_t& low) {
+  if constexpr (kMode == MmaMode::kSplit) {
+    split(value, high, low);
+  } else {
+    high = float_bits(value);
+    low = 0;
+  }
+}
+
+// Where the warp's part of the tile lies.
+template <class Shape>
+struct WarpPlace {
+  int32_t row, column, depth;
+};
+
+template <class Shape>
+KFAC_DEVICE WarpPlace<Shape> warp_place(int32_t warp) {
+  return {warp % Shape::kWarpsM * (Shape::kMmaM * 16), warp / Shape::kWarpsM % Shape::kWarpsN * (Shape::kMmaN * 8),
+          warp / (Shape::kWarpsM * Shape::kWarpsN)};
+}
+
+// sums += A^T B of one stage; a [row][column] and b likewise.
+template <MmaMode kMode, class Shape, class Block>
+KFAC_DEVICE void multiply_stage(Block& block, const float* a, float (&sums)[Shape::kMmaM][Shape::kMmaN][4]) {
+  const WarpPlace<Shape> place = warp_place<Shape>(block.thread() / 32);
+  const MmaLane lane = mma_lane(block.thread() % 32);
+  const float* const b = a + Shape::kStageRows * Shape::kPitch;
+  // kTf32 has registers left to load one step ahead; the others do not
+  constexpr int kSteps = Shape::kStageRows / 8 / Shape::kWarpsK;
+  KFAC_UNROLL_BY((kMode == MmaMode::kTf32 ? kSteps : 1))
+  for (int step = 0; step < kSteps; ++step) {
+    const int32_t k = (step * Shape::kWarpsK + place.depth) * 8;
+    uint32_t left[Shape::kMmaM][2][4];
+    KFAC_UNROLL
+    for (int i = 0; i < Shape::kMmaM; ++i) {
+      KFAC_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        const float value = a[(k + mma_a_column(lane, e)) * Shape::kPitch + place.row + i * 16 + mma_a_row(lane, e)];
+        fragment<kMode>(value, left[i][0][e], left[i][1][e]);
+      }
+    }
+    KFAC_UNROLL
+    for (int j = 0; j < Shape::kMmaN; ++j) {
+      uint32_t right[2][2];
+      KFAC_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const float value = b[(k + mma_b_row(lane, e)) * Shape::kPitch + place.column + j * 8 + mma_b_column(lane)];
+        fragment<kMode>(value, right[0][e], right[1][e]);
+      }
+      KFAC_UNROLL
+      for (int i = 0; i < Shape::kMmaM; ++i) multiply<kMode>(block, left[i], right, sums[i][j]);
+    }
+  }
+}
+
+// Adds the sums of the warps that took other rows, in order, and writes the tile to its slot [edge][edge].
+template <class Shape, class Block>
+KFAC_DEVICE void store_tile(Block& block, const float (&sums)[Shape::kMmaM][Shape::kMmaN][4], float* slot) {
+  float* const shared = block.shared();  // [warp of rows][edge][pitch]
+  const WarpPlace<Shape> place = warp_place<Shape>(block.thread() / 32);
+  const MmaLane lane = mma_lane(block.thread() % 32);
+  constexpr int kPlane = Shape::kEdge * Shape::kPitch;
+  KFAC_UNROLL
+  for (int i = 0; i < Shape::kMmaM; ++i) {
+    KFAC_UNROLL
+    for (int j = 0; j < Shape::kMmaN; ++j) {
+      KFAC_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        const int32_t row = place.row + i * 16 + mma_d_row(lane, e),
+                      column = place.column + j * 8 + mma_d_column(lane, e);
+        shared[place.depth * kPlane + row * Shape::kPitch + column] = sums[i][j][e];
+      }
+    }
+  }
+  block.sync();
+  for (int32_t at = block.thread(); at < Shape::kEdge * Shape::kEdge; at += kBlockThreads) {
+    const float* const line = shared + at / Shape::kEdge * Shape::kPitch + at % Shape::kEdge;
+    float sum = line[0];
+    KFAC_UNROLL
+    for (int depth = 1; depth < Shape::kWarpsK; ++depth) sum += line[depth * kPlane];
+    slot[at] = sum;
+  }
+}
+
+template <MmaMode kMode, class Shape, class Block>
+KFAC_DEVICE void sum_tile(Block& block, const TileJob& job, int32_t tile, float* workspace) {
+  const TileWork work = tile_work(job, tile);
+  const float* const packed = workspace + job.packed + int64_t(work.group) * job.group_pitch;
+  const uint32_t stages = uint32_t(divide_up(work.end_row - work.first_row, Shape::kStageRows));
+  float* const shared = block.shared();
+  float sums[Shape::kMmaM][Shape::kMmaN][4] = {};
+  block.sync();  // the tile before may still be read
+  KFAC_UNROLL
+  for (uint32_t stage = 0; stage < Shape::kStages - 1; ++stage) {
+    if (stage < stages) load_stage<Shape>(block, job, work, packed, stage, shared + stage * Shape::kStageFloats);
+    block.commit();
+  }
+  for (uint32_t stage = 0; stage < stages; ++stage) {
+    block.template wait<Shape::kStages - 2>();
+    block.sync();  // everyone's copies are here, and everyone is done with the stage before
+    const uint32_t next = stage + Shape::kStages - 1;
+    if (next < stages) {
+      load_stage<Shape>(block, job, work, packed, next, shared + next % Shape::kStages * Shape::kStageFloats);
+    }
+    block.commit();
+    multiply_stage<kMode, Shape>(block, shared + stage % Shape::kStages * Shape::kStageFloats, sums);
+  }
+  block.template wait<0>();
+  block.sync();
+  store_tile<Shape>(block, sums, workspace + work.slot);
+}
+
+template <MmaMode kMode, class Block>
+KFAC_DEVICE void covariance_tiles(Block& block, const JobList<TileJob>& list, float* workspace) {
+  int32_t number = 0;
+  for (int32_t tile = block.index(); tile < list.tiles; tile += block.count()) {
+    number = job_of_tile(list.first, number, tile);
+    const TileJob& job = list.jobs[number];
+    const int32_t own = tile - list.first[number];
+    if (job.edge == 128) {
+      sum_tile<kMode, TileShape<128>>(block, job, own, workspace);
+    } else if (job.edge == 64) {
+      sum_tile<kMode, TileShape<64>>(block, job, own, workspace);
+    } else {
+      sum_tile<kMode, TileShape<32>>(block, job, own, workspace);
+    }
+  }
+}
+
+}  // namespace kfac

@@ -1,0 +1,47 @@
+// The hardware's part of a kernel: what tests/native/simulated_block.h plays on the CPU.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "kfac/device.h"
+
+namespace kfac {
+
+class DeviceBlock {
+ public:
+  __device__ int thread() const { return threadIdx.x; }
+  __device__ int index() const { return blockIdx.x; }
+  __device__ int count() const { return gridDim.x; }
+
+  // The block's dynamic shared memory, 16-byte aligned.
+  __device__ float* shared() const {
+    extern __shared__ float4 memory[];
+    return reinterpret_cast<float*>(memory);
+  }
+
+  __device__ void sync() const { __syncthreads(); }
+
+  // Starts a copy of 16 bytes into shared memory; zeros if not `valid` (`global` is not read then).
+  __device__ void copy16(float* shared, const float* global, bool valid) const {
+    const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(global), "r"(valid ? 16 : 0)
+                 : "memory");
+  }
+
+  // Closes a group of copies; wait<n> waits until at most the n latest groups of this thread are under way.
+  __device__ void commit() const { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+  template <int kPending>
+  __device__ void wait() const {
+    asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+  }
+
+  // d += a b, a [16, 8] and b [8, 8] in tf32; who holds what: kfac/covariance_group.h
+  __device__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) const {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+};
+
+}  // namespace kfac

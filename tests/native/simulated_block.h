@@ -1,0 +1,65 @@
+// Runs the body of a GPU kernel on the CPU, thread by thread: the very code of csrc/cuda/*.cuh, with the hardware's
+// part (barriers, asynchronous copies, matrix instructions) played by this class.
+//
+// Every thread of a block is a fiber. Barriers and warp instructions switch to the next one, in increasing or
+// decreasing order of threads. Asynchronous copies land at once or as late as a wait allows. A kernel without races
+// gives the same bits whichever is chosen. Shared memory is filled with NaN before each block.
+//
+// A kernel's body is a function template over Block with thread(), index(), count(), shared(), sync(), copy16(),
+// commit(), wait<n>() and mma(); csrc/cuda/device_block.cuh is the real one.
+#pragma once
+
+#include <csetjmp>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+namespace simulated {
+
+enum class Order { kForward, kBackward };
+enum class Copies { kEarly, kLate };
+
+struct Schedule {
+  Order order = Order::kForward;
+  Copies copies = Copies::kLate;
+  int blocks = 3;  // few, so that each takes several tiles
+};
+
+class Simulation;
+
+class Block {
+ public:
+  int thread() const { return thread_; }
+  int index() const;
+  int count() const;
+  float* shared() const;
+  void sync();
+  void copy16(float* shared, const float* global, bool valid);
+  void commit();
+  template <int kPending>
+  void wait() {
+    land(kPending);
+  }
+  // d += a b: mma.sync.m16n8k8 on tf32
+  void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+
+ private:
+  friend class Simulation;
+  struct Copy {
+    float* to;
+    const float* from;
+    bool valid;
+  };
+  void land(int pending);
+
+  Simulation* simulation_ = nullptr;
+  int thread_ = 0;
+  std::vector<std::vector<Copy>> groups_;  // committed and not yet landed
+  std::vector<Copy> open_;
+};
+
+// Runs body(block) for every thread of every block; `threads` a multiple of 32.
+void run(int threads, int64_t shared_bytes, const Schedule& schedule, const std::function<void(Block&)>& body);
+
+}  // namespace simulated
