@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from flatprune.export import load
     from flatprune.pruner import Pruner
     from flatprune.runs import resume, run
+    from flatprune.schedule import CubicSchedule
     from flatprune.sam import SAM
     from flatprune.settings import Settings
     from flatprune.spectrum import Flatness, hessian_lambda_max
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "SAM": "sam",
+    "CubicSchedule": "schedule",
     "Curvature": "curvature",
     "DivergedError": "errors",
     "Flatness": "spectrum",
@@ -51,6 +53,7 @@ _HOMES = {
 }
 __all__ = [
     "SAM",
+    "CubicSchedule",
     "Curvature",
     "DivergedError",
     "Flatness",
