@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from flatprune.export import load
     from flatprune.pruner import Pruner
     from flatprune.runs import resume, run
-    from flatprune.schedule import CubicSchedule
     from flatprune.sam import SAM
+    from flatprune.schedule import CubicSchedule
     from flatprune.settings import Settings
     from flatprune.spectrum import Flatness, hessian_lambda_max
     from flatprune.targets import Target
