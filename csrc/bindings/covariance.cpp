@@ -56,9 +56,9 @@ void covariance_cuda(const kfac::CovarianceGroup& group, uintptr_t descriptors, 
   const kfac::DeviceGuard guard(device);
   cudaError_t status = guard.status();
   if (status == cudaSuccess) {
-    status = kfac::covariance_cuda(group, reinterpret_cast<const void*>(descriptors),
-                                   reinterpret_cast<void*>(workspace), sources, targets,
-                                   reinterpret_cast<cudaStream_t>(stream));
+    status =
+        kfac::covariance_cuda(group, reinterpret_cast<const void*>(descriptors), reinterpret_cast<void*>(workspace),
+                              sources, targets, reinterpret_cast<cudaStream_t>(stream));
   }
   if (status != cudaSuccess) {
     cudaGetLastError();  // it is raised here, and not to be found by the next call
@@ -71,20 +71,20 @@ void covariance_cuda(const kfac::CovarianceGroup& group, uintptr_t descriptors, 
 }  // namespace
 
 void register_covariance(py::module_& m) {
-  m.def("covariance_cpu", [](uintptr_t image, int dtype, const std::array<int64_t, 4>& strides,
-                             const std::array<int64_t, 15>& shape, bool reduce, int algorithm, bool bias, double decay,
-                             double scale, uintptr_t out, int threads) {
-    const kfac::ImageView view{reinterpret_cast<const void*>(image),
-                               static_cast<kfac::DType>(dtype),
-                               strides[0],
-                               strides[1],
-                               strides[2],
-                               strides[3]};
-    const py::gil_scoped_release no_gil;
-    kfac::covariance_cpu(
-        view, conv_shape(shape), covariance_mode(reduce), static_cast<kfac::CovarianceAlgorithm>(algorithm), bias,
-        decay, scale, reinterpret_cast<void*>(out), threads);
-  });
+  m.def("covariance_cpu",
+        [](uintptr_t image, int dtype, const std::array<int64_t, 4>& strides, const std::array<int64_t, 15>& shape,
+           bool reduce, int algorithm, bool bias, double decay, double scale, uintptr_t out, int threads) {
+          const kfac::ImageView view{reinterpret_cast<const void*>(image),
+                                     static_cast<kfac::DType>(dtype),
+                                     strides[0],
+                                     strides[1],
+                                     strides[2],
+                                     strides[3]};
+          const py::gil_scoped_release no_gil;
+          kfac::covariance_cpu(view, conv_shape(shape), covariance_mode(reduce),
+                               static_cast<kfac::CovarianceAlgorithm>(algorithm), bias, decay, scale,
+                               reinterpret_cast<void*>(out), threads);
+        });
   m.def("covariance_costs", [](const std::array<int64_t, 15>& shape) {
     const kfac::CovarianceCosts costs = kfac::covariance_costs(conv_shape(shape));
     return py::make_tuple(costs.shift, costs.patches);
