@@ -1,5 +1,6 @@
 """The compiled module. Pointers are `Tensor.data_ptr()`; nothing is checked here."""
 
+from collections.abc import Sequence
 from typing import Any
 
 def cpu_info() -> dict[str, str]: ...
@@ -17,4 +18,30 @@ def covariance_cpu(
     threads: int,
 ) -> None: ...
 def covariance_costs(shape: list[int]) -> tuple[float, float]: ...
+
+class CovarianceGroup:
+    workspace_bytes: int
+    def __init__(self, problems: Sequence[tuple[int, Sequence[int], Sequence[int], bool, int, bool, int]]) -> None: ...
+    def descriptors(self) -> bytes: ...
+
+max_group_layers: int
+
+def covariance_cuda(
+    group: CovarianceGroup,
+    descriptors: int,
+    workspace: int,
+    images: list[int],
+    outs: list[int],
+    decays: list[float],
+    scales: list[float],
+    device: int,
+    stream: int,
+) -> None: ...
+
+cuda_compiler: str
+
+def cuda_architectures() -> list[str]: ...
+def cuda_device_problem(device: int) -> str: ...
+def cuda_kernels() -> list[tuple[str, int, int]]: ...
+def build_directory() -> str: ...
 def __getattr__(name: str) -> Any: ...

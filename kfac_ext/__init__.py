@@ -18,11 +18,13 @@ from kfac_ext.ops.covariance import (
     linear_covariance,
     linear_covariance_,
 )
+from kfac_ext.ops.covariance_group import CovarianceUpdate, covariance_group_
 from kfac_ext.ops.inverse import damped_inverse, damped_inverse_ex
 from kfac_ext.ops.power import PowerIteration, covariance_power_iteration, power_iteration, power_iteration_
 from kfac_ext.ops.saliency import compensate, obs_saliency, outgoing_saliency
 
 __all__ = [
+    "CovarianceUpdate",
     "FactorSet",
     "PowerIteration",
     "__version__",
@@ -30,6 +32,7 @@ __all__ = [
     "compensate",
     "conv2d_covariance",
     "conv2d_covariance_",
+    "covariance_group_",
     "covariance_power_iteration",
     "damped_inverse",
     "damped_inverse_ex",

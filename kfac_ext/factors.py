@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from kfac_ext.ops.covariance_group import CovarianceUpdate, covariance_group_
 from kfac_ext.ops.inverse import damped_inverse_ex
 from kfac_ext.ops.power import PowerIteration, power_iteration_, start_vector
 
@@ -90,6 +91,30 @@ class FactorSet:
         start = self._slots[key][2]
         size = self.sizes[key]
         return self.eigenvalues[start : start + size[0]] if isinstance(size, tuple) else self.eigenvalues[start]
+
+    def accumulate_(self, updates: Iterable[CovarianceUpdate]) -> None:
+        """Blend covariances into the factors they name: one launch over all layers on CUDA, a loop on the CPU.
+
+        Args:
+            updates: as hooks have collected them; a factor may come more than once, then in that order.
+
+        Raises:
+            KeyError: naming an update's key that is no factor.
+            TypeError, ValueError: an update does not fit; no factor is changed then.
+
+        Example:
+            >>> factors = FactorSet({"fc.A": 4, "fc.G": 2})
+            >>> x, g = torch.randn(8, 3), torch.randn(8, 2)
+            >>> factors.accumulate_([
+            ...     CovarianceUpdate.linear("fc.A", x, bias=True, decay=0.95, scale=0.05),
+            ...     CovarianceUpdate.gradient("fc.G", g, decay=0.95, scale=0.05),
+            ... ])
+        """
+        updates = list(updates)
+        for update in updates:
+            if update.key not in self.sizes:
+                raise KeyError(f"FactorSet.accumulate_: no factor named {update.key!r}")
+        covariance_group_(updates, [self[update.key] for update in updates])
 
     def power_iteration_(
         self, keys: Iterable[str] | None = None, *, tol: float = 1e-3, max_iter: int = 100

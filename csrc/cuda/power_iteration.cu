@@ -6,10 +6,10 @@ namespace kfac {
 namespace {
 
 __global__ void __launch_bounds__(kPowerThreads, 1)
-    power_iteration_kernel(const PowerSchedule schedule, const PowerMethod method, float* workspace,
-                           const PowerResults results) {
+    power_iteration_kernel(const PowerSchedule schedule, const __grid_constant__ PowerPointers pointers,
+                           const PowerMethod method, float* workspace, const PowerResults results) {
   DeviceBlock block;
-  power_iteration(block, schedule, method, workspace, results);
+  power_iteration(block, schedule, pointers, method, workspace, results);
 }
 
 // One block a multiprocessor, with all the shared memory a block may have: what it keeps need not be read again.
@@ -39,7 +39,8 @@ cudaError_t power_iteration_device(PowerDevice* found) {
 }
 
 cudaError_t power_iteration_cuda(const PowerGroup& group, const void* descriptors, void* workspace,
-                                 const PowerMethod& method, const PowerResults& results, cudaStream_t stream) {
+                                 const PowerPointers& pointers, const PowerMethod& method, const PowerResults& results,
+                                 cudaStream_t stream) {
   const PowerSchedule schedule = group.schedule(descriptors);
   if (schedule.blocks == 0) return cudaSuccess;
   int shared_bytes = 0;
@@ -60,7 +61,8 @@ cudaError_t power_iteration_cuda(const PowerGroup& group, const void* descriptor
   config.stream = stream;
   config.attrs = &cooperative;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, power_iteration_kernel, schedule, method, static_cast<float*>(workspace), results);
+  return cudaLaunchKernelEx(&config, power_iteration_kernel, schedule, pointers, method, static_cast<float*>(workspace),
+                            results);
 }
 
 std::vector<KernelInfo> power_iteration_kernels() {

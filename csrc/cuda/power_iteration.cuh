@@ -38,9 +38,9 @@ KFAC_DEVICE float start_entry(int32_t i) {
 
 // v <- the start in unit length, or the default where that is zero or not finite. Every block of a team does the same.
 template <class Block>
-KFAC_DEVICE void load_start(Block& block, const EigenJob& job, float* v) {
+KFAC_DEVICE void load_start(Block& block, const EigenJob& job, const float* start, float* v) {
   double sum[1] = {0.0};
-  for (int32_t i = block.thread(); i < job.n; i += kPowerThreads) sum[0] += double(job.vector[i]) * job.vector[i];
+  for (int32_t i = block.thread(); i < job.n; i += kPowerThreads) sum[0] += double(start[i]) * start[i];
   block_sum(block, sum);
   const bool usable = sum[0] > 0.0 && is_finite(sum[0]);
   if (!usable) {
@@ -50,7 +50,7 @@ KFAC_DEVICE void load_start(Block& block, const EigenJob& job, float* v) {
   }
   const UnitScale scale = unit_scale(sqrt(sum[0]));
   for (int32_t i = block.thread(); i < job.n; i += kPowerThreads) {
-    v[i] = (usable ? job.vector[i] : start_entry(i)) * scale.power * scale.rest;
+    v[i] = (usable ? start[i] : start_entry(i)) * scale.power * scale.rest;
   }
 }
 
@@ -58,16 +58,18 @@ KFAC_DEVICE void load_start(Block& block, const EigenJob& job, float* v) {
 struct OwnRows {
   RowRange range;
   int32_t kept;
-  float* memory;  // [kept][n]
+  const float* matrix;  // row range.first
+  float* memory;        // [kept][n]
 };
 
 template <class Block>
-KFAC_DEVICE OwnRows keep_rows(Block& block, const EigenJob& job, int32_t rank, int32_t shared_floats) {
+KFAC_DEVICE OwnRows keep_rows(Block& block, const EigenJob& job, const float* matrix, int32_t rank,
+                              int32_t shared_floats) {
   const RowRange range = team_rows(job, rank);
-  const OwnRows rows{range, kept_rows(job, range, shared_floats),
+  const OwnRows rows{range, kept_rows(job, range, shared_floats), matrix + range.first * job.stride,
                      block.shared() + power_rows_offset(job.n, job.blocks == 1)};
   for (int32_t row = block.thread() / 32; row < rows.kept; row += kPowerWarps) {
-    const float* const from = job.matrix + (range.first + row) * job.stride;
+    const float* const from = rows.matrix + row * job.stride;
     for (int32_t j = block.thread() % 32; j < job.n; j += 32) rows.memory[int64_t(row) * job.n + j] = from[j];
   }
   return rows;
@@ -84,7 +86,7 @@ KFAC_DEVICE void multiply_rows(Block& block, const EigenJob& job, const OwnRows&
     KFAC_UNROLL
     for (int r = 0; r < kPowerRows; ++r) {  // beyond the last row: that row again
       const int32_t at = smaller(first + r, rows.range.count - 1);
-      row[r] = at < rows.kept ? rows.memory + int64_t(at) * n : job.matrix + (rows.range.first + at) * job.stride;
+      row[r] = at < rows.kept ? rows.memory + int64_t(at) * n : rows.matrix + at * job.stride;
     }
     KFAC_UNROLL_BY(4)
     for (int32_t j = lane; j < n; j += 32) {
@@ -152,13 +154,14 @@ KFAC_DEVICE EigenState judge(const double (&moments)[kPowerMoments], double tol)
 }
 
 template <class Block>
-KFAC_DEVICE void power_iterate(Block& block, const EigenJob& job, const PowerMethod& method, int32_t shared_floats,
-                               float* workspace, const PowerResults& results) {
+KFAC_DEVICE void power_iterate(Block& block, const EigenJob& job, const PowerPointers& pointers,
+                               const PowerMethod& method, int32_t shared_floats, float* workspace,
+                               const PowerResults& results) {
   const int32_t rank = block.index() - job.first_block;
   float* const v = block.shared() + kPowerSumFloats;
   block.sync();  // the job before may still be read
-  load_start(block, job, v);
-  const OwnRows rows = keep_rows(block, job, rank, shared_floats);
+  load_start(block, job, pointers.vector[job.place], v);
+  const OwnRows rows = keep_rows(block, job, pointers.matrix[job.place], rank, shared_floats);
   EigenState state{};
   int32_t iteration = 0;
   do {
@@ -176,20 +179,21 @@ KFAC_DEVICE void power_iterate(Block& block, const EigenJob& job, const PowerMet
   } while (!state.done && iteration < method.max_iter);
   block.sync();
   for (int32_t i = block.thread(); i < rows.range.count; i += kPowerThreads) {
-    job.vector[rows.range.first + i] = v[rows.range.first + i];
+    pointers.vector[job.place][rows.range.first + i] = v[rows.range.first + i];
   }
   if (rank != 0 || block.thread() != 0) return;
-  results.values[job.result] = float(state.value);
-  results.residuals[job.result] = float(state.residual);
-  results.iterations[job.result] = iteration;
+  results.values[job.place] = float(state.value);
+  results.residuals[job.place] = float(state.residual);
+  results.iterations[job.place] = iteration;
 }
 
 template <class Block>
-KFAC_DEVICE void power_iteration(Block& block, const PowerSchedule& schedule, const PowerMethod& method,
-                                 float* workspace, const PowerResults& results) {
+KFAC_DEVICE void power_iteration(Block& block, const PowerSchedule& schedule, const PowerPointers& pointers,
+                                 const PowerMethod& method, float* workspace, const PowerResults& results) {
   const int32_t end = schedule.first[block.index() + 1];
   for (int32_t at = schedule.first[block.index()]; at < end; ++at) {
-    power_iterate(block, schedule.jobs[schedule.list[at]], method, schedule.shared_floats, workspace, results);
+    power_iterate(block, schedule.jobs[schedule.list[at]], pointers, method, schedule.shared_floats, workspace,
+                  results);
   }
 }
 

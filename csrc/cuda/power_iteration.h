@@ -21,7 +21,8 @@ cudaError_t power_iteration_device(PowerDevice* found);
 // descriptors: a copy of group.descriptors() on the device. workspace: group.workspace_bytes(), 256-byte aligned; any
 // content.
 cudaError_t power_iteration_cuda(const PowerGroup& group, const void* descriptors, void* workspace,
-                                 const PowerMethod& method, const PowerResults& results, cudaStream_t stream);
+                                 const PowerPointers& pointers, const PowerMethod& method, const PowerResults& results,
+                                 cudaStream_t stream);
 
 std::vector<KernelInfo> power_iteration_kernels();
 

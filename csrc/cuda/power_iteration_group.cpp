@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 #include <numeric>
 #include <queue>
 #include <stdexcept>
@@ -77,12 +76,17 @@ class Distribution {
   std::vector<double> loads_;
 };
 
-void check(const EigenInput& input, int64_t shared_floats) {
-  if (input.n < 1 || input.n > std::numeric_limits<int32_t>::max() ||
-      power_rows_offset(input.n, true) > shared_floats) {
-    throw std::invalid_argument("power_iteration: a matrix of size " + std::to_string(input.n) +
-                                ", whose vectors do not fit into " + std::to_string(4 * shared_floats) +
-                                " bytes of shared memory");
+void check(const std::vector<MatrixShape>& shapes, int64_t shared_bytes) {
+  if (shapes.size() > kMaxPowerMatrices) {
+    throw std::invalid_argument("power_iteration: " + std::to_string(shapes.size()) + " matrices, expected at most " +
+                                std::to_string(kMaxPowerMatrices));
+  }
+  for (const MatrixShape& shape : shapes) {
+    if (shape.n < 1 || !power_fits(shape.n, shared_bytes)) {
+      throw std::invalid_argument("power_iteration: a matrix of size " + std::to_string(shape.n) +
+                                  ", whose vectors do not fit into " + std::to_string(shared_bytes) +
+                                  " bytes of shared memory");
+    }
   }
 }
 
@@ -96,16 +100,16 @@ int64_t append(std::vector<char>& bytes, const std::vector<T>& values) {
 
 }  // namespace
 
-PowerGroup::PowerGroup(const std::vector<EigenInput>& inputs, int64_t blocks, int64_t shared_bytes)
-    : shared_floats_(int32_t(shared_bytes / int64_t(sizeof(float)))) {
+PowerGroup::PowerGroup(const std::vector<MatrixShape>& shapes, int64_t blocks, int64_t shared_bytes)
+    : matrices_(int64_t(shapes.size())), shared_floats_(int32_t(shared_bytes / int64_t(sizeof(float)))) {
   if (blocks < 1) throw std::invalid_argument("power_iteration: no block fits on the device");
-  std::vector<int32_t> order(inputs.size());
+  check(shapes, shared_bytes);
+  std::vector<int32_t> order(shapes.size());
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return inputs[a].n > inputs[b].n; });
+  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return shapes[a].n > shapes[b].n; });
   std::vector<EigenJob> jobs;
-  for (const int32_t i : order) {
-    check(inputs[i], shared_floats_);
-    jobs.push_back({inputs[i].matrix, inputs[i].vector, inputs[i].stride, int32_t(inputs[i].n), 0, 1, i, 0, 0, 0});
+  for (const int32_t place : order) {
+    jobs.push_back({shapes[place].stride, int32_t(shapes[place].n), 0, 1, place, 0, 0, 0});
   }
   const Distribution distribution(jobs, blocks, shared_floats_);
   blocks_ = int32_t(distribution.lists.size());

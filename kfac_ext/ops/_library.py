@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from kfac_ext import _C
 from kfac_ext._version import __version__
+from kfac_ext.ops._cuda import cuda_serves, cuda_verdicts, warn_once
 
 _LIBRARY = torch.library.Library("kfac_ext", "DEF")
 
@@ -21,7 +21,6 @@ DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.floa
 """The values of kfac::DType."""
 
 _native = os.environ.get("KFAC_NATIVE", "1") != "0"
-_warned: set[str] = set()
 
 
 def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,19 +32,24 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     return getattr(torch.ops.kfac_ext, name).default
 
 
-def native_device(operation: str, tensor: Tensor) -> bool:
-    """Whether native kernels serve `operation` on this tensor's device; warns once where they could but are missing."""
+def native_device(operation: str, tensor: Tensor, family: str | None = None) -> bool:
+    """Whether native kernels serve `operation` on this tensor's device; warns once where they could but do not.
+
+    Args:
+        operation: named in warnings.
+        tensor: an input.
+        family: the operation's CUDA kernels, as announced by `register_family`; None if there are none yet.
+    """
     if not _native:
         return False
     if tensor.device.type == "cpu":
         return True
-    if operation not in _warned:
-        _warned.add(operation)
-        warnings.warn(
-            f"kfac_ext.{operation}: no native kernels for device '{tensor.device.type}' in this build; plain PyTorch "
-            "runs instead. For CUDA install nvcc and rebuild with KFAC_CUDA=ON.",
-            stacklevel=4,
-        )
+    if tensor.device.type == "cuda" and family is not None:
+        return cuda_serves(operation, family, tensor)
+    warn_once(
+        f"kfac_ext.{operation}: no native kernels for device '{tensor.device.type}' in this build; plain PyTorch "
+        "runs instead"
+    )
     return False
 
 
@@ -74,7 +78,6 @@ def use_native(enabled: bool = True) -> Any:
 
 def build_info() -> dict[str, Any]:
     """What is compiled and what runs where: versions, instruction set, threads, CUDA architectures."""
-    cuda: list[str] = getattr(_C, "cuda_architectures", list)()
     return {
         "version": __version__,
         "torch": torch.__version__,
@@ -82,7 +85,9 @@ def build_info() -> dict[str, Any]:
         "machine": platform.machine(),
         "simd": _C.cpu_info()["simd"],
         "threads": f"{torch.get_num_threads()} ({_C.cpu_info()['threads']})",
-        "cuda_architectures": cuda,
+        "cuda_architectures": _C.cuda_architectures(),
+        "cuda_compiler": _C.cuda_compiler or None,
+        "cuda_checks": cuda_verdicts(),
         "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "native": _native,
     }

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kfac_ext import _C, reference
+from kfac_ext import reference
 from kfac_ext.geometry import ConvGeometry, Pair, accumulator_dtype, conv_geometry
-from kfac_ext.ops._library import DTYPE_CODES, check_floating, check_output, define, native_device
+from kfac_ext.ops._covariance_kernels import (
+    Problem,
+    conv_problem,
+    fits_cuda,
+    gradient_problem,
+    linear_problem,
+    run_cpu,
+    run_cuda,
+)
+from kfac_ext.ops._library import check_floating, check_output, define, native_device
 
-_AUTO = 0  # kfac::CovarianceAlgorithm::kAuto
-
+_FAMILY = "covariance"
 
 _MODES = ("expand", "reduce")
 
@@ -27,21 +36,22 @@ def _factor_shape(groups: int, n: int) -> tuple[int, ...]:
     return (groups, n, n) if groups > 1 else (n, n)
 
 
-def _run(x: Tensor, shape: list[int], reduce: bool, bias: bool, decay: float, scale: float, out: Tensor) -> None:
-    """Call the kernel on x seen as images [N, C, H, W]; `scale` multiplies the plain sum."""
-    _C.covariance_cpu(
-        x.data_ptr(),
-        DTYPE_CODES[x.dtype],
-        list(x.stride()),
-        shape,
-        reduce,
-        _AUTO,
-        bias,
-        decay,
-        scale,
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
+def _run_native(operation: str, problem_of: Callable[..., Problem], x: Tensor, *arguments: Any) -> bool:
+    """Compute problem_of(x, *arguments) by a kernel; False, and nothing is done, if none serves x."""
+    if not native_device(operation, x, _FAMILY):
+        return False
+    problem = problem_of(x, *arguments)
+    if not (x.is_cpu or fits_cuda(problem)):
+        return False
+    _run(problem)
+    return True
+
+
+def _run(problem: Problem) -> None:
+    if problem.image.is_cpu:
+        run_cpu(problem)
+    else:
+        run_cuda([problem])
 
 
 # ---- rows ----
@@ -58,19 +68,13 @@ def _check_linear(x: Tensor, out: Tensor, bias: bool) -> None:
 
 def _linear(x: Tensor, out: Tensor, bias: bool, decay: float, scale: float) -> None:
     _check_linear(x, out, bias)
-    if not native_device("linear_covariance", x):
+    if not _run_native("linear_covariance", linear_problem, x, out, bias, decay, scale):
         reference.linear_covariance_(x, out=out, decay=decay, scale=scale, bias=bias)
-        return
-    rows = x.reshape(-1, x.shape[-1], 1, 1)
-    _run(rows, [*rows.shape, *_ROW_GEOMETRY, 1], False, bias, decay, scale / rows.shape[0], out)
 
 
 def _linear_fake(x: Tensor, out: Tensor, bias: bool, decay: float, scale: float) -> None:
     _check_linear(x, out, bias)
 
-
-# kernel 1 x 1, stride 1, no padding, dilation 1, output 1 x 1
-_ROW_GEOMETRY = (1, 1, 1, 1, 0, 0, 1, 1, 1, 1)
 
 _linear_op = define(
     "linear_covariance_(Tensor x, Tensor(a!) out, bool bias, float decay, float scale) -> ()", _linear, _linear_fake
@@ -168,16 +172,12 @@ def _conv(
 ) -> None:
     geometry = _unpacked(x, kernel_size, stride, padding, dilation, groups)
     _check_conv(x, out, geometry, bias)
-    if not native_device("conv2d_covariance", x):
-        image = torch.nn.functional.pad(x, padding)
-        options: dict[str, Any] = {"stride": stride, "dilation": dilation, "groups": groups, "bias": bias}
-        options["mode"] = _MODES[reduce]
-        reference.conv2d_covariance_(image, kernel_size, out=out, decay=decay, scale=scale, **options)
+    if _run_native("conv2d_covariance", conv_problem, x, out, geometry, bias, reduce, decay, scale):
         return
-    positions = 1 if reduce else geometry.output_size[0] * geometry.output_size[1]
-    left, _, top, _ = geometry.padding
-    shape = [*x.shape, *kernel_size, *stride, top, left, *dilation, *geometry.output_size, groups]
-    _run(x, shape, reduce, bias, decay, scale / (x.shape[0] * positions), out)
+    image = torch.nn.functional.pad(x, padding)
+    options: dict[str, Any] = {"stride": stride, "dilation": dilation, "groups": groups, "bias": bias}
+    options["mode"] = _MODES[reduce]
+    reference.conv2d_covariance_(image, kernel_size, out=out, decay=decay, scale=scale, **options)
 
 
 def _conv_fake(
@@ -324,15 +324,8 @@ def _gradient_size(g: Tensor, groups: int) -> int:
 
 def _gradient(g: Tensor, out: Tensor, groups: int, reduce: bool, decay: float, scale: float) -> None:
     _check_gradient(g, out, groups)
-    if not native_device("gradient_covariance", g):
+    if not _run_native("gradient_covariance", gradient_problem, g, out, groups, reduce, decay, scale):
         reference.gradient_covariance_(g, out=out, decay=decay, scale=scale, groups=groups, mode=_MODES[reduce])
-        return
-    if g.dim() == 4 and reduce:
-        g = g.sum(dim=(2, 3), dtype=accumulator_dtype(g.dtype))
-    image = g[:, :, None, None] if g.dim() == 2 else g
-    height, width = image.shape[2:]
-    shape = [*image.shape, 1, 1, 1, 1, 0, 0, 1, 1, height, width, groups]
-    _run(image, shape, False, False, decay, scale / g.shape[0], out)
 
 
 def _gradient_fake(g: Tensor, out: Tensor, groups: int, reduce: bool, decay: float, scale: float) -> None:

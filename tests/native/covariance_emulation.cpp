@@ -12,11 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/covariance_expand.cuh"
-#include "../../csrc/cuda/covariance_lanes.cuh"
-#include "../../csrc/cuda/covariance_pack.cuh"
-#include "../../csrc/cuda/covariance_tiles.cuh"
-#include "simulated_block.h"
+#include "emulation.h"
 
 namespace {
 
@@ -164,25 +160,6 @@ struct Aligned {  // 16-byte aligned floats, NaN where nothing is written
   float* data;
 };
 
-void run_kernels(const CovarianceGroup& group, const PackPointers& images, const ExpandPointers& outs,
-                 const simulated::Schedule& how) {
-  using simulated::Block;
-  const CovarianceSchedule schedule = group.schedule(group.descriptors().data());
-  Aligned memory(group.workspace_bytes() / 4);
-  float* const workspace = memory.data;
-  const auto launch = [&](int64_t shared, const std::function<void(Block&)>& body) {
-    simulated::run(kBlockThreads, shared, how, body);
-  };
-  launch(kPackSharedBytes, [&](Block& b) { covariance_pack(b, schedule.pack, images, workspace); });
-  launch(kLineSharedBytes, [&](Block& b) { covariance_means(b, schedule.means, images, workspace); });
-  launch(kTileSharedBytes, [&](Block& b) { covariance_tiles<MmaMode::kTf32>(b, schedule.tiles[0], workspace); });
-  launch(kTileSharedBytes, [&](Block& b) { covariance_tiles<MmaMode::kPromoted>(b, schedule.tiles[1], workspace); });
-  launch(kTileSharedBytes, [&](Block& b) { covariance_tiles<MmaMode::kSplit>(b, schedule.tiles[2], workspace); });
-  launch(kLineSharedBytes, [&](Block& b) { covariance_lanes(b, schedule.lanes, workspace); });
-  launch(0, [&](Block& b) { covariance_reduce(b, schedule.reduce, workspace); });
-  launch(kExpandSharedBytes, [&](Block& b) { covariance_expand(b, schedule, outs, workspace); });
-}
-
 using Matrices = std::vector<std::vector<float>>;
 
 Matrices covariances(const std::vector<Layer>& layers, const std::vector<Image>& images,
@@ -204,7 +181,9 @@ Matrices covariances(const std::vector<Layer>& layers, const std::vector<Image>&
     targets.decay[l] = layer.decay;
     targets.scale[l] = 1.0f;
   }
-  run_kernels(CovarianceGroup(problems), sources, targets, how);
+  const CovarianceGroup group(problems);
+  const Aligned workspace(group.workspace_bytes() / 4);
+  emulate_covariance(group, group.descriptors().data(), workspace.data, sources, targets, how);
   return outs;
 }
 

@@ -11,8 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/power_iteration.cuh"
-#include "simulated_block.h"
+#include "emulation.h"
 
 namespace {
 
@@ -121,25 +120,21 @@ struct Device {
 std::vector<Pair> iterate(const std::vector<Matrix>& matrices, const PowerMethod& method, const Device& device,
                           simulated::Order order) {
   std::vector<Pair> pairs(matrices.size());
-  std::vector<EigenInput> inputs;
+  std::vector<MatrixShape> shapes;
+  PowerPointers pointers{};
   for (size_t i = 0; i < matrices.size(); ++i) {
+    shapes.push_back({matrices[i].n, matrices[i].stride});
     pairs[i].vector = matrices[i].first;
-    inputs.push_back({matrices[i].entries.data(), matrices[i].n, matrices[i].stride, pairs[i].vector.data()});
+    pointers.matrix[i] = matrices[i].entries.data();
+    pointers.vector[i] = pairs[i].vector.data();
   }
-  const PowerGroup group(inputs, device.blocks, device.shared_bytes);
-  const PowerSchedule schedule = group.schedule(group.descriptors().data());
+  const PowerGroup group(shapes, device.blocks, device.shared_bytes);
   std::vector<double> memory(group.workspace_bytes() / 8 + 1, kNaN);
-  memset(memory.data(), 0, group.barrier_bytes());
   std::vector<float> values(matrices.size(), -1), residuals(matrices.size(), -1);
   std::vector<int32_t> iterations(matrices.size(), -1);
   const PowerResults results{values.data(), residuals.data(), iterations.data()};
-  simulated::Schedule how;
-  how.order = order;
-  how.blocks = schedule.blocks;
-  how.together = true;
-  simulated::run(kPowerThreads, device.shared_bytes, how, [&](simulated::Block& b) {
-    power_iteration(b, schedule, method, reinterpret_cast<float*>(memory.data()), results);
-  });
+  emulate_power_iteration(group, group.descriptors().data(), reinterpret_cast<float*>(memory.data()), pointers, method,
+                          results, order);
   for (size_t i = 0; i < pairs.size(); ++i) {
     pairs[i].value = values[i], pairs[i].residual = residuals[i], pairs[i].iterations = iterations[i];
   }

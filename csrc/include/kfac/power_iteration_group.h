@@ -29,14 +29,19 @@ constexpr int kPowerSumFloats = 2 * kPowerSumDoubles;
 
 // One matrix and its team: blocks first_block to first_block + blocks - 1.
 struct EigenJob {
-  const float* matrix;  // [n, n] symmetric, row stride `stride`
-  float* vector;        // [n]: the start, then the eigenvector
-  int64_t stride;
+  int64_t stride;  // between rows of the matrix
   int32_t n, first_block, blocks;
-  int32_t result;   // place in the lists of results
+  int32_t place;    // in the lists of pointers and results
   int64_t images;   // offset in the workspace, in floats: [2][n], A v of even and of odd iterations
   int64_t moments;  // likewise: doubles [2][blocks][kPowerMoments]
   int64_t arrived;  // likewise: a uint32, how often a block of the team has come to a barrier
+};
+
+// What changes from call to call; as kernel parameters, of which there are 4 KB.
+constexpr int kMaxPowerMatrices = 224;
+struct PowerPointers {
+  const float* matrix[kMaxPowerMatrices];  // [n, n] symmetric
+  float* vector[kMaxPowerMatrices];        // [n]: the start, then the eigenvector
 };
 
 struct PowerSchedule {
@@ -93,18 +98,23 @@ KFAC_HD bool is_finite(double value) {
   return value - value == 0.0;
 }
 
-struct EigenInput {
-  const float* matrix;
+struct MatrixShape {
   int64_t n, stride;
-  float* vector;
 };
 
-// Distributes matrices over blocks; pointers are part of the descriptors.
+// Whether a block with this much shared memory can hold the vectors of a matrix of size n.
+KFAC_HD bool power_fits(int64_t n, int64_t shared_bytes) {
+  return power_rows_offset(n, true) * int64_t(sizeof(float)) <= shared_bytes;
+}
+
+// Distributes matrices over blocks, once per list of shapes; only pointers change between calls.
 class PowerGroup {
  public:
   // blocks: how many the device holds at once with `shared_bytes` each.
-  // Throws std::invalid_argument for a matrix whose vectors do not fit into shared memory.
-  PowerGroup(const std::vector<EigenInput>& inputs, int64_t blocks, int64_t shared_bytes);
+  // Throws std::invalid_argument for more than kMaxPowerMatrices, or one that does not fit (power_fits).
+  PowerGroup(const std::vector<MatrixShape>& shapes, int64_t blocks, int64_t shared_bytes);
+
+  int64_t matrices() const { return matrices_; }
 
   // Plain data that the kernel reads: a copy on the device, 16-byte aligned, is what `schedule` wants.
   const std::vector<char>& descriptors() const { return descriptors_; }
@@ -114,6 +124,7 @@ class PowerGroup {
   int64_t barrier_bytes() const { return barrier_floats_ * int64_t(sizeof(float)); }
 
  private:
+  int64_t matrices_;
   int32_t blocks_, shared_floats_;
   int64_t workspace_floats_ = 0, barrier_floats_ = 0, first_offset_ = 0, list_offset_ = 0;
   std::vector<char> descriptors_;

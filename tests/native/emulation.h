@@ -1,0 +1,39 @@
+// The launchers of csrc/cuda/*.cu with simulated threads.
+#pragma once
+
+#include "../../csrc/cuda/covariance_expand.cuh"
+#include "../../csrc/cuda/covariance_lanes.cuh"
+#include "../../csrc/cuda/covariance_pack.cuh"
+#include "../../csrc/cuda/covariance_tiles.cuh"
+#include "../../csrc/cuda/power_iteration.cuh"
+#include "simulated_block.h"
+
+inline void emulate_covariance(const kfac::CovarianceGroup& group, const void* descriptors, float* workspace,
+                               const kfac::PackPointers& images, const kfac::ExpandPointers& outs,
+                               const simulated::Schedule& how) {
+  using namespace kfac;
+  using simulated::Block;
+  const CovarianceSchedule s = group.schedule(descriptors);
+  const auto launch = [&](int64_t shared, const std::function<void(Block&)>& body) {
+    simulated::run(kBlockThreads, shared, how, body);
+  };
+  launch(kPackSharedBytes, [&](Block& b) { covariance_pack(b, s.pack, images, workspace); });
+  launch(kLineSharedBytes, [&](Block& b) { covariance_means(b, s.means, images, workspace); });
+  launch(kTileSharedBytes, [&](Block& b) { covariance_tiles<MmaMode::kTf32>(b, s.tiles[0], workspace); });
+  launch(kTileSharedBytes, [&](Block& b) { covariance_tiles<MmaMode::kPromoted>(b, s.tiles[1], workspace); });
+  launch(kTileSharedBytes, [&](Block& b) { covariance_tiles<MmaMode::kSplit>(b, s.tiles[2], workspace); });
+  launch(kLineSharedBytes, [&](Block& b) { covariance_lanes(b, s.lanes, workspace); });
+  launch(0, [&](Block& b) { covariance_reduce(b, s.reduce, workspace); });
+  launch(kExpandSharedBytes, [&](Block& b) { covariance_expand(b, s, outs, workspace); });
+}
+
+inline void emulate_power_iteration(const kfac::PowerGroup& group, const void* descriptors, float* workspace,
+                                    const kfac::PowerPointers& pointers, const kfac::PowerMethod& method,
+                                    const kfac::PowerResults& results, simulated::Order order) {
+  const kfac::PowerSchedule s = group.schedule(descriptors);
+  if (s.blocks == 0) return;
+  memset(workspace, 0, size_t(group.barrier_bytes()));
+  const simulated::Schedule how{order, simulated::Copies::kLate, s.blocks, true};
+  simulated::run(kfac::kPowerThreads, s.shared_floats * int64_t(sizeof(float)), how,
+                 [&](simulated::Block& b) { kfac::power_iteration(b, s, pointers, method, workspace, results); });
+}

@@ -1,0 +1,44 @@
+// A stand-in for the CUDA half of kfac_ext._C: the same functions, the same kernels, run by simulated threads on the
+// CPU.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <utility>
+
+#include "emulation.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(kfac_emulation, m) {
+  m.def("covariance_cuda", [](const kfac::CovarianceGroup& group, uintptr_t descriptors, uintptr_t workspace,
+                              const std::vector<uintptr_t>& images, const std::vector<uintptr_t>& outs,
+                              const std::vector<double>& decays, const std::vector<double>& scales, int, uintptr_t) {
+    kfac::PackPointers sources{};
+    kfac::ExpandPointers targets{};
+    for (int layer = 0; layer < group.layers(); ++layer) {
+      sources.image[layer] = reinterpret_cast<const void*>(images.at(layer));
+      targets.out[layer] = reinterpret_cast<float*>(outs.at(layer));
+      targets.decay[layer] = static_cast<float>(decays.at(layer));
+      targets.scale[layer] = static_cast<float>(scales.at(layer));
+    }
+    emulate_covariance(group, reinterpret_cast<const void*>(descriptors), reinterpret_cast<float*>(workspace), sources,
+                       targets, {});
+  });
+  // a device of 5 blocks with 48 KB each
+  m.def("power_iteration_device", [](int) { return std::pair<int, int>(5, 48 << 10); });
+  m.def("power_iteration_cuda", [](const kfac::PowerGroup& group, uintptr_t descriptors, uintptr_t workspace,
+                                   const std::vector<uintptr_t>& matrices, const std::vector<uintptr_t>& vectors,
+                                   double tol, int max_iter, const std::array<uintptr_t, 3>& results, int, uintptr_t) {
+    kfac::PowerPointers pointers{};
+    for (int64_t i = 0; i < group.matrices(); ++i) {
+      pointers.matrix[i] = reinterpret_cast<const float*>(matrices.at(i));
+      pointers.vector[i] = reinterpret_cast<float*>(vectors.at(i));
+    }
+    emulate_power_iteration(group, reinterpret_cast<const void*>(descriptors), reinterpret_cast<float*>(workspace),
+                            pointers, {tol, max_iter},
+                            {reinterpret_cast<float*>(results[0]), reinterpret_cast<float*>(results[1]),
+                             reinterpret_cast<int32_t*>(results[2])},
+                            simulated::Order::kForward);
+  });
+}

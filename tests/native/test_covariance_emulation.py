@@ -1,0 +1,177 @@
+"""The CUDA covariance without a GPU: its kernels with simulated threads, alone and under the public functions."""
+
+import math
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import kfac_ext
+from kfac_ext import _C, CovarianceUpdate, FactorSet, reference
+from kfac_ext.ops import _covariance_kernels as kernels
+from kfac_ext.ops import covariance, covariance_group
+from tests.conftest import relative_error
+from tests.ops.test_covariance import CONVOLUTIONS, allowed, oracle
+
+
+@pytest.mark.parametrize("case", ["kinds", "mlp", "resnet32", "resnet50", "vgg19", "vgg19_512"])
+def test_schedules_against_patches_multiplied_out(build_target, case):
+    program = build_target("covariance_emulation") / "covariance_emulation"
+    run = subprocess.run([program, case], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.fixture
+def launches(emulation, monkeypatch):
+    """CPU tensors go the way of CUDA tensors; a list of the number of layers in each launch."""
+    counts = []
+
+    def launch(group, descriptors, workspace, images, *rest):
+        counts.append(len(images))
+        emulation.covariance_cuda(group, descriptors, workspace, images, *rest)
+
+    compiled = {"CovarianceGroup": _C.CovarianceGroup, "max_group_layers": _C.max_group_layers}
+    monkeypatch.setattr(kernels, "_C", SimpleNamespace(**compiled, covariance_cuda=launch))
+    monkeypatch.setattr(kernels, "_stream", lambda device: 0)
+    monkeypatch.setattr(covariance, "_run", lambda problem: kernels.run_cuda([problem]))
+    monkeypatch.setattr(covariance_group, "_joins_group", lambda x: x.dtype != torch.float64)
+    return counts
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS, ids=lambda o: "-".join(f"{v}" for v in o.values()))
+@pytest.mark.parametrize("mode", ["expand", "reduce"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_conv2d(launches, options, mode, bias):
+    options = dict(options)
+    x = torch.randn(options.pop("shape"))
+    value = kfac_ext.conv2d_covariance(x, **options, mode=mode, bias=bias)
+    assert relative_error(value, oracle(x, **options, mode=mode, bias=bias)) < 3e-7
+    assert torch.equal(value, value.mT)
+    assert launches == [1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("channels", [3, 16, 70])
+def test_precision(launches, dtype, layout, channels):
+    x = torch.randn(6, channels, 13, 10).to(dtype).contiguous(memory_format=layout)
+    exact = reference.conv2d_covariance(x.double(), 3, padding=1, bias=True)
+    plain = reference.conv2d_covariance(x, 3, padding=1, bias=True)
+    value = kfac_ext.conv2d_covariance(x, 3, padding=1, bias=True)
+    assert relative_error(value, exact) <= max(allowed(dtype, plain, exact), 2e-7)
+
+
+def test_tf32_follows_torchs_setting(launches):
+    x = torch.randn(2000, 40)
+    exact = reference.linear_covariance(x.double())
+    torch.set_float32_matmul_precision("high")
+    try:
+        error = relative_error(kfac_ext.linear_covariance(x), exact)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert 1e-6 < error < 2e-4
+    assert relative_error(kfac_ext.linear_covariance(x), exact) < 3e-7
+
+
+@pytest.mark.parametrize("view", ["transposed", "strided", "expanded", "misaligned"])
+def test_any_strides(launches, view):
+    base = torch.randn(40, 42)
+    x = {
+        "transposed": base.T,
+        "strided": base[::2, ::3],
+        "expanded": base[:1].expand(7, 42),
+        "misaligned": base.flatten()[1:1601].view(40, 40),
+    }[view]
+    assert relative_error(kfac_ext.linear_covariance(x), reference.linear_covariance(x.double())) < 3e-7
+
+
+def test_crops_of_images_in_any_layout(launches):
+    x = torch.randn(5, 12, 9, 11).permute(2, 0, 3, 1)[::2, 1:4, ::3, 1:]
+    exact = oracle(x, 3, padding=1)
+    assert relative_error(kfac_ext.conv2d_covariance(x, 3, padding=1), exact) < 3e-7
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (64, 33), (6, 18, 5, 4), (40, 16, 8, 8)])
+@pytest.mark.parametrize("mode", ["expand", "reduce"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gradient(launches, shape, mode, groups):
+    g = torch.randn(shape[0], shape[1] // groups * groups, *shape[2:])
+    exact = reference.gradient_covariance(g.double(), mode=mode, groups=groups)
+    assert relative_error(kfac_ext.gradient_covariance(g, mode=mode, groups=groups), exact) < 4e-7
+
+
+def test_nan_stays_in_its_rows(launches):
+    x = torch.randn(6, 40)
+    x[2, 1] = math.nan
+    A = kfac_ext.linear_covariance(x, bias=True)
+    rest = [0, *range(2, 41)]
+    assert A[1].isnan().all() and A[:, 1].isnan().all() and A[rest][:, rest].isfinite().all()
+
+
+def network_updates(decay):
+    torch.manual_seed(1)
+    x, h, z, v = torch.randn(3, 3, 9, 9), torch.randn(3, 16, 9, 9), torch.randn(3, 10), torch.randn(3, 40)
+    kinds = CovarianceUpdate
+    return [
+        kinds.conv2d("stem.A", x, 3, padding=1, bias=True, decay=decay, scale=0.3),
+        kinds.gradient("stem.G", h, decay=decay, scale=2.0),
+        kinds.conv2d("body.A", h, (3, 1), stride=(2, 1), padding=(1, 0), mode="reduce", decay=decay, scale=0.3),
+        kinds.conv2d("deep.A", h, 3, padding="same", groups=16, decay=decay),
+        kinds.linear("head.A", v, bias=True, decay=decay),
+        kinds.gradient("head.G", z, mode="reduce", decay=decay),
+    ]
+
+
+SIZES = {"stem.A": 28, "stem.G": 16, "body.A": 48, "deep.A": (16, 9), "head.A": 41, "head.G": 10}
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.95])
+def test_factors_accumulate_in_one_launch(launches, decay):
+    factors, alone = FactorSet(SIZES), FactorSet(SIZES)
+    alone.buffer.normal_()
+    factors.buffer.copy_(alone.buffer)
+    factors.accumulate_(network_updates(decay))
+    assert launches == [len(SIZES)]
+    with kfac_ext.use_native(False):
+        for update in network_updates(decay):
+            alone.accumulate_([update])
+    for key in SIZES:
+        assert relative_error(factors[key], alone[key]) < 1e-6, key
+
+
+def test_an_out_that_comes_twice_waits_for_the_next_launch(launches):
+    factors = FactorSet({"fc.A": 4, "fc.G": 2})
+    x, y, g = torch.randn(8, 4), torch.randn(8, 4), torch.randn(8, 2)
+    kinds = CovarianceUpdate
+    factors.accumulate_([kinds.linear("fc.A", x), kinds.gradient("fc.G", g), kinds.linear("fc.A", y, decay=0.5)])
+    assert launches == [2, 1]
+    exact = 0.5 * reference.linear_covariance(x) + reference.linear_covariance(y)
+    assert relative_error(factors["fc.A"], exact) < 1e-6
+
+
+def test_many_layers_and_a_large_workspace_take_more_launches(launches, monkeypatch):
+    kernels._launches.cache_clear()
+    outs = [torch.empty(3, 3) for _ in range(300)]
+    x = torch.randn(5, 3)
+    kfac_ext.covariance_group_([CovarianceUpdate.linear("", x)] * 300, outs)
+    assert sum(launches) == 300 and max(launches) <= _C.max_group_layers
+    assert all(torch.equal(out, outs[0]) for out in outs)
+    launches.clear()
+    monkeypatch.setattr(kernels, "_WORKSPACE_BYTES", 40_000)
+    kfac_ext.covariance_group_([CovarianceUpdate.linear("", x)] * 12, outs[:12])
+    assert sum(launches) == 12 and 1 < len(launches) < 12
+    kernels._launches.cache_clear()
+
+
+def test_kernels_without_a_gpu_pass_their_own_check(launches):
+    assert kernels._check_error(torch.device("cpu")) < 3e-7
+
+
+def test_rows_beyond_32_bits_are_left_to_the_reference():
+    x = torch.empty(1).expand(2**16, 1, 2**8, 2**7)
+    assert not kernels.fits_cuda(kernels.gradient_problem(x, torch.empty(1, 1), 1, False, 0.0, 1.0))
+    with pytest.raises(ValueError, match="2147483648 rows, expected less than 2"):
+        _C.CovarianceGroup(
+            [(0, (1, 1, 1, 1), (2**16, 1, 2**8, 2**7, *[1] * 4, 0, 0, 1, 1, 2**8, 2**7, 1), False, 0, False, 0)]
+        )
