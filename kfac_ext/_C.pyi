@@ -38,6 +38,28 @@ def covariance_cuda(
     stream: int,
 ) -> None: ...
 
+class PowerGroup:
+    workspace_bytes: int
+    def __init__(self, shapes: Sequence[tuple[int, int]], blocks: int, shared_bytes: int) -> None: ...
+    def descriptors(self) -> bytes: ...
+
+max_power_matrices: int
+
+def power_fits(n: int, shared_bytes: int) -> bool: ...
+def power_iteration_device(device: int) -> tuple[int, int]: ...
+def power_iteration_cuda(
+    group: PowerGroup,
+    descriptors: int,
+    workspace: int,
+    matrices: list[int],
+    vectors: list[int],
+    tol: float,
+    max_iter: int,
+    results: list[int],
+    device: int,
+    stream: int,
+) -> None: ...
+
 cuda_compiler: str
 
 def cuda_architectures() -> list[str]: ...
