@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
-.PHONY: setup build demo test lint format bench clean
+.PHONY: setup build demo test lint format bench bench-quick bench-report bench-peers clean
 
 setup: $(READY)
 
@@ -22,7 +22,7 @@ build: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/*/ --target _C
 
 demo: setup
-	$(BIN)/flatprune run --data digits --model mlp --target-params 0.1 --compare-dense --out runs/demo --overwrite
+	$(BIN)/flatprune run --data digits --model mlp --target-params 0.1 --epochs 200 --compare-dense --out runs/demo --overwrite
 
 test: setup
 	$(BIN)/python -m pytest
@@ -38,8 +38,21 @@ format: setup
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+# every case, about 25 minutes on 2 cores; what is measured is in bench/results at once, also if you stop it
 bench: setup
-	$(BIN)/python -m pytest bench
+	$(BIN)/python -m pytest bench --capture=no --bench-fresh
+
+bench-quick: setup
+	$(BIN)/python -m pytest bench --capture=no --bench-fresh --quick
+
+# docs/benchmarks.md and .png from the newest full result
+bench-report: setup
+	$(BIN)/python -m bench.report
+
+# the other libraries, to be measured beside; torchvision's wheel, which two of them ask for, breaks a CPU-only torch
+bench-peers: setup
+	$(BIN)/pip install --quiet --group bench
+	$(BIN)/pip uninstall --quiet --yes torchvision
 
 clean:
 	rm -rf $(VENV) build runs *.egg-info kfac_ext/*.so

@@ -79,7 +79,9 @@ def main():
                     flush=True,
                 )
     lost = [row["lost"] for row in rows]
-    print(f"rule right in {sum(v == 0 for v in lost)} of {len(lost)} shapes, mean time lost {statistics.mean(lost):.1%}")
+    print(
+        f"rule right in {sum(v == 0 for v in lost)} of {len(lost)} shapes, mean time lost {statistics.mean(lost):.1%}"
+    )
     if arguments.out:
         with open(arguments.out, "w") as file:
             json.dump({"threads": arguments.threads, "machine": _C.cpu_info(), "rows": rows}, file, indent=1)

@@ -1,14 +1,19 @@
 #include <algorithm>
 
+#include "cost_order.h"
 #include "kfac/parallel.h"
 #include "kfac/saliency.h"
-#include "size_order.h"
 #include "tiled_sweep.h"
 
 namespace kfac {
 namespace {
 
-constexpr int64_t kSharedSize = 512;  // removed columns from which on all threads work on one layer
+constexpr double kSharedCost = 1e8;  // multiplications from which on all threads may work on one layer
+
+double cost(const CompensationProblem& p) {
+  const double removed = double(p.removed), outputs = double(p.outputs);
+  return removed * (removed * removed / 2 + outputs * (removed + double(p.remaining)));
+}
 
 // One layer: the sweep of [[H_JJ, .], [W_J, .]] leaves U = W_J (H_JJ)^-1 below, then out = W_K - U H_JK.
 template <class T>
@@ -95,8 +100,8 @@ class Compensation {
 }  // namespace
 
 void compensate_cpu(CompensationProblem* problems, int64_t count, DType dtype, int threads) {
-  const SizeOrder order(count, [&](int64_t i) { return problems[i].removed; });
-  order.run(kSharedSize, threads, [&](int64_t i, int own) {
+  const CostOrder order(count, [&](int64_t i) { return cost(problems[i]); });
+  order.run(kSharedCost, threads, [&](int64_t i, int own) {
     dtype == DType::kFloat64 ? Compensation<double>(problems[i]).run(own) : Compensation<float>(problems[i]).run(own);
   });
 }

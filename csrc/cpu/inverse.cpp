@@ -3,14 +3,18 @@
 #include <algorithm>
 #include <limits>
 
+#include "cost_order.h"
 #include "kfac/parallel.h"
-#include "size_order.h"
 #include "tiled_sweep.h"
 
 namespace kfac {
 namespace {
 
-constexpr int64_t kSharedSize = 512;  // from here on all threads work on one matrix
+constexpr double kSharedSize = 512;  // from here on all threads may work on one matrix
+
+double cube(double n) {
+  return n * n * n;
+}
 
 template <class T>
 class DampedInverse {
@@ -76,8 +80,8 @@ class DampedInverse {
 
 template <class T>
 void damped_inverse(InverseProblem* problems, int64_t count, int threads) {
-  const SizeOrder order(count, [&](int64_t i) { return problems[i].n; });
-  order.run(kSharedSize, threads, [&](int64_t i, int own) { DampedInverse<T>(problems[i]).run(own); });
+  const CostOrder order(count, [&](int64_t i) { return cube(double(problems[i].n)); });
+  order.run(cube(kSharedSize), threads, [&](int64_t i, int own) { DampedInverse<T>(problems[i]).run(own); });
 }
 
 }  // namespace

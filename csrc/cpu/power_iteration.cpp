@@ -5,14 +5,14 @@
 #include <limits>
 
 #include "buffer.h"
+#include "cost_order.h"
 #include "kfac/parallel.h"
 #include "kfac/simd_linalg.h"
-#include "size_order.h"
 
 namespace kfac {
 namespace {
 
-constexpr int64_t kSharedSize = 768;    // from here on all threads work on one matrix
+constexpr double kSharedSize = 768;     // from here on all threads may work on one matrix
 constexpr int64_t kTriangleSize = 256;  // from here on reading half the matrix is worth two products an entry
 constexpr int64_t kStripeRows = 256;    // rows whose products are summed as T before they join the sum in double
 
@@ -157,9 +157,9 @@ Eigenpair iterate(const Product<T>& product, int64_t n, T* vector, const PowerIt
 
 void power_iteration_cpu(EigenProblem* problems, int64_t count, DType dtype, const PowerIteration& method,
                          int threads) {
-  const SizeOrder order(count, [&](int64_t i) { return problems[i].n; });
+  const CostOrder order(count, [&](int64_t i) { return double(problems[i].n) * double(problems[i].n); });
   const auto run = dtype == DType::kFloat64 ? solve<double> : solve<float>;
-  order.run(kSharedSize, threads, [&](int64_t i, int own) { run(problems[i], method, own); });
+  order.run(kSharedSize * kSharedSize, threads, [&](int64_t i, int own) { run(problems[i], method, own); });
 }
 
 template void start_vector(int64_t, float*);

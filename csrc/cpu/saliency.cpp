@@ -4,9 +4,9 @@
 #include <vector>
 
 #include "buffer.h"
+#include "cost_order.h"
 #include "kfac/parallel.h"
 #include "kfac/simd_linalg.h"
-#include "size_order.h"
 
 namespace kfac {
 namespace {
@@ -146,7 +146,7 @@ void saliency(SaliencyProblem* problems, int64_t count, Saliency kind, int threa
     for (int64_t t = 0; t < layers.back().tasks(); ++t) tasks.push_back({i, t});
   }
   parallel_for(count, threads, [&](int64_t i) { layers[i].pack_G(); });
-  const SizeOrder order(int64_t(tasks.size()), [&](int64_t t) { return layers[tasks[t].layer].task_cost(); });
+  const CostOrder order(int64_t(tasks.size()), [&](int64_t t) { return layers[tasks[t].layer].task_cost(); });
   order.run_each(threads, [&](int64_t t) { layers[tasks[t].layer].run_task(tasks[t].number); });
   for (LayerScores<T>& layer : layers) layer.report_failure();
 }

@@ -86,9 +86,9 @@ std::vector<KernelInfo> covariance_kernels() {
   };
   return {info("covariance_pack_kernel", covariance_pack_kernel, kPackSharedBytes),
           info("covariance_means_kernel", covariance_means_kernel, kLineSharedBytes),
-          info("covariance_tiles_kernel<tf32>", covariance_tiles_kernel<MmaMode::kTf32>, kTileSharedBytes),
-          info("covariance_tiles_kernel<promoted>", covariance_tiles_kernel<MmaMode::kPromoted>, kTileSharedBytes),
-          info("covariance_tiles_kernel<split>", covariance_tiles_kernel<MmaMode::kSplit>, kTileSharedBytes),
+          info("covariance_tiles_kernel<0>", covariance_tiles_kernel<MmaMode::kTf32>, kTileSharedBytes),
+          info("covariance_tiles_kernel<1>", covariance_tiles_kernel<MmaMode::kPromoted>, kTileSharedBytes),
+          info("covariance_tiles_kernel<2>", covariance_tiles_kernel<MmaMode::kSplit>, kTileSharedBytes),
           info("covariance_lanes_kernel", covariance_lanes_kernel, kLineSharedBytes),
           info("covariance_reduce_kernel", covariance_reduce_kernel, 0),
           info("covariance_expand_kernel", covariance_expand_kernel, kExpandSharedBytes)};

@@ -28,11 +28,13 @@ if TYPE_CHECKING:
     from flatprune.export import load
     from flatprune.pruner import Pruner
     from flatprune.runs import resume, run
+    from flatprune.sam import SAM
     from flatprune.settings import Settings
     from flatprune.spectrum import Flatness, hessian_lambda_max
     from flatprune.targets import Target
 
 _HOMES = {
+    "SAM": "sam",
     "Curvature": "curvature",
     "DivergedError": "errors",
     "Flatness": "spectrum",
@@ -48,6 +50,7 @@ _HOMES = {
     "run": "runs",
 }
 __all__ = [
+    "SAM",
     "Curvature",
     "DivergedError",
     "Flatness",

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from flatprune.errors import DivergedError, InputError, Interrupted
-from flatprune.settings import Settings
+from flatprune.settings import COMPENSATE, CRITERIA, FLATNESS, Settings
 
 EXIT_FAILED = 2
 EXIT_INTERRUPTED = 130
@@ -53,10 +53,14 @@ def run_command(
     image_size: Annotated[int | None, typer.Option(help="average the images down to this height and width")] = None,
     classes: Annotated[int | None, typer.Option(help="number of classes, if not the largest label + 1")] = None,
     widths: Annotated[str | None, typer.Option(help="hidden widths of the network, as in 300,100")] = None,
-    flatness: Annotated[str, typer.Option(help="on or off: penalise the spectral radius of the curvature")] = "on",
-    criterion: Annotated[str, typer.Option(help="which neurons go: obs, outgoing or l1")] = Settings.criterion,
+    flatness: Annotated[
+        str, typer.Option(help=f"{_one_of(FLATNESS)}: penalise the curvature's spectral radius; sam is the rival")
+    ] = Settings.flatness,
+    sam_radius: Annotated[float, typer.Option(help="how far sam looks for a higher loss")] = Settings.sam_radius,
+    sam_every: Annotated[int, typer.Option(help="sam acts on every so many steps")] = Settings.sam_every,
+    criterion: Annotated[str, typer.Option(help=f"which neurons go: {_one_of(CRITERIA)}")] = Settings.criterion,
     compensate: Annotated[
-        str, typer.Option(help="auto, on or off: survivors take over what removed neurons did")
+        str, typer.Option(help=f"{_one_of(COMPENSATE)}: survivors take over what removed neurons did")
     ] = Settings.compensate,
     exclude: Annotated[str | None, typer.Option(help="layers that keep their neurons: names as in 3,5")] = None,
     batch_size: Annotated[int, typer.Option(help="images a step")] = Settings.batch_size,
@@ -76,7 +80,6 @@ def run_command(
         **{key: value for key, value in context.params.items() if key in Settings.__dataclass_fields__},
         "widths": _widths(widths),
         "exclude": tuple(part for part in (exclude or "").split(",") if part),
-        "flatness": _switch("flatness", flatness),
         "augment": _switch("augment", augment),
     }
     if resume and overwrite:
@@ -160,6 +163,10 @@ def _widths(text: str | None) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise InputError(f"widths is {text!r}, expected whole numbers as in 300,100") from None
+
+
+def _one_of(choices: Sequence[str]) -> str:
+    return f"{', '.join(choices[:-1])} or {choices[-1]}"
 
 
 def _switch(name: str, text: str) -> bool:

@@ -11,11 +11,13 @@ import torch
 
 from flatprune import models
 from flatprune.errors import InputError
+from flatprune.saliency import CRITERIA
 
-CRITERIA = ("obs", "outgoing", "l1")
+FLATNESS = ("on", "off", "sam")
 COMPENSATE = ("auto", "on", "off")
 SCHEDULES = ("fc", "cosine")
 COOL_DOWN_START = 0.4  # of the steps; "fc" holds the learning rate until pruning ends
+_CHOICES = {"flatness": FLATNESS, "criterion": CRITERIA, "compensate": COMPENSATE, "schedule": SCHEDULES}
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
 
@@ -38,8 +40,10 @@ class Settings:
         threads: CPU threads; None: one for a network too small for a second to help, else PyTorch's default.
         train_size: random subset of the training images, or None for all.
         label_noise: fraction of the training labels drawn anew.
-        flatness: whether the spectral radius of the curvature is penalised.
-        criterion: "obs", "outgoing" or "l1".
+        flatness: "on" penalises the spectral radius of the curvature, "off" does nothing, "sam" minimises the loss by
+            the gradients of `flatprune.SAM`, the rival to compare with.
+        sam_radius, sam_every: of `flatprune.SAM`.
+        criterion: "obs", "outgoing", or the baselines "l1" (global) and "l1_uniform".
         compensate: whether survivors take over what removed neurons did: "auto", "on" or "off".
         exclude: names of layers (or of modules around them) whose neurons stay.
         augment: random shifts (and mirror images for colour).
@@ -64,7 +68,9 @@ class Settings:
     threads: int | None = None
     train_size: int | None = None
     label_noise: float = 0.0
-    flatness: bool = True
+    flatness: str = "on"
+    sam_radius: float = 0.1
+    sam_every: int = 1
     criterion: str = "obs"
     compensate: str = "auto"
     exclude: tuple[str, ...] = ()
@@ -82,15 +88,18 @@ class Settings:
             ("train_size", 1),
             ("image_size", 1),
             ("threads", 1),
+            ("sam_every", 1),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{name} is {value}, expected {least} or more")
-        if self.lr is not None and not (self.lr > 0.0 and math.isfinite(self.lr)):
-            raise InputError(f"lr is {self.lr}, expected a number above 0")
+        for name in ("lr", "sam_radius"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0.0 and math.isfinite(value)):
+                raise InputError(f"{name} is {value}, expected a number above 0")
         if not 0.0 <= self.label_noise <= 1.0:
             raise InputError(f"label_noise is {self.label_noise}, expected 0 to 1")
-        for name, choices in (("criterion", CRITERIA), ("compensate", COMPENSATE), ("schedule", SCHEDULES)):
+        for name, choices in _CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
 
     def as_dict(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from flatprune.data import Dataset, augmented, batch_indices
 from flatprune.errors import DivergedError, InputError, Interrupted
 from flatprune.export import take_tensors
 from flatprune.pruner import Pruner, Removal
+from flatprune.sam import SAM
 from flatprune.settings import MOMENTUM, WEIGHT_DECAY, Settings
 from flatprune.spectrum import Flatness, hessian_lambda_max
 from flatprune.targets import Target
@@ -112,7 +113,10 @@ class Trainer:
         self.optimizer = torch.optim.SGD(parameter_groups(self.model), lr=self.peak_lr, momentum=MOMENTUM)
         self.order_generator = torch.Generator().manual_seed(settings.seed)
         self.curvature = Curvature(self.model, generator=torch.Generator().manual_seed(settings.seed))
-        self.flatness = Flatness(self.curvature, total_steps=self.total_steps) if settings.flatness else None
+        self.flatness = Flatness(self.curvature, total_steps=self.total_steps) if settings.flatness == "on" else None
+        self.sam = None
+        if settings.flatness == "sam":
+            self.sam = SAM(self.model, radius=settings.sam_radius, every=settings.sam_every, curvature=self.curvature)
         self.pruner = self._pruner() if settings.target_params < 1.0 else None
         if state is not None:
             self._load_state_dict(state)
@@ -205,13 +209,10 @@ class Trainer:
         logits = self.model(x)
         loss = self.criterion(logits, y)
         objective = loss if self.flatness is None else loss + self.flatness.penalty(x, logits, loss)
-        value = float(objective.detach())
-        if not math.isfinite(value):
-            raise DivergedError(
-                f"the loss became {value} at step {progress.step + 1} (epoch {progress.epoch + 1}); "
-                f"a lower learning rate than {self.peak_lr:g} may help"
-            )
+        self._check_loss(objective)
         objective.backward()
+        if self.sam is not None:
+            self._check_loss(self.sam.replace_gradients(lambda: self.criterion(self.model(x), y)))
         self.optimizer.step()
         removals = self._prune()
         progress.step += 1
@@ -220,6 +221,14 @@ class Trainer:
         progress.correct += int((logits.detach().argmax(1) == y).sum())
         progress.seen += len(y)
         return [self._log_removal(removal) for removal in removals]
+
+    def _check_loss(self, loss: Tensor | None) -> None:
+        value = 0.0 if loss is None else float(loss.detach())
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"the loss became {value} at step {self.progress.step + 1} (epoch {self.progress.epoch + 1}); "
+                f"a lower learning rate than {self.peak_lr:g} may help"
+            )
 
     def _prune(self) -> list[Removal]:
         try:
@@ -314,6 +323,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "curvature": self.curvature.state_dict(),
             "flatness": None if self.flatness is None else self.flatness.state_dict(),
+            "sam": None if self.sam is None else self.sam.state_dict(),
             "pruner": None if self.pruner is None else self.pruner.state_dict(),
             "rng": {
                 "torch": torch.get_rng_state(),
@@ -331,6 +341,8 @@ class Trainer:
         self.curvature.load_state_dict(state["curvature"])
         if self.flatness is not None:
             self.flatness.load_state_dict(state["flatness"])
+        if self.sam is not None:
+            self.sam.load_state_dict(state["sam"])
         if self.pruner is not None:
             self.pruner.load_state_dict(state["pruner"])
         self.progress = Progress(**state["progress"])

@@ -52,5 +52,5 @@ def test_learning_rate():
 
 
 def test_settings_survive_the_checkpoint():
-    settings = Settings(widths=(30, 20), exclude=("fc",), flatness=False, lr=0.3)
+    settings = Settings(widths=(30, 20), exclude=("fc",), flatness="off", lr=0.3)
     assert Settings.from_dict(settings.as_dict()) == settings

@@ -151,7 +151,16 @@ def test_convolutional_networks(flatprune, npz, tmp_path, model):
     assert f" {summary['test_accuracy_last']!r} %" in flatprune("eval", out).out
 
 
-@pytest.mark.parametrize("options", [("--flatness", "off"), ("--criterion", "l1"), ("--target-params", 1)])
+VARIANTS = [
+    ("--flatness", "off"),
+    ("--flatness", "sam", "--sam-radius", 0.4, "--sam-every", 4),
+    ("--criterion", "l1"),
+    ("--criterion", "l1_uniform"),
+    ("--target-params", 1),
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS)
 def test_variants(flatprune, npz, tmp_path, options):
     out = tmp_path / "out"
     outcome = flatprune("run", "--data", npz(), "--out", out, "--epochs", 2, "--batch-size", 32, *options)

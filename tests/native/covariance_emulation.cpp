@@ -1,7 +1,9 @@
 // Runs the grouped CUDA covariance, schedule and kernel bodies, with simulated threads, and compares every entry with
 // patches multiplied out in float64.
 //
-//   covariance_emulation [case ...]    default: all cases; prints one line a layer, ends with 1 on a failure
+//   covariance_emulation [--device] [case ...]    default: all cases; prints one line a layer, ends with 1 on a failure
+//
+// With --device the same cases run on the GPU, twice: small enough for compute-sanitizer, and without Python.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -10,9 +12,13 @@
 #include <map>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "emulation.h"
+#ifdef KFAC_WITH_CUDA
+#include "covariance.h"
+#endif
 
 namespace {
 
@@ -162,30 +168,91 @@ struct Aligned {  // 16-byte aligned floats, NaN where nothing is written
 
 using Matrices = std::vector<std::vector<float>>;
 
-Matrices covariances(const std::vector<Layer>& layers, const std::vector<Image>& images,
-                     const simulated::Schedule& how) {
+std::vector<CovarianceProblem> problems_of(const std::vector<Layer>& layers, const std::vector<Image>& images) {
   std::vector<CovarianceProblem> problems;
-  PackPointers sources{};
-  ExpandPointers targets{};
-  Matrices outs(layers.size());
   for (size_t l = 0; l < layers.size(); ++l) {
     const Layer& layer = layers[l];
     const Image& image = images[l];
     problems.push_back({layer.dtype, image.stride_n, image.stride_c, image.stride_h, image.stride_w, layer.shape,
                         layer.mode, layer.algorithm, layer.bias, layer.precision});
+  }
+  return problems;
+}
+
+// What decay 0 must forget, or what a running average holds.
+Matrices matrices_before(const std::vector<Layer>& layers) {
+  Matrices outs;
+  for (const Layer& layer : layers) {
     const int64_t d = layer.shape.patch_size() + layer.bias;
-    // what decay 0 must forget, or what a running average holds
-    outs[l].assign(layer.shape.groups * d * d, layer.decay == 0.0f ? std::numeric_limits<float>::quiet_NaN() : 2.0f);
-    sources.image[l] = image.bytes.data();
-    targets.out[l] = outs[l].data();
-    targets.decay[l] = layer.decay;
+    outs.emplace_back(layer.shape.groups * d * d, layer.decay == 0.0f ? std::numeric_limits<float>::quiet_NaN() : 2.0f);
+  }
+  return outs;
+}
+
+ExpandPointers weights_of(const std::vector<Layer>& layers) {
+  ExpandPointers targets{};
+  for (size_t l = 0; l < layers.size(); ++l) {
+    targets.decay[l] = layers[l].decay;
     targets.scale[l] = 1.0f;
   }
-  const CovarianceGroup group(problems);
+  return targets;
+}
+
+Matrices emulated(const std::vector<Layer>& layers, const std::vector<Image>& images, const simulated::Schedule& how) {
+  const CovarianceGroup group(problems_of(layers, images));
+  Matrices outs = matrices_before(layers);
+  PackPointers sources{};
+  ExpandPointers targets = weights_of(layers);
+  for (size_t l = 0; l < layers.size(); ++l) {
+    sources.image[l] = images[l].bytes.data();
+    targets.out[l] = outs[l].data();
+  }
   const Aligned workspace(group.workspace_bytes() / 4);
   emulate_covariance(group, group.descriptors().data(), workspace.data, sources, targets, how);
   return outs;
 }
+
+#ifdef KFAC_WITH_CUDA
+void expect(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  std::fprintf(stderr, "covariance_emulation: %s: %s\n", what, cudaGetErrorString(status));
+  std::exit(3);
+}
+
+// Memory on the GPU that nothing has written, or a copy.
+class DeviceMemory {
+ public:
+  explicit DeviceMemory(size_t bytes) { expect(cudaMalloc(&data, bytes + 1), "cudaMalloc"); }
+  DeviceMemory(const void* from, size_t bytes) : DeviceMemory(bytes) {
+    expect(cudaMemcpy(data, from, bytes, cudaMemcpyHostToDevice), "copy to the device");
+  }
+  DeviceMemory(DeviceMemory&& other) noexcept : data(std::exchange(other.data, nullptr)) {}
+  ~DeviceMemory() { cudaFree(data); }
+  void* data = nullptr;
+};
+
+Matrices on_device(const std::vector<Layer>& layers, const std::vector<Image>& images) {
+  const CovarianceGroup group(problems_of(layers, images));
+  Matrices outs = matrices_before(layers);
+  PackPointers sources{};
+  ExpandPointers targets = weights_of(layers);
+  std::vector<DeviceMemory> inputs, results;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    inputs.emplace_back(images[l].bytes.data(), images[l].bytes.size());
+    results.emplace_back(outs[l].data(), outs[l].size() * sizeof(float));
+    sources.image[l] = inputs.back().data;
+    targets.out[l] = static_cast<float*>(results.back().data);
+  }
+  const DeviceMemory descriptors(group.descriptors().data(), group.descriptors().size());
+  const DeviceMemory workspace(group.workspace_bytes());
+  expect(covariance_cuda(group, descriptors.data, workspace.data, sources, targets, nullptr), "launch");
+  expect(cudaDeviceSynchronize(), "kernels");
+  for (size_t l = 0; l < layers.size(); ++l) {
+    expect(cudaMemcpy(outs[l].data(), results[l].data, outs[l].size() * sizeof(float), cudaMemcpyDeviceToHost), "copy");
+  }
+  return outs;
+}
+#endif
 
 // ---- checks --------------------------------------------------------------------------------------------------------
 
@@ -217,13 +284,21 @@ double tolerance(const Layer& layer) {
   return layer.precision == Precision::kTf32 ? 2e-4 : 3e-7;
 }
 
-bool check(const std::string& name, const std::vector<Layer>& layers) {
-  std::vector<Image> images;
-  for (size_t l = 0; l < layers.size(); ++l) images.push_back(random_image(layers[l], unsigned(l + 1)));
+bool check(const std::string& name, const std::vector<Layer>& layers, bool device) {
   using simulated::Copies;
   using simulated::Order;
-  const Matrices values = covariances(layers, images, {Order::kForward, Copies::kLate, 3});
-  const Matrices others = covariances(layers, images, {Order::kBackward, Copies::kEarly, 7});
+  std::vector<Image> images;
+  for (size_t l = 0; l < layers.size(); ++l) images.push_back(random_image(layers[l], unsigned(l + 1)));
+  Matrices values, others;
+  if (device) {
+#ifdef KFAC_WITH_CUDA
+    values = on_device(layers, images);
+    others = on_device(layers, images);
+#endif
+  } else {
+    values = emulated(layers, images, {Order::kForward, Copies::kLate, 3});
+    others = emulated(layers, images, {Order::kBackward, Copies::kEarly, 7});
+  }
   bool good = true;
   for (size_t l = 0; l < layers.size(); ++l) {
     const double error = relative_error(layers[l], values[l], oracle(layers[l], images[l]));
@@ -339,17 +414,30 @@ int main(int count, char** names) {
   const std::map<std::string, std::vector<Layer> (*)()> cases{{"kinds", kinds},       {"mlp", mlp},
                                                               {"resnet32", resnet32}, {"resnet50", resnet50},
                                                               {"vgg19", vgg19},       {"vgg19_512", vgg19_widest}};
-  std::vector<std::string> chosen(names + 1, names + count);
+  bool device = false, good = true;
+  std::vector<std::string> chosen;
+  for (int i = 1; i < count; ++i) {
+    if (std::string(names[i]) == "--device") {
+      device = true;
+    } else {
+      chosen.push_back(names[i]);
+    }
+  }
+#ifndef KFAC_WITH_CUDA
+  if (device) {
+    std::fprintf(stderr, "covariance_emulation: built without CUDA\n");
+    return 2;
+  }
+#endif
   if (chosen.empty()) {
     for (const auto& entry : cases) chosen.push_back(entry.first);
   }
-  bool good = true;
   for (const std::string& name : chosen) {
     if (!cases.count(name)) {
       std::fprintf(stderr, "covariance_emulation: no case %s\n", name.c_str());
       return 2;
     }
-    good = check(name, cases.at(name)()) && good;
+    good = check(name, cases.at(name)(), device) && good;
   }
   return good ? 0 : 1;
 }

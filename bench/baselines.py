@@ -1,0 +1,140 @@
+"""Plain PyTorch as users write it, layer by layer: what every case is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.worksets import LayerShape
+
+# ---- covariance of layer inputs ----
+
+
+def rows_covariance(x: Tensor) -> Tensor:
+    """A of a linear layer: one matmul."""
+    return x.T @ x / x.shape[0]
+
+
+def unfold_covariance(x: Tensor, layer: LayerShape) -> Tensor:
+    """F.unfold, then one matmul; grouped convolutions one block a group."""
+    patches = F.unfold(x, layer.kernel, padding=layer.padding, stride=layer.stride)  # [N, C k k, S]
+    if layer.groups > 1:
+        rows = patches.unflatten(1, (layer.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+        return rows.mT @ rows / rows.shape[1]
+    rows = patches.transpose(1, 2).reshape(-1, patches.shape[1])
+    return rows.T @ rows / rows.shape[0]
+
+
+def strided_covariance(x: Tensor, layer: LayerShape) -> Tensor:
+    """Patches as a strided view (Tensor.unfold), copied to rows once, then one matmul."""
+    image = F.pad(x, (layer.padding,) * 4)
+    windows = image.unfold(2, layer.kernel, layer.stride).unfold(3, layer.kernel, layer.stride)  # [N, C, H, W, k, k]
+    if layer.groups > 1:
+        windows = windows.unflatten(1, (layer.groups, -1)).permute(1, 0, 3, 4, 2, 5, 6)
+        rows = windows.reshape(layer.groups, -1, layer.patch)
+        return rows.mT @ rows / rows.shape[1]
+    rows = windows.permute(0, 2, 3, 1, 4, 5).reshape(-1, layer.patch)
+    return rows.T @ rows / rows.shape[0]
+
+
+def gradient_covariance(g: Tensor) -> Tensor:
+    """G of [N, O] or [N, O, H, W]: channels last, then one matmul."""
+    rows = g if g.dim() == 2 else g.permute(0, 2, 3, 1).reshape(-1, g.shape[1])
+    return rows.T @ rows / g.shape[0]
+
+
+def covariance(x: Tensor, layer: LayerShape, method: Callable[[Tensor, LayerShape], Tensor]) -> Tensor:
+    """A of a layer of either kind."""
+    return method(x, layer) if layer.is_convolution else rows_covariance(x)
+
+
+# ---- inverses ----
+
+
+def linalg_inverses(matrices: Sequence[Tensor], damping: float) -> list[Tensor]:
+    """torch.linalg.inv of each damped matrix."""
+    return [torch.linalg.inv(m + damping * torch.eye(len(m))) for m in matrices]
+
+
+def cholesky_inverses(matrices: Sequence[Tensor], damping: float) -> list[Tensor]:
+    """cholesky_ex and cholesky_inverse of each damped matrix."""
+    return [torch.cholesky_inverse(torch.linalg.cholesky_ex(m + damping * torch.eye(len(m)))[0]) for m in matrices]
+
+
+# ---- power iteration ----
+
+
+def power_loop(matrices: Sequence[Tensor], vectors: Sequence[Tensor], tol: float, max_iter: int) -> list[Tensor]:
+    """Matrix by matrix until |A v - lambda v| <= tol lambda, tested every step; the eigenvalues."""
+    values = []
+    for matrix, vector in zip(matrices, vectors):
+        for _ in range(max_iter):
+            image = matrix @ vector
+            value = vector @ image
+            residual = (image - value * vector).norm()
+            vector = image / image.norm()
+            if residual.item() <= tol * value.item():
+                break
+        values.append(value)
+    return values
+
+
+def eigvalsh_largest(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """The largest eigenvalue from a full decomposition."""
+    return [torch.linalg.eigvalsh(m)[-1] for m in matrices]
+
+
+# ---- saliency ----
+
+
+def neuron_loop(
+    weights: Sequence[Tensor], inverses: Sequence[Tensor], Gs: Sequence[Tensor], blocks: Sequence[int]
+) -> list[Tensor]:
+    """1/2 tr(V_J^T G V_J (H_JJ)^-1), one neuron after the other."""
+    scores = []
+    for V, H, G, block in zip(weights, inverses, Gs, blocks):
+        values = []
+        for start in range(0, V.shape[1] // block * block, block):
+            J = slice(start, start + block)
+            form = V[:, J].T @ G @ V[:, J]
+            values.append(0.5 * (form * torch.linalg.inv(H[J, J])).sum())
+        scores.append(torch.stack(values))
+    return scores
+
+
+# ---- whole steps ----
+
+
+class HookedFactors:
+    """Factors of every layer by hooks, F.unfold and matmul: the loop found in most K-FAC code (empirical Fisher)."""
+
+    def __init__(self, model: nn.Module, decay: float = 0.95) -> None:
+        self.decay = decay
+        self.A: dict[nn.Module, Tensor] = {}
+        self.G: dict[nn.Module, Tensor] = {}
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.register_forward_hook(self._forward)
+
+    def _forward(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        x = inputs[0].detach()
+        if isinstance(module, nn.Conv2d):
+            x = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)  # type: ignore[arg-type]
+            x = x.transpose(1, 2).reshape(-1, x.shape[1])
+        if module.bias is not None:
+            x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+        self._blend(self.A, module, x.T @ x / len(x))
+        output.register_hook(lambda g: self._backward(module, g))
+
+    def _backward(self, module: nn.Module, g: Tensor) -> None:
+        rows = g if g.dim() == 2 else g.permute(0, 2, 3, 1).reshape(-1, g.shape[1])
+        self._blend(self.G, module, rows.T @ rows * len(g))  # gradients of the mean loss
+
+    def _blend(self, factors: dict[nn.Module, Tensor], module: nn.Module, value: Tensor) -> None:
+        if module in factors:
+            factors[module].mul_(self.decay).add_(value, alpha=1 - self.decay)
+        else:
+            factors[module] = value

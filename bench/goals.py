@@ -1,0 +1,116 @@
+"""The goals on two cores, float32, each decided by the results of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+REACHED, MISSED, UNKNOWN = "reached", "MISSED", "not measured"
+Case = Mapping[str, Any]
+
+
+class Verdict(NamedTuple):
+    """A goal, what it wants, what the results say, and whether that reaches it."""
+
+    goal: str
+    wanted: str
+    measured: str
+    state: str
+
+
+class Goal(NamedTuple):
+    """The values that must all be at least (or at most) `bound`; `values` gives (what, value) pairs of a document."""
+
+    name: str
+    bound: float
+    at_least: bool
+    values: Callable[[list[Case]], Iterator[tuple[str, float]]]
+
+    def verdict(self, cases: list[Case]) -> Verdict:
+        """Reached if every value is within the bound; names those that are not, or the tightest one."""
+        wanted = f"{'>=' if self.at_least else '<='} {self.bound:g}"
+        found = sorted(self.values(cases), key=lambda pair: pair[1], reverse=not self.at_least)
+        if not found:
+            return Verdict(self.name, wanted, "", UNKNOWN)
+        bad = [pair for pair in found if (pair[1] < self.bound if self.at_least else pair[1] > self.bound)]
+        shown = bad or found[:1]
+        text = "; ".join(f"{value:.2f} ({what})" for what, value in shown)
+        return Verdict(
+            self.name, wanted, f"{text}; {len(found) - len(bad)} of {len(found)}", MISSED if bad else REACHED
+        )
+
+
+def _of(cases: list[Case], suite: str, prefix: str = "") -> Iterator[Case]:
+    return (case for case in cases if case["suite"] == suite and case["name"].startswith(prefix))
+
+
+def _speedup(case: Case, *variants: str) -> float:
+    """By how much native is faster than the fastest of these variants."""
+    return min(case["variants"][name]["speedup"] for name in variants if name in case["variants"])
+
+
+def _networks(
+    suite: str, prefix: str, variant: str, *parts: str
+) -> Callable[[list[Case]], Iterator[tuple[str, float]]]:
+    """Speedups over `variant` in cases whose name has `prefix` and one of `parts` (default: all)."""
+
+    def values(cases: list[Case]) -> Iterator[tuple[str, float]]:
+        for case in _of(cases, suite, prefix):
+            if variant in case["variants"] and (not parts or any(part in case["name"] for part in parts)):
+                yield case["name"].removeprefix(prefix), _speedup(case, variant)
+
+    return values
+
+
+def _each_layer(prefix: str) -> Callable[[list[Case]], Iterator[tuple[str, float]]]:
+    def values(cases: list[Case]) -> Iterator[tuple[str, float]]:
+        for case in _of(cases, "covariance of one layer", prefix):
+            yield case["name"], _speedup(case, "unfold", "strided")
+
+    return values
+
+
+def _steps(prefix: str, variant: str, *parts: str) -> Callable[[list[Case]], Iterator[tuple[str, float]]]:
+    """Time of `variant` in bare steps."""
+
+    def values(cases: list[Case]) -> Iterator[tuple[str, float]]:
+        for case in _of(cases, "training step", prefix):
+            if any(part in case["name"] for part in parts):
+                times = case["variants"]
+                yield case["name"].removeprefix(prefix), times[variant]["median"] / times["bare"]["median"]
+
+    return values
+
+
+def _covariance_memory(cases: list[Case]) -> Iterator[tuple[str, float]]:
+    for case in _of(cases, "memory", "covariance, "):
+        share = case["variants"]["native"]["median"] / case["largest_activation"]
+        yield case["name"].removeprefix("covariance, "), share
+
+
+GOALS = [
+    Goal(
+        "covariance of all layers, VGG and ResNet, against F.unfold + matmul",
+        5,
+        True,
+        _networks("covariance", "A, ", "unfold", "VGG", "ResNet20", "ResNet32"),
+    ),
+    Goal("covariance of a 3x3 layer of 16 to 512 channels, against the better plain way", 3, True, _each_layer("3x3")),
+    Goal("covariance of any layer, against the better plain way", 1, True, _each_layer("")),
+    Goal("power iteration over ResNet32's 64 matrices, against the loop", 6, True,
+         _networks("power iteration", "", "loop", "ResNet32")),
+    Goal("damped inverses of a network, against torch.linalg.inv per layer", 2, True,
+         _networks("inverse", "", "linalg.inv")),
+    Goal("saliency of a network, against batched PyTorch per layer", 3, True,
+         _networks("saliency", "", "batched")),
+    Goal("step with factors every step, VGG-small batch 64, in bare steps", 2.2, False,
+         _steps("factors every step, ", "native", "VGG-small b64")),
+    Goal("step with the defaults (factors, radius, flatness), VGG-small batch 64, in bare steps", 1.25, False,
+         _steps("defaults, ", "native", "VGG-small b64")),
+    Goal("peak extra memory of the covariances, in copies of the largest activation", 1, False, _covariance_memory),
+]  # fmt: skip
+
+
+def verdicts(document: Mapping[str, Any]) -> list[Verdict]:
+    """One for each goal."""
+    return [goal.verdict(list(document["cases"])) for goal in GOALS]

@@ -1,0 +1,224 @@
+"""Write docs/benchmarks.md and docs/benchmarks.png from a result file.
+
+python -m bench.report [results.json] [--out docs]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from bench.goals import verdicts
+from bench.results import RESULTS, ROOT, commits, load
+from bench.table import machine_line, noise_line, noisy_cases, quantity, reasons, seconds
+from bench.timing import spread
+
+_OURS, _PLAIN, _PEER = "#2a6f97", "#b8b8b8", "#e09f3e"
+_SUITES = {
+    "covariance": "Covariance: A (inputs) and G (gradients) of every layer of a network",
+    "covariance of one layer": "Covariance of one layer's input",
+    "power iteration": "Power iteration: the dominant eigenpair of every factor of a network",
+    "inverse": "Damped inverses of every factor of a network",
+    "saliency": "Saliency and compensation of every layer of a network",
+    "training step": "A whole training step",
+    "removal": "One removal event",
+    "call overhead": "Call overhead on 4 x 4 matrices",
+    "import": "Import time",
+    "memory": "Peak extra memory",
+    "growth": "Growth",
+}
+_NOTES = {
+    "training step": (
+        "`native` with factors every step: A and G of every layer, expand, from the gradients of the step's own "
+        "backward (empirical Fisher), and the eigenpair of each; the quantity that the peers and `hooks + unfold` "
+        "make. `native, true Fisher` adds a partial backward for sampled labels. asdl and singd use the step's own "
+        "backward, backpack extends it, curvlinops and nngeometry make passes of their own. `defaults` and "
+        "`with pruning` are means over 20 steps of `Curvature`, `Flatness` and `Pruner` with their defaults."
+    ),
+    "memory": (
+        "Growth of the resident set's high-water mark in a process of its own, results included, inputs not. The "
+        "covariances update running averages; below them the largest input of a layer of that network."
+    ),
+    "growth": "Slope of a straight line in log-log: 1 is linear, 2 quadratic. Times are those at the largest size.",
+    "removal": "`plain operations`: the same with `kfac_ext.use_native(False)`. torch-pruning scores by magnitude.",
+}
+
+
+def markdown(document: Mapping[str, Any], source: str) -> str:
+    """The whole page."""
+    lines = [
+        "# Benchmarks",
+        "",
+        f"Made by `make bench-report` from `{source}`; nothing here is written by hand.",
+        "",
+        f"- Machine: {machine_line(document)}.",
+        f"- Run: {document['started']}, {'quick' if document['quick'] else 'full'}"
+        + ("" if document["finished"] else ", interrupted: what was measured until then")
+        + f"; commit {', '.join(commits(document['cases']))}.",
+        f"- Peers: {_peers(document)}.",
+        f"- {noise_line(document)}.",
+        "- All variants of a case run alternately, in one process, on the same inputs, and their results are compared "
+        "first. Times are medians; spread is the distance of the quartiles as a part of the median; *times native* is "
+        "the ratio of the medians. CPU time is that of all threads, spinning ones included.",
+        "",
+        "![Speedups](benchmarks.png)",
+        "",
+        "## Goals",
+        "",
+        "Two cores, float32. A missed goal names every case that misses it, a reached one the tightest.",
+        "",
+        "| goal | wanted | measured | |",
+        "| --- | --- | --- | --- |",
+        *(f"| {v.goal} | {v.wanted} | {v.measured} | {v.state} |" for v in verdicts(document)),
+    ]
+    order = list(_SUITES)
+    cases = sorted(document["cases"], key=lambda c: order.index(c["suite"]))
+    for suite, group in groupby(cases, key=lambda c: c["suite"]):
+        lines += ["", f"## {_SUITES[suite]}", "", *_suite(suite, list(group))]
+    noisy = noisy_cases(document)
+    if noisy:
+        lines += ["", "## Wide spread", "", *(f"- {name}" for name in noisy)]
+    return "\n".join(lines) + "\n"
+
+
+def _peers(document: Mapping[str, Any]) -> str:
+    peers = document["machine"]["peers"]
+    return ", ".join(f"{name} {version or 'not installed'}" for name, version in peers.items())
+
+
+def _suite(suite: str, cases: list[Mapping[str, Any]]) -> Iterator[str]:
+    if suite in _NOTES:
+        yield from (_NOTES[suite], "")
+    if suite == "growth":
+        yield from ("| case | along | " + "slopes | at the largest |", "| --- | --- | --- | --- |")
+        for case in cases:
+            slopes = ", ".join(f"{n} {v['slope']:.2f}" for n, v in case["variants"].items())
+            times = ", ".join(f"{n} {seconds(v['medians'][-1])}" for n, v in case["variants"].items())
+            yield f"| {case['name']} | {case['along']} {case['x'][0]} to {case['x'][-1]} | {slopes} | {times} |"
+        return
+    yield "| case | variant | median | spread | CPU time | times native |"
+    yield "| --- | --- | ---: | ---: | ---: | ---: |"
+    for case in cases:
+        yield from _case(case)
+
+
+def _case(case: Mapping[str, Any]) -> Iterator[str]:
+    label = case["name"] + (f" ({case['shape']})" if "shape" in case else "")
+    timed = case["kind"] == "time"
+    native = case["variants"].get("native")
+    for i, (name, entry) in enumerate(case["variants"].items()):
+        wide = f"{spread(entry):.0%}" if timed else ""
+        cpu = seconds(entry["cpu_median"]) if "cpu_median" in entry else ""
+        ratio = entry["median"] / native["median"] if native and native["median"] and name != "native" else None
+        cells = (
+            label if not i else "",
+            name,
+            quantity(case, entry["median"]),
+            wide,
+            cpu,
+            f"{ratio:.2f}" if ratio else "",
+        )
+        yield f"| {' | '.join(cells)} |"
+    if case["kind"] == "memory":
+        yield f"| | *largest activation* | {quantity(case, case['largest_activation'])} | | | |"
+    for peer, reason in reasons(case).items():
+        yield f"| | {peer} | *{reason.replace('|', '/')}* | | | |"
+
+
+def bars(document: Mapping[str, Any]) -> list[tuple[str, float, str]]:
+    """(label, speedup, colour) of the operations on whole networks, against the plain way that is usual."""
+    found = []
+    for suite, variants in (
+        ("covariance", ("unfold", "matmul")),
+        ("power iteration", ("loop",)),
+        ("inverse", ("linalg.inv",)),
+        ("saliency", ("batched", "per layer")),
+    ):
+        for case in (c for c in document["cases"] if c["suite"] == suite):
+            for variant in variants:
+                if variant in case["variants"]:
+                    label = f"{suite}: {case['name']}" if suite in ("inverse", "power iteration") else case["name"]
+                    found.append((f"{label}  (vs {variant})", case["variants"][variant]["speedup"], _OURS))
+    return found
+
+
+def step_bars(document: Mapping[str, Any]) -> list[tuple[str, float, str]]:
+    """(label, cost in bare steps, colour) of the variants of a training step on VGG-small."""
+    found = []
+    for case in document["cases"]:
+        if case["suite"] != "training step" or not case["name"].endswith("VGG-small b64"):
+            continue
+        bare, kind = case["variants"]["bare"]["median"], case["name"].split(",")[0]
+        for name, entry in case["variants"].items():
+            if name != "bare":
+                ours = name.startswith("native")
+                colour = _OURS if ours else _PLAIN if name.startswith("hooks") else _PEER
+                label = f"{kind}: {name}" if kind != "factors every step" or ours else name
+                found.append((label, entry["median"] / bare, colour))
+    return found
+
+
+def plot(document: Mapping[str, Any], path: Path) -> None:
+    """Two panels of bars: speedups of the operations, cost of a training step."""
+    panels = [
+        (bars(document), "times faster than plain PyTorch", 1.0),
+        (step_bars(document), "training step of VGG-small, batch 64, in bare steps", 1.0),
+    ]
+    panels = [panel for panel in panels if panel[0]]
+    if not panels:
+        return
+    heights = [len(values) for values, _, _ in panels]
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(9, 1.6 + 0.27 * sum(heights)), height_ratios=heights, squeeze=False
+    )
+    for axis, (values, title, line) in zip(axes[:, 0], panels):
+        labels, lengths, colours = zip(*values)
+        drawn = axis.barh(range(len(values)), lengths, color=colours)
+        axis.bar_label(drawn, fmt="%.2f", padding=3, fontsize=8)
+        axis.set_yticks(range(len(values)), labels, fontsize=8)
+        axis.axvline(line, color="black", linewidth=0.8)
+        axis.invert_yaxis()
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.1)
+    m = document["machine"]
+    figure.supxlabel(f"{m['cpu']}, {m['threads']} threads, torch {m['torch']}", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def newest(folder: Path = RESULTS) -> Path:
+    """The full result file written last, or a quick one if there is no other."""
+    files = sorted(folder.glob("*.json"), key=lambda p: p.stat().st_mtime)
+    full = [path for path in files if "quick" not in path.stem]
+    if not files:
+        raise SystemExit(f"no results in {folder}: run `make bench` first")
+    return (full or files)[-1]
+
+
+def main() -> None:
+    """Write the page and the chart."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="?", type=Path, help="default: the newest file in bench/results")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder")
+    options = parser.parse_args()
+    source = (options.results or newest()).resolve()
+    document = load(source)
+    options.out.mkdir(parents=True, exist_ok=True)
+    shown = source.relative_to(ROOT).as_posix() if source.is_relative_to(ROOT) else source.name
+    (options.out / "benchmarks.md").write_text(markdown(document, shown))
+    plot(document, options.out / "benchmarks.png")
+    print(f"wrote {options.out / 'benchmarks.md'} and benchmarks.png from {shown}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Peak extra memory of every operation, each in a process of its own."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bench import memory, worksets
+from bench.results import ROOT
+
+NETWORKS = worksets.networks()
+QUICK = ("VGG-small b64",)
+NO_INVERSE = ("ResNet50 b2",)  # nothing that VGG19 does not show, and minutes of inverses
+
+
+def peak(operation, network, variant):
+    command = [sys.executable, "-m", "bench.memory", operation, network, variant, str(torch.get_num_threads())]
+    environment = {**os.environ, **memory.ENVIRONMENT}
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=600, env=environment)
+    return json.loads(run.stdout.splitlines()[-1])["bytes"]
+
+
+@pytest.mark.parametrize("operation", memory.OPERATIONS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_peak(benchmark, record, quick, network, operation):
+    reason = memory.supported()
+    if reason:
+        pytest.skip(reason)
+    if (quick and network not in QUICK) or (operation != "covariance" and network in NO_INVERSE):
+        pytest.skip("full runs only")
+    found = {variant: [] for variant in memory.OPERATIONS[operation][1]}
+
+    def one_round():
+        for variant, values in found.items():
+            values.append(peak(operation, network, variant))
+
+    heavy = operation == "inverse" and "VGG19" in network
+    benchmark.pedantic(one_round, rounds=1 if quick or heavy else 3, iterations=1)
+    variants = {name: {"median": statistics.median(v), "min": min(v), "max": max(v)} for name, v in found.items()}
+    largest = max(layer.input_bytes for layer in NETWORKS[network])
+    record("memory", f"{operation}, {network}", "memory", "bytes", variants, largest_activation=largest)
+    print(f"\n  memory / {operation}, {network}: {variants}", end="")

@@ -1,0 +1,87 @@
+"""The page and the chart say what the JSON says."""
+
+import pytest
+
+from bench.goals import MISSED, REACHED, UNKNOWN, verdicts
+from bench.report import markdown, plot
+from bench.table import noise_line, print_summary
+from tests.bench.documents import case, document, growth, memory
+
+
+def state(goal, *cases):
+    found = [v for v in verdicts(document(*cases)) if v.goal.startswith(goal)]
+    assert len(found) == 1
+    return found[0]
+
+
+@pytest.mark.parametrize(("unfold", "expected"), [(5.1, REACHED), (4.9, MISSED)])
+def test_a_goal_is_decided_by_its_worst_case(unfold, expected):
+    cases = [case("covariance", "A, VGG-small b64", 1.0, unfold=9.0), case("covariance", "A, ResNet20 b32", 1.0)]
+    cases[1] = case("covariance", "A, ResNet20 b32", 1.0, unfold=unfold)
+    verdict = state("covariance of all layers", *cases)
+    assert verdict.state == expected
+    assert f"{unfold:.2f} (ResNet20 b32)" in verdict.measured
+
+
+def test_the_better_plain_way_counts():
+    verdict = state("covariance of a 3x3", case("covariance of one layer", "3x3 16", 1.0, unfold=9.0, strided=2.0))
+    assert verdict.state == MISSED
+
+
+def test_steps_are_held_to_the_bare_step():
+    step = case("training step", "defaults, VGG-small b64", 1.2, bare=1.0)
+    assert state("step with the defaults", step).state == REACHED
+    step = case("training step", "defaults, VGG-small b64", 1.3, bare=1.0)
+    assert state("step with the defaults", step).state == MISSED
+
+
+def test_memory_is_held_to_the_largest_activation():
+    assert state("peak extra", memory("covariance, net", 90, 100)).state == REACHED
+    assert state("peak extra", memory("covariance, net", 110, 100)).state == MISSED
+
+
+def test_what_was_not_measured_is_not_reached():
+    assert {v.state for v in verdicts(document())} == {UNKNOWN}
+
+
+FULL = document(
+    case("covariance", "A, VGG-small b64", 1e-3, unfold=7e-3),
+    case("training step", "defaults, VGG-small b64", 0.12, bare=0.1),
+    memory("covariance, VGG-small b64", 1 << 20, 8 << 20),
+    growth("A, 64 channels", 1.02),
+)
+
+
+def test_page():
+    page = markdown(FULL, "bench/results/some.json")
+    assert "| A, VGG-small b64 | native | 1 ms | 2% | 1 ms |  |" in page
+    assert "|  | unfold | 7 ms | 2% | 7 ms | 7.00 |" in page
+    assert "| 7.00 (VGG-small b64); 1 of 1 | reached |" in page
+    assert "*largest activation* | 8.0 MiB" in page
+    assert "native 1.02" in page
+    assert "Some CPU, 2 cores, 2 threads" in page and "commit 0123456789" in page
+    assert "asdl not installed, singd 0.0.5" in page and "*fails: RuntimeError: no*" in page
+
+
+def test_an_interrupted_run_is_called_so():
+    assert "interrupted" in markdown(FULL | {"finished": None}, "x.json")
+    assert "interrupted" not in markdown(FULL, "x.json")
+
+
+def test_chart(tmp_path):
+    plot(FULL, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+    plot(document(), tmp_path / "empty.png")
+    assert not (tmp_path / "empty.png").exists()
+
+
+def test_table(capsys):
+    print_summary(FULL)
+    shown = capsys.readouterr().out
+    assert "A, VGG-small b64" in shown and "Skipped, not installed: asdl" in shown
+
+
+def test_wide_spread_is_said():
+    assert "WIDE" not in noise_line(FULL)
+    noisy = document(case("covariance", "A, net", 1.0, half_width=0.2, unfold=7.0))
+    assert "WIDE" in noise_line(noisy)
