@@ -60,6 +60,33 @@ def power_iteration_cuda(
     stream: int,
 ) -> None: ...
 
+class InverseGroup:
+    workspace_bytes: int
+    def __init__(self, shapes: Sequence[tuple[int, int]]) -> None: ...
+    def descriptors(self) -> bytes: ...
+
+max_inverse_matrices: int
+max_inverse_size: int
+max_pi_pairs: int
+
+def damped_inverse_cuda(
+    group: InverseGroup,
+    descriptors: int,
+    workspace: int,
+    pointers: list[tuple[int, int, int]],
+    amounts: int,
+    info: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def pi_damping_cuda(
+    pairs: Sequence[tuple[int, int, int, int, int, int, int, int]],
+    damping: float,
+    amounts: int,
+    device: int,
+    stream: int,
+) -> None: ...
+
 cuda_compiler: str
 
 def cuda_architectures() -> list[str]: ...

@@ -7,6 +7,7 @@
 #include "register.h"
 #ifdef KFAC_WITH_CUDA
 #include "covariance.h"
+#include "inverse.h"
 #include "power_iteration.h"
 #endif
 
@@ -17,7 +18,7 @@ namespace {
 #ifdef KFAC_WITH_CUDA
 std::vector<kfac::KernelInfo> all_kernels() {
   std::vector<kfac::KernelInfo> result;
-  for (const auto& family : {kfac::covariance_kernels(), kfac::power_iteration_kernels()}) {
+  for (const auto& family : {kfac::covariance_kernels(), kfac::inverse_kernels(), kfac::power_iteration_kernels()}) {
     result.insert(result.end(), family.begin(), family.end());
   }
   return result;

@@ -1,28 +1,15 @@
 // Power iteration of many matrices, all iterations in one launch; who does what: kfac/power_iteration_group.h
 #pragma once
 
+#include "block_sum.cuh"
 #include "kfac/power_iteration_group.h"
 
 namespace kfac {
 
-// Sums over the block, the same bits in every thread: a tree over the lanes of a warp, then the warps in order.
 template <int kCount, class Block>
-KFAC_DEVICE void block_sum(Block& block, double (&values)[kCount]) {
+KFAC_DEVICE void power_sum(Block& block, double (&values)[kCount]) {
   static_assert(kCount <= kPowerMoments, "");
-  double* const sums = reinterpret_cast<double*>(block.shared());  // [warp][kCount]
-  KFAC_UNROLL
-  for (int i = 0; i < kCount; ++i) {
-    KFAC_UNROLL
-    for (int mask = 16; mask > 0; mask /= 2) values[i] += block.shuffle_xor(values[i], mask);
-    if (block.thread() % 32 == 0) sums[block.thread() / 32 * kCount + i] = values[i];
-  }
-  block.sync();
-  KFAC_UNROLL
-  for (int i = 0; i < kCount; ++i) {
-    values[i] = 0.0;
-    for (int warp = 0; warp < kPowerWarps; ++warp) values[i] += sums[warp * kCount + i];
-  }
-  block.sync();
+  block_sum<kPowerThreads>(block, reinterpret_cast<double*>(block.shared()), values);
 }
 
 // 1 + cos(1 + 1.7 i) / 2, as kfac/power_iteration.h: no natural eigenvector is orthogonal to it.
@@ -41,12 +28,12 @@ template <class Block>
 KFAC_DEVICE void load_start(Block& block, const EigenJob& job, const float* start, float* v) {
   double sum[1] = {0.0};
   for (int32_t i = block.thread(); i < job.n; i += kPowerThreads) sum[0] += double(start[i]) * start[i];
-  block_sum(block, sum);
+  power_sum(block, sum);
   const bool usable = sum[0] > 0.0 && is_finite(sum[0]);
   if (!usable) {
     sum[0] = 0.0;
     for (int32_t i = block.thread(); i < job.n; i += kPowerThreads) sum[0] += double(start_entry(i)) * start_entry(i);
-    block_sum(block, sum);
+    power_sum(block, sum);
   }
   const UnitScale scale = unit_scale(sqrt(sum[0]));
   for (int32_t i = block.thread(); i < job.n; i += kPowerThreads) {
@@ -112,7 +99,7 @@ KFAC_DEVICE void multiply_rows(Block& block, const EigenJob& job, const OwnRows&
 template <class Block>
 KFAC_DEVICE void team_sum(Block& block, const EigenJob& job, int32_t rank, int32_t iteration, float* workspace,
                           double (&moments)[kPowerMoments]) {
-  block_sum(block, moments);
+  power_sum(block, moments);
   if (job.blocks == 1) return;
   double* const sums = reinterpret_cast<double*>(workspace + job.moments) + iteration % 2 * job.blocks * kPowerMoments;
   if (block.thread() < kPowerMoments) {
@@ -125,7 +112,7 @@ KFAC_DEVICE void team_sum(Block& block, const EigenJob& job, int32_t rank, int32
     moments[i] = 0.0;
     for (int32_t b = block.thread(); b < job.blocks; b += kPowerThreads) moments[i] += sums[b * kPowerMoments + i];
   }
-  block_sum(block, moments);
+  power_sum(block, moments);
 }
 
 struct EigenState {

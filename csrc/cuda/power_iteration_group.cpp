@@ -1,12 +1,13 @@
 #include "kfac/power_iteration_group.h"
 
 #include <algorithm>
-#include <cstring>
 #include <numeric>
 #include <queue>
 #include <stdexcept>
 #include <string>
 #include <utility>
+
+#include "descriptors.h"
 
 namespace kfac {
 namespace {
@@ -88,14 +89,6 @@ void check(const std::vector<MatrixShape>& shapes, int64_t shared_bytes) {
                                   " bytes of shared memory");
     }
   }
-}
-
-template <class T>
-int64_t append(std::vector<char>& bytes, const std::vector<T>& values) {
-  const int64_t at = align_up<int64_t>(int64_t(bytes.size()), 16);
-  bytes.resize(at + values.size() * sizeof(T));
-  if (!values.empty()) memcpy(bytes.data() + at, values.data(), values.size() * sizeof(T));
-  return at;
 }
 
 }  // namespace

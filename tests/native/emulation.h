@@ -5,6 +5,7 @@
 #include "../../csrc/cuda/covariance_lanes.cuh"
 #include "../../csrc/cuda/covariance_pack.cuh"
 #include "../../csrc/cuda/covariance_tiles.cuh"
+#include "../../csrc/cuda/inverse_sweep.cuh"
 #include "../../csrc/cuda/power_iteration.cuh"
 #include "simulated_block.h"
 
@@ -36,4 +37,17 @@ inline void emulate_power_iteration(const kfac::PowerGroup& group, const void* d
   const simulated::Schedule how{order, simulated::Copies::kLate, s.blocks, true};
   simulated::run(kfac::kPowerThreads, s.shared_floats * int64_t(sizeof(float)), how,
                  [&](simulated::Block& b) { kfac::power_iteration(b, s, pointers, method, workspace, results); });
+}
+
+inline void emulate_inverse(const kfac::InverseGroup& group, const void* descriptors, float*,
+                            const kfac::InversePointers& pointers, const kfac::InverseArguments& arguments,
+                            const simulated::Schedule& how) {
+  const kfac::InverseSchedule s = group.schedule(descriptors);
+  simulated::run(kfac::kInverseThreads, kfac::kSweepSharedBytes, how,
+                 [&](simulated::Block& b) { kfac::inverse_small(b, s, pointers, arguments); });
+}
+
+inline void emulate_pi_damping(const kfac::PiPairs& pairs, double damping, double* amounts) {
+  simulated::run(kfac::kInverseThreads, kfac::kPiSharedBytes, {},
+                 [&](simulated::Block& b) { kfac::pi_damping(b, pairs, damping, amounts); });
 }

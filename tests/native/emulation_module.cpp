@@ -41,4 +41,20 @@ PYBIND11_MODULE(kfac_emulation, m) {
                              reinterpret_cast<int32_t*>(results[2])},
                             simulated::Order::kForward);
   });
+  m.def("damped_inverse_cuda",
+        [](const kfac::InverseGroup& group, uintptr_t descriptors, uintptr_t workspace,
+           const std::vector<std::array<uintptr_t, 3>>& pointers, uintptr_t amounts, uintptr_t info, int, uintptr_t) {
+          kfac::InversePointers list{};
+          for (int64_t i = 0; i < group.matrices(); ++i) {
+            list.matrix[i] = reinterpret_cast<const float*>(pointers.at(i)[0]);
+            list.diagonal[i] = reinterpret_cast<const float*>(pointers.at(i)[1]);
+            list.inverse[i] = reinterpret_cast<float*>(pointers.at(i)[2]);
+          }
+          emulate_inverse(group, reinterpret_cast<const void*>(descriptors), reinterpret_cast<float*>(workspace), list,
+                          {reinterpret_cast<const double*>(amounts), reinterpret_cast<int32_t*>(info)}, {});
+        });
+  m.def("pi_damping_cuda",
+        [](const std::vector<std::array<int64_t, 8>>& pairs, double damping, uintptr_t amounts, int, uintptr_t) {
+          emulate_pi_damping(kfac::pi_pairs(pairs), damping, reinterpret_cast<double*>(amounts));
+        });
 }
