@@ -87,6 +87,23 @@ def pi_damping_cuda(
     stream: int,
 ) -> None: ...
 
+class SaliencyGroup:
+    def __init__(self, layers: Sequence[tuple[int, int, int, int, int, int]]) -> None: ...
+    def descriptors(self) -> bytes: ...
+
+max_saliency_layers: int
+max_saliency_block: int
+
+def saliency_cuda(
+    group: SaliencyGroup,
+    descriptors: int,
+    pointers: list[tuple[int, int, int, int]],
+    obs: bool,
+    flags: int,
+    device: int,
+    stream: int,
+) -> None: ...
+
 cuda_compiler: str
 
 def cuda_architectures() -> list[str]: ...

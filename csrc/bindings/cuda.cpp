@@ -9,6 +9,7 @@
 #include "covariance.h"
 #include "inverse.h"
 #include "power_iteration.h"
+#include "saliency.h"
 #endif
 
 namespace py = pybind11;
@@ -18,7 +19,8 @@ namespace {
 #ifdef KFAC_WITH_CUDA
 std::vector<kfac::KernelInfo> all_kernels() {
   std::vector<kfac::KernelInfo> result;
-  for (const auto& family : {kfac::covariance_kernels(), kfac::inverse_kernels(), kfac::power_iteration_kernels()}) {
+  for (const auto& family : {kfac::covariance_kernels(), kfac::inverse_kernels(), kfac::power_iteration_kernels(),
+                             kfac::saliency_kernels()}) {
     result.insert(result.end(), family.begin(), family.end());
   }
   return result;

@@ -30,9 +30,7 @@ def _address(tensor: Tensor) -> int:
     return tensor.data_ptr() if tensor.numel() else 0
 
 
-def run_cpu(
-    matrices: Sequence[Tensor], amounts: Tensor, diagonals: Sequence[Tensor]
-) -> tuple[list[Tensor], Tensor]:
+def run_cpu(matrices: Sequence[Tensor], amounts: Tensor, diagonals: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     """Inverses and info on the CPU. diagonals: [n_i] or [0] for each matrix, or none at all."""
     problems = _problems(matrices, diagonals)
     specs = [(m.data_ptr(), m.shape[0], m.stride(0), _address(d), inverse.data_ptr()) for m, d, inverse in problems]
@@ -51,9 +49,7 @@ def _group(device: torch.device, shapes: tuple[tuple[int, int], ...]) -> tuple[_
     return group, descriptors_on(device, "damped_inverse", group.descriptors())
 
 
-def run_cuda(
-    matrices: Sequence[Tensor], amounts: Tensor, diagonals: Sequence[Tensor]
-) -> tuple[list[Tensor], Tensor]:
+def run_cuda(matrices: Sequence[Tensor], amounts: Tensor, diagonals: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     """Inverses and info of matrices of one device, 160 at a time, on its current stream, without waiting."""
     device = matrices[0].device
     amounts = amounts.contiguous()

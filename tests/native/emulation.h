@@ -7,6 +7,7 @@
 #include "../../csrc/cuda/covariance_tiles.cuh"
 #include "../../csrc/cuda/inverse_sweep.cuh"
 #include "../../csrc/cuda/power_iteration.cuh"
+#include "../../csrc/cuda/saliency.cuh"
 #include "simulated_block.h"
 
 inline void emulate_covariance(const kfac::CovarianceGroup& group, const void* descriptors, float* workspace,
@@ -50,4 +51,17 @@ inline void emulate_inverse(const kfac::InverseGroup& group, const void* descrip
 inline void emulate_pi_damping(const kfac::PiPairs& pairs, double damping, double* amounts) {
   simulated::run(kfac::kInverseThreads, kfac::kPiSharedBytes, {},
                  [&](simulated::Block& b) { kfac::pi_damping(b, pairs, damping, amounts); });
+}
+
+inline void emulate_saliency(const kfac::SaliencyGroup& group, const void* descriptors,
+                             const kfac::SaliencyPointers& pointers, kfac::Saliency kind, int32_t* flags,
+                             const simulated::Schedule& how) {
+  const kfac::JobList<kfac::SaliencyJob> list = group.schedule(descriptors);
+  simulated::run(kfac::kSaliencyThreads, kfac::kSaliencySharedBytes, how, [&](simulated::Block& b) {
+    if (kind == kfac::Saliency::kObs) {
+      kfac::saliency<kfac::Saliency::kObs>(b, list, pointers, flags);
+    } else {
+      kfac::saliency<kfac::Saliency::kOutgoing>(b, list, pointers, flags);
+    }
+  });
 }

@@ -1,4 +1,4 @@
-"""The CUDA damped inverses without a GPU: their kernels with simulated threads, alone and under the public functions."""
+"""The CUDA damped inverses without a GPU: kernels run by simulated threads, alone and under the public functions."""
 
 import subprocess
 from types import SimpleNamespace
