@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+# an nvcc from pip where CUDA kernels are wanted and none is installed
+GROUPS := --group dev $(if $(filter ON,$(KFAC_CUDA)),$(if $(shell command -v nvcc),,--group cuda))
+CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h')
 
-.PHONY: setup build demo test lint format bench bench-quick bench-report bench-peers clean
+.PHONY: setup build demo test lint format bench bench-quick bench-report bench-peers gpu cuda-report clean
 
 setup: $(READY)
 
@@ -13,7 +15,7 @@ setup: $(READY)
 $(READY): pyproject.toml setup.py CMakeLists.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet 'pip>=25.1'
-	$(BIN)/pip install --quiet --group dev
+	$(BIN)/pip install --quiet $(GROUPS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation --editable .
 	touch $@
 
@@ -53,6 +55,14 @@ bench-report: setup
 bench-peers: setup
 	$(BIN)/pip install --quiet --group bench
 	$(BIN)/pip uninstall --quiet --yes torchvision
+
+# on a machine with a GPU, in a Python that has torch with CUDA: builds, tests, sanitizes, measures -> bench/results/gpu-*.json
+gpu:
+	$(PYTHON) -m bench.gpu
+
+# registers, spills and shared memory of the CUDA kernels, from the last build, into docs/kernels.md
+cuda-report: setup
+	$(BIN)/python -m bench.cuda_report --write docs/kernels.md
 
 clean:
 	rm -rf $(VENV) build runs *.egg-info kfac_ext/*.so

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -46,9 +46,19 @@ def gradient_covariance(g: Tensor) -> Tensor:
     return rows.T @ rows / g.shape[0]
 
 
-def covariance(x: Tensor, layer: LayerShape, method: Callable[[Tensor, LayerShape], Tensor]) -> Tensor:
-    """A of a layer of either kind."""
-    return method(x, layer) if layer.is_convolution else rows_covariance(x)
+def by_unfold(x: Tensor, layer: LayerShape) -> Tensor:
+    """A of a layer of either kind, convolutions by F.unfold."""
+    return unfold_covariance(x, layer) if layer.is_convolution else rows_covariance(x)
+
+
+def by_strides(x: Tensor, layer: LayerShape) -> Tensor:
+    """A of a layer of either kind, convolutions by a strided view."""
+    return strided_covariance(x, layer) if layer.is_convolution else rows_covariance(x)
+
+
+def blend_(average: Tensor, value: Tensor, decay: float, scale: float) -> Tensor:
+    """A running average as everyone writes it."""
+    return average.mul_(decay).add_(value, alpha=scale)
 
 
 # ---- inverses ----

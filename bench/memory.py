@@ -80,9 +80,9 @@ def _covariance(layers: list[LayerShape], variant: str) -> Callable[[], None]:
                 kfac_ext.linear_covariance_(x, out=A, decay=0.95, scale=0.05)
 
     def plain() -> None:
-        method = {"unfold": baselines.unfold_covariance, "strided": baselines.strided_covariance}[variant]
+        method = {"unfold": baselines.by_unfold, "strided": baselines.by_strides}[variant]
         for layer, x, A in zip(layers, inputs, averages):
-            A.mul_(0.95).add_(baselines.covariance(x, layer, method), alpha=0.05)
+            baselines.blend_(A, method(x, layer), 0.95, 0.05)
 
     return native if variant == "native" else plain
 

@@ -20,6 +20,10 @@ Skipped = dict[str, str]
 Step = Callable[[], Any]
 
 
+class UnsupportedError(Exception):
+    """What a peer does not compute, and so is not asked for."""
+
+
 def load(name: str) -> str | None:
     """None if the peer can be imported, else why not."""
     try:
@@ -46,6 +50,8 @@ def available(makers: dict[str, Callable[[], Step]]) -> tuple[dict[str, Step], S
                     step = maker()
                     step()
                 steps[name] = step
+            except UnsupportedError as error:
+                reason = str(error)
             except Exception as error:  # as above
                 reason = f"fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         if reason is not None:
@@ -65,7 +71,7 @@ def _asdl_covariance(x: Tensor, layer: LayerShape) -> Tensor:
     from asdl.operations.conv import Conv2d
 
     if layer.groups > 1:
-        raise NotImplementedError("grouped convolutions")
+        raise UnsupportedError("no grouped convolutions")
     module = _conv_module(layer)
     return Conv2d.cov_kron_A(module, Conv2d.preprocess_in_data(module, x, None)) / len(x)
 
@@ -74,7 +80,7 @@ def _curvlinops_covariance(x: Tensor, layer: LayerShape) -> Tensor:
     from curvlinops.kfac_utils import extract_patches
 
     if layer.groups > 1:
-        raise NotImplementedError("one block a group")
+        raise UnsupportedError("averages over groups: another quantity")
     patches = extract_patches(x, layer.kernel, layer.stride, layer.padding, 1, layer.groups)
     rows = patches.flatten(0, 1)
     return torch.einsum("b i, b j -> i j", rows, rows) / len(rows)
@@ -84,7 +90,7 @@ def _singd_covariance(x: Tensor, layer: LayerShape) -> Tensor:
     from singd.optim.utils import process_input
 
     if layer.groups > 1:
-        raise NotImplementedError("one block a group")
+        raise UnsupportedError("averages over groups: another quantity")
     rows = process_input(x, _conv_module(layer), "expand")
     return rows.T @ rows
 
@@ -93,7 +99,7 @@ def _backpack_covariance(x: Tensor, layer: LayerShape) -> Tensor:
     from backpack.utils.conv import unfold_input
 
     if layer.groups > 1:
-        raise NotImplementedError("grouped convolutions")
+        raise UnsupportedError("no grouped convolutions")
     patches = unfold_input(_conv_module(layer), x)
     return torch.einsum("nis,njs->ij", patches, patches) / (len(x) * patches.shape[2])
 
@@ -106,13 +112,20 @@ COVARIANCE: dict[str, Callable[[Tensor, LayerShape], Tensor]] = {
 }
 
 
+def covariance_of(name: str) -> Callable[[Tensor, LayerShape], Tensor]:
+    """A peer's covariance of a layer of either kind (linear ones by one matmul)."""
+    method = COVARIANCE[name]
+    return lambda x, layer: method(x, layer) if layer.is_convolution else x.T @ x / len(x)
+
+
 def covariances(layers: Sequence[LayerShape], inputs: Sequence[Tensor]) -> dict[str, Callable[[], Step]]:
-    """Makers of the covariances of all convolutions among the layers (linear ones by one matmul)."""
+    """Makers of the covariances of all layers."""
 
-    def run(method: Callable[[Tensor, LayerShape], Tensor]) -> list[Tensor]:
-        return [method(x, layer) if layer.is_convolution else x.T @ x / len(x) for layer, x in zip(layers, inputs)]
+    def maker(name: str) -> Callable[[], Step]:
+        method = covariance_of(name)
+        return lambda: lambda: [method(x, layer) for layer, x in zip(layers, inputs)]
 
-    return {name: lambda method=method: lambda: run(method) for name, method in COVARIANCE.items()}  # type: ignore[misc]
+    return {name: maker(name) for name in COVARIANCE}
 
 
 # ---- inverses ----

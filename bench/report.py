@@ -35,7 +35,13 @@ _SUITES = {
     "memory": "Peak extra memory",
     "growth": "Growth",
 }
+_COVARIANCES = "Each call renews a running average, A <- 0.95 A + 0.05 new, which is what training needs."
 _NOTES = {
+    "covariance": _COVARIANCES,
+    "covariance of one layer": (
+        f"{_COVARIANCES} `native, new tensor` returns the value in fresh memory instead, whose pages the system must "
+        "clear first. The layers of the networks are all their distinct ones."
+    ),
     "training step": (
         "`native` with factors every step: A and G of every layer, expand, from the gradients of the step's own "
         "backward (empirical Fisher), and the eigenpair of each; the quantity that the peers and `hooks + unfold` "

@@ -10,6 +10,8 @@ NETWORKS = worksets.networks()
 QUICK_NETWORKS = worksets.networks(quick=True)
 LAYERS = worksets.single_layers()
 QUICK_LAYERS = worksets.single_layers(quick=True)
+NETWORK_LAYERS = worksets.network_layers()
+BLEND = {"decay": 0.95, "scale": 0.05}
 
 
 def native(layers, inputs):
@@ -21,17 +23,37 @@ def native(layers, inputs):
     ]
 
 
-def variants_of(layers, inputs):
-    """Native, two ways in plain PyTorch and the peers, on these layers."""
-    own = {
-        "native": lambda: native(layers, inputs),
-        "unfold": lambda: [baselines.covariance(x, i, baselines.unfold_covariance) for i, x in zip(layers, inputs)],
-        "strided": lambda: [baselines.covariance(x, i, baselines.strided_covariance) for i, x in zip(layers, inputs)],
-    }
+def native_into(averages, layers, inputs):
+    for A, layer, x in zip(averages, layers, inputs):
+        if layer.is_convolution:
+            kfac_ext.conv2d_covariance_(x, layer.kernel, out=A, **BLEND, **layer.geometry)
+        else:
+            kfac_ext.linear_covariance_(x, out=A, **BLEND)
+
+
+def blended(method, averages, layers, inputs):
+    """The same by a function that returns a new tensor."""
+    for A, layer, x in zip(averages, layers, inputs):
+        baselines.blend_(A, method(x, layer), **BLEND)
+
+
+def variants_of(layers, inputs, with_peers=True):
+    """The running average A <- 0.95 A + 0.05 new: native, two ways in plain PyTorch and the peers, on these layers.
+
+    All share the averages, which are at rest: blending in the same value again changes nothing but rounding.
+    """
+    methods = {"unfold": baselines.by_unfold, "strided": baselines.by_strides}
     if not any(layer.is_convolution and layer.kernel > 1 for layer in layers):
-        del own["strided"]  # the same matmul
-    foreign, skipped = peers.available(peers.covariances(layers, inputs))
-    return agreeing(own | foreign, "unfold", skipped), skipped
+        del methods["strided"]  # the same matmul
+    foreign, skipped = peers.available(peers.covariances(layers, inputs)) if with_peers else ({}, {})
+    values = {name: lambda m=m: [m(x, layer) for layer, x in zip(layers, inputs)] for name, m in methods.items()}
+    values = agreeing({"native": lambda: native(layers, inputs)} | values | foreign, "unfold", skipped)
+    averages = native(layers, inputs)
+    variants = {"native": lambda: native_into(averages, layers, inputs)}
+    for name in [name for name in values if name != "native"]:
+        method = methods.get(name) or peers.covariance_of(name)
+        variants[name] = lambda method=method: blended(method, averages, layers, inputs)
+    return variants, skipped
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -50,9 +72,21 @@ def test_input_of_a_layer(measure, quick, name):
     if quick and name not in QUICK_LAYERS:
         pytest.skip("full runs only")
     layer = LAYERS[name]
-    variants, skipped = variants_of([layer], [worksets.activation(layer)])
+    x = worksets.activation(layer)
+    variants, skipped = variants_of([layer], [x])
+    variants["native, new tensor"] = lambda: native([layer], [x])
     flops = 2 * layer.batch * layer.output_size**2 * layer.patch**2 * layer.groups
     measure("covariance of one layer", name, variants, skipped=skipped, shape=layer.describe(), plain_flops=flops)
+
+
+@pytest.mark.parametrize("name", NETWORK_LAYERS)
+def test_every_layer_of_the_networks(measure, quick, name):
+    """None may be slower than in plain PyTorch."""
+    if quick:
+        pytest.skip("full runs only")
+    layer = NETWORK_LAYERS[name]
+    variants, _ = variants_of([layer], [worksets.activation(layer)], with_peers=False)
+    measure("covariance of one layer", name, variants, shape=layer.describe(), max_rounds=11)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -61,8 +95,16 @@ def test_gradients_of_a_network(measure, quick, name):
         pytest.skip("full runs only")
     layers = NETWORKS[name]
     grads = [worksets.gradient(layer) for layer in layers]
-    variants = {
+    values = {
         "native": lambda: [kfac_ext.gradient_covariance(g) for g in grads],
         "matmul": lambda: [baselines.gradient_covariance(g) for g in grads],
     }
-    measure("covariance", f"G, {name}", agreeing(variants, "matmul", {}), layers=len(layers))
+    agreeing(values, "matmul", {})
+    averages = values["native"]()
+    variants = {
+        "native": lambda: [kfac_ext.gradient_covariance_(g, out=G, **BLEND) for g, G in zip(grads, averages)],
+        "matmul": lambda: [
+            baselines.blend_(G, baselines.gradient_covariance(g), **BLEND) for g, G in zip(grads, averages)
+        ],
+    }
+    measure("covariance", f"G, {name}", variants, layers=len(layers))

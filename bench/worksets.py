@@ -130,15 +130,12 @@ def mlp(batch: int) -> list[LayerShape]:
 
 def networks(quick: bool = False) -> dict[str, list[LayerShape]]:
     """Name -> layers, with batches that a CPU handles in a second or so."""
-    small = {
-        "VGG-small b64": vgg(64, VGG_SMALL),
-        "ResNet20 b32": resnet(32, 3),
-        "MLP b256": mlp(256),
-    }
+    few = {"VGG-small b64": vgg(64, VGG_SMALL), "MLP b256": mlp(256)}
     if quick:
-        return small
+        return few
     return {
-        **small,
+        **few,
+        "ResNet20 b32": resnet(32, 3),
         "VGG19 b32": vgg(32, VGG19),
         "ResNet32 b32": resnet(32, 5),
         "ResNet50 b2": resnet50(2),
@@ -186,6 +183,15 @@ def single_layers(quick: bool = False) -> dict[str, LayerShape]:
             "linear 64": LayerShape("", 32, 64, 10),
         }
     return layers | others
+
+
+def network_layers() -> dict[str, LayerShape]:
+    """Every distinct layer of every network."""
+    return {
+        f"{network}: {layer.describe().rsplit(',', 1)[0]}": layer
+        for network, layers in networks().items()
+        for layer in distinct(layers)
+    }
 
 
 # ---- inputs ----
@@ -255,7 +261,7 @@ def vgg_small(norm: bool = False) -> nn.Module:
         layers.append(nn.Conv2d(channels, item, 3, padding=1, bias=not norm))
         layers += [nn.BatchNorm2d(item), nn.ReLU()] if norm else [nn.ReLU()]
         channels = item
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+    return nn.Sequential(*layers, nn.AvgPool2d(8), nn.Flatten(), nn.Linear(channels, 10))
 
 
 def batch_of(size: int, image: tuple[int, ...] = (3, 32, 32)) -> tuple[Tensor, Tensor]:

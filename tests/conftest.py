@@ -12,6 +12,12 @@ def _devices():
     return ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not ready, reason=reason))]
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same numbers, whatever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=_devices())
 def device(request):
     return request.param

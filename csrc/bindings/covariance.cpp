@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -92,6 +93,13 @@ void register_covariance(py::module_& m) {
   py::class_<kfac::CovarianceGroup>(m, "CovarianceGroup")
       .def(py::init(&covariance_group))
       .def_property_readonly("workspace_bytes", &kfac::CovarianceGroup::workspace_bytes)
+      .def("counts",
+           [](const kfac::CovarianceGroup& group) {
+             const kfac::CovarianceCounts& c = group.counts();
+             return std::map<std::string, double>{{"products", c.products}, {"inputs", c.inputs},
+                                                  {"packed", c.packed},     {"tile_reads", c.tile_reads},
+                                                  {"slots", c.slots},       {"outputs", c.outputs}};
+           })
       .def("descriptors", [](const kfac::CovarianceGroup& group) {
         return py::bytes(group.descriptors().data(), group.descriptors().size());
       });

@@ -167,6 +167,7 @@ struct CovarianceGroup::Builder {
   std::vector<RegionSlots> regions;
   std::vector<int32_t> terms;
   int64_t floats = 0;
+  CovarianceCounts counts;
 
   int64_t allocate(int64_t count) { return std::exchange(floats, align_up(floats + count, kSlotFloats)); }
 
@@ -178,6 +179,9 @@ struct CovarianceGroup::Builder {
     job.layer = layer;
     job.packed = allocate(int64_t(packed_rows(job)) * job.row_pitch);
     (kind == PackKind::kMeans ? means : pack).add(job, pack_tiles(job));
+    const ConvShape& s = problem.shape;
+    counts.inputs += double(s.samples * s.channels * s.height * s.width);
+    counts.packed += double(packed_rows(job)) * job.row_pitch;
 
     const ShiftPlan& plan = shift_plan(packed);
     add_expand(layer, packed, plan, problem.bias, job);
@@ -219,6 +223,9 @@ struct CovarianceGroup::Builder {
     const int64_t chunks = divide_up(rows.count, job.chunk), count = int64_t(job.groups) * job.pairs;
     const int64_t length = count * job.edge * job.edge;
     job.slot = allocate(chunks * length);
+    counts.products += double(length) * rows.count;
+    counts.tile_reads += 2.0 * double(count * job.edge) * rows.count;
+    counts.slots += double(chunks * length);
     tiles[int(mma_mode(problem))].add(job, chunks * count);
     add_reduce(job.slot, length, chunks);
     return job.slot;
@@ -242,6 +249,7 @@ struct CovarianceGroup::Builder {
     job.tap_block = smaller(job.taps, kMaxTapBlock);
     job.lane_group_pitch = depthwise ? 1 : int32_t(source.group_pitch.divisor);
     job.count = float(packed.samples * packed.out_h * packed.out_w);
+    counts.outputs += double(job.groups) * job.d * job.d;
     job.terms = int32_t(terms.size());
     job.regions = int32_t(regions.size());
     add_terms(plan);
@@ -293,6 +301,7 @@ CovarianceGroup::CovarianceGroup(const std::vector<CovarianceProblem>& problems)
   regions_ = append(descriptors_, builder.regions);
   terms_ = append(descriptors_, builder.terms);
   workspace_floats_ = builder.floats;
+  counts_ = builder.counts;
 }
 
 template <class Job>

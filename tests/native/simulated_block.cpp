@@ -7,7 +7,7 @@
 #include <cstring>
 #include <limits>
 
-#include "kfac/covariance_group.h"
+#include "kfac/device.h"
 
 namespace simulated {
 namespace {
@@ -32,24 +32,33 @@ struct MmaOperands {
   const uint32_t* b;
 };
 
+// Where register e of lane l lies in A [16, 8], B [8, 8] and D [16, 8] of mma.sync.m16n8k8, counted down the columns of
+// A and D and along the rows of B. Written down here a second time, in other words than in the kernels: a wrong map
+// there must not agree with a wrong one here.
+int place_in_a(int l, int e) {
+  return 16 * (l % 4) + l / 4 + 8 * (e % 2) + 64 * (e / 2);
+}
+int place_in_b(int l, int e) {
+  return 8 * (l % 4) + l / 4 + 32 * e;
+}
+int place_in_d(int l, int e) {
+  return 32 * (l % 4) + l / 4 + 16 * (e % 2) + 8 * (e / 2);
+}
+
 void multiply(const MmaOperands (&lanes)[32]) {
-  double a[16][8], b[8][8], d[16][8];
+  double a[8 * 16], b[8 * 8], d[8 * 16];
   for (int l = 0; l < 32; ++l) {
-    const kfac::MmaLane lane = kfac::mma_lane(l);
-    for (int e = 0; e < 4; ++e) a[kfac::mma_a_row(lane, e)][kfac::mma_a_column(lane, e)] = as_tf32(lanes[l].a[e]);
-    for (int e = 0; e < 2; ++e) b[kfac::mma_b_row(lane, e)][kfac::mma_b_column(lane)] = as_tf32(lanes[l].b[e]);
-    for (int e = 0; e < 4; ++e) d[kfac::mma_d_row(lane, e)][kfac::mma_d_column(lane, e)] = lanes[l].d[e];
+    for (int e = 0; e < 4; ++e) a[place_in_a(l, e)] = as_tf32(lanes[l].a[e]);
+    for (int e = 0; e < 2; ++e) b[place_in_b(l, e)] = as_tf32(lanes[l].b[e]);
+    for (int e = 0; e < 4; ++e) d[place_in_d(l, e)] = lanes[l].d[e];
   }
-  for (int row = 0; row < 16; ++row) {
+  for (int column = 0; column < 8; ++column) {
     for (int k = 0; k < 8; ++k) {
-      for (int column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
+      for (int row = 0; row < 16; ++row) d[16 * column + row] += a[16 * k + row] * b[8 * k + column];
     }
   }
   for (int l = 0; l < 32; ++l) {
-    const kfac::MmaLane lane = kfac::mma_lane(l);
-    for (int e = 0; e < 4; ++e) {
-      lanes[l].d[e] = cut_to_float(d[kfac::mma_d_row(lane, e)][kfac::mma_d_column(lane, e)]);
-    }
+    for (int e = 0; e < 4; ++e) lanes[l].d[e] = cut_to_float(d[place_in_d(l, e)]);
   }
 }
 

@@ -330,6 +330,13 @@ struct ExpandPointers {
   float decay[kMaxGroupLayers], scale[kMaxGroupLayers];
 };
 
+// What a schedule does, for rooflines: multiply-adds of the tiles, padding included (kSplit: three each in hardware),
+// and floats that are read from the inputs, packed, read by the tiles (mostly out of the second-level cache), written
+// to slots, and in the outputs.
+struct CovarianceCounts {
+  double products = 0, inputs = 0, packed = 0, tile_reads = 0, slots = 0, outputs = 0;
+};
+
 // The schedule of some layers, made once per list of shapes; only pointers, decay and scale change between calls.
 class CovarianceGroup {
  public:
@@ -341,6 +348,7 @@ class CovarianceGroup {
   const std::vector<char>& descriptors() const { return descriptors_; }
   CovarianceSchedule schedule(const void* descriptors) const;
   int64_t workspace_bytes() const { return workspace_floats_ * int64_t(sizeof(float)); }
+  const CovarianceCounts& counts() const { return counts_; }
 
  private:
   template <class Job>
@@ -353,6 +361,7 @@ class CovarianceGroup {
 
   int layers_;
   int64_t workspace_floats_ = 0;
+  CovarianceCounts counts_;
   std::vector<char> descriptors_;
   Span<PackJob> pack_, means_;
   Span<TileJob> tiles_[kMmaModes];

@@ -1,0 +1,130 @@
+"""Print registers, spills and shared memory of every CUDA kernel, and what the schedules of the work sets count.
+
+    python -m bench.cuda_report [--write docs/kernels.md]
+
+The first table is what ptxas reported when the kernels were compiled (needs nvcc then), the second is counted from the
+schedules and needs nothing. `--write` puts them between the markers of that file. No GPU is asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from bench.worksets import LayerShape
+from kfac_ext import _C
+
+# of a multiprocessor: shared memory for blocks and what each block takes on top, in bytes
+SHARED_BYTES = {"sm_80": 164 << 10, "sm_86": 100 << 10, "sm_89": 100 << 10, "sm_90": 228 << 10}
+RESERVED_BYTES = 1024
+REGISTERS, THREADS = 65536, {"sm_86": 1536, "sm_89": 1536}
+
+
+class Kernel(NamedTuple):
+    """One kernel compiled for one architecture."""
+
+    name: str
+    architecture: str
+    registers: int
+    spill_stores: int
+    spill_loads: int
+
+
+def demangled(symbol: str) -> str:
+    """A C++ symbol in words: `covariance_tiles_kernel<0>`."""
+    demangle = ctypes.CDLL("libstdc++.so.6").__cxa_demangle
+    demangle.restype = ctypes.c_char_p
+    text = demangle(symbol.encode(), None, None, None).decode()
+    text = re.sub(r"\(\w+::\w+\)", "", text)  # the types of enumerators
+    return re.search(r"\w+_kernel(?:<[^>]*>)?", text)[0]
+
+
+def kernels(report: str) -> list[Kernel]:
+    """What one ptxas report says."""
+    pattern = (
+        r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers"
+    )
+    found = re.findall(pattern, report, flags=re.S)
+    return [Kernel(demangled(symbol), arch, int(regs), int(st), int(ld)) for symbol, arch, st, ld, regs in found]
+
+
+def resident_blocks(kernel: Kernel, threads: int, shared: int) -> int:
+    """Blocks that fit on one multiprocessor by registers, shared memory and threads."""
+    by_registers = REGISTERS // (-(-kernel.registers // 8) * 8 * threads)
+    by_shared = SHARED_BYTES.get(kernel.architecture, 48 << 10) // (shared + RESERVED_BYTES)
+    return min(by_registers, by_shared, THREADS.get(kernel.architecture, 2048) // threads)
+
+
+def table() -> str:
+    """The Markdown table of all kernels of this build."""
+    folder = Path(_C.build_directory()) / "csrc/CMakeFiles/kfac_cuda.dir/cuda"
+    reports = sorted(folder.glob("*.report"))
+    if not reports:
+        raise SystemExit(f"no report under {folder}: this build has no CUDA kernels (configure with KFAC_CUDA=ON)")
+    launch = {name: (threads, shared) for name, threads, shared in _C.cuda_kernels()}
+    lines = [
+        f"nvcc {_C.cuda_compiler}",
+        "",
+        "| kernel | for | registers | spilled bytes (stores, loads) | shared bytes | threads | blocks per SM |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for kernel in sorted(k for report in reports for k in kernels(report.read_text())):
+        threads, shared = launch[kernel.name]
+        lines.append(
+            f"| `{kernel.name}` | {kernel.architecture} | {kernel.registers} | {kernel.spill_stores}, "
+            f"{kernel.spill_loads} | {shared} | {threads} | {resident_blocks(kernel, threads, shared)} |"
+        )
+    return "\n".join(lines)
+
+
+def work_table() -> str:
+    """What one update of A and G of all layers counts, in the networks of `bench.gpu`."""
+    from bench.gpu import work_sets
+
+    lines = [
+        "| | products, 10^9 | plain, 10^9 | inputs | packed | tile reads | slots | outputs | workspace, MB |",
+        f"| --- |{' ---: |' * 8}",
+    ]
+    for name, layers in work_sets(False).items():
+        group = _C.CovarianceGroup([problem for layer in layers for problem in _problems(layer)])
+        counts = {key: value / 1e6 for key, value in group.counts().items()}
+        plain = sum(layer.batch * layer.output_size**2 * (layer.patch**2 + layer.outputs**2) for layer in layers)
+        floats = " | ".join(f"{counts[key]:.1f}" for key in ("inputs", "packed", "tile_reads", "slots", "outputs"))
+        products = f"{counts['products'] / 1e3:.1f} | {plain / 1e9:.1f}"
+        lines.append(f"| {name} | {products} | {floats} | {group.workspace_bytes / 1e6:.0f} |")
+    return "\n".join(lines)
+
+
+def _problems(layer: LayerShape) -> list[tuple]:
+    """A and G of a layer with contiguous float32 inputs, as `_C.CovarianceGroup` takes them."""
+    n, c, size, out = layer.batch, layer.channels, max(layer.size, 1), layer.output_size
+    k, pad = (layer.kernel, layer.padding) if layer.is_convolution else (1, 0)
+    a = (n, c, size, size, k, k, layer.stride, layer.stride, pad, pad, 1, 1, out, out, layer.groups)
+    g = (n, layer.outputs, out, out, 1, 1, 1, 1, 0, 0, 1, 1, out, out, 1)
+    strides = [(channels * s * s, s * s, s, 1) for channels, s in ((c, size), (layer.outputs, out))]
+    return [(0, strides[0], a, False, 0, False, 0), (0, strides[1], g, False, 0, False, 0)]
+
+
+def replace_between(path: Path, marker: str, text: str) -> None:
+    """Put `text` between the two lines `<!-- marker -->` of a file."""
+    line = f"<!-- {marker} -->"
+    before, _, after = path.read_text().split(line)
+    path.write_text(f"{before}{line}\n{text}\n{line}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    tables = {"cuda-report": table(), "cuda-counts": work_table()}
+    print("\n\n".join(tables.values()))
+    for marker, text in tables.items() if arguments.write else ():
+        replace_between(arguments.write, marker, text)
+
+
+if __name__ == "__main__":
+    main()
