@@ -67,7 +67,6 @@ class InverseGroup:
     def descriptors(self) -> bytes: ...
 
 max_inverse_matrices: int
-max_inverse_size: int
 max_pi_pairs: int
 
 def damped_inverse_cuda(

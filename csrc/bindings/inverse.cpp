@@ -78,7 +78,6 @@ void register_inverse(py::module_& m) {
         return py::bytes(group.descriptors().data(), group.descriptors().size());
       });
   m.attr("max_inverse_matrices") = kfac::kMaxInverseMatrices;
-  m.attr("max_inverse_size") = kfac::kInverseEdge;
   m.attr("max_pi_pairs") = kfac::kMaxPiPairs;
 #ifdef KFAC_WITH_CUDA
   m.def("damped_inverse_cuda", damped_inverse_cuda, py::call_guard<py::gil_scoped_release>());

@@ -19,11 +19,20 @@ KFAC_DEVICE int32_t sweep_column(int32_t thread, int j) {
   return thread % kSweepSide + j * kSweepSide;
 }
 
+// Where the inverse of the Cholesky factor goes, by rows and by columns, [kInverseEdge][kInverseEdge] each; or nowhere.
+struct FactorInverse {
+  float *rows = nullptr, *columns = nullptr;
+};
+
 // Sweeps the first n pivots; 0, or 1 + the first that is not positive or not finite, at which it stops. Both factors of
 // an update are scaled by 1 / sqrt(p), so that entries (i, j) and (j, i) keep the same bits. `rows`: shared memory for
 // two rows of the matrix, one written while the other is read.
+//
+// Row k of the inverse of the Cholesky factor is (-a_kj / sqrt(p) for j < k, 1 / sqrt(p)) with the entries that pivot k
+// finds: sweeping repeats forward substitution.
 template <int kPer, class Block>
-KFAC_DEVICE int32_t sweep(Block& block, float* rows, int32_t n, SweepTile<kPer>& tile) {
+KFAC_DEVICE int32_t sweep(Block& block, float* rows, int32_t n, SweepTile<kPer>& tile,
+                          const FactorInverse& factor = {}) {
   const int32_t y = block.thread() / kSweepSide, x = block.thread() % kSweepSide;
   KFAC_UNROLL
   for (int major = 0; major < kPer; ++major) {  // unrolled: registers have no run-time index
@@ -52,7 +61,13 @@ KFAC_DEVICE int32_t sweep(Block& block, float* rows, int32_t n, SweepTile<kPer>&
       }
       if (y == minor) {
         KFAC_UNROLL
-        for (int j = 0; j < kPer; ++j) tile.a[major][j] = right[j] * scale;
+        for (int j = 0; j < kPer; ++j) {
+          tile.a[major][j] = right[j] * scale;
+          if (!factor.rows) continue;
+          const int32_t column = x + j * kSweepSide;
+          const float entry = column < pivot ? -right[j] : column == pivot ? scale : 0.0f;
+          factor.rows[pivot * kInverseEdge + column] = factor.columns[column * kInverseEdge + pivot] = entry;
+        }
       }
       if (x == minor) {
         KFAC_UNROLL

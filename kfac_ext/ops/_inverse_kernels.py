@@ -89,17 +89,18 @@ def pi_amounts_cuda(matrices: Sequence[Tensor], damping: float, pairs: Sequence[
 
 
 def _check_error(device: torch.device) -> float:
-    """Relative error of the CUDA kernels on matrices of each kind of schedule and on one that must fail."""
-    sizes = (5, 30, 60, 100)
+    """Relative error of the CUDA kernels on matrices of each kind of schedule, beside two that must fail."""
+    sizes = (5, 30, 60, 100, 300)
     rows = torch.sin(torch.arange(40 * sum(sizes), dtype=torch.float64, device=device).square() / 7).view(40, -1)
     exact_matrices = [x.mT @ x for x in rows.split(sizes, dim=1)]
     matrices = [m.float() for m in exact_matrices]
     amounts = pi_amounts_cuda(matrices, 1.0, [(0, 1)])
     exact_amounts = pi_damping(exact_matrices, 1.0, [(0, 1)])
     exact, _ = reference.damped_inverse_ex(exact_matrices, exact_amounts)
-    found, info = run_cuda([*matrices, -matrices[0]], torch.cat([amounts, amounts.new_zeros(1)]), [])
+    failing = [-matrices[0], -matrices[-1]]
+    found, info = run_cuda([*matrices, *failing], torch.cat([amounts, amounts.new_zeros(2)]), [])
     errors = [(value - wanted).norm() / wanted.norm() for value, wanted in zip(found, exact)]
-    wrong_info = info.cpu() != torch.tensor([0] * len(sizes) + [1])
+    wrong_info = info.cpu() != torch.tensor([0] * len(sizes) + [1, 1])
     return max(float(error.nan_to_num(nan=torch.inf)) for error in [*errors, wrong_info.sum()])
 
 

@@ -6,6 +6,7 @@
 #include "../../csrc/cuda/covariance_pack.cuh"
 #include "../../csrc/cuda/covariance_tiles.cuh"
 #include "../../csrc/cuda/inverse_sweep.cuh"
+#include "../../csrc/cuda/inverse_tiles.cuh"
 #include "../../csrc/cuda/power_iteration.cuh"
 #include "../../csrc/cuda/saliency.cuh"
 #include "simulated_block.h"
@@ -40,12 +41,27 @@ inline void emulate_power_iteration(const kfac::PowerGroup& group, const void* d
                  [&](simulated::Block& b) { kfac::power_iteration(b, s, pointers, method, workspace, results); });
 }
 
-inline void emulate_inverse(const kfac::InverseGroup& group, const void* descriptors, float*,
+inline void emulate_inverse(const kfac::InverseGroup& group, const void* descriptors, float* workspace,
                             const kfac::InversePointers& pointers, const kfac::InverseArguments& arguments,
                             const simulated::Schedule& how) {
-  const kfac::InverseSchedule s = group.schedule(descriptors);
-  simulated::run(kfac::kInverseThreads, kfac::kSweepSharedBytes, how,
-                 [&](simulated::Block& b) { kfac::inverse_small(b, s, pointers, arguments); });
+  using namespace kfac;
+  using simulated::Block;
+  const auto launch = [&](int64_t shared, const std::function<void(Block&)>& body) {
+    simulated::run(kInverseThreads, shared, how, body);
+  };
+  const InverseSchedule s = group.schedule(descriptors);
+  launch(kSweepSharedBytes, [&](Block& b) { inverse_small(b, s, pointers, arguments); });
+  const JobList<InverseJob> all = group.large(descriptors, InverseStep::kTriangle, 0);
+  launch(0, [&](Block& b) { inverse_begin(b, all, pointers, arguments); });
+  for (int32_t level = 0; level < group.levels(); ++level) {
+    const auto tiles = [&](InverseStep step) { return group.large(descriptors, step, level); };
+    const JobList<InverseJob> pivot = tiles(InverseStep::kPivot), panel = tiles(InverseStep::kPanel);
+    const JobList<InverseJob> update = tiles(InverseStep::kUpdate);
+    launch(kMirrorSharedBytes, [&](Block& b) { inverse_pivot(b, pivot, level, pointers, arguments, workspace); });
+    launch(kProductSharedBytes, [&](Block& b) { inverse_panel(b, panel, level, pointers, arguments, workspace); });
+    launch(kProductSharedBytes, [&](Block& b) { inverse_update(b, update, level, pointers, arguments, workspace); });
+  }
+  launch(kMirrorSharedBytes, [&](Block& b) { inverse_finish(b, all, pointers, arguments); });
 }
 
 inline void emulate_pi_damping(const kfac::PiPairs& pairs, double damping, double* amounts) {

@@ -13,7 +13,7 @@ from kfac_ext.ops import inverse
 from tests.conftest import relative_error
 
 
-@pytest.mark.parametrize("case", ["small", "failing", "pi"])
+@pytest.mark.parametrize("case", ["small", "failing", "large", "failing_large", "pi"])
 def test_schedules_against_float64(build_target, case):
     program = build_target("inverse_emulation") / "inverse_emulation"
     run = subprocess.run([program, case], capture_output=True, text=True)
@@ -42,7 +42,7 @@ def factors_of(sizes):
     return [x.mT @ x / len(x) for x in rows]
 
 
-SIZES = [1, 10, 16, 27, 64, 100, 128]
+SIZES = [1, 10, 16, 27, 64, 100, 128, 129, 300]
 
 
 def assert_inverse(found, matrices, amounts):
@@ -59,18 +59,19 @@ def test_all_matrices_in_one_launch(launches):
 
 
 def test_only_the_lower_triangle_is_read_and_rows_may_be_apart(launches):
-    matrices = factors_of([60, 120])
+    matrices = factors_of([60, 120, 150])
     given = []
     for matrix in matrices:
         wide = torch.full((len(matrix), len(matrix) + 5), torch.nan)
         wide[:, : len(matrix)] = matrix.tril() + torch.full_like(matrix, torch.nan).triu(1)
         given.append(wide[:, : len(matrix)])
-    assert_inverse(kfac_ext.damped_inverse(given, 0.1), matrices, [0.1] * 2)
+    assert_inverse(kfac_ext.damped_inverse(given, 0.1), matrices, [0.1] * 3)
 
 
 def test_diagonals_and_tensors(launches):
-    matrices = factors_of([30, 20, 70])
-    damping = [0.1, torch.tensor(0.2), torch.rand(70, dtype=torch.float64) + 0.1]
+    matrices = factors_of([30, 20, 70, 140])
+    diagonals = [torch.rand(n, dtype=torch.float64) + 0.1 for n in (70, 140)]
+    damping = [0.1, torch.tensor(0.2), *diagonals]
     assert_inverse(kfac_ext.damped_inverse(matrices, damping), matrices, damping)
 
 
@@ -82,7 +83,7 @@ def test_pi(launches):
     assert_inverse(kfac_ext.damped_inverse(matrices, 0.01, pi=pairs), matrices, amounts)
 
 
-@pytest.mark.parametrize("n", [3, 60, 128])
+@pytest.mark.parametrize("n", [3, 60, 128, 150])
 def test_what_fails_is_named_and_nan(launches, n):
     matrices = factors_of([n, n, n])
     matrices[1][n // 2, n // 2] = -1
@@ -102,6 +103,16 @@ def test_what_float32_cannot_do_is_done_in_float64(launches):
     assert info.item() > 0 and found[0].isnan().all()
     wanted = torch.linalg.inv(matrix.double() + damping * torch.eye(40, dtype=torch.float64))
     assert relative_error(kfac_ext.damped_inverse([matrix], damping)[0], wanted) < 1e-4
+
+
+@pytest.mark.parametrize("damping", [1e-1, 1e-3])
+def test_error_is_that_of_float32(launches, damping):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(60, 400, dtype=torch.float64, generator=generator) + 0.3
+    matrix = (rows.mT @ rows / 60).float()
+    wanted = torch.linalg.inv(matrix.double() + damping * torch.eye(400, dtype=torch.float64))
+    plain = torch.cholesky_inverse(torch.linalg.cholesky(matrix + damping * torch.eye(400)))
+    assert relative_error(kfac_ext.damped_inverse([matrix], damping)[0], wanted) < 3 * relative_error(plain, wanted)
 
 
 def test_more_matrices_than_parameters(launches):
