@@ -40,7 +40,7 @@ format: setup
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-# every case, about 25 minutes on 2 cores; what is measured is in bench/results at once, also if you stop it
+# every case, for half an hour and more; what is measured is in bench/results at once, also if you stop it
 bench: setup
 	$(BIN)/python -m pytest bench --capture=no --bench-fresh
 

@@ -4,8 +4,8 @@
 
 Exit status 1 if anything regressed, 2 if the files cannot be compared. Where a case has plain PyTorch beside native,
 their ratio is compared, since both ran alternately in one process and share the machine's load; elsewhere the time
-itself. A regression is a change for the worse by more than the margin (25 % for memory, which is measured in pages and
-buffers) whose quartiles are apart: the worse half of the new rounds lies beyond the worst quarter of the old ones.
+itself. A regression is a change of the median for the worse by more than the margin (25 % for memory, which is measured
+in pages and buffers) and by more than both runs' spreads together, with quartiles that do not overlap.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.results import by_key, load
+from bench.table import is_noisy, noise_line
 
 MEMORY_MARGIN = 0.25
 MEMORY_GRAIN = 2**20  # bytes: below this a change is not worth a word
@@ -33,6 +34,11 @@ class Figure(NamedTuple):
     q1: float
     q3: float
     what: str
+
+    @property
+    def spread(self) -> float:
+        """Distance of the quartiles as a part of the median."""
+        return (self.q3 - self.q1) / self.median if self.median else 0.0
 
 
 class Change(NamedTuple):
@@ -76,9 +82,10 @@ def verdict(old: Figure, new: Figure, margin: float) -> str:
     """Whether `new` differs from `old` beyond margin and noise."""
     if old.what == "bytes" and abs(new.median - old.median) <= MEMORY_GRAIN:
         return SAME
-    if new.median > old.median * (1 + margin) and new.q1 > old.q3:
+    bound = 1 + max(margin, old.spread + new.spread)
+    if new.median > old.median * bound and new.q1 > old.q3:
         return REGRESSION
-    if new.median < old.median / (1 + margin) and new.q3 < old.q1:
+    if new.median < old.median / bound and new.q3 < old.q1:
         return IMPROVEMENT
     return SAME
 
@@ -117,6 +124,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     for line in differing_settings(old, new):
         print(f"differs: {line}")
+    for name, document in ((options.old, old), (options.new, new)):
+        if is_noisy(document):
+            print(f"{name}: {noise_line(document)}")
     changes = list(compare(old, new, options.margin))
     if not changes:
         print("compare: the files have no case in common", file=sys.stderr)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +43,20 @@ def quick(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture(scope="session")
-def results(request: pytest.FixtureRequest, quick: bool) -> Iterator[Results]:
+def results(request: pytest.FixtureRequest, quick: bool) -> Results:
     """The document that cases are added to."""
     config = request.config
     found = Results(
         config.getoption("--bench-out") or default_path(quick), quick=quick, fresh=config.getoption("--bench-fresh")
     )
     config.stash[_RESULTS] = found
-    before = request.session.testsfailed
-    yield found
-    if request.session.testsfailed == before and not request.session.shouldstop:
-        found.finish()
+    return found
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Whether the run came to its end is part of the results."""
+    if _RESULTS in session.config.stash and exitstatus == pytest.ExitCode.OK:
+        session.config.stash[_RESULTS].finish()
 
 
 class Measure:

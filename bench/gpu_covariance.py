@@ -45,11 +45,9 @@ class Work:
     def plain(self, method: Callable[[Tensor, LayerShape], Tensor]) -> None:
         """Layer by layer: A by `method`, G by one matmul."""
         for layer, x, g in zip(self.layers, self.x, self.g):
-            self._blend(f"{layer.name}.A", baselines.covariance(x, layer, method))
-            self._blend(f"{layer.name}.G", baselines.gradient_covariance(g))
-
-    def _blend(self, key: str, value: Tensor) -> None:
-        self.factors[key].mul_(DECAY).add_(value, alpha=SCALE)
+            A = method(x, layer) if layer.is_convolution else baselines.rows_covariance(x)
+            baselines.blend_(self.factors[f"{layer.name}.A"], A, DECAY, SCALE)
+            baselines.blend_(self.factors[f"{layer.name}.G"], baselines.gradient_covariance(g), DECAY, SCALE)
 
 
 def _side(size: int) -> tuple[int, ...]:

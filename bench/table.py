@@ -37,6 +37,12 @@ def noisy_cases(document: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def is_noisy(document: Mapping[str, Any]) -> bool:
+    """Whether more than a quarter of the cases have a wide spread."""
+    timed = [case for case in document["cases"] if case["kind"] == "time"]
+    return len(noisy_cases(document)) > len(timed) / 4
+
+
 def noise_line(document: Mapping[str, Any]) -> str:
     """How far the figures can be trusted, in one sentence."""
     timed = [case for case in document["cases"] if case["kind"] == "time"]
@@ -45,8 +51,9 @@ def noise_line(document: Mapping[str, Any]) -> str:
     load = (
         f"; load average {min(loads):.1f} to {max(loads):.1f} on {document['machine']['cores']} cores" if loads else ""
     )
-    wide = len(noisy) > len(timed) / 4
-    verdict = "The spread is WIDE: other processes were busy, do not trust single figures" if wide else "Spread"
+    verdict = "Spread"
+    if is_noisy(document):
+        verdict = "The spread is WIDE, other processes were busy, do not trust single figures"
     apart = f"quartiles more than {WIDE_SPREAD:.0%} of the median apart in {len(noisy)} of {len(timed)} cases"
     return f"{verdict}: {apart}{load}"
 

@@ -73,7 +73,7 @@ def test_input_of_a_layer(measure, quick, name):
         pytest.skip("full runs only")
     layer = LAYERS[name]
     x = worksets.activation(layer)
-    variants, skipped = variants_of([layer], [x])
+    variants, skipped = variants_of([layer], [x], with_peers=not quick)
     variants["native, new tensor"] = lambda: native([layer], [x])
     flops = 2 * layer.batch * layer.output_size**2 * layer.patch**2 * layer.groups
     measure("covariance of one layer", name, variants, skipped=skipped, shape=layer.describe(), plain_flops=flops)

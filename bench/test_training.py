@@ -112,8 +112,10 @@ def test_defaults(measure, network):
     measure("training step", f"defaults, {network}", variants, per=CYCLE)
 
 
-def test_pruning(measure, network):
+def test_pruning(measure, quick, network):
     """The same with a removal at the end of 20 steps, on a fresh network each time."""
+    if quick:
+        pytest.skip("full runs only; the removal itself is in the quick ones")
     schedule = CubicSchedule(CYCLE, start=0.0, end=1.0, every=CYCLE)
     trainings = {}
 

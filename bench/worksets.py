@@ -261,7 +261,7 @@ def vgg_small(norm: bool = False) -> nn.Module:
         layers.append(nn.Conv2d(channels, item, 3, padding=1, bias=not norm))
         layers += [nn.BatchNorm2d(item), nn.ReLU()] if norm else [nn.ReLU()]
         channels = item
-    return nn.Sequential(*layers, nn.AvgPool2d(8), nn.Flatten(), nn.Linear(channels, 10))
+    return nn.Sequential(*layers, nn.AvgPool2d(4), nn.Flatten(), nn.Linear(channels, 10))
 
 
 def batch_of(size: int, image: tuple[int, ...] = (3, 32, 32)) -> tuple[Tensor, Tensor]:

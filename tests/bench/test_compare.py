@@ -47,6 +47,12 @@ def test_growth_and_new_cases_are_left_out():
     assert verdicts(case("inverse", "one", 1.0), case("inverse", "other", 9.0)) == []
 
 
+def test_a_noisy_run_is_called_so(tmp_path, capsys):
+    noisy = document(case("inverse", "net", 1.0, 0.3, cholesky=3.0))
+    assert run(tmp_path, noisy, noisy) == 0
+    assert capsys.readouterr().out.count("WIDE") == 2
+
+
 def run(tmp_path, old, new):
     paths = []
     for name, content in (("old.json", old), ("new.json", new)):
