@@ -26,8 +26,8 @@ std::vector<KernelInfo> saliency_kernels() {
   const auto info = [](const char* name, auto* kernel) {
     return KernelInfo{name, reinterpret_cast<const void*>(kernel), kSaliencyThreads, kSaliencySharedBytes};
   };
-  return {info("saliency_kernel<outgoing>", saliency_kernel<Saliency::kOutgoing>),
-          info("saliency_kernel<obs>", saliency_kernel<Saliency::kObs>)};
+  return {info("saliency_kernel<0>", saliency_kernel<Saliency::kOutgoing>),
+          info("saliency_kernel<1>", saliency_kernel<Saliency::kObs>)};
 }
 
 }  // namespace kfac
