@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kfac_ext.ops.covariance_group import CovarianceUpdate, covariance_group_
 from kfac_ext.ops.inverse import damped_inverse_ex
-from kfac_ext.ops.power import PowerIteration, power_iteration_, start_vector
+from kfac_ext.ops.power import PowerIteration, power_iteration_
+from kfac_ext.reference.power import start_vector
 
 Size: TypeAlias = "int | tuple[int, int]"
 
@@ -155,7 +156,8 @@ class FactorSet:
         blocks = [block for key in names for block in _blocks(self[key], 3)]
         inverses, info = damped_inverse_ex(blocks, damping, pi=pairs)
         targets = [block for key in names for block in _blocks(result[key], 3)]
-        torch._foreach_copy_(targets, inverses)
+        if targets:
+            torch._foreach_copy_(targets, inverses)
         return result, info
 
     def narrowed(self, keep: Mapping[str, Tensor], groups: Mapping[str, Tensor] | None = None) -> FactorSet:
@@ -203,7 +205,7 @@ class FactorSet:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over factors and eigenpairs of a set with the same keys and sizes.
+        """Take over factors and eigenpairs of a set with the same keys and sizes, in any order, of any dtype.
 
         Raises:
             ValueError: naming the first factor that differs; nothing is changed then.
@@ -215,12 +217,18 @@ class FactorSet:
                     f"FactorSet.load_state_dict: factor {key!r} has size {sizes.get(key)} in the state, "
                     f"expected {self.sizes.get(key)}"
                 )
+        other = FactorSet(sizes, dtype=state["buffer"].dtype, device=self.buffer.device)
         for name in ("buffer", "vectors", "eigenvalues"):
-            getattr(self, name).copy_(state[name])
+            getattr(other, name).copy_(state[name])
+        for key in self.sizes:  # slot by slot: the order of the keys decides where a slot lies
+            self[key].copy_(other[key])
+            self.vector(key).copy_(other.vector(key))
+            self.eigenvalue(key).copy_(other.eigenvalue(key))
 
 
 def _checked_size(key: str, size: Size) -> Size:
-    if min(_groups_and_n(size)) < 1:
+    numbers = size if isinstance(size, tuple) else (1, size)
+    if len(numbers) != 2 or not all(isinstance(number, int) and number >= 1 for number in numbers):
         raise ValueError(f"FactorSet: factor {key!r} has size {size}, expected n >= 1 or (groups >= 1, n >= 1)")
     return size
 

@@ -28,7 +28,7 @@ class ConvGeometry(NamedTuple):
 
 def pair(value: Pair, name: str) -> tuple[int, int]:
     """`value` as two ints; raises ValueError naming `name`."""
-    items = (value, value) if isinstance(value, int) else tuple(value)
+    items = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
     if len(items) != 2 or not all(isinstance(item, int) for item in items):
         raise ValueError(f"{name} is {value!r}, expected an int or two ints")
     return items  # type: ignore[return-value]

@@ -1,6 +1,7 @@
 #include "kfac/parallel.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <atomic>
@@ -46,9 +47,13 @@ GompParallel loaded_openmp() {
   return nullptr;
 }
 
+// A forked child inherits GNU OpenMP's team but not its threads, and would wait for them forever.
+std::atomic<bool> forked{false};
+const int watching_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
 GompParallel openmp() {
   static const GompParallel found = loaded_openmp();
-  return found;
+  return forked ? nullptr : found;
 }
 
 struct Team {

@@ -317,7 +317,7 @@ def _gradient_size(g: Tensor, groups: int) -> int:
         raise ValueError(
             f"gradient_covariance: g has {g.dim()} dimensions {tuple(g.shape)}, expected [N, O] or [N, O, H, W]"
         )
-    if groups < 1 or g.shape[1] % groups:
+    if not isinstance(groups, int) or groups < 1 or g.shape[1] % groups:
         raise ValueError(f"gradient_covariance: groups is {groups}, expected a divisor of the {g.shape[1]} channels")
     return g.shape[1] // groups
 

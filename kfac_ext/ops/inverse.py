@@ -30,14 +30,18 @@ def _check(matrices: Sequence[Tensor], amounts: Tensor, diagonals: Sequence[Tens
             )
 
 
-def _inverse(matrices: list[Tensor], amounts: Tensor, diagonals: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+def _inverse(
+    matrices: list[Tensor], amounts: Tensor, diagonals: list[Tensor], strict: bool
+) -> tuple[list[Tensor], Tensor]:
     _check(matrices, amounts, diagonals)
     if native_device(_OPERATION, matrices[0], _FAMILY):
         inverses, info = _run(matrices, amounts, diagonals)
     else:
         inverses, info = _reference(matrices, amounts, diagonals)
-    if matrices[0].is_cpu:  # elsewhere to look at info is to wait: that is for `damped_inverse` to do
-        _retry_in_double(matrices, amounts, diagonals, inverses, info)
+    if strict or matrices[0].is_cpu:  # elsewhere to look at info is to wait
+        failed = _retry_in_double(matrices, amounts, diagonals, inverses, info)
+        if strict and failed:
+            raise torch.linalg.LinAlgError(f"{_OPERATION}: matrices {failed} are not positive definite")
     return inverses, info
 
 
@@ -74,14 +78,18 @@ def _retry_in_double(
     return failed
 
 
-def _fake(matrices: list[Tensor], amounts: Tensor, diagonals: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+def _fake(
+    matrices: list[Tensor], amounts: Tensor, diagonals: list[Tensor], strict: bool
+) -> tuple[list[Tensor], Tensor]:
     _check(matrices, amounts, diagonals)
     inverses = [torch.empty_like(matrix, memory_format=torch.contiguous_format) for matrix in matrices]
     return inverses, amounts.new_empty(len(matrices), dtype=torch.int32)
 
 
 _inverse_op = define(
-    "damped_inverse(Tensor[] matrices, Tensor amounts, Tensor[] diagonals) -> (Tensor[], Tensor)", _inverse, _fake
+    "damped_inverse(Tensor[] matrices, Tensor amounts, Tensor[] diagonals, bool strict) -> (Tensor[], Tensor)",
+    _inverse,
+    _fake,
 )
 
 
@@ -122,9 +130,12 @@ def _split(matrices: list[Tensor], damping: float | Sequence[float | Tensor] | T
 
 
 def _checked_pairs(pi: Sequence[tuple[int, int]], count: int) -> list[tuple[int, int]]:
-    pairs = [(int(i), int(j)) for i, j in pi]
+    pairs: list[tuple[int, int]] = []
     seen: set[int] = set()
-    for k, indices in enumerate(pairs):
+    for k, indices in enumerate(pi):
+        if not (isinstance(indices, Sequence) and len(indices) == 2 and all(isinstance(i, int) for i in indices)):
+            raise TypeError(f"{_OPERATION}: pi[{k}] is {indices!r}, expected two indices of matrices")
+        pairs.append((indices[0], indices[1]))
         for index in indices:
             if not 0 <= index < count:
                 raise ValueError(f"{_OPERATION}: pi[{k}] is {indices}, expected indices of the {count} matrices")
@@ -195,10 +206,21 @@ def damped_inverse_ex(
         >>> info
         tensor([0, 1], dtype=torch.int32)
     """
+    return _inverses(matrices, damping, pi, strict=False)
+
+
+def _inverses(
+    matrices: Sequence[Tensor],
+    damping: float | Sequence[float | Tensor] | Tensor,
+    pi: Sequence[tuple[int, int]] | None,
+    *,
+    strict: bool,
+) -> tuple[list[Tensor], Tensor]:
+    """`damped_inverse_ex`, or if `strict` with the error of `damped_inverse`, raised where a compiled graph runs it."""
     symmetric = as_list(_OPERATION, "matrices", matrices)
     if not symmetric:
         return [], torch.zeros(0, dtype=torch.int32)
-    return _inverse_op(symmetric, *_amounts(symmetric, damping, pi))
+    return _inverse_op(symmetric, *_amounts(symmetric, damping, pi), strict)
 
 
 def damped_inverse(
@@ -233,15 +255,4 @@ def damped_inverse(
         [tensor([[0.5000, 0.0000],
                 [0.0000, 0.5000]])]
     """
-    symmetric = as_list(_OPERATION, "matrices", matrices)
-    if not symmetric:
-        return []
-    amounts, diagonals = _amounts(symmetric, damping, pi)
-    inverses, info = _inverse_op(symmetric, amounts, diagonals)
-    if symmetric[0].is_cpu:
-        failed = info.nonzero().flatten().tolist()
-    else:
-        failed = _retry_in_double(symmetric, amounts, diagonals, inverses, info)
-    if failed:
-        raise torch.linalg.LinAlgError(f"{_OPERATION}: matrices {failed} are not positive definite")
-    return inverses
+    return _inverses(matrices, damping, pi, strict=True)[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -14,20 +13,15 @@ from kfac_ext.geometry import ConvGeometry, Pair, accumulator_dtype, conv_geomet
 from kfac_ext.ops._library import DTYPE_CODES, check_floating, define, native_device
 from kfac_ext.ops._lists import as_list, check_count, check_squares
 from kfac_ext.ops._power_kernels import Results, empty_results, fits_cuda, run_cpu, run_cuda, to_tensors
-from kfac_ext.reference.power import PowerIteration, start_vector
+from kfac_ext.reference.power import PowerIteration
 
-__all__ = ["PowerIteration", "covariance_power_iteration", "power_iteration", "power_iteration_", "start_vector"]
+__all__ = ["PowerIteration", "covariance_power_iteration", "power_iteration", "power_iteration_"]
 
 _FAMILY = "power_iteration"
 
 
-@lru_cache(maxsize=256)
-def _cached_start(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return start_vector(n, dtype, device)
-
-
 def _check_method(operation: str, tol: float, max_iter: int) -> None:
-    if not (isinstance(tol, (int, float)) and math.isfinite(tol) and tol >= 0):
+    if not (isinstance(tol, (int, float)) and 0 <= tol < math.inf):
         raise ValueError(f"{operation}: tol is {tol!r}, expected a finite number >= 0")
     if not (isinstance(max_iter, int) and 1 <= max_iter < 2**31):
         raise ValueError(f"{operation}: max_iter is {max_iter!r}, expected an int >= 1")
@@ -161,8 +155,7 @@ def power_iteration(
     if vectors is None:
         if symmetric:
             check_squares(operation, "matrices", symmetric, symmetric[0])
-        starts = [_cached_start(m.shape[0], m.dtype, m.device) for m in symmetric]
-        units = list(torch.cat(starts).split([start.shape[0] for start in starts])) if starts else []
+        units = [matrix.new_zeros(matrix.shape[0]) for matrix in symmetric]  # zero: replaced by the default start
     else:
         units = [vector.clone() for vector in as_list(operation, "vectors", vectors)]
     return power_iteration_(symmetric, units, tol=tol, max_iter=max_iter)
@@ -299,7 +292,7 @@ def covariance_power_iteration(
     elif x.dim() == 0:
         raise ValueError(f"{operation}: x has 0 dimensions, expected at least 1: [..., d]")
     if vector is None:
-        vector = _cached_start(_covariance_size(x, steps[0], bias), dtype, x.device)
+        vector = x.new_zeros(_covariance_size(x, steps[0], bias), dtype=dtype)
     if not isinstance(vector, Tensor):
         raise TypeError(f"{operation}: vector is a {type(vector).__name__}, expected a tensor")
     unit = vector.detach().clone(memory_format=torch.contiguous_format)

@@ -62,7 +62,8 @@ class Curvature:
             function (`GradScaler.get_scale`, 1/k for gradient accumulation over k batches).
 
     Raises:
-        ValueError: an argument out of range; the model has uninitialised (lazy) parameters or is compiled.
+        TypeError: `model` is no module, `skip_layers` is one string.
+        ValueError: an argument out of range; the model has no parameters, has uninitialised (lazy) ones or is compiled.
 
     Example:
         >>> curvature = Curvature(model)
@@ -90,6 +91,8 @@ class Curvature:
             raise ValueError(f"Curvature: factor_decay is {factor_decay}, expected 0 <= factor_decay < 1")
         if factor_update_steps is not None and not callable(factor_update_steps) and factor_update_steps < 1:
             raise ValueError(f"Curvature: factor_update_steps is {factor_update_steps}, expected >= 1")
+        if isinstance(skip_layers, str):  # would be taken apart into letters
+            raise TypeError(f"Curvature: skip_layers is {skip_layers!r}, expected a list of regular expressions")
         check_model(model)
         self.model = model
         self.factor_decay, self.factor_update_steps = factor_decay, factor_update_steps

@@ -133,6 +133,11 @@ def read_images(data: str, classes: int | None = None) -> Images:
             f"{data}: x_test has images of shape {arrays['x_test'].shape[1:]}, "
             f"x_train of {arrays['x_train'].shape[1:]}; expected the same"
         )
+    if (arrays["x_train"].dtype == np.uint8) != (arrays["x_test"].dtype == np.uint8):  # only uint8 is divided by 255
+        raise InputError(
+            f"{data}: x_test has dtype {arrays['x_test'].dtype}, x_train {arrays['x_train'].dtype}; "
+            "expected uint8 in both or floating point in both"
+        )
     count = _class_count(data, arrays["y_train"], arrays["y_test"], classes)
     return Images(data, arrays["x_train"], arrays["y_train"], arrays["x_test"], arrays["y_test"], count)
 
@@ -283,10 +288,12 @@ def _checked_images(name: str, images: np.ndarray) -> np.ndarray:
         return images
     if not np.issubdtype(images.dtype, np.floating):
         raise InputError(f"{name} has dtype {images.dtype}, expected uint8 or floating point")
-    if not np.isfinite(images).all():
-        first = np.unravel_index(int(np.argmin(np.isfinite(images))), images.shape)
-        raise InputError(f"{name} has a value that is not finite ({images[first]}) in image {first[0]}")
-    return images.astype(np.float32)
+    with np.errstate(over="ignore"):  # float64 values beyond float32 become infinite
+        single = images.astype(np.float32)
+    if not np.isfinite(single).all():
+        first = np.unravel_index(int(np.argmin(np.isfinite(single))), images.shape)
+        raise InputError(f"{name} has a value that is not finite in float32 ({images[first]}) in image {first[0]}")
+    return single
 
 
 def _checked_labels(name: str, labels: np.ndarray) -> np.ndarray:

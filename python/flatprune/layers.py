@@ -220,6 +220,8 @@ def check_model(model: nn.Module) -> None:
     """Refuse what hooks cannot see: compiled models and lazy parameters, with an error that names the place."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"Curvature: model is {type(model).__name__}, expected torch.nn.Module")
+    if next(model.parameters(), None) is None:
+        raise ValueError(f"Curvature: model {type(model).__name__} has no parameters")
     for name, module in model.named_modules():
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(

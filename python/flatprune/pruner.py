@@ -88,6 +88,7 @@ class Pruner:
         layers: names of the layers to prune; default all that can be.
 
     Raises:
+        TypeError: `target` is no Target; `exclude` or `layers` is one string instead of a list.
         ValueError: an argument out of range; a layer of `layers` that cannot be pruned, with the reason; an optimizer
             that holds parameters which are not the model's; no layer can be pruned.
         KeyError: `exclude` or `layers` names a module that the model does not have.
@@ -116,6 +117,7 @@ class Pruner:
         layers: Sequence[str] | None = None,
     ) -> None:
         _check_arguments(criterion, compensate, round_to, min_width, max_layer_fraction)
+        _check_selections(target, exclude=exclude, layers=layers)
         _check_optimizer(model, optimizer)
         if curvature.model is not model:
             raise ValueError("Pruner: the curvature belongs to another model")
@@ -324,6 +326,14 @@ def _check_arguments(
             raise ValueError(f"Pruner: {name} is {value!r}, expected an integer of 1 or more")
     if not 0.0 < max_layer_fraction <= 1.0:
         raise ValueError(f"Pruner: max_layer_fraction is {max_layer_fraction}, expected above 0 and at most 1")
+
+
+def _check_selections(target: Target, **names: object) -> None:
+    if not isinstance(target, Target):
+        raise TypeError(f"Pruner: target is {target!r}, expected a flatprune.Target")
+    for argument, value in names.items():
+        if isinstance(value, str):  # would be taken apart into letters
+            raise TypeError(f"Pruner: {argument} is {value!r}, expected a list of names")
 
 
 def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:

@@ -93,6 +93,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{name} is {value}, expected {least} or more")
+        if self.seed >= 2**63:
+            raise InputError(f"seed is {self.seed}, expected less than 2^63")
         for name in ("lr", "sam_radius"):
             value = getattr(self, name)
             if value is not None and not (value > 0.0 and math.isfinite(value)):

@@ -313,3 +313,10 @@ def test_state_of_another_shape_changes_nothing():
     assert other.step_count == 0 and torch.equal(other.generator.get_state(), generator)
     with pytest.raises(ValueError, match="no module named"):
         Curvature(nn.Sequential(nn.Linear(4, 6))).load_state_dict(state)
+
+
+def test_what_cannot_be_watched_is_refused():
+    with pytest.raises(ValueError, match="model ReLU has no parameters"):
+        Curvature(nn.ReLU())
+    with pytest.raises(TypeError, match=r"skip_layers is 'head', expected a list"):
+        Curvature(nn.Linear(2, 2), skip_layers="head")

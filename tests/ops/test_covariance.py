@@ -3,6 +3,7 @@ import math
 import os
 import subprocess
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -332,3 +333,20 @@ def test_bad_input_leaves_out_unchanged():
     with pytest.raises(TypeError):
         kfac_ext.linear_covariance_(torch.ones(4, 6, dtype=torch.int32), out=out)
     assert bool((out == 7).all())
+
+
+def test_works_in_a_forked_child():
+    program = textwrap.dedent(
+        """
+        import os, torch, kfac_ext
+        torch.set_num_threads(2)
+        x = torch.randn(16, 20, 12, 12)
+        A = kfac_ext.conv2d_covariance(x, 3, padding=1)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if kfac_ext.conv2d_covariance(x, 3, padding=1).sub(A).abs().max() < 1e-5 else 3)
+        print(os.waitpid(child, 0)[1])
+        """
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.strip() == "0"

@@ -94,6 +94,16 @@ def test_state_dict_round_trip(factors):
         assert torch.equal(getattr(other, name), getattr(factors, name))
 
 
+def test_a_state_may_have_its_keys_in_another_order_and_another_dtype(factors):
+    factors.power_iteration_()
+    other = FactorSet(dict(reversed(SIZES.items())), dtype=torch.float32)
+    other.load_state_dict(factors.state_dict())
+    for key in SIZES:
+        assert torch.equal(other[key], factors[key].float())
+        assert torch.equal(other.vector(key), factors.vector(key).float())
+        assert torch.equal(other.eigenvalue(key), factors.eigenvalue(key).float())
+
+
 def test_a_state_of_other_sizes_is_refused(factors):
     other = FactorSet({**SIZES, "fc.A": 16}, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"'fc.A' has size 17 in the state, expected 16"):
@@ -101,7 +111,7 @@ def test_a_state_of_other_sizes_is_refused(factors):
     assert not other.buffer.any()
 
 
-@pytest.mark.parametrize("sizes", [{"a": 0}, {"a": (0, 3)}, {"a": -1}])
+@pytest.mark.parametrize("sizes", [{"a": 0}, {"a": (0, 3)}, {"a": -1}, {"a": 2.5}, {"a": "3"}, {"a": (2, 3, 4)}])
 def test_bad_sizes(sizes):
     with pytest.raises(ValueError, match="factor 'a' has size"):
         FactorSet(sizes)

@@ -196,11 +196,22 @@ def test_bad_calls(name, native):
 
 @pytest.mark.parametrize("diagonals", [[], [torch.rand(4), torch.empty(0)]])
 def test_opcheck(diagonals):
-    arguments = ([spd(4), spd(20)], torch.tensor([0.1, 0.2], dtype=torch.float64), diagonals)
+    arguments = ([spd(4), spd(20)], torch.tensor([0.1, 0.2], dtype=torch.float64), diagonals, True)
     torch.library.opcheck(torch.ops.kfac_ext.damped_inverse.default, arguments)
 
 
+def test_compiles_without_graph_breaks():
+    compiled = torch.compile(
+        lambda a, b: kfac_ext.damped_inverse([a, b], 0.1)[1] + 1, backend="aot_eager", fullgraph=True
+    )
+    a, b = spd(4), spd(20)
+    assert torch.equal(compiled(a, b), kfac_ext.damped_inverse([a, b], 0.1)[1] + 1)
+    with pytest.raises(torch.linalg.LinAlgError, match=r"matrices \[1\] are not positive definite"):
+        compiled(a, -b)
+
+
 def test_meta_tensors():
+    assert kfac_ext.damped_inverse([torch.empty(5, 5, device="meta")], 0.1)[0].shape == (5, 5)
     inverses, info = kfac_ext.damped_inverse_ex([torch.empty(5, 5, device="meta")], 0.1)
     assert inverses[0].shape == (5, 5) and info.shape == (1,)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kfac_ext
 from kfac_ext import reference
@@ -316,6 +317,27 @@ def test_opcheck():
     x = torch.randn(2, 3, 5, 5)
     arguments = (x, torch.ones(28), [3, 3], [1, 1], [1, 1, 1, 1], [1, 1], True, 1e-3, 5)
     torch.library.opcheck(ops.covariance_power_iteration_.default, arguments)
+
+
+def test_the_default_start_outlives_fake_tensors():
+    with FakeTensorMode():
+        assert kfac_ext.power_iteration([torch.eye(7)]).eigenvalues.shape == (1,)
+    assert kfac_ext.power_iteration([torch.eye(7)]).eigenvalues.tolist() == pytest.approx([1.0])
+    with FakeTensorMode():
+        assert kfac_ext.power_iteration([torch.eye(7)]).eigenvalues.shape == (1,)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_graph_breaks(dynamic):
+    compiled = torch.compile(
+        lambda m, x: kfac_ext.power_iteration([m]).eigenvalues + kfac_ext.covariance_power_iteration(x, 3).eigenvalues,
+        backend="aot_eager",
+        fullgraph=True,
+        dynamic=dynamic,
+    )
+    x = torch.randn(2, 3, 5, 5)
+    expected = kfac_ext.power_iteration([EYE]).eigenvalues + kfac_ext.covariance_power_iteration(x, 3).eigenvalues
+    torch.testing.assert_close(compiled(EYE, x), expected)
 
 
 def test_the_reference_serves_when_native_is_off(monkeypatch):
