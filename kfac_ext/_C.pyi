@@ -39,6 +39,71 @@ def covariance_cuda(
     stream: int,
 ) -> None: ...
 
+class PowerGroup:
+    workspace_bytes: int
+    def __init__(self, shapes: Sequence[tuple[int, int]], blocks: int, shared_bytes: int) -> None: ...
+    def descriptors(self) -> bytes: ...
+
+max_power_matrices: int
+
+def power_fits(n: int, shared_bytes: int) -> bool: ...
+def power_iteration_device(device: int) -> tuple[int, int]: ...
+def power_iteration_cuda(
+    group: PowerGroup,
+    descriptors: int,
+    workspace: int,
+    matrices: list[int],
+    vectors: list[int],
+    tol: float,
+    max_iter: int,
+    results: list[int],
+    device: int,
+    stream: int,
+) -> None: ...
+
+class InverseGroup:
+    workspace_bytes: int
+    def __init__(self, shapes: Sequence[tuple[int, int]]) -> None: ...
+    def descriptors(self) -> bytes: ...
+
+max_inverse_matrices: int
+max_pi_pairs: int
+
+def damped_inverse_cuda(
+    group: InverseGroup,
+    descriptors: int,
+    workspace: int,
+    pointers: list[tuple[int, int, int]],
+    amounts: int,
+    info: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def pi_damping_cuda(
+    pairs: Sequence[tuple[int, int, int, int, int, int, int, int]],
+    damping: float,
+    amounts: int,
+    device: int,
+    stream: int,
+) -> None: ...
+
+class SaliencyGroup:
+    def __init__(self, layers: Sequence[tuple[int, int, int, int, int, int]]) -> None: ...
+    def descriptors(self) -> bytes: ...
+
+max_saliency_layers: int
+max_saliency_block: int
+
+def saliency_cuda(
+    group: SaliencyGroup,
+    descriptors: int,
+    pointers: list[tuple[int, int, int, int]],
+    obs: bool,
+    flags: int,
+    device: int,
+    stream: int,
+) -> None: ...
+
 cuda_compiler: str
 
 def cuda_architectures() -> list[str]: ...

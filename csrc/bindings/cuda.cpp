@@ -7,11 +7,25 @@
 #include "register.h"
 #ifdef KFAC_WITH_CUDA
 #include "covariance.h"
+#include "inverse.h"
+#include "power_iteration.h"
+#include "saliency.h"
 #endif
 
 namespace py = pybind11;
 
 namespace {
+
+#ifdef KFAC_WITH_CUDA
+std::vector<kfac::KernelInfo> all_kernels() {
+  std::vector<kfac::KernelInfo> result;
+  for (const auto& family : {kfac::covariance_kernels(), kfac::inverse_kernels(), kfac::power_iteration_kernels(),
+                             kfac::saliency_kernels()}) {
+    result.insert(result.end(), family.begin(), family.end());
+  }
+  return result;
+}
+#endif
 
 std::vector<std::string> architectures() {
   std::vector<std::string> result;
@@ -33,7 +47,7 @@ std::string device_problem(int device) {
 #ifdef KFAC_WITH_CUDA
   const kfac::DeviceGuard guard(device);
   cudaError_t status = guard.status();
-  for (const kfac::KernelInfo& kernel : kfac::covariance_kernels()) {
+  for (const kfac::KernelInfo& kernel : all_kernels()) {
     if (status != cudaSuccess) break;
     cudaFuncAttributes attributes;
     status = cudaFuncGetAttributes(&attributes, kernel.function);
@@ -49,7 +63,7 @@ std::string device_problem(int device) {
 py::list kernels() {
   py::list result;
 #ifdef KFAC_WITH_CUDA
-  for (const kfac::KernelInfo& kernel : kfac::covariance_kernels()) {
+  for (const kfac::KernelInfo& kernel : all_kernels()) {
     result.append(py::make_tuple(kernel.name, kernel.threads, kernel.shared_bytes));
   }
 #endif

@@ -5,7 +5,12 @@
 #include <array>
 #include <tuple>
 
+#include "kfac/power_iteration_group.h"
 #include "register.h"
+#ifdef KFAC_WITH_CUDA
+#include "cuda_call.h"
+#include "power_iteration.h"
+#endif
 
 namespace py = pybind11;
 
@@ -16,6 +21,38 @@ using Result = std::tuple<double, double, int>;  // eigenvalue, residual, iterat
 Result result_of(const kfac::Eigenpair& pair) {
   return {pair.value, pair.residual, pair.iterations};
 }
+
+// shapes: (n, row stride), for a device that holds `blocks` blocks of `shared_bytes` at once
+kfac::PowerGroup power_group(const std::vector<std::array<int64_t, 2>>& shapes, int64_t blocks, int64_t shared_bytes) {
+  std::vector<kfac::MatrixShape> list;
+  for (const auto& [n, stride] : shapes) list.push_back({n, stride});
+  return kfac::PowerGroup(list, blocks, shared_bytes);
+}
+
+#ifdef KFAC_WITH_CUDA
+std::pair<int, int> power_iteration_device(int device) {
+  kfac::PowerDevice found{};
+  cuda_call("power_iteration_device", device, [&] { return kfac::power_iteration_device(&found); });
+  return {found.blocks, found.shared_bytes};
+}
+
+void power_iteration_cuda(const kfac::PowerGroup& group, uintptr_t descriptors, uintptr_t workspace,
+                          const std::vector<uintptr_t>& matrices, const std::vector<uintptr_t>& vectors, double tol,
+                          int max_iter, const std::array<uintptr_t, 3>& results, int device, uintptr_t stream) {
+  kfac::PowerPointers pointers{};
+  for (int64_t i = 0; i < group.matrices(); ++i) {
+    pointers.matrix[i] = reinterpret_cast<const float*>(matrices.at(i));
+    pointers.vector[i] = reinterpret_cast<float*>(vectors.at(i));
+  }
+  const kfac::PowerResults found{reinterpret_cast<float*>(results[0]), reinterpret_cast<float*>(results[1]),
+                                 reinterpret_cast<int32_t*>(results[2])};
+  cuda_call("power_iteration_cuda", device, [&] {
+    return kfac::power_iteration_cuda(group, reinterpret_cast<const void*>(descriptors),
+                                      reinterpret_cast<void*>(workspace), pointers, {tol, max_iter}, found,
+                                      reinterpret_cast<cudaStream_t>(stream));
+  });
+}
+#endif
 
 }  // namespace
 
@@ -60,4 +97,16 @@ void register_power_iteration(py::module_& m) {
           return result_of(kfac::patch_covariance_power_iteration_cpu(
               view, shape, bias, reinterpret_cast<void*>(vector), {tol, max_iter}, threads));
         });
+  py::class_<kfac::PowerGroup>(m, "PowerGroup")
+      .def(py::init(&power_group))
+      .def_property_readonly("workspace_bytes", &kfac::PowerGroup::workspace_bytes)
+      .def("descriptors", [](const kfac::PowerGroup& group) {
+        return py::bytes(group.descriptors().data(), group.descriptors().size());
+      });
+  m.def("power_fits", kfac::power_fits);
+  m.attr("max_power_matrices") = kfac::kMaxPowerMatrices;
+#ifdef KFAC_WITH_CUDA
+  m.def("power_iteration_device", power_iteration_device);
+  m.def("power_iteration_cuda", power_iteration_cuda, py::call_guard<py::gil_scoped_release>());
+#endif
 }

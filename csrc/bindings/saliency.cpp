@@ -4,7 +4,12 @@
 
 #include <array>
 
+#include "kfac/saliency_group.h"
 #include "register.h"
+#ifdef KFAC_WITH_CUDA
+#include "cuda_call.h"
+#include "saliency.h"
+#endif
 
 namespace py = pybind11;
 
@@ -13,6 +18,33 @@ namespace {
 const void* input(int64_t address) {
   return reinterpret_cast<const void*>(address);
 }
+
+// layers: outputs, columns, block, row strides of V, of A or H, and of G
+kfac::SaliencyGroup saliency_group(const std::vector<std::array<int64_t, 6>>& layers) {
+  std::vector<kfac::SaliencyLayer> list;
+  for (const auto& v : layers) list.push_back({v[0], v[1], v[2], v[3], v[4], v[5]});
+  return kfac::SaliencyGroup(list);
+}
+
+#ifdef KFAC_WITH_CUDA
+// pointers: (V, A or H, G, scores) of each layer in the order of the group; flags: 0 unless obs
+void saliency_cuda(const kfac::SaliencyGroup& group, uintptr_t descriptors,
+                   const std::vector<std::array<uintptr_t, 4>>& pointers, bool obs, uintptr_t flags, int device,
+                   uintptr_t stream) {
+  kfac::SaliencyPointers list{};
+  for (int64_t i = 0; i < group.layers(); ++i) {
+    list.weight[i] = reinterpret_cast<const float*>(pointers.at(i)[0]);
+    list.input[i] = reinterpret_cast<const float*>(pointers.at(i)[1]);
+    list.G[i] = reinterpret_cast<const float*>(pointers.at(i)[2]);
+    list.scores[i] = reinterpret_cast<float*>(pointers.at(i)[3]);
+  }
+  cuda_call("saliency_cuda", device, [&] {
+    return kfac::saliency_cuda(group, reinterpret_cast<const void*>(descriptors), list,
+                               obs ? kfac::Saliency::kObs : kfac::Saliency::kOutgoing,
+                               reinterpret_cast<int32_t*>(flags), reinterpret_cast<cudaStream_t>(stream));
+  });
+}
+#endif
 
 }  // namespace
 
@@ -49,4 +81,14 @@ void register_saliency(py::module_& m) {
     for (const kfac::CompensationProblem& problem : list) infos.push_back(problem.info);
     return infos;
   });
+  py::class_<kfac::SaliencyGroup>(m, "SaliencyGroup")
+      .def(py::init(&saliency_group))
+      .def("descriptors", [](const kfac::SaliencyGroup& group) {
+        return py::bytes(group.descriptors().data(), group.descriptors().size());
+      });
+  m.attr("max_saliency_layers") = kfac::kMaxSaliencyLayers;
+  m.attr("max_saliency_block") = kfac::kSaliencyEdge;
+#ifdef KFAC_WITH_CUDA
+  m.def("saliency_cuda", saliency_cuda, py::call_guard<py::gil_scoped_release>());
+#endif
 }

@@ -21,6 +21,28 @@ class DeviceBlock {
 
   __device__ void sync() const { __syncthreads(); }
 
+  // `value` of the lane whose number differs by these bits; all 32 lanes of the warp call it.
+  template <class T>
+  __device__ T shuffle_xor(T value, int mask) const {
+    return __shfl_xor_sync(0xffffffffu, value, mask);
+  }
+
+  // A barrier among the blocks of a team, all of them resident: returns once `arrived`, zero at first, has been raised
+  // to `target` by one block after the other. What they wrote before is then visible.
+  __device__ void meet(uint32_t* arrived, uint32_t target) const {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      uint32_t now;
+      __threadfence();
+      asm volatile("red.release.gpu.global.add.u32 [%0], 1;\n" ::"l"(arrived) : "memory");
+      do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];\n" : "=r"(now) : "l"(arrived) : "memory");
+      } while (static_cast<int32_t>(now - target) < 0);
+      __threadfence();
+    }
+    __syncthreads();
+  }
+
   // Starts a copy of 16 bytes into shared memory; zeros if not `valid` (`global` is not read then).
   __device__ void copy16(float* shared, const float* global, bool valid) const {
     const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kfac_ext import _C, reference
-from kfac_ext.ops._library import DTYPE_CODES, define, native_device
-from kfac_ext.ops._lists import as_list, check_count, check_squares, row_major
+from kfac_ext import reference
+from kfac_ext.ops._inverse_kernels import pi_amounts_cuda, run_cpu, run_cuda
+from kfac_ext.ops._library import define, native_device
+from kfac_ext.ops._lists import as_list, check_count, check_squares
 
 __all__ = ["damped_inverse", "damped_inverse_ex"]
 
-_OPERATION = "damped_inverse"
+_OPERATION = _FAMILY = "damped_inverse"
 
 
 def _check(matrices: Sequence[Tensor], amounts: Tensor, diagonals: Sequence[Tensor]) -> None:
@@ -33,30 +34,24 @@ def _inverse(
     matrices: list[Tensor], amounts: Tensor, diagonals: list[Tensor], strict: bool
 ) -> tuple[list[Tensor], Tensor]:
     _check(matrices, amounts, diagonals)
-    if native_device(_OPERATION, matrices[0]):
-        inverses, info = _native(matrices, amounts, diagonals)
+    if native_device(_OPERATION, matrices[0], _FAMILY):
+        inverses, info = _run(matrices, amounts, diagonals)
     else:
-        damping = [d.to(m.dtype) for d, m in zip(_per_matrix(amounts, diagonals), matrices)]
-        inverses, info = reference.damped_inverse_ex(matrices, damping)
-    if matrices[0].dtype == torch.float32:
-        _retry_in_double(matrices, _per_matrix(amounts, diagonals), inverses, info)
-    failed = info.nonzero().flatten().tolist() if strict else []
-    if failed:
-        raise torch.linalg.LinAlgError(f"{_OPERATION}: matrices {failed} are not positive definite")
+        inverses, info = _reference(matrices, amounts, diagonals)
+    if strict or matrices[0].is_cpu:  # elsewhere to look at info is to wait
+        failed = _retry_in_double(matrices, amounts, diagonals, inverses, info)
+        if strict and failed:
+            raise torch.linalg.LinAlgError(f"{_OPERATION}: matrices {failed} are not positive definite")
     return inverses, info
 
 
-def _native(matrices: list[Tensor], amounts: Tensor, diagonals: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    rows = [row_major(matrix) for matrix in matrices]
-    inverses = [torch.empty_like(matrix, memory_format=torch.contiguous_format) for matrix in rows]
-    # a diagonal of one dtype with its matrix; address 0 where there is none
-    added = [d.to(m.dtype).contiguous() for d, m in zip(diagonals, rows)] or [amounts.new_empty(0)] * len(rows)
-    problems = [
-        (m.data_ptr(), m.shape[0], m.stride(0), d.data_ptr() if d.numel() else 0, inverse.data_ptr())
-        for m, d, inverse in zip(rows, added, inverses)
-    ]
-    info = _C.damped_inverse_cpu(problems, amounts.tolist(), DTYPE_CODES[rows[0].dtype], torch.get_num_threads())
-    return inverses, torch.tensor(info, dtype=torch.int32)
+def _run(matrices: list[Tensor], amounts: Tensor, diagonals: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    return (run_cpu if matrices[0].is_cpu else run_cuda)(matrices, amounts, diagonals)
+
+
+def _reference(matrices: list[Tensor], amounts: Tensor, diagonals: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    damping = [d.to(m.dtype) for d, m in zip(_per_matrix(amounts, diagonals), matrices)]
+    return reference.damped_inverse_ex(matrices, damping)
 
 
 def _per_matrix(amounts: Tensor, diagonals: Sequence[Tensor]) -> list[Tensor]:
@@ -66,13 +61,21 @@ def _per_matrix(amounts: Tensor, diagonals: Sequence[Tensor]) -> list[Tensor]:
     return [amount + d if d.numel() else amount for amount, d in zip(amounts.unbind(), diagonals)]
 
 
-def _retry_in_double(matrices: list[Tensor], damping: list[Tensor], inverses: list[Tensor], info: Tensor) -> None:
-    """Invert what failed in float32 once more in float64, which bears a condition 1e8 times as large."""
-    for i in info.nonzero().flatten().tolist():
+def _retry_in_double(
+    matrices: list[Tensor], amounts: Tensor, diagonals: list[Tensor], inverses: list[Tensor], info: Tensor
+) -> list[int]:
+    """Invert what failed in float32 once more in float64, which bears a condition 1e8 times as large; what fails."""
+    failed = info.nonzero().flatten().tolist()
+    if not failed or matrices[0].dtype != torch.float32:
+        return failed
+    damping = _per_matrix(amounts, diagonals)
+    for i in failed.copy():
         double, flag = reference.damped_inverse_ex([matrices[i].double()], [damping[i]])
         if not flag.any():
             inverses[i].copy_(double[0])
             info[i] = 0
+            failed.remove(i)
+    return failed
 
 
 def _fake(
@@ -142,16 +145,40 @@ def _checked_pairs(pi: Sequence[tuple[int, int]], count: int) -> list[tuple[int,
     return pairs
 
 
-def _pi_amounts(matrices: list[Tensor], damping: float, pairs: Sequence[tuple[int, int]]) -> Tensor:
-    """Amounts [L] with sqrt(damping) pi for A and sqrt(damping)/pi for G of each pair."""
+def _pi_amounts(matrices: list[Tensor], damping: float, pairs: list[int]) -> Tensor:
+    check_squares(_OPERATION, "matrices", matrices, matrices[0])
+    listed = list(zip(pairs[::2], pairs[1::2]))
+    if not matrices[0].is_cpu and native_device(_OPERATION, matrices[0], _FAMILY):
+        return pi_amounts_cuda(matrices, damping, listed)
     means = torch.stack([matrix.trace() / matrix.shape[0] for matrix in matrices]).double()
     amounts = torch.full_like(means, damping)
-    if pairs:
-        A, G = torch.tensor(pairs, device=means.device).unbind(1)
+    if listed:
+        A, G = torch.tensor(listed, device=means.device).unbind(1)
         ratio = (means[A] / means[G]).sqrt()
         ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
         amounts[A], amounts[G] = damping**0.5 * ratio, damping**0.5 / ratio
     return amounts
+
+
+def _pi_amounts_fake(matrices: list[Tensor], damping: float, pairs: list[int]) -> Tensor:
+    return matrices[0].new_empty(len(matrices), dtype=torch.float64)
+
+
+_pi_op = define("pi_damping(Tensor[] matrices, float damping, int[] pairs) -> Tensor", _pi_amounts, _pi_amounts_fake)
+
+
+def _amounts(
+    matrices: list[Tensor],
+    damping: float | Sequence[float | Tensor] | Tensor,
+    pi: Sequence[tuple[int, int]] | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """What is added to the diagonals: amounts [L], and tensors [n_i] (or [0]) if any was given."""
+    if pi is None:
+        return _split(matrices, damping)
+    amount = _checked_amount("damping, with pi one for all,", damping)  # type: ignore[arg-type]
+    check_squares(_OPERATION, "matrices", matrices, matrices[0])
+    pairs = _checked_pairs(pi, len(matrices))
+    return _pi_op(matrices, amount, [index for pair in pairs for index in pair]), []
 
 
 def damped_inverse_ex(
@@ -167,8 +194,9 @@ def damped_inverse_ex(
 
     Returns:
         The list of inverses, and info [L] int32: 0, or k where the leading minor of order k of M_i + D_i is not
-        positive or not finite; that inverse is NaN then. A float32 matrix that fails is inverted in float64 by
-        torch.linalg before it is given up.
+        positive or not finite; that inverse is NaN then. On the CPU a float32 matrix that fails is inverted in
+        float64 by torch.linalg before it is given up. On a GPU that would mean to wait for `info`: this function does
+        not wait, and leaves the second attempt to `damped_inverse`.
 
     Raises:
         TypeError, ValueError: naming the argument and its place in the list.
@@ -192,13 +220,7 @@ def _inverses(
     symmetric = as_list(_OPERATION, "matrices", matrices)
     if not symmetric:
         return [], torch.zeros(0, dtype=torch.int32)
-    if pi is None:
-        amounts, diagonals = _split(symmetric, damping)
-    else:
-        check_squares(_OPERATION, "matrices", symmetric, symmetric[0])
-        amount = _checked_amount("damping, with pi one for all,", damping)  # type: ignore[arg-type]
-        amounts, diagonals = _pi_amounts(symmetric, amount, _checked_pairs(pi, len(symmetric))), []
-    return _inverse_op(symmetric, amounts, diagonals, strict)
+    return _inverse_op(symmetric, *_amounts(symmetric, damping, pi), strict)
 
 
 def damped_inverse(
@@ -224,7 +246,8 @@ def damped_inverse(
         One new contiguous [n_i, n_i] a matrix.
 
     Raises:
-        torch.linalg.LinAlgError: naming the matrices that are not positive definite.
+        torch.linalg.LinAlgError: naming the matrices that are not positive definite, in float64 either. To know it,
+            this function waits for the device, as `damped_inverse_ex` does not.
         TypeError, ValueError: naming the argument and its place in the list.
 
     Example:

@@ -11,13 +11,13 @@ from torch import Tensor
 from kfac_ext import _C, reference
 from kfac_ext.geometry import ConvGeometry, Pair, accumulator_dtype, conv_geometry
 from kfac_ext.ops._library import DTYPE_CODES, check_floating, define, native_device
-from kfac_ext.ops._lists import as_list, check_count, check_squares, row_major
+from kfac_ext.ops._lists import as_list, check_count, check_squares
+from kfac_ext.ops._power_kernels import Results, empty_results, fits_cuda, run_cpu, run_cuda, to_tensors
 from kfac_ext.reference.power import PowerIteration
 
 __all__ = ["PowerIteration", "covariance_power_iteration", "power_iteration", "power_iteration_"]
 
-_Results = tuple[Tensor, Tensor, Tensor]
-"""eigenvalues, residuals, iterations: each [L]"""
+_FAMILY = "power_iteration"
 
 
 def _check_method(operation: str, tol: float, max_iter: int) -> None:
@@ -40,16 +40,7 @@ def _check_vector(operation: str, name: str, vector: Tensor, n: int, dtype: torc
         raise ValueError(f"{operation}: {name} is not contiguous, its strides are {vector.stride()}")
 
 
-def _tensors(pairs: Sequence[tuple[float, float, int]], like: Tensor) -> _Results:
-    values, residuals, iterations = zip(*pairs)
-    return like.new_tensor(values), like.new_tensor(residuals), like.new_tensor(iterations, dtype=torch.int32)
-
-
-def _empty_results(count: int, like: Tensor) -> _Results:
-    return like.new_empty(count), like.new_empty(count), like.new_empty(count, dtype=torch.int32)
-
-
-def _take_over(result: PowerIteration, vectors: Sequence[Tensor]) -> _Results:
+def _take_over(result: PowerIteration, vectors: Sequence[Tensor]) -> Results:
     for vector, found in zip(vectors, result.eigenvectors):
         vector.copy_(found)
     return result.eigenvalues, result.residuals, result.iterations
@@ -67,19 +58,24 @@ def _check_matrices(matrices: Sequence[Tensor], vectors: Sequence[Tensor]) -> No
         _check_vector(operation, f"vectors[{i}]", vector, matrix.shape[0], dtype, device)
 
 
-def _power(matrices: list[Tensor], vectors: list[Tensor], tol: float, max_iter: int) -> _Results:
+def _power(matrices: list[Tensor], vectors: list[Tensor], tol: float, max_iter: int) -> Results:
     _check_matrices(matrices, vectors)
-    if not native_device("power_iteration", matrices[0]):
+    if not native_device("power_iteration", matrices[0], _FAMILY):
         return _take_over(reference.power_iteration(matrices, vectors, tol=tol, max_iter=max_iter), vectors)
-    rows = [row_major(matrix) for matrix in matrices]
-    problems = [(m.data_ptr(), m.shape[0], m.stride(0), v.data_ptr()) for m, v in zip(rows, vectors)]
-    dtype = DTYPE_CODES[rows[0].dtype]
-    return _tensors(_C.power_iteration_cpu(problems, dtype, tol, max_iter, torch.get_num_threads()), rows[0])
+    return _run(matrices, vectors, tol, max_iter)
 
 
-def _power_fake(matrices: list[Tensor], vectors: list[Tensor], tol: float, max_iter: int) -> _Results:
+def _run(matrices: list[Tensor], vectors: list[Tensor], tol: float, max_iter: int) -> Results:
+    if matrices[0].is_cpu:
+        return run_cpu(matrices, vectors, tol, max_iter)
+    if not fits_cuda(matrices):
+        return _take_over(reference.power_iteration(matrices, vectors, tol=tol, max_iter=max_iter), vectors)
+    return run_cuda(matrices, vectors, tol, max_iter)
+
+
+def _power_fake(matrices: list[Tensor], vectors: list[Tensor], tol: float, max_iter: int) -> Results:
     _check_matrices(matrices, vectors)
-    return _empty_results(len(matrices), matrices[0])
+    return empty_results(len(matrices), matrices[0])
 
 
 _power_op = define(
@@ -133,12 +129,14 @@ def power_iteration(
     2e-6, where the next eigenvalue is not close.
 
     Args:
-        matrices: list of symmetric [n_i, n_i], float32 or float64, of one dtype and device. Only the lower triangle
-            of a large one is read. A matrix whose rows are not contiguous is copied first.
+        matrices: list of symmetric [n_i, n_i], float32 or float64, of one dtype and device. On the CPU only the
+            lower triangle of a large one is read. A matrix whose rows are not contiguous is copied first.
         vectors: where to start, one [n_i] a matrix, of any length; a zero or non-finite one is replaced by the
             default, a fixed vector that no natural eigenvector is orthogonal to.
         tol: bound on the residual |A v - lambda v| / |lambda|.
         max_iter: products A v at most.
+
+    On a GPU, float32 matrices are iterated in one launch, which reads whole matrices and never waits for the host.
 
     Returns:
         PowerIteration: `eigenvalues` [L], `eigenvectors` list of [n_i], `residuals` [L], `iterations` [L] int32. The
@@ -195,7 +193,7 @@ def _covariance(
     bias: bool,
     tol: float,
     max_iter: int,
-) -> _Results:
+) -> Results:
     _check_covariance(x, vector, kernel_size, bias)
     if not native_device("covariance_power_iteration", x):
         image = torch.nn.functional.pad(x, padding) if kernel_size else x
@@ -216,7 +214,7 @@ def _covariance(
         pair = _C.row_covariance_power_iteration_cpu(
             rows.data_ptr(), DTYPE_CODES[x.dtype], [*rows.shape, *rows.stride()], *method
         )
-    return _tensors([pair], vector)
+    return to_tensors([pair], vector)
 
 
 def _covariance_fake(
@@ -229,9 +227,9 @@ def _covariance_fake(
     bias: bool,
     tol: float,
     max_iter: int,
-) -> _Results:
+) -> Results:
     _check_covariance(x, vector, kernel_size, bias)
-    return _empty_results(1, vector)
+    return empty_results(1, vector)
 
 
 _covariance_op = define(

@@ -10,8 +10,11 @@ from torch import Tensor
 from kfac_ext import _C, reference
 from kfac_ext.ops._library import DTYPE_CODES, define, native_device
 from kfac_ext.ops._lists import as_list, check_count, check_matrix, check_square, row_major
+from kfac_ext.ops._saliency_kernels import Layer, fits_cuda, run_cpu, run_cuda
 
 __all__ = ["compensate", "obs_saliency", "outgoing_saliency"]
+
+_FAMILY = "saliency"
 
 # ---- scores ----
 
@@ -42,22 +45,33 @@ def _scores(
     weights: list[Tensor], inputs: list[Tensor], Gs: list[Tensor], blocks: list[int], obs: bool
 ) -> list[Tensor]:
     _check_scores(weights, inputs, Gs, blocks, obs)
-    operation = _operation(obs)
-    if not native_device(operation, weights[0]):
-        return getattr(reference, operation)(weights, inputs, Gs, blocks)
-    rows = [tuple(row_major(matrix) for matrix in layer) for layer in zip(weights, inputs, Gs)]
-    scores = [weight.new_empty(weight.shape[1] // block) for weight, block in zip(weights, blocks)]
-    problems = [
-        (V.data_ptr(), *V.shape, V.stride(0), A.data_ptr(), A.stride(0), G.data_ptr(), G.stride(0), block, s.data_ptr())
-        for (V, A, G), block, s in zip(rows, blocks, scores)
-    ]
-    failed = _C.saliency_cpu(problems, obs, DTYPE_CODES[weights[0].dtype], torch.get_num_threads())
-    for i, neuron in enumerate(failed):
+    layers = list(zip(weights, inputs, Gs, blocks))
+    if not native_device(_operation(obs), weights[0], _FAMILY):
+        return _reference(layers, obs)
+    wide = [i for i, layer in enumerate(layers) if not (layer[0].is_cpu or fits_cuda(layer))]
+    narrow = [i for i in range(len(layers)) if i not in wide]
+    found = dict(zip(wide, _reference([layers[i] for i in wide], obs)))
+    if narrow:
+        scores, failed = _run([layers[i] for i in narrow], obs)
+        _raise_failure(obs, dict(zip(narrow, failed)))
+        found.update(zip(narrow, scores))
+    return [found[i] for i in range(len(layers))]
+
+
+def _reference(layers: list[Layer], obs: bool) -> list[Tensor]:
+    return getattr(reference, _operation(obs))(*zip(*layers)) if layers else []
+
+
+def _run(layers: list[Layer], obs: bool) -> tuple[list[Tensor], list[int]]:
+    return (run_cpu if layers[0][0].is_cpu else run_cuda)(layers, obs)
+
+
+def _raise_failure(obs: bool, failed: dict[int, int]) -> None:
+    for i, neuron in failed.items():
         if neuron >= 0:
             raise torch.linalg.LinAlgError(
-                f"{operation}: the block of neuron {neuron} in inverses[{i}] is not positive definite"
+                f"{_operation(obs)}: the block of neuron {neuron} in inverses[{i}] is not positive definite"
             )
-    return scores
 
 
 def _scores_fake(
@@ -181,7 +195,8 @@ def _kept_columns(i: int, index: Tensor, columns: int) -> Tensor:
 def _compensate(weights: list[Tensor], inverses: list[Tensor], gone: list[Tensor]) -> list[Tensor]:
     _check_compensate(weights, inverses, gone)
     kept = [_kept_columns(i, index, weight.shape[1]) for i, (weight, index) in enumerate(zip(weights, gone))]
-    if not native_device("compensate", weights[0]):
+    # it happens once in a removal, and is a solve and two products: what torch has for GPUs
+    if not (weights[0].is_cpu and native_device("compensate", weights[0])):
         return reference.compensate(weights, inverses, gone)
     rows = [(row_major(weight), row_major(inverse)) for weight, inverse in zip(weights, inverses)]
     lost = [index.contiguous() for index in gone]

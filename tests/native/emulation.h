@@ -5,6 +5,10 @@
 #include "../../csrc/cuda/covariance_lanes.cuh"
 #include "../../csrc/cuda/covariance_pack.cuh"
 #include "../../csrc/cuda/covariance_tiles.cuh"
+#include "../../csrc/cuda/inverse_sweep.cuh"
+#include "../../csrc/cuda/inverse_tiles.cuh"
+#include "../../csrc/cuda/power_iteration.cuh"
+#include "../../csrc/cuda/saliency.cuh"
 #include "simulated_block.h"
 
 inline void emulate_covariance(const kfac::CovarianceGroup& group, const void* descriptors, float* workspace,
@@ -24,4 +28,56 @@ inline void emulate_covariance(const kfac::CovarianceGroup& group, const void* d
   launch(kLineSharedBytes, [&](Block& b) { covariance_lanes(b, s.lanes, workspace); });
   launch(0, [&](Block& b) { covariance_reduce(b, s.reduce, workspace); });
   launch(kExpandSharedBytes, [&](Block& b) { covariance_expand(b, s, outs, workspace); });
+}
+
+inline void emulate_power_iteration(const kfac::PowerGroup& group, const void* descriptors, float* workspace,
+                                    const kfac::PowerPointers& pointers, const kfac::PowerMethod& method,
+                                    const kfac::PowerResults& results, simulated::Order order) {
+  const kfac::PowerSchedule s = group.schedule(descriptors);
+  if (s.blocks == 0) return;
+  memset(workspace, 0, size_t(group.barrier_bytes()));
+  const simulated::Schedule how{order, simulated::Copies::kLate, s.blocks, true};
+  simulated::run(kfac::kPowerThreads, s.shared_floats * int64_t(sizeof(float)), how,
+                 [&](simulated::Block& b) { kfac::power_iteration(b, s, pointers, method, workspace, results); });
+}
+
+inline void emulate_inverse(const kfac::InverseGroup& group, const void* descriptors, float* workspace,
+                            const kfac::InversePointers& pointers, const kfac::InverseArguments& arguments,
+                            const simulated::Schedule& how) {
+  using namespace kfac;
+  using simulated::Block;
+  const auto launch = [&](int64_t shared, const std::function<void(Block&)>& body) {
+    simulated::run(kInverseThreads, shared, how, body);
+  };
+  const InverseSchedule s = group.schedule(descriptors);
+  launch(kSweepSharedBytes, [&](Block& b) { inverse_small(b, s, pointers, arguments); });
+  const JobList<InverseJob> all = group.large(descriptors, InverseStep::kTriangle, 0);
+  launch(0, [&](Block& b) { inverse_begin(b, all, pointers, arguments); });
+  for (int32_t level = 0; level < group.levels(); ++level) {
+    const auto tiles = [&](InverseStep step) { return group.large(descriptors, step, level); };
+    const JobList<InverseJob> pivot = tiles(InverseStep::kPivot), panel = tiles(InverseStep::kPanel);
+    const JobList<InverseJob> update = tiles(InverseStep::kUpdate);
+    launch(kMirrorSharedBytes, [&](Block& b) { inverse_pivot(b, pivot, level, pointers, arguments, workspace); });
+    launch(kProductSharedBytes, [&](Block& b) { inverse_panel(b, panel, level, pointers, arguments, workspace); });
+    launch(kProductSharedBytes, [&](Block& b) { inverse_update(b, update, level, pointers, arguments, workspace); });
+  }
+  launch(kMirrorSharedBytes, [&](Block& b) { inverse_finish(b, all, pointers, arguments); });
+}
+
+inline void emulate_pi_damping(const kfac::PiPairs& pairs, double damping, double* amounts) {
+  simulated::run(kfac::kInverseThreads, kfac::kPiSharedBytes, {},
+                 [&](simulated::Block& b) { kfac::pi_damping(b, pairs, damping, amounts); });
+}
+
+inline void emulate_saliency(const kfac::SaliencyGroup& group, const void* descriptors,
+                             const kfac::SaliencyPointers& pointers, kfac::Saliency kind, int32_t* flags,
+                             const simulated::Schedule& how) {
+  const kfac::JobList<kfac::SaliencyJob> list = group.schedule(descriptors);
+  simulated::run(kfac::kSaliencyThreads, kfac::kSaliencySharedBytes, how, [&](simulated::Block& b) {
+    if (kind == kfac::Saliency::kObs) {
+      kfac::saliency<kfac::Saliency::kObs>(b, list, pointers, flags);
+    } else {
+      kfac::saliency<kfac::Saliency::kOutgoing>(b, list, pointers, flags);
+    }
+  });
 }

@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <utility>
+
 #include "emulation.h"
 
 namespace py = pybind11;
@@ -21,5 +24,50 @@ PYBIND11_MODULE(kfac_emulation, m) {
     }
     emulate_covariance(group, reinterpret_cast<const void*>(descriptors), reinterpret_cast<float*>(workspace), sources,
                        targets, {});
+  });
+  // a device of 5 blocks with 48 KB each
+  m.def("power_iteration_device", [](int) { return std::pair<int, int>(5, 48 << 10); });
+  m.def("power_iteration_cuda", [](const kfac::PowerGroup& group, uintptr_t descriptors, uintptr_t workspace,
+                                   const std::vector<uintptr_t>& matrices, const std::vector<uintptr_t>& vectors,
+                                   double tol, int max_iter, const std::array<uintptr_t, 3>& results, int, uintptr_t) {
+    kfac::PowerPointers pointers{};
+    for (int64_t i = 0; i < group.matrices(); ++i) {
+      pointers.matrix[i] = reinterpret_cast<const float*>(matrices.at(i));
+      pointers.vector[i] = reinterpret_cast<float*>(vectors.at(i));
+    }
+    emulate_power_iteration(group, reinterpret_cast<const void*>(descriptors), reinterpret_cast<float*>(workspace),
+                            pointers, {tol, max_iter},
+                            {reinterpret_cast<float*>(results[0]), reinterpret_cast<float*>(results[1]),
+                             reinterpret_cast<int32_t*>(results[2])},
+                            simulated::Order::kForward);
+  });
+  m.def("damped_inverse_cuda",
+        [](const kfac::InverseGroup& group, uintptr_t descriptors, uintptr_t workspace,
+           const std::vector<std::array<uintptr_t, 3>>& pointers, uintptr_t amounts, uintptr_t info, int, uintptr_t) {
+          kfac::InversePointers list{};
+          for (int64_t i = 0; i < group.matrices(); ++i) {
+            list.matrix[i] = reinterpret_cast<const float*>(pointers.at(i)[0]);
+            list.diagonal[i] = reinterpret_cast<const float*>(pointers.at(i)[1]);
+            list.inverse[i] = reinterpret_cast<float*>(pointers.at(i)[2]);
+          }
+          emulate_inverse(group, reinterpret_cast<const void*>(descriptors), reinterpret_cast<float*>(workspace), list,
+                          {reinterpret_cast<const double*>(amounts), reinterpret_cast<int32_t*>(info)}, {});
+        });
+  m.def("pi_damping_cuda",
+        [](const std::vector<std::array<int64_t, 8>>& pairs, double damping, uintptr_t amounts, int, uintptr_t) {
+          emulate_pi_damping(kfac::pi_pairs(pairs), damping, reinterpret_cast<double*>(amounts));
+        });
+  m.def("saliency_cuda", [](const kfac::SaliencyGroup& group, uintptr_t descriptors,
+                            const std::vector<std::array<uintptr_t, 4>>& pointers, bool obs, uintptr_t flags, int,
+                            uintptr_t) {
+    kfac::SaliencyPointers list{};
+    for (int64_t i = 0; i < group.layers(); ++i) {
+      list.weight[i] = reinterpret_cast<const float*>(pointers.at(i)[0]);
+      list.input[i] = reinterpret_cast<const float*>(pointers.at(i)[1]);
+      list.G[i] = reinterpret_cast<const float*>(pointers.at(i)[2]);
+      list.scores[i] = reinterpret_cast<float*>(pointers.at(i)[3]);
+    }
+    emulate_saliency(group, reinterpret_cast<const void*>(descriptors), list,
+                     obs ? kfac::Saliency::kObs : kfac::Saliency::kOutgoing, reinterpret_cast<int32_t*>(flags), {});
   });
 }

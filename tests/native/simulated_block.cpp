@@ -67,43 +67,66 @@ void multiply(const MmaOperands (&lanes)[32]) {
 class Simulation {
  public:
   Simulation(int threads, int64_t shared_bytes, const Schedule& schedule, const std::function<void(Block&)>& body)
-      : schedule(schedule), shared(shared_bytes / sizeof(float)), body_(body), fibers_(threads), warps_(threads / 32) {}
+      : schedule(schedule),
+        threads_(threads),
+        body_(body),
+        states_(schedule.together ? schedule.blocks : 1),
+        fibers_(states_.size() * threads),
+        warps_(fibers_.size() / 32) {
+    for (State& state : states_) state.shared.resize(shared_bytes / sizeof(float));
+  }
 
-  void run_block(int index) {
-    block_index = index;
-    shared.assign(shared.size(), std::numeric_limits<float>::quiet_NaN());
-    arrived_ = done_ = 0;
-    for (size_t t = 0; t < fibers_.size(); ++t) start(int(t));
-    current_ = schedule.order == Order::kForward ? 0 : int(fibers_.size()) - 1;
-    if (_setjmp(home_) == 0) resume(current_);
+  void run_all() {
+    for (int first = 0; first < schedule.blocks; first += int(states_.size())) run_from(first);
   }
 
   void barrier() {
-    Fiber& fiber = fibers_[current_];
-    if (++arrived_ == int(fibers_.size())) {
-      arrived_ = 0;
-      for (Fiber& other : fibers_) other.waiting = false;
+    const int place = current_ / threads_;
+    if (++states_[place].arrived == threads_) {
+      states_[place].arrived = 0;
+      for (int t = 0; t < threads_; ++t) fibers_[place * threads_ + t].waiting = false;
     } else {
-      fiber.waiting = true;
+      fibers_[current_].waiting = true;
     }
     next();
   }
 
   void warp_mma(const MmaOperands& operands) {
-    Warp& warp = warps_[current_ / 32];
-    warp.lanes[current_ % 32] = operands;
-    if (++warp.arrived < 32) {
-      fibers_[current_].waiting = true;
-      return next();
-    }
-    warp.arrived = 0;
-    multiply(warp.lanes);
-    for (int lane = 0; lane < 32; ++lane) fibers_[current_ / 32 * 32 + lane].waiting = false;
+    warps_[current_ / 32].lanes[current_ % 32] = operands;
+    if (warp_arrives()) multiply(warps_[current_ / 32].lanes);
+    warp_leaves();
   }
 
+  double shuffle_xor(double value, int mask) {
+    Warp& warp = warps_[current_ / 32];
+    warp.given[current_ % 32] = value;
+    if (warp_arrives()) {
+      for (int lane = 0; lane < 32; ++lane) fibers_[current_ / 32 * 32 + lane].received = warp.given[lane ^ mask];
+    }
+    warp_leaves();
+    return fibers_[current_].received;
+  }
+
+  void meet(uint32_t* arrived, uint32_t target) {
+    constexpr int64_t kPatience = 100000000;
+    barrier();
+    if (current_ % threads_ == 0) {
+      ++*arrived;
+      for (int64_t waited = 0; int32_t(*arrived - target) < 0; ++waited) {
+        if (waited == kPatience) std::abort();  // a block of the team never comes
+        next();
+      }
+    }
+    barrier();
+  }
+
+  struct State {
+    int index = 0, arrived = 0;
+    std::vector<float> shared;
+  };
+  State& state(int place) { return states_[place]; }
+
   const Schedule schedule;
-  std::vector<float> shared;
-  int block_index = 0;
 
  private:
   struct Fiber {
@@ -111,11 +134,13 @@ class Simulation {
     std::unique_ptr<char[]> stack;
     ucontext_t context;
     jmp_buf place;
+    double received;
     bool started, waiting, done;
   };
   struct Warp {
     int arrived = 0;
     MmaOperands lanes[32];
+    double given[32];
   };
 
   static void enter() {
@@ -124,11 +149,27 @@ class Simulation {
     self->finish();
   }
 
-  void start(int thread) {
-    Fiber& fiber = fibers_[thread];
+  void run_from(int first) {
+    for (size_t place = 0; place < states_.size(); ++place) begin(int(place), first + int(place));
+    done_ = 0;
+    current_ = schedule.order == Order::kForward ? 0 : int(fibers_.size()) - 1;
+    if (_setjmp(home_) == 0) resume(current_);
+  }
+
+  void begin(int place, int index) {
+    State& state = states_[place];
+    state.index = index;
+    state.arrived = 0;
+    state.shared.assign(state.shared.size(), std::numeric_limits<float>::quiet_NaN());
+    for (int t = 0; t < threads_; ++t) start(place, t);
+  }
+
+  void start(int place, int thread) {
+    Fiber& fiber = fibers_[place * threads_ + thread];
     fiber.block = Block();
     fiber.block.simulation_ = this;
     fiber.block.thread_ = thread;
+    fiber.block.place_ = place;
     fiber.started = fiber.waiting = fiber.done = false;
     if (!fiber.stack) fiber.stack.reset(new char[kStackBytes]);
     getcontext(&fiber.context);
@@ -138,9 +179,23 @@ class Simulation {
     makecontext(&fiber.context, enter, 0);
   }
 
-  void resume(int thread) {
-    current_ = thread;
-    Fiber& fiber = fibers_[thread];
+  // Whether the current lane is the last of its warp.
+  bool warp_arrives() {
+    fibers_[current_].waiting = true;
+    return ++warps_[current_ / 32].arrived == 32;
+  }
+
+  // The last lane to arrive sets the others free; they wait until then.
+  void warp_leaves() {
+    Warp& warp = warps_[current_ / 32];
+    if (warp.arrived < 32) return next();
+    warp.arrived = 0;
+    for (int lane = 0; lane < 32; ++lane) fibers_[current_ / 32 * 32 + lane].waiting = false;
+  }
+
+  void resume(int fiber_number) {
+    current_ = fiber_number;
+    Fiber& fiber = fibers_[fiber_number];
     if (fiber.started) _longjmp(fiber.place, 1);
     fiber.started = true;
     running_ = this;
@@ -155,9 +210,9 @@ class Simulation {
   [[noreturn]] void leave() {
     const int count = int(fibers_.size()), step = schedule.order == Order::kForward ? 1 : count - 1;
     for (int i = 1; i <= count; ++i) {
-      const int thread = int((int64_t(current_) + int64_t(i) * step) % count);
-      if (!fibers_[thread].waiting && !fibers_[thread].done) {
-        resume(thread);
+      const int number = int((int64_t(current_) + int64_t(i) * step) % count);
+      if (!fibers_[number].waiting && !fibers_[number].done) {
+        resume(number);
       }
     }
     std::abort();  // every thread waits: a barrier that not all threads reach
@@ -170,26 +225,37 @@ class Simulation {
   }
 
   static Simulation* running_;
+  const int threads_;
   const std::function<void(Block&)>& body_;
+  std::vector<State> states_;
   std::vector<Fiber> fibers_;
   std::vector<Warp> warps_;
   jmp_buf home_;
-  int current_ = 0, arrived_ = 0, done_ = 0;
+  int current_ = 0, done_ = 0;
 };
 
 Simulation* Simulation::running_ = nullptr;
 
 int Block::index() const {
-  return simulation_->block_index;
+  return simulation_->state(place_).index;
 }
 int Block::count() const {
   return simulation_->schedule.blocks;
 }
 float* Block::shared() const {
-  return simulation_->shared.data();
+  return simulation_->state(place_).shared.data();
 }
 void Block::sync() {
   simulation_->barrier();
+}
+float Block::shuffle_xor(float value, int mask) {
+  return float(simulation_->shuffle_xor(value, mask));
+}
+double Block::shuffle_xor(double value, int mask) {
+  return simulation_->shuffle_xor(value, mask);
+}
+void Block::meet(uint32_t* arrived, uint32_t target) {
+  simulation_->meet(arrived, target);
 }
 
 void Block::copy16(float* to, const float* from, bool valid) {
@@ -222,8 +288,7 @@ void Block::mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 }
 
 void run(int threads, int64_t shared_bytes, const Schedule& schedule, const std::function<void(Block&)>& body) {
-  Simulation simulation(threads, shared_bytes, schedule, body);
-  for (int block = 0; block < schedule.blocks; ++block) simulation.run_block(block);
+  Simulation(threads, shared_bytes, schedule, body).run_all();
 }
 
 }  // namespace simulated

@@ -5,8 +5,10 @@
 // decreasing order of threads. Asynchronous copies land at once or as late as a wait allows. A kernel without races
 // gives the same bits whichever is chosen. Shared memory is filled with NaN before each block.
 //
+// Blocks run one after the other, unless the kernel's blocks meet: then all at once.
+//
 // A kernel's body is a function template over Block with thread(), index(), count(), shared(), sync(), copy16(),
-// commit(), wait<n>() and mma(); csrc/cuda/device_block.cuh is the real one.
+// commit(), wait<n>(), mma(), shuffle_xor() and meet(); csrc/cuda/device_block.cuh is the real one.
 #pragma once
 
 #include <csetjmp>
@@ -24,6 +26,7 @@ struct Schedule {
   Order order = Order::kForward;
   Copies copies = Copies::kLate;
   int blocks = 3;  // few, so that each takes several tiles
+  bool together = false;
 };
 
 class Simulation;
@@ -43,6 +46,10 @@ class Block {
   }
   // d += a b: mma.sync.m16n8k8 on tf32
   void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+  float shuffle_xor(float value, int mask);
+  double shuffle_xor(double value, int mask);
+  // only where blocks run together
+  void meet(uint32_t* arrived, uint32_t target);
 
  private:
   friend class Simulation;
@@ -54,7 +61,7 @@ class Block {
   void land(int pending);
 
   Simulation* simulation_ = nullptr;
-  int thread_ = 0;
+  int thread_ = 0, place_ = 0;             // place: among the blocks that run at once
   std::vector<std::vector<Copy>> groups_;  // committed and not yet landed
   std::vector<Copy> open_;
 };

@@ -254,3 +254,8 @@ def test_lesser_instruction_sets(simd):
     run = subprocess.run([sys.executable, "-c", SMOKE], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split()[-1] in ("baseline", simd)
+
+
+def test_opcheck_pi():
+    matrices = [spd(4), spd(9), spd(5)]
+    torch.library.opcheck(torch.ops.kfac_ext.pi_damping.default, (matrices, 0.1, [0, 2]))

@@ -1,0 +1,284 @@
+// The steps of inverting large matrices by tiles; what they compute: kfac/inverse_group.h
+#pragma once
+
+#include "covariance_tiles.cuh"
+#include "inverse_sweep.cuh"
+
+namespace kfac {
+
+using InverseShape128 = TileShape<kInverseEdge>;
+constexpr int kProductSharedBytes = 4 * InverseShape128::kSharedFloats;
+constexpr int kMirrorEdge = 32, kMirrorPitch = kMirrorEdge + 1;
+constexpr int kMirrorSharedBytes = 4 * kMirrorEdge * kMirrorPitch;
+static_assert(kMirrorSharedBytes >= kSweepSharedBytes, "the pivot step uses either");
+static_assert(kInverseThreads == kBlockThreads, "both kinds of tile are a block's");
+
+// Where a job's panels lie: L^-1, and X [k][row] and Y [j][row], transposed so that rows of the matrix run along
+// memory.
+struct InversePanels {
+  FactorInverse factor;
+  float *X, *Y;
+  int32_t pitch;  // of X and Y
+};
+
+KFAC_DEVICE InversePanels inverse_panels(const InverseJob& job, float* workspace) {
+  constexpr int kSquare = kInverseEdge * kInverseEdge;
+  float* const rows = workspace + job.panels;
+  float* const X = rows + 2 * kSquare;
+  return {{rows, rows + kSquare}, X, X + int64_t(kSquare) * job.tiles, job.tiles * kInverseEdge};
+}
+
+// body(job, tile of the job) for every tile of the list that falls to this block.
+template <class Block, class Body>
+KFAC_DEVICE void for_each_tile(Block& block, const JobList<InverseJob>& list, const Body& body) {
+  int32_t number = 0;
+  for (int32_t tile = block.index(); tile < list.tiles; tile += block.count()) {
+    number = job_of_tile(list.first, number, tile);
+    body(list.jobs[number], tile - list.first[number]);
+  }
+}
+
+// ---- begin ---------------------------------------------------------------------------------------------------------
+
+template <class Block>
+KFAC_DEVICE void inverse_begin(Block& block, const JobList<InverseJob>& list, const InversePointers& pointers,
+                               const InverseArguments& arguments) {
+  for_each_tile(block, list, [&](const InverseJob& job, int32_t tile) {
+    const TilePair at = tile_pair(tile, job.tiles, true);
+    const float* const matrix = pointers.matrix[job.place];
+    float* const out = pointers.inverse[job.place];
+    const Damping damping = damping_of(job, pointers, arguments);
+    for (int32_t line = block.thread() / 32; line < kInverseEdge; line += kInverseThreads / 32) {
+      const int32_t row = at.i * kInverseEdge + line, end = smaller(row, at.j * kInverseEdge + kInverseEdge - 1);
+      if (row >= job.n) break;
+      for (int32_t column = at.j * kInverseEdge + block.thread() % 32; column <= end; column += 32) {
+        const float value = matrix[row * job.stride + column];
+        out[int64_t(row) * job.n + column] = row == column ? value + damping_at(damping, row) : value;
+      }
+    }
+    if (tile == 0 && block.thread() == 0) arguments.info[job.place] = 0;
+  });
+}
+
+// ---- pivot ---------------------------------------------------------------------------------------------------------
+
+// L^-1 of A_KK = L L^T, with rows of zeros beyond the matrix; A_KK <- -(A_KK)^-1
+template <class Block>
+KFAC_DEVICE void sweep_pivot(Block& block, const InverseJob& job, int32_t level, float* out,
+                             const FactorInverse& factor, int32_t* info) {
+  if (*info != 0) return;  // the same for all threads: this block alone writes it, after barriers of the sweep
+  const int32_t first = level * kInverseEdge, size = smaller(kInverseEdge, job.n - first);
+  float* const corner = out + int64_t(first) * (job.n + 1);
+  const InverseJob own{job.n, size, 0, 0, 0};
+  SweepTile<kSweepPer> tile;
+  load_tile(block, own, corner, Damping{0.0f, nullptr}, tile);
+  for (int32_t at = block.thread(); at < (kInverseEdge - size) * kInverseEdge; at += kInverseThreads) {
+    const int32_t row = size + at / kInverseEdge, column = at % kInverseEdge;
+    factor.rows[row * kInverseEdge + column] = factor.columns[column * kInverseEdge + row] = 0.0f;
+  }
+  block.sync();  // the rows may still be read
+  const int32_t failed = sweep(block, block.shared(), size, tile, factor);
+  KFAC_UNROLL
+  for (int i = 0; i < kSweepPer; ++i) {
+    KFAC_UNROLL
+    for (int j = 0; j < kSweepPer; ++j) {
+      const int32_t row = sweep_row(block.thread(), i), column = sweep_column(block.thread(), j);
+      if (row < size && column <= row) corner[int64_t(row) * job.n + column] = tile.a[i][j];
+    }
+  }
+  if (failed && block.thread() == 0) *info = first + failed;
+}
+
+// X[k][rows of the tile] <- A_iK, zero beyond the matrix; above the pivot's row of tiles it is stored as (A_Ki)^T.
+template <class Block>
+KFAC_DEVICE void gather_panel(Block& block, const InverseJob& job, int32_t level, int32_t tile, const float* out,
+                              const InversePanels& panels) {
+  const int32_t lane = block.thread() % 32, warp = block.thread() / 32, first = level * kInverseEdge;
+  const int32_t base = tile * kInverseEdge;
+  if (tile < level) {
+    for (int32_t k = warp; k < kInverseEdge; k += kInverseThreads / 32) {
+      for (int32_t i = lane; i < kInverseEdge; i += 32) {
+        panels.X[int64_t(k) * panels.pitch + base + i] =
+            first + k < job.n ? out[int64_t(first + k) * job.n + base + i] : 0.0f;
+      }
+    }
+    return;
+  }
+  float* const square = block.shared();  // [kMirrorEdge][kMirrorPitch]
+  for (int32_t part = 0; part < kInverseEdge * kInverseEdge; part += kMirrorEdge * kMirrorEdge) {
+    const int32_t i0 = part / kInverseEdge / kMirrorEdge * kMirrorEdge, k0 = part / kMirrorEdge % kInverseEdge;
+    block.sync();
+    for (int32_t i = warp; i < kMirrorEdge; i += kInverseThreads / 32) {
+      const int32_t row = base + i0 + i;
+      square[i * kMirrorPitch + lane] = row < job.n ? out[int64_t(row) * job.n + first + k0 + lane] : 0.0f;
+    }
+    block.sync();
+    for (int32_t k = warp; k < kMirrorEdge; k += kInverseThreads / 32) {
+      panels.X[int64_t(k0 + k) * panels.pitch + base + i0 + lane] = square[lane * kMirrorPitch + k];
+    }
+  }
+}
+
+template <class Block>
+KFAC_DEVICE void inverse_pivot(Block& block, const JobList<InverseJob>& list, int32_t level,
+                               const InversePointers& pointers, const InverseArguments& arguments, float* workspace) {
+  for_each_tile(block, list, [&](const InverseJob& job, int32_t tile) {
+    const InversePanels panels = inverse_panels(job, workspace);
+    float* const out = pointers.inverse[job.place];
+    if (tile == level) {
+      sweep_pivot(block, job, level, out, panels.factor, arguments.info + job.place);
+    } else {
+      gather_panel(block, job, level, tile, out, panels);
+    }
+  });
+}
+
+// ---- panel and update ----------------------------------------------------------------------------------------------
+
+// Rows of `left` and `right` [kInverseEdge][...], kInverseEdge columns of each, into a stage of shared memory.
+template <class Block>
+KFAC_DEVICE void load_product_stage(Block& block, const float* left, int32_t left_pitch, const float* right,
+                                    int32_t right_pitch, int32_t stage, float* to) {
+  constexpr int kVectors = kInverseEdge / 4, kRowsAtOnce = kBlockThreads / kVectors;
+  constexpr int kPitch = InverseShape128::kPitch, kRows = InverseShape128::kStageRows;
+  const int32_t column = block.thread() % kVectors * 4;
+  KFAC_UNROLL
+  for (int pass = 0; pass < kRows / kRowsAtOnce; ++pass) {
+    const int32_t line = pass * kRowsAtOnce + block.thread() / kVectors, row = stage * kRows + line;
+    block.copy16(to + line * kPitch + column, left + int64_t(row) * left_pitch + column, true);
+    block.copy16(to + (kRows + line) * kPitch + column, right + int64_t(row) * right_pitch + column, true);
+  }
+}
+
+// left^T right, [kInverseEdge][kInverseEdge] each, as exact as a float32 product; in shared memory with pitch
+// InverseShape128::kPitch on return.
+template <class Block>
+KFAC_DEVICE void multiply_tile(Block& block, const float* left, int32_t left_pitch, const float* right,
+                               int32_t right_pitch) {
+  using Shape = InverseShape128;
+  constexpr int kAll = kInverseEdge / Shape::kStageRows;
+  float* const shared = block.shared();
+  float sums[Shape::kMmaM][Shape::kMmaN][4] = {};
+  block.sync();  // the tile before may still be read
+  KFAC_UNROLL
+  for (int stage = 0; stage < Shape::kStages - 1; ++stage) {
+    load_product_stage(block, left, left_pitch, right, right_pitch, stage, shared + stage * Shape::kStageFloats);
+    block.commit();
+  }
+  for (int stage = 0; stage < kAll; ++stage) {
+    block.template wait<Shape::kStages - 2>();
+    block.sync();  // everyone's copies are here, and everyone is done with the stage before
+    const int next = stage + Shape::kStages - 1;
+    if (next < kAll) {
+      load_product_stage(block, left, left_pitch, right, right_pitch, next,
+                         shared + next % Shape::kStages * Shape::kStageFloats);
+    }
+    block.commit();
+    multiply_stage<MmaMode::kSplit, Shape>(block, shared + stage % Shape::kStages * Shape::kStageFloats, sums);
+  }
+  block.template wait<0>();
+  block.sync();
+  const WarpPlace<Shape> place = warp_place<Shape>(block.thread() / 32);
+  const MmaLane lane = mma_lane(block.thread() % 32);
+  KFAC_UNROLL
+  for (int i = 0; i < Shape::kMmaM; ++i) {
+    KFAC_UNROLL
+    for (int j = 0; j < Shape::kMmaN; ++j) {
+      KFAC_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        const int32_t row = place.row + i * 16 + mma_d_row(lane, e);
+        shared[row * Shape::kPitch + place.column + j * 8 + mma_d_column(lane, e)] = sums[i][j][e];
+      }
+    }
+  }
+  block.sync();
+}
+
+// Y_i <- X_i L^-T, A_iK <- Y_i L^-1. A tile number leaves out the pivot's.
+template <class Block>
+KFAC_DEVICE void inverse_panel(Block& block, const JobList<InverseJob>& list, int32_t level,
+                               const InversePointers& pointers, const InverseArguments& arguments, float* workspace) {
+  for_each_tile(block, list, [&](const InverseJob& job, int32_t number) {
+    if (arguments.info[job.place] != 0) return;
+    const int32_t tile = number + (number >= level), base = tile * kInverseEdge, first = level * kInverseEdge;
+    const InversePanels panels = inverse_panels(job, workspace);
+    float* const out = pointers.inverse[job.place];
+    const float* const result = block.shared();  // [k][row]
+    multiply_tile(block, panels.factor.columns, kInverseEdge, panels.X + base, panels.pitch);
+    for (int32_t at = block.thread(); at < kInverseEdge * kInverseEdge; at += kInverseThreads) {
+      const int32_t k = at / kInverseEdge, row = at % kInverseEdge;
+      panels.Y[int64_t(k) * panels.pitch + base + row] = result[k * InverseShape128::kPitch + row];
+    }
+    multiply_tile(block, panels.factor.rows, kInverseEdge, panels.Y + base, panels.pitch);
+    for (int32_t at = block.thread(); at < kInverseEdge * kInverseEdge; at += kInverseThreads) {
+      const int32_t high = at / kInverseEdge, low = at % kInverseEdge;
+      if (tile < level) {  // as (A_Ki)^T
+        if (first + high >= job.n) continue;
+        out[int64_t(first + high) * job.n + base + low] = result[high * InverseShape128::kPitch + low];
+      } else if (base + high < job.n) {
+        out[int64_t(base + high) * job.n + first + low] = result[low * InverseShape128::kPitch + high];
+      }
+    }
+  });
+}
+
+// A_ij <- A_ij - Y_i Y_j^T
+template <class Block>
+KFAC_DEVICE void inverse_update(Block& block, const JobList<InverseJob>& list, int32_t level,
+                                const InversePointers& pointers, const InverseArguments& arguments, float* workspace) {
+  for_each_tile(block, list, [&](const InverseJob& job, int32_t number) {
+    if (arguments.info[job.place] != 0) return;
+    const TilePair pair = tile_pair(number, job.tiles - 1, true);
+    const int32_t rows = (pair.i + (pair.i >= level)) * kInverseEdge;
+    const int32_t columns = (pair.j + (pair.j >= level)) * kInverseEdge;
+    const InversePanels panels = inverse_panels(job, workspace);
+    multiply_tile(block, panels.Y + rows, panels.pitch, panels.Y + columns, panels.pitch);
+    float* const out = pointers.inverse[job.place];
+    for (int32_t at = block.thread(); at < kInverseEdge * kInverseEdge; at += kInverseThreads) {
+      const int32_t row = rows + at / kInverseEdge, column = columns + at % kInverseEdge;
+      if (row >= job.n || column > row) continue;
+      out[int64_t(row) * job.n + column] -=
+          block.shared()[at / kInverseEdge * InverseShape128::kPitch + at % kInverseEdge];
+    }
+  });
+}
+
+// ---- finish --------------------------------------------------------------------------------------------------------
+
+// A square of kMirrorEdge at or below the diagonal: out <- -A there and at its mirror image.
+template <class Block>
+KFAC_DEVICE void mirror_square(Block& block, int32_t n, int32_t row0, int32_t column0, bool failed, float* out) {
+  float* const square = block.shared();
+  const int32_t lane = block.thread() % 32;
+  block.sync();
+  for (int32_t line = block.thread() / 32; line < kMirrorEdge; line += kInverseThreads / 32) {
+    const int32_t row = row0 + line, column = column0 + lane;
+    if (row >= n || column > row) continue;
+    float& entry = out[int64_t(row) * n + column];
+    const float value = failed ? bits_float(0x7fc00000u) : -entry;
+    entry = square[line * kMirrorPitch + lane] = value;
+  }
+  block.sync();
+  for (int32_t line = block.thread() / 32; line < kMirrorEdge; line += kInverseThreads / 32) {
+    const int32_t row = row0 + lane, column = column0 + line;
+    if (row >= n || column >= row) continue;
+    out[int64_t(column) * n + row] = square[lane * kMirrorPitch + line];
+  }
+}
+
+template <class Block>
+KFAC_DEVICE void inverse_finish(Block& block, const JobList<InverseJob>& list, const InversePointers& pointers,
+                                const InverseArguments& arguments) {
+  for_each_tile(block, list, [&](const InverseJob& job, int32_t tile) {
+    const TilePair at = tile_pair(tile, job.tiles, true);
+    const bool failed = arguments.info[job.place] != 0;
+    constexpr int kSquares = kInverseEdge / kMirrorEdge;
+    for (int32_t square = 0; square < kSquares * kSquares; ++square) {
+      const int32_t row = at.i * kInverseEdge + square / kSquares * kMirrorEdge;
+      const int32_t column = at.j * kInverseEdge + square % kSquares * kMirrorEdge;
+      if (row < job.n && column <= row) mirror_square(block, job.n, row, column, failed, pointers.inverse[job.place]);
+    }
+  });
+}
+
+}  // namespace kfac

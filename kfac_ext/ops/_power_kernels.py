@@ -1,0 +1,97 @@
+"""Power iteration kernels, called on problems that are already checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from kfac_ext import _C, reference
+from kfac_ext.ops._cuda import register_family
+from kfac_ext.ops._launch import descriptors_on, stream_of, workspace_on
+from kfac_ext.ops._library import DTYPE_CODES
+from kfac_ext.ops._lists import row_major
+
+Results = tuple[Tensor, Tensor, Tensor]
+"""eigenvalues, residuals, iterations: each [L]"""
+
+
+def to_tensors(pairs: Sequence[tuple[float, float, int]], like: Tensor) -> Results:
+    """Results that were found on the host."""
+    values, residuals, iterations = zip(*pairs)
+    return like.new_tensor(values), like.new_tensor(residuals), like.new_tensor(iterations, dtype=torch.int32)
+
+
+def empty_results(count: int, like: Tensor) -> Results:
+    """Where results go."""
+    return like.new_empty(count), like.new_empty(count), like.new_empty(count, dtype=torch.int32)
+
+
+def run_cpu(matrices: Sequence[Tensor], vectors: Sequence[Tensor], tol: float, max_iter: int) -> Results:
+    """Iterate matrices on the CPU; the vectors become the eigenvectors."""
+    rows = [row_major(matrix) for matrix in matrices]
+    problems = [(m.data_ptr(), m.shape[0], m.stride(0), v.data_ptr()) for m, v in zip(rows, vectors)]
+    dtype = DTYPE_CODES[rows[0].dtype]
+    return to_tensors(_C.power_iteration_cpu(problems, dtype, tol, max_iter, torch.get_num_threads()), rows[0])
+
+
+# ---- CUDA ----
+
+
+@lru_cache(maxsize=16)
+def _device(device: torch.device) -> tuple[int, int]:
+    """How many blocks the device holds at once, and the shared memory of each."""
+    return _C.power_iteration_device(device.index or 0)
+
+
+@lru_cache(maxsize=64)
+def _group(device: torch.device, shapes: tuple[tuple[int, int], ...]) -> tuple[_C.PowerGroup, Tensor]:
+    """The schedule for matrices of these sizes and row strides, and its copy on the device."""
+    group = _C.PowerGroup(shapes, *_device(device))
+    return group, descriptors_on(device, "power_iteration", group.descriptors())
+
+
+def fits_cuda(matrices: Sequence[Tensor]) -> bool:
+    """Whether the shared memory of the matrices' device has room for the largest of their vectors."""
+    return _C.power_fits(max(matrix.shape[0] for matrix in matrices), _device(matrices[0].device)[1])
+
+
+def run_cuda(matrices: Sequence[Tensor], vectors: Sequence[Tensor], tol: float, max_iter: int) -> Results:
+    """Iterate matrices of one device in one launch (for each 224 of them) on its current stream, without waiting."""
+    device = matrices[0].device
+    results = empty_results(len(matrices), matrices[0])
+    for first in range(0, len(matrices), _C.max_power_matrices):
+        part = slice(first, first + _C.max_power_matrices)
+        rows = [row_major(matrix) for matrix in matrices[part]]
+        group, descriptors = _group(device, tuple((m.shape[0], m.stride(0)) for m in rows))
+        workspace = workspace_on(device, group.workspace_bytes)
+        _C.power_iteration_cuda(
+            group,
+            descriptors.data_ptr(),
+            workspace.data_ptr(),
+            [m.data_ptr() for m in rows],
+            [v.data_ptr() for v in vectors[part]],
+            tol,
+            max_iter,
+            [result[first:].data_ptr() for result in results],
+            device.index or 0,
+            stream_of(device),
+        )
+    return results
+
+
+def _check_error(device: torch.device) -> float:
+    """Relative error of the CUDA kernel on a small matrix and on one that a team of blocks shares."""
+    rows = torch.sin(torch.arange(12 * 317, dtype=torch.float64, device=device).square() / 7).view(12, 317) + 0.5
+    exact_matrices = [x.mT @ x for x in (rows[:, :17], rows[:, 17:])]
+    exact = reference.power_iteration(exact_matrices, tol=1e-5)
+    vectors = [torch.zeros(len(m), device=device) for m in exact_matrices]
+    values, _, steps = run_cuda([m.float() for m in exact_matrices], vectors, 1e-5, 100)
+    errors = [(values / exact.eigenvalues - 1).abs().max(), (steps.cpu() - exact.iterations).abs().max() - 1.0]
+    errors += [(v - unit).norm() for v, unit in zip(vectors, exact.eigenvectors)]
+    return max(float(error.nan_to_num(nan=torch.inf)) for error in errors)
+
+
+register_family("power_iteration", frozenset({torch.float32}), _check_error, 1e-4)

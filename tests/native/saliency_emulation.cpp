@@ -1,0 +1,216 @@
+// Runs the CUDA scores of neurons, schedule and kernel body, with simulated threads, and compares with the formula in
+// float64.
+//
+//   saliency_emulation [case ...]    default: all cases; prints one line a layer, ends with 1 on a failure
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <map>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "emulation.h"
+
+namespace {
+
+using namespace kfac;
+
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+struct Layer {
+  int64_t outputs, neurons, block, bias;
+  std::vector<float> weight, input, G;
+  int64_t columns() const { return neurons * block + bias; }
+};
+
+// A random symmetric positive definite matrix; rows are one entry longer than they need be.
+std::vector<float> positive(int64_t n, std::mt19937& random) {
+  std::normal_distribution<double> normal(0.0, 1.0);
+  const int64_t rank = std::min<int64_t>(n, 8);
+  std::vector<double> rows(rank * n);
+  for (double& value : rows) value = normal(random);
+  std::vector<float> result(n * (n + 1), kNaN);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j <= i; ++j) {
+      double sum = i == j ? 0.1 : 0.0;
+      for (int64_t k = 0; k < rank; ++k) sum += rows[k * n + i] * rows[k * n + j] / double(rank);
+      result[i * (n + 1) + j] = result[j * (n + 1) + i] = float(sum);
+    }
+  }
+  return result;
+}
+
+Layer make(int64_t outputs, int64_t neurons, int64_t block, int64_t bias) {
+  std::mt19937 random(unsigned(outputs + 7 * neurons + 31 * block));
+  Layer layer{outputs, neurons, block, bias, {}, {}, {}};
+  std::normal_distribution<float> normal(0.0f, 1.0f);
+  layer.weight.resize(outputs * layer.columns());
+  for (float& value : layer.weight) value = normal(random);
+  layer.input = positive(layer.columns(), random);
+  layer.G = positive(outputs, random);
+  return layer;
+}
+
+// ---- the oracle ----------------------------------------------------------------------------------------------------
+
+using Square = std::vector<std::vector<double>>;
+
+// X with A X = F, by elimination; an empty one where A is not positive definite.
+Square solve(Square A, Square F) {
+  const size_t n = A.size();
+  for (size_t k = 0; k < n; ++k) {
+    if (!(A[k][k] > 0)) return {};
+    for (size_t i = 0; i < n; ++i) {
+      if (i == k) continue;
+      const double factor = A[i][k] / A[k][k];
+      for (size_t j = 0; j < n; ++j) {
+        A[i][j] -= factor * A[k][j];
+        F[i][j] -= factor * F[k][j];
+      }
+    }
+  }
+  for (size_t i = 0; i < n; ++i) {
+    for (size_t j = 0; j < n; ++j) F[i][j] /= A[i][i];
+  }
+  return F;
+}
+
+// NaN where the block is not positive definite.
+double score(const Layer& layer, int64_t neuron, Saliency kind) {
+  const int64_t d = layer.columns(), size = layer.block, first = neuron * size;
+  Square forms(size, std::vector<double>(size, 0.0)), inputs = forms;
+  std::vector<double> product(layer.outputs);
+  for (int64_t b = 0; b < size; ++b) {
+    for (int64_t o = 0; o < layer.outputs; ++o) {
+      product[o] = 0;
+      for (int64_t k = 0; k < layer.outputs; ++k) {
+        product[o] += double(layer.G[o * (layer.outputs + 1) + k]) * layer.weight[k * d + first + b];
+      }
+    }
+    for (int64_t a = 0; a < size; ++a) {
+      for (int64_t o = 0; o < layer.outputs; ++o) forms[a][b] += layer.weight[o * d + first + a] * product[o];
+      inputs[a][b] = layer.input[(first + std::max(a, b)) * (d + 1) + first + std::min(a, b)];
+    }
+  }
+  double trace = 0;
+  if (kind == Saliency::kObs) {
+    const Square solved = solve(inputs, forms);
+    if (solved.empty()) return kNaN;
+    for (int64_t a = 0; a < size; ++a) trace += solved[a][a];
+  } else {
+    for (int64_t a = 0; a < size; ++a) {
+      for (int64_t b = 0; b < size; ++b) trace += forms[a][b] * inputs[a][b];
+    }
+  }
+  return 0.5 * trace;
+}
+
+// ---- the kernel ----------------------------------------------------------------------------------------------------
+
+struct Output {
+  std::vector<std::vector<float>> scores;
+  std::vector<int32_t> flags;
+};
+
+Output run(const std::vector<Layer>& layers, Saliency kind, const simulated::Schedule& how) {
+  std::vector<SaliencyLayer> shapes;
+  SaliencyPointers pointers{};
+  Output output{std::vector<std::vector<float>>(layers.size()), {}};
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const Layer& layer = layers[l];
+    shapes.push_back(
+        {layer.outputs, layer.columns(), layer.block, layer.columns(), layer.columns() + 1, layer.outputs + 1});
+    output.scores[l].assign(layer.neurons, kNaN);
+    output.flags.resize(output.flags.size() + layer.neurons, -1);
+    pointers.weight[l] = layer.weight.data();
+    pointers.input[l] = layer.input.data();
+    pointers.G[l] = layer.G.data();
+    pointers.scores[l] = output.scores[l].data();
+  }
+  const SaliencyGroup group(shapes);
+  emulate_saliency(group, group.descriptors().data(), pointers, kind, output.flags.data(), how);
+  return output;
+}
+
+bool check(const std::string& name, const std::vector<Layer>& layers, Saliency kind, double tolerance) {
+  using simulated::Copies;
+  using simulated::Order;
+  const Output output = run(layers, kind, {Order::kForward, Copies::kLate, 3});
+  const Output other = run(layers, kind, {Order::kBackward, Copies::kEarly, 5});
+  bool good = true;
+  const int32_t* flag = output.flags.data();
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const Layer& layer = layers[l];
+    double error = 0;
+    int failed = 0;
+    bool right = true;
+    for (int64_t j = 0; j < layer.neurons; ++j, ++flag) {
+      const double exact = score(layer, j, kind), value = output.scores[l][j];
+      if (std::isnan(exact) != std::isnan(value)) right = false;
+      if (kind == Saliency::kObs && *flag != int32_t(std::isnan(exact))) right = false;
+      failed += std::isnan(exact);
+      if (!std::isnan(exact)) error = std::max(error, std::fabs(value - exact) / exact);
+    }
+    const bool steady =
+        memcmp(output.scores[l].data(), other.scores[l].data(), output.scores[l].size() * sizeof(float)) == 0;
+    right = right && error <= tolerance;
+    std::printf("%-9s %-8s %4d x (%4d x %2d + %d)  worst error %.2e  failed %d%s%s\n", name.c_str(),
+                kind == Saliency::kObs ? "obs" : "outgoing", int(layer.outputs), int(layer.neurons), int(layer.block),
+                int(layer.bias), error, failed, steady ? "" : "  DEPENDS ON THE ORDER OF THREADS",
+                right ? "" : "  FAILED");
+    good = good && right && steady;
+  }
+  return good;
+}
+
+bool check_both(const std::string& name, const std::vector<Layer>& layers) {
+  return check(name, layers, Saliency::kOutgoing, 2e-6) & check(name, layers, Saliency::kObs, 2e-6);
+}
+
+// ---- cases ---------------------------------------------------------------------------------------------------------
+
+bool check_sizes() {
+  return check_both(
+      "sizes", {make(1, 1, 1, 0), make(10, 20, 1, 1), make(2, 2, 9, 0), make(15, 16, 1, 0), make(16, 17, 9, 1),
+                make(17, 31, 9, 0), make(33, 5, 25, 0), make(10, 3, 64, 1), make(64, 65, 1, 0), make(129, 300, 1, 1),
+                make(300, 15, 4, 0), make(65, 2, 33, 0), make(127, 128, 2, 1), make(31, 33, 16, 0)});
+}
+
+// ResNet32 and VGG19 on CIFAR, the latter at a quarter of the width.
+bool check_networks() {
+  return check_both("networks",
+                    {make(16, 3, 9, 1), make(16, 16, 9, 1), make(32, 16, 9, 1), make(32, 16, 1, 1), make(64, 64, 9, 1),
+                     make(10, 64, 1, 1), make(128, 64, 9, 1), make(128, 128, 9, 1), make(10, 128, 1, 1)});
+}
+
+// Blocks of H that are not positive definite, or not finite, and weights that are not.
+bool check_failing() {
+  std::vector<Layer> layers{make(20, 7, 9, 1), make(20, 30, 1, 0), make(5, 3, 20, 0)};
+  for (Layer& layer : layers) {
+    const int64_t d = layer.columns(), last = layer.neurons * layer.block - 1;
+    layer.input[last * (d + 2)] = -1.0f;
+    layer.input[layer.block * (d + 2)] = kNaN;
+  }
+  return check("failing", layers, Saliency::kObs, 2e-6);
+}
+
+}  // namespace
+
+int main(int count, char** names) {
+  const std::map<std::string, bool (*)()> cases{
+      {"failing", check_failing}, {"networks", check_networks}, {"sizes", check_sizes}};
+  std::vector<std::string> chosen(names + 1, names + count);
+  if (chosen.empty()) {
+    for (const auto& entry : cases) chosen.push_back(entry.first);
+  }
+  bool good = true;
+  for (const std::string& name : chosen) {
+    if (!cases.count(name)) {
+      std::fprintf(stderr, "saliency_emulation: no case %s\n", name.c_str());
+      return 2;
+    }
+    good = cases.at(name)() && good;
+  }
+  return good ? 0 : 1;
+}
