@@ -220,10 +220,10 @@ class Figures:
             [sys.executable, "-m", "flatprune", *arguments], capture_output=True, text=True, env=environment
         )
         if result.returncode:
-            self.failed.append(f"{run.name}, seed {seed}: {result.stderr.strip()}")
+            self.failed.append(f"{run.name}, seed {seed}: exit code {result.returncode} {result.stderr.strip()}")
         else:
             note.write_text(command + "\n")
-        print(f"{run.name}, seed {seed}: {result.stderr.strip() or result.stdout.splitlines()[-1]}", flush=True)
+            print(f"{run.name}, seed {seed}: done", flush=True)
 
     def values(self, run: Run, figure: str = "test_accuracy_last") -> list[float]:
         """The figure of every seed."""
