@@ -8,6 +8,7 @@ import torch as _torch  # noqa: F401  (loads the OpenMP runtime whose threads th
 
 from kfac_ext import reference
 from kfac_ext._version import __version__
+from kfac_ext.curvature import Curvature
 from kfac_ext.factors import FactorSet
 from kfac_ext.ops._library import build_info, use_native
 from kfac_ext.ops.covariance import (
@@ -25,6 +26,7 @@ from kfac_ext.ops.saliency import compensate, obs_saliency, outgoing_saliency
 
 __all__ = [
     "CovarianceUpdate",
+    "Curvature",
     "FactorSet",
     "PowerIteration",
     "__version__",

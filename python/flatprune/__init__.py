@@ -22,7 +22,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flatprune.curvature import Curvature
     from flatprune.data import Normalization
     from flatprune.errors import DivergedError, InputError, Interrupted
     from flatprune.export import load
@@ -33,23 +32,24 @@ if TYPE_CHECKING:
     from flatprune.settings import Settings
     from flatprune.spectrum import Flatness, hessian_lambda_max
     from flatprune.targets import Target
+    from kfac_ext import Curvature
 
 _HOMES = {
-    "SAM": "sam",
-    "CubicSchedule": "schedule",
-    "Curvature": "curvature",
-    "DivergedError": "errors",
-    "Flatness": "spectrum",
-    "InputError": "errors",
-    "Interrupted": "errors",
-    "Normalization": "data",
-    "Pruner": "pruner",
-    "Settings": "settings",
-    "Target": "targets",
-    "hessian_lambda_max": "spectrum",
-    "load": "export",
-    "resume": "runs",
-    "run": "runs",
+    "SAM": "flatprune.sam",
+    "CubicSchedule": "flatprune.schedule",
+    "Curvature": "kfac_ext.curvature",
+    "DivergedError": "flatprune.errors",
+    "Flatness": "flatprune.spectrum",
+    "InputError": "flatprune.errors",
+    "Interrupted": "flatprune.errors",
+    "Normalization": "flatprune.data",
+    "Pruner": "flatprune.pruner",
+    "Settings": "flatprune.settings",
+    "Target": "flatprune.targets",
+    "hessian_lambda_max": "flatprune.spectrum",
+    "load": "flatprune.export",
+    "resume": "flatprune.runs",
+    "run": "flatprune.runs",
 }
 __all__ = [
     "SAM",
@@ -74,7 +74,7 @@ def __getattr__(name: str) -> Any:
     # Importing torch takes a second and torch-pruning more: each name is fetched when it is first used.
     if name not in _HOMES:
         raise AttributeError(f"module 'flatprune' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"flatprune.{_HOMES[name]}"), name)
+    value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 

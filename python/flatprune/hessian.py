@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from flatprune.layers import Layer, module_modes, trace_layers, undisturbed
+from kfac_ext.curvature.layers import Layer, module_modes, trace_layers, undisturbed
 
 Criterion = Callable[[Any, Tensor], Tensor]
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatprune.curvature import Curvature
 from flatprune.graph import neuron_groups
 from flatprune.neurons import CONSUMER, PRODUCER, Coupling, NeuronGroup
 from flatprune.saliency import (
@@ -25,6 +24,7 @@ from flatprune.schedule import CubicSchedule
 from flatprune.selection import Limits, neuron_costs, select, smallest_params
 from flatprune.surgery import plan
 from flatprune.targets import Target
+from kfac_ext.curvature import Curvature
 
 MLP_COMPENSATION_BELOW = 0.04  # share of the parameters; above, compensating an MLP gains nothing
 

@@ -26,7 +26,7 @@ from flatprune.cuts import layer_cuts, tensor_name, weight_columns
 from flatprune.neurons import CONSUMER, PRODUCER, NeuronGroup, channels, shares_of, weight_of
 
 if TYPE_CHECKING:
-    from flatprune.curvature import Curvature
+    from kfac_ext.curvature import Curvature
 
 CRITERIA = ("obs", "outgoing", "l1", "l1_uniform")
 RELATIVE_DAMPING = 1e-2  # of the mean of diag A; 1e-3 and 0.1 lost 0.3 and 0.9 points of accuracy

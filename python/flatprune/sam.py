@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatprune.capture import ForwardHook
-from flatprune.curvature import Curvature
-from flatprune.layers import RngState, device_of, undisturbed
+from kfac_ext.curvature import Curvature
+from kfac_ext.curvature.capture import ForwardHook
+from kfac_ext.curvature.layers import RngState, device_of, undisturbed
 
 
 class SAM:

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flatprune.capture import Capture
-from flatprune.curvature import Curvature
-from flatprune.fisher import (
+from flatprune.hessian import hessian_lambda_max
+from kfac_ext.curvature import Curvature
+from kfac_ext.curvature.capture import Capture
+from kfac_ext.curvature.fisher import (
     output_gradient,
     output_variance,
     prediction_count,
@@ -23,8 +24,7 @@ from flatprune.fisher import (
     projected_inputs,
     sample_targets,
 )
-from flatprune.hessian import hessian_lambda_max
-from flatprune.layers import Layer, call_hooks, device_of, undisturbed
+from kfac_ext.curvature.layers import Layer, call_hooks, device_of, undisturbed
 
 __all__ = ["Flatness", "hessian_lambda_max"]
 

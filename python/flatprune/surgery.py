@@ -19,7 +19,7 @@ from flatprune.cuts import Cut, LayerCut, layer_cuts, renumbered, weight_columns
 from flatprune.neurons import NORMS, Member, NeuronGroup, is_depthwise, shares_of, weight_of
 
 if TYPE_CHECKING:
-    from flatprune.curvature import Curvature
+    from kfac_ext.curvature import Curvature
 
 
 @dataclass

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from flatprune import models
 from flatprune.checkpoint import CHECKPOINT_FORMAT, CHECKPOINT_VERSION
-from flatprune.curvature import Curvature
 from flatprune.data import Dataset, augmented, batch_indices
 from flatprune.errors import DivergedError, InputError, Interrupted
 from flatprune.export import take_tensors
@@ -22,6 +21,7 @@ from flatprune.sam import SAM
 from flatprune.settings import MOMENTUM, WEIGHT_DECAY, Settings
 from flatprune.spectrum import Flatness, hessian_lambda_max
 from flatprune.targets import Target
+from kfac_ext.curvature import Curvature
 
 _EVALUATION_BATCH = 1000
 _HESSIAN_SAMPLES = 1024

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flatprune.curvature import Curvature
-from flatprune.fisher import prediction_count, sample_targets
+from kfac_ext import Curvature
+from kfac_ext.curvature.fisher import prediction_count, sample_targets
 
 NORMS = {
     "mlp_norm": {"0": "1"},

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flatprune.curvature import Curvature
 from flatprune.spectrum import Flatness
+from kfac_ext import Curvature
 
 
 def hooks_of(model):

@@ -14,9 +14,9 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from flatprune import spectrum
-from flatprune.curvature import Curvature
-from flatprune.fisher import sample_targets
 from flatprune.spectrum import Flatness, hessian_lambda_max
+from kfac_ext import Curvature
+from kfac_ext.curvature.fisher import sample_targets
 
 
 def zs(curvature):

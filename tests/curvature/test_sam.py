@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from flatprune import runs
-from flatprune.curvature import Curvature
 from flatprune.errors import Interrupted
 from flatprune.sam import SAM
 from flatprune.settings import Settings
 from flatprune.trainer import Observer
+from kfac_ext import Curvature
 
 
 def network(*, dropout=0.0, norm=False):

@@ -10,10 +10,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from flatprune import models
-from flatprune.curvature import Curvature
 from flatprune.neurons import CONSUMER, NeuronGroup
 from flatprune.pruner import Pruner
 from flatprune.targets import Target
+from kfac_ext import Curvature
 
 
 @functools.cache

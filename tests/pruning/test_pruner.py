@@ -7,11 +7,11 @@ import torch
 from pruning_networks import NETWORKS, Concat, Run, chain, digits, mlp, sgd
 from torch import nn
 
-from flatprune.curvature import Curvature
 from flatprune.pruner import Pruner
 from flatprune.saliency import CRITERIA
 from flatprune.surgery import sync_attributes
 from flatprune.targets import Target
+from kfac_ext import Curvature
 
 
 @pytest.mark.filterwarnings("ignore:Curvature")

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatprune.capture import Capture, ForwardHook
-from flatprune.fisher import (
+from kfac_ext.curvature.capture import Capture, ForwardHook
+from kfac_ext.curvature.fisher import (
     LOSSES,
     checked_output,
     empty_factors,
@@ -22,8 +22,8 @@ from flatprune.fisher import (
     sample_targets,
     update_factors_,
 )
-from flatprune.layers import Layer, RngState, call_hooks, check_model, device_of, trace_layers, undisturbed
-from kfac_ext import FactorSet
+from kfac_ext.curvature.layers import Layer, RngState, call_hooks, check_model, device_of, trace_layers, undisturbed
+from kfac_ext.factors import FactorSet
 
 _RECENT_SAMPLES = 256
 _FIRST_POWER_STEPS, _POWER_STEPS, _REMOVAL_POWER_STEPS = 20, 3, 10

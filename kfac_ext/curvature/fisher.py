@@ -15,11 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import kfac_ext
-from flatprune.capture import Capture
-from flatprune.layers import Layer, call_hooks, module_modes, padded_input, undisturbed
-from kfac_ext import FactorSet
+from kfac_ext.curvature.capture import Capture
+from kfac_ext.curvature.layers import Layer, call_hooks, module_modes, padded_input, undisturbed
+from kfac_ext.factors import FactorSet
 from kfac_ext.geometry import conv_geometry
+from kfac_ext.ops.covariance import (
+    conv2d_covariance,
+    conv2d_covariance_,
+    gradient_covariance_,
+    linear_covariance,
+    linear_covariance_,
+)
 
 LOSSES = ("cross_entropy", "mse")
 
@@ -166,8 +172,8 @@ def input_covariance(layer: Layer, x: Tensor, mode: str, *, bias: bool) -> Tenso
     module = layer.module
     if isinstance(module, nn.Conv2d):
         image, padding = padded_input(module, _batched(layer, x))
-        return kfac_ext.conv2d_covariance(image, **_geometry(module, padding), bias=bias, mode=mode)
-    return kfac_ext.linear_covariance(_linear_rows(x, mode), bias=bias)
+        return conv2d_covariance(image, **_geometry(module, padding), bias=bias, mode=mode)
+    return linear_covariance(_linear_rows(x, mode), bias=bias)
 
 
 def update_input_factor_(
@@ -178,18 +184,18 @@ def update_input_factor_(
     if len(inputs) > 1 and mode == "reduce":
         rows = _mean_rows(layer, inputs)  # [groups, N, d]
         for block, values in zip(out if layer.groups > 1 else (out,), rows):
-            kfac_ext.linear_covariance_(values, out=block, decay=decay, scale=scale, bias=bias)
+            linear_covariance_(values, out=block, decay=decay, scale=scale, bias=bias)
         return
     counts = [_position_count(layer, x) * len(x) for x in inputs] if len(inputs) > 1 else [1]
     for x, count in zip(inputs, counts):
         share = scale * count / sum(counts)
         if isinstance(module, nn.Conv2d):
             image, padding = padded_input(module, _batched(layer, x))
-            kfac_ext.conv2d_covariance_(
+            conv2d_covariance_(
                 image, **_geometry(module, padding), bias=bias, mode=mode, out=out, decay=decay, scale=share
             )
         else:
-            kfac_ext.linear_covariance_(_linear_rows(x, mode), out=out, decay=decay, scale=share, bias=bias)
+            linear_covariance_(_linear_rows(x, mode), out=out, decay=decay, scale=share, bias=bias)
         decay = 1.0
 
 
@@ -205,7 +211,7 @@ def update_gradient_factor_(
         if not is_conv:
             g = _summed(g, False) if mode == "reduce" else g.reshape(-1, g.shape[-1])
         share = scale * len(g) / count
-        kfac_ext.gradient_covariance_(g, out=out, decay=decay, scale=share, groups=layer.groups, mode=mode)
+        gradient_covariance_(g, out=out, decay=decay, scale=share, groups=layer.groups, mode=mode)
         decay = 1.0
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from flatprune.layers import Layer, RngState
+from kfac_ext.curvature.layers import Layer, RngState
 
 
 class Capture:
