@@ -71,4 +71,5 @@ def check_square(operation: str, name: str, tensor: Tensor, like: Tensor, size: 
 
 def row_major(matrix: Tensor) -> Tensor:
     """`matrix`, or a copy if its rows are not contiguous one after the other."""
-    return matrix if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1] else matrix.contiguous()
+    row, column = matrix.stride()
+    return matrix if column == 1 and row >= matrix.shape[1] else matrix.contiguous()

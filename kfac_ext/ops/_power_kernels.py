@@ -32,7 +32,7 @@ def empty_results(count: int, like: Tensor) -> Results:
 def run_cpu(matrices: Sequence[Tensor], vectors: Sequence[Tensor], tol: float, max_iter: int) -> Results:
     """Iterate matrices on the CPU; the vectors become the eigenvectors."""
     rows = [row_major(matrix) for matrix in matrices]
-    problems = [(m.data_ptr(), m.shape[0], m.stride(0), v.data_ptr()) for m, v in zip(rows, vectors)]
+    problems = [(m.data_ptr(), len(v), m.stride(0), v.data_ptr()) for m, v in zip(rows, vectors)]
     dtype = DTYPE_CODES[rows[0].dtype]
     return to_tensors(_C.power_iteration_cpu(problems, dtype, tol, max_iter, torch.get_num_threads()), rows[0])
 

@@ -55,7 +55,9 @@ def _check_matrices(matrices: Sequence[Tensor], vectors: Sequence[Tensor]) -> No
     check_squares(operation, "matrices", matrices, matrices[0])
     dtype, device = matrices[0].dtype, matrices[0].device
     for i, (matrix, vector) in enumerate(zip(matrices, vectors)):
-        _check_vector(operation, f"vectors[{i}]", vector, matrix.shape[0], dtype, device)
+        n = matrix.shape[0]
+        if vector.shape != (n,) or vector.dtype != dtype or vector.device != device or not vector.is_contiguous():
+            _check_vector(operation, f"vectors[{i}]", vector, n, dtype, device)  # which of these it is
 
 
 def _power(matrices: list[Tensor], vectors: list[Tensor], tol: float, max_iter: int) -> Results:
