@@ -61,6 +61,24 @@ def power_iteration_cuda(
     stream: int,
 ) -> None: ...
 
+class CovariancePowerGroup:
+    workspace_bytes: int
+    blocks: int
+    def __init__(self, dtype: int, strides: Sequence[int], shape: Sequence[int], bias: bool, blocks: int) -> None: ...
+
+def covariance_power_blocks(n: int, device: int) -> int: ...
+def covariance_power_iteration_cuda(
+    group: CovariancePowerGroup,
+    image: int,
+    vector: int,
+    workspace: int,
+    tol: float,
+    max_iter: int,
+    results: list[int],
+    device: int,
+    stream: int,
+) -> None: ...
+
 class InverseGroup:
     workspace_bytes: int
     def __init__(self, shapes: Sequence[tuple[int, int]]) -> None: ...

@@ -68,6 +68,20 @@ def conv_geometry(
     )
 
 
+def padded_geometry(
+    shape: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+) -> ConvGeometry:
+    """The geometry from lists as operators have them, padding as (left, right, top, bottom)."""
+    left, right, top, bottom = padding
+    padded = (*shape[:2], shape[2] + top + bottom, shape[3] + left + right)
+    return conv_geometry(padded, kernel_size, stride, 0, dilation, groups)._replace(padding=(left, right, top, bottom))
+
+
 def _named_padding(
     padding: str, reach: tuple[int, ...], stride: tuple[int, int]
 ) -> tuple[tuple[int, int], tuple[int, int]]:

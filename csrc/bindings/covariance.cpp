@@ -4,31 +4,27 @@
 
 #include <array>
 #include <map>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 
+#include "conv_shape.h"
 #include "kfac/covariance_group.h"
 #include "register.h"
 #ifdef KFAC_WITH_CUDA
 #include "covariance.h"
+#include "cuda_call.h"
 #endif
 
 namespace py = pybind11;
 
 namespace {
 
-// samples, channels, height, width, kernel, stride, padding (top, left), dilation, output size, groups
-kfac::ConvShape conv_shape(const std::array<int64_t, 15>& v) {
-  return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11], v[12], v[13], v[14]};
-}
-
 kfac::CovarianceMode covariance_mode(bool reduce) {
   return reduce ? kfac::CovarianceMode::kReduce : kfac::CovarianceMode::kExpand;
 }
 
 // dtype, strides of [N, C, H, W], shape as in conv_shape, reduce, algorithm, bias, precision
-using Problem = std::tuple<int, std::array<int64_t, 4>, std::array<int64_t, 15>, bool, int, bool, int>;
+using Problem = std::tuple<int, std::array<int64_t, 4>, ConvShapeNumbers, bool, int, bool, int>;
 
 kfac::CovarianceGroup covariance_group(const std::vector<Problem>& specs) {
   std::vector<kfac::CovarianceProblem> problems;
@@ -54,18 +50,10 @@ void covariance_cuda(const kfac::CovarianceGroup& group, uintptr_t descriptors, 
     targets.decay[layer] = static_cast<float>(decays.at(layer));
     targets.scale[layer] = static_cast<float>(scales.at(layer));
   }
-  const kfac::DeviceGuard guard(device);
-  cudaError_t status = guard.status();
-  if (status == cudaSuccess) {
-    status =
-        kfac::covariance_cuda(group, reinterpret_cast<const void*>(descriptors), reinterpret_cast<void*>(workspace),
-                              sources, targets, reinterpret_cast<cudaStream_t>(stream));
-  }
-  if (status != cudaSuccess) {
-    cudaGetLastError();  // it is raised here, and not to be found by the next call
-    throw std::runtime_error("covariance_cuda: " + std::string(cudaGetErrorName(status)) + ", " +
-                             cudaGetErrorString(status));
-  }
+  cuda_call("covariance_cuda", device, [&] {
+    return kfac::covariance_cuda(group, reinterpret_cast<const void*>(descriptors), reinterpret_cast<void*>(workspace),
+                                 sources, targets, reinterpret_cast<cudaStream_t>(stream));
+  });
 }
 #endif
 
@@ -73,20 +61,14 @@ void covariance_cuda(const kfac::CovarianceGroup& group, uintptr_t descriptors, 
 
 void register_covariance(py::module_& m) {
   m.def("covariance_cpu",
-        [](uintptr_t image, int dtype, const std::array<int64_t, 4>& strides, const std::array<int64_t, 15>& shape,
+        [](uintptr_t image, int dtype, const std::array<int64_t, 4>& strides, const ConvShapeNumbers& shape,
            bool reduce, int algorithm, bool bias, double decay, double scale, uintptr_t out, int threads) {
-          const kfac::ImageView view{reinterpret_cast<const void*>(image),
-                                     static_cast<kfac::DType>(dtype),
-                                     strides[0],
-                                     strides[1],
-                                     strides[2],
-                                     strides[3]};
           const py::gil_scoped_release no_gil;
-          kfac::covariance_cpu(view, conv_shape(shape), covariance_mode(reduce),
+          kfac::covariance_cpu(image_view(image, dtype, strides), conv_shape(shape), covariance_mode(reduce),
                                static_cast<kfac::CovarianceAlgorithm>(algorithm), bias, decay, scale,
                                reinterpret_cast<void*>(out), threads);
         });
-  m.def("covariance_costs", [](const std::array<int64_t, 15>& shape) {
+  m.def("covariance_costs", [](const ConvShapeNumbers& shape) {
     const kfac::CovarianceCosts costs = kfac::covariance_costs(conv_shape(shape));
     return py::make_tuple(costs.shift, costs.patches);
   });

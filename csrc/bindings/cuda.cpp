@@ -9,6 +9,7 @@
 #include "covariance.h"
 #include "inverse.h"
 #include "power_iteration.h"
+#include "power_iteration_covariance.h"
 #include "saliency.h"
 #endif
 
@@ -20,7 +21,7 @@ namespace {
 std::vector<kfac::KernelInfo> all_kernels() {
   std::vector<kfac::KernelInfo> result;
   for (const auto& family : {kfac::covariance_kernels(), kfac::inverse_kernels(), kfac::power_iteration_kernels(),
-                             kfac::saliency_kernels()}) {
+                             kfac::covariance_power_kernels(), kfac::saliency_kernels()}) {
     result.insert(result.end(), family.begin(), family.end());
   }
   return result;

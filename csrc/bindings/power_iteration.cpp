@@ -5,11 +5,14 @@
 #include <array>
 #include <tuple>
 
+#include "conv_shape.h"
+#include "kfac/power_iteration_covariance_group.h"
 #include "kfac/power_iteration_group.h"
 #include "register.h"
 #ifdef KFAC_WITH_CUDA
 #include "cuda_call.h"
 #include "power_iteration.h"
+#include "power_iteration_covariance.h"
 #endif
 
 namespace py = pybind11;
@@ -29,7 +32,20 @@ kfac::PowerGroup power_group(const std::vector<std::array<int64_t, 2>>& shapes, 
   return kfac::PowerGroup(list, blocks, shared_bytes);
 }
 
+kfac::CovariancePowerGroup covariance_power_group(int dtype, const std::array<int64_t, 4>& strides,
+                                                  const ConvShapeNumbers& shape, bool bias, int64_t blocks) {
+  return kfac::CovariancePowerGroup(
+      {static_cast<kfac::DType>(dtype), strides[0], strides[1], strides[2], strides[3], conv_shape(shape),
+       kfac::CovarianceMode::kExpand, kfac::CovarianceAlgorithm::kPatches, bias, kfac::Precision::kFloat32},
+      blocks);
+}
+
 #ifdef KFAC_WITH_CUDA
+kfac::PowerResults power_results(const std::array<uintptr_t, 3>& results) {
+  return {reinterpret_cast<float*>(results[0]), reinterpret_cast<float*>(results[1]),
+          reinterpret_cast<int32_t*>(results[2])};
+}
+
 std::pair<int, int> power_iteration_device(int device) {
   kfac::PowerDevice found{};
   cuda_call("power_iteration_device", device, [&] { return kfac::power_iteration_device(&found); });
@@ -44,12 +60,27 @@ void power_iteration_cuda(const kfac::PowerGroup& group, uintptr_t descriptors, 
     pointers.matrix[i] = reinterpret_cast<const float*>(matrices.at(i));
     pointers.vector[i] = reinterpret_cast<float*>(vectors.at(i));
   }
-  const kfac::PowerResults found{reinterpret_cast<float*>(results[0]), reinterpret_cast<float*>(results[1]),
-                                 reinterpret_cast<int32_t*>(results[2])};
   cuda_call("power_iteration_cuda", device, [&] {
     return kfac::power_iteration_cuda(group, reinterpret_cast<const void*>(descriptors),
-                                      reinterpret_cast<void*>(workspace), pointers, {tol, max_iter}, found,
-                                      reinterpret_cast<cudaStream_t>(stream));
+                                      reinterpret_cast<void*>(workspace), pointers, {tol, max_iter},
+                                      power_results(results), reinterpret_cast<cudaStream_t>(stream));
+  });
+}
+
+int covariance_power_blocks(int64_t n, int device) {
+  int blocks = 0;
+  cuda_call("covariance_power_iteration", device, [&] { return kfac::covariance_power_blocks(n, &blocks); });
+  return blocks;
+}
+
+void covariance_power_iteration_cuda(const kfac::CovariancePowerGroup& group, uintptr_t image, uintptr_t vector,
+                                     uintptr_t workspace, double tol, int max_iter,
+                                     const std::array<uintptr_t, 3>& results, int device, uintptr_t stream) {
+  cuda_call("covariance_power_iteration", device, [&] {
+    return kfac::covariance_power_iteration_cuda(group, reinterpret_cast<const void*>(image),
+                                                 reinterpret_cast<float*>(vector), reinterpret_cast<void*>(workspace),
+                                                 {tol, max_iter}, power_results(results),
+                                                 reinterpret_cast<cudaStream_t>(stream));
   });
 }
 #endif
@@ -82,31 +113,30 @@ void register_power_iteration(py::module_& m) {
         reinterpret_cast<void*>(vector), {tol, max_iter}, threads));
   });
   // shape as for covariance_cpu
-  m.def("patch_covariance_power_iteration_cpu",
-        [](uintptr_t image, int dtype, const std::array<int64_t, 4>& strides, const std::array<int64_t, 15>& v,
-           bool bias, uintptr_t vector, double tol, int max_iter, int threads) {
-          const kfac::ImageView view{reinterpret_cast<const void*>(image),
-                                     static_cast<kfac::DType>(dtype),
-                                     strides[0],
-                                     strides[1],
-                                     strides[2],
-                                     strides[3]};
-          const kfac::ConvShape shape{v[0], v[1], v[2],  v[3],  v[4],  v[5],  v[6], v[7],
-                                      v[8], v[9], v[10], v[11], v[12], v[13], v[14]};
-          const py::gil_scoped_release no_gil;
-          return result_of(kfac::patch_covariance_power_iteration_cpu(
-              view, shape, bias, reinterpret_cast<void*>(vector), {tol, max_iter}, threads));
-        });
+  m.def("patch_covariance_power_iteration_cpu", [](uintptr_t image, int dtype, const std::array<int64_t, 4>& strides,
+                                                   const ConvShapeNumbers& shape, bool bias, uintptr_t vector,
+                                                   double tol, int max_iter, int threads) {
+    const py::gil_scoped_release no_gil;
+    return result_of(kfac::patch_covariance_power_iteration_cpu(image_view(image, dtype, strides), conv_shape(shape),
+                                                                bias, reinterpret_cast<void*>(vector), {tol, max_iter},
+                                                                threads));
+  });
   py::class_<kfac::PowerGroup>(m, "PowerGroup")
       .def(py::init(&power_group))
       .def_property_readonly("workspace_bytes", &kfac::PowerGroup::workspace_bytes)
       .def("descriptors", [](const kfac::PowerGroup& group) {
         return py::bytes(group.descriptors().data(), group.descriptors().size());
       });
+  py::class_<kfac::CovariancePowerGroup>(m, "CovariancePowerGroup")
+      .def(py::init(&covariance_power_group))
+      .def_property_readonly("workspace_bytes", &kfac::CovariancePowerGroup::workspace_bytes)
+      .def_property_readonly("blocks", [](const kfac::CovariancePowerGroup& group) { return group.job().team.blocks; });
   m.def("power_fits", kfac::power_fits);
   m.attr("max_power_matrices") = kfac::kMaxPowerMatrices;
 #ifdef KFAC_WITH_CUDA
   m.def("power_iteration_device", power_iteration_device);
   m.def("power_iteration_cuda", power_iteration_cuda, py::call_guard<py::gil_scoped_release>());
+  m.def("covariance_power_blocks", covariance_power_blocks);
+  m.def("covariance_power_iteration_cuda", covariance_power_iteration_cuda, py::call_guard<py::gil_scoped_release>());
 #endif
 }

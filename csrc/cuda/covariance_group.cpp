@@ -8,6 +8,8 @@
 #include <string>
 #include <utility>
 
+#include "descriptors.h"
+
 namespace kfac {
 namespace {
 
@@ -22,6 +24,10 @@ int32_t narrow(int64_t value, const char* what) {
 
 Divider divider(int64_t value, const char* what) {
   return Divider(static_cast<uint32_t>(narrow(value, what)));
+}
+
+void refuse_float64(const CovarianceProblem& problem) {
+  if (problem.dtype == DType::kFloat64) throw std::invalid_argument("covariance: float64 has no CUDA kernels");
 }
 
 bool is_depthwise(const ConvShape& packed) {
@@ -125,15 +131,12 @@ RegionRows region_rows(const Region& region, const ConvShape& packed) {
           Divider(uint32_t(middle))};
 }
 
-template <class T>
-int64_t append(std::vector<char>& bytes, const std::vector<T>& values) {
-  const int64_t at = align_up(int64_t(bytes.size()), int64_t(16));
-  bytes.resize(at + values.size() * sizeof(T));
-  if (!values.empty()) memcpy(bytes.data() + at, values.data(), values.size() * sizeof(T));
-  return at;
-}
-
 }  // namespace
+
+PackJob patch_job(const CovarianceProblem& problem) {
+  refuse_float64(problem);
+  return pack_job(problem, packed_shape(problem.shape, PackKind::kPatches), PackKind::kPatches);
+}
 
 struct CovarianceGroup::Builder {
   template <class Job>
@@ -172,7 +175,7 @@ struct CovarianceGroup::Builder {
   int64_t allocate(int64_t count) { return std::exchange(floats, align_up(floats + count, kSlotFloats)); }
 
   void add_layer(int layer, const CovarianceProblem& problem) {
-    if (problem.dtype == DType::kFloat64) throw std::invalid_argument("covariance: float64 has no CUDA kernels");
+    refuse_float64(problem);
     const PackKind kind = pack_kind(problem);
     const ConvShape packed = packed_shape(problem.shape, kind);
     PackJob job = pack_job(problem, packed, kind);

@@ -58,4 +58,21 @@ cudaError_t launch_persistent(void (*kernel)(Parameters...), int32_t tiles, int 
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
+// Starts `blocks` blocks that meet: the driver refuses what would not be resident at once, and would wait for ever.
+template <class... Parameters>
+cudaError_t launch_cooperative(void (*kernel)(Parameters...), int32_t blocks, int threads, int shared_bytes,
+                               cudaStream_t stream, const Parameters&... arguments) {
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &cooperative;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
 }  // namespace kfac

@@ -50,19 +50,9 @@ cudaError_t power_iteration_cuda(const PowerGroup& group, const void* descriptor
     status = cudaMemsetAsync(workspace, 0, size_t(group.barrier_bytes()), stream);
     if (status != cudaSuccess) return status;
   }
-  // cooperative: the driver refuses what would not be resident at once, and teams would wait for ever
-  cudaLaunchAttribute cooperative{};
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(schedule.blocks));
-  config.blockDim = dim3(kPowerThreads);
-  config.dynamicSmemBytes = size_t(schedule.shared_floats) * sizeof(float);
-  config.stream = stream;
-  config.attrs = &cooperative;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, power_iteration_kernel, schedule, pointers, method, static_cast<float*>(workspace),
-                            results);
+  return launch_cooperative(power_iteration_kernel, schedule.blocks, kPowerThreads,
+                            schedule.shared_floats * int(sizeof(float)), stream, schedule, pointers, method,
+                            static_cast<float*>(workspace), results);
 }
 
 std::vector<KernelInfo> power_iteration_kernels() {

@@ -12,6 +12,7 @@ from torch import Tensor
 from kfac_ext import _C, reference
 from kfac_ext.geometry import ConvGeometry, accumulator_dtype
 from kfac_ext.ops._cuda import register_family
+from kfac_ext.ops._launch import descriptors_on, stream_of, workspace_on
 from kfac_ext.ops._library import DTYPE_CODES
 
 _AUTO = 0  # kfac::CovarianceAlgorithm::kAuto
@@ -37,10 +38,23 @@ class Problem(NamedTuple):
     out: Tensor
 
 
-def linear_problem(x: Tensor, out: Tensor, bias: bool, decay: float, scale: float) -> Problem:
-    """The rows of x [..., d] as images of one pixel."""
+def conv_shape(x: Tensor, geometry: ConvGeometry) -> tuple[int, ...]:
+    """The shape of a `Problem` whose image is x."""
+    left, _, top, _ = geometry.padding
+    place = (*geometry.kernel_size, *geometry.stride, top, left, *geometry.dilation)
+    return (*x.shape, *place, *geometry.output_size, geometry.groups)
+
+
+def rows_as_images(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The rows of x [..., d] as images of one pixel, and their shape as that of a `Problem`."""
     rows = x.reshape(-1, x.shape[-1], 1, 1)
-    return Problem(rows, (*rows.shape, *_POINT, 1, 1, 1), False, bias, decay, scale / rows.shape[0], out)
+    return rows, (*rows.shape, *_POINT, 1, 1, 1)
+
+
+def linear_problem(x: Tensor, out: Tensor, bias: bool, decay: float, scale: float) -> Problem:
+    """The rows of x [..., d]."""
+    rows, shape = rows_as_images(x)
+    return Problem(rows, shape, False, bias, decay, scale / rows.shape[0], out)
 
 
 def conv_problem(
@@ -48,10 +62,7 @@ def conv_problem(
 ) -> Problem:
     """The patches of x."""
     positions = 1 if reduce else geometry.output_size[0] * geometry.output_size[1]
-    left, _, top, _ = geometry.padding
-    place = (*geometry.kernel_size, *geometry.stride, top, left, *geometry.dilation)
-    shape = (*x.shape, *place, *geometry.output_size, geometry.groups)
-    return Problem(x, shape, reduce, bias, decay, scale / (x.shape[0] * positions), out)
+    return Problem(x, conv_shape(x, geometry), reduce, bias, decay, scale / (x.shape[0] * positions), out)
 
 
 def gradient_problem(g: Tensor, out: Tensor, groups: int, reduce: bool, decay: float, scale: float) -> Problem:
@@ -111,8 +122,6 @@ def _spec(problem: Problem, precision: int) -> _Spec:
 @lru_cache(maxsize=64)
 def _launches(device: torch.device, specs: tuple[_Spec, ...]) -> list[_Launch]:
     """The schedules of a list of problems, and their copies on the device; made once for each list of shapes."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("covariance: these shapes are new, call it once with them before capturing a CUDA graph")
     return list(_cut(device, specs, 0, len(specs)))
 
 
@@ -123,12 +132,7 @@ def _cut(device: torch.device, specs: tuple[_Spec, ...], first: int, end: int) -
         yield from _cut(device, specs, first, middle)
         yield from _cut(device, specs, middle, end)
     else:
-        descriptors = torch.frombuffer(bytearray(group.descriptors()), dtype=torch.uint8).to(device)
-        yield _Launch(first, end, group, descriptors)
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
+        yield _Launch(first, end, group, descriptors_on(device, "covariance", group.descriptors()))
 
 
 def run_cuda(problems: Sequence[Problem]) -> None:
@@ -136,7 +140,7 @@ def run_cuda(problems: Sequence[Problem]) -> None:
     device, precision = problems[0].image.device, _precision()
     for launch in _launches(device, tuple(_spec(problem, precision) for problem in problems)):
         part = problems[launch.first : launch.end]
-        workspace = torch.empty(launch.group.workspace_bytes, dtype=torch.uint8, device=device)
+        workspace = workspace_on(device, launch.group.workspace_bytes)
         _C.covariance_cuda(
             launch.group,
             launch.descriptors.data_ptr(),
@@ -146,7 +150,7 @@ def run_cuda(problems: Sequence[Problem]) -> None:
             [problem.decay for problem in part],
             [problem.scale for problem in part],
             device.index or 0,
-            _stream(device),
+            stream_of(device),
         )
 
 
@@ -155,7 +159,12 @@ _MAX_ROWS = 2**31 - 1  # rows are numbered in 32 bits
 
 def fits_cuda(problem: Problem) -> bool:
     """Whether the CUDA kernels can number the rows of this problem."""
-    n, _, height, width, *_, out_h, out_w, _ = problem.shape
+    return rows_fit(problem.shape)
+
+
+def rows_fit(shape: tuple[int, ...]) -> bool:
+    """Whether pixels and output positions of all samples can be numbered."""
+    n, _, height, width, *_, out_h, out_w, _ = shape
     return n * max(height * width, out_h * out_w) <= _MAX_ROWS
 
 

@@ -32,23 +32,23 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     return getattr(torch.ops.kfac_ext, name).default
 
 
-def native_device(operation: str, tensor: Tensor, family: str | None = None) -> bool:
+def native_device(operation: str, tensor: Tensor, family: str) -> bool:
     """Whether native kernels serve `operation` on this tensor's device; warns once where they could but do not.
 
     Args:
         operation: named in warnings.
         tensor: an input.
-        family: the operation's CUDA kernels, as announced by `register_family`; None if there are none yet.
+        family: the operation's CUDA kernels, as announced by `register_family`.
     """
     if not _native:
         return False
     if tensor.device.type == "cpu":
         return True
-    if tensor.device.type == "cuda" and family is not None:
+    if tensor.device.type == "cuda":
         return cuda_serves(operation, family, tensor)
     warn_once(
-        f"kfac_ext.{operation}: no native kernels for device '{tensor.device.type}' in this build; plain PyTorch "
-        "runs instead"
+        f"kfac_ext.{operation}: there are native kernels for the CPU and for CUDA, none for device "
+        f"'{tensor.device.type}'; plain PyTorch runs instead"
     )
     return False
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kfac_ext import reference
-from kfac_ext.geometry import ConvGeometry, Pair, accumulator_dtype, conv_geometry
+from kfac_ext.geometry import ConvGeometry, Pair, accumulator_dtype, conv_geometry, padded_geometry
 from kfac_ext.ops._covariance_kernels import (
     Problem,
     conv_problem,
@@ -146,17 +146,6 @@ def _geometry(
         raise ValueError(f"conv2d_covariance: {error}") from None
 
 
-def _unpacked(
-    x: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int
-) -> ConvGeometry:
-    """The geometry with padding given as (left, right, top, bottom)."""
-    left, right, top, bottom = padding
-    before = conv_geometry(
-        (*x.shape[:2], x.shape[2] + top + bottom, x.shape[3] + left + right), kernel_size, stride, 0, dilation, groups
-    )
-    return before._replace(padding=(left, right, top, bottom))
-
-
 def _conv(
     x: Tensor,
     out: Tensor,
@@ -170,7 +159,7 @@ def _conv(
     decay: float,
     scale: float,
 ) -> None:
-    geometry = _unpacked(x, kernel_size, stride, padding, dilation, groups)
+    geometry = padded_geometry(x.shape, kernel_size, stride, padding, dilation, groups)
     _check_conv(x, out, geometry, bias)
     if _run_native("conv2d_covariance", conv_problem, x, out, geometry, bias, reduce, decay, scale):
         return
@@ -193,7 +182,7 @@ def _conv_fake(
     decay: float,
     scale: float,
 ) -> None:
-    _check_conv(x, out, _unpacked(x, kernel_size, stride, padding, dilation, groups), bias)
+    _check_conv(x, out, padded_geometry(x.shape, kernel_size, stride, padding, dilation, groups), bias)
 
 
 _conv_op = define(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kfac_ext.geometry import ConvGeometry, Pair
+from kfac_ext.geometry import ConvGeometry, Pair, padded_geometry
 from kfac_ext.ops import covariance as single
 from kfac_ext.ops._covariance_kernels import (
     Problem,
@@ -50,7 +50,7 @@ class _Call(NamedTuple):
         return list(self.kernel_size), list(self.stride), list(self.padding), list(self.dilation)
 
     def geometry(self, x: Tensor) -> ConvGeometry:
-        return single._unpacked(x, *self.place(), self.groups)
+        return padded_geometry(x.shape, *self.place(), self.groups)
 
 
 _CALL_INTS = len(_Call(_LINEAR).to_ints())

@@ -104,6 +104,16 @@ def _checked_amount(name: str, amount: float) -> float:
     return float(amount)
 
 
+def _stacked(scalars: list[float | Tensor], device: torch.device) -> Tensor:
+    """Amounts [L], float64. Nothing is copied from the host: that would wait, and could not be captured in a graph."""
+    if all(isinstance(scalar, float) for scalar in scalars) and device.type == "cpu":
+        return torch.tensor(scalars, dtype=torch.float64)
+    amounts = torch.empty(len(scalars), dtype=torch.float64, device=device)
+    for amount, scalar in zip(amounts.unbind(), scalars):
+        amount.copy_(scalar.detach()) if isinstance(scalar, Tensor) else amount.fill_(scalar)
+    return amounts
+
+
 def _split(matrices: list[Tensor], damping: float | Sequence[float | Tensor] | Tensor) -> tuple[Tensor, list[Tensor]]:
     """Amounts [L], float64, for the whole diagonals; and a tensor [n_i] (or [0]) for each if any was given."""
     device = matrices[0].device
@@ -122,10 +132,7 @@ def _split(matrices: list[Tensor], damping: float | Sequence[float | Tensor] | T
         is_diagonal = is_tensor and entry.dim() > 0
         diagonals.append(entry.detach() if is_diagonal else none)
         scalars.append(0.0 if is_diagonal else entry if is_tensor else _checked_amount(f"damping[{i}]", entry))
-    if any(isinstance(scalar, Tensor) for scalar in scalars):
-        amounts = torch.stack([torch.as_tensor(s, dtype=torch.float64, device=device).detach() for s in scalars])
-    else:
-        amounts = torch.tensor(scalars, dtype=torch.float64, device=device)
+    amounts = _stacked(scalars, device)
     return amounts, diagonals if any(d is not none for d in diagonals) else []
 
 

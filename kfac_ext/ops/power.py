@@ -8,16 +8,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kfac_ext import _C, reference
-from kfac_ext.geometry import ConvGeometry, Pair, accumulator_dtype, conv_geometry
-from kfac_ext.ops._library import DTYPE_CODES, check_floating, define, native_device
+from kfac_ext import reference
+from kfac_ext.geometry import ConvGeometry, Pair, accumulator_dtype, conv_geometry, padded_geometry
+from kfac_ext.ops._library import check_floating, define, native_device
 from kfac_ext.ops._lists import as_list, check_count, check_squares
-from kfac_ext.ops._power_kernels import Results, empty_results, fits_cuda, run_cpu, run_cuda, to_tensors
+from kfac_ext.ops._power_covariance_kernels import run_covariance_cpu, run_covariance_cuda
+from kfac_ext.ops._power_kernels import Results, empty_results, fits_cuda, run_cpu, run_cuda
 from kfac_ext.reference.power import PowerIteration
 
 __all__ = ["PowerIteration", "covariance_power_iteration", "power_iteration", "power_iteration_"]
 
-_FAMILY = "power_iteration"
+_FAMILY, _COVARIANCE_FAMILY = "power_iteration", "covariance_power_iteration"
 
 
 def _check_method(operation: str, tol: float, max_iter: int) -> None:
@@ -166,15 +167,6 @@ def power_iteration(
 # ---- covariances ----
 
 
-def _covariance_geometry(
-    x: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int]
-) -> ConvGeometry:
-    """The geometry with padding given as (left, right, top, bottom)."""
-    left, right, top, bottom = padding
-    shape = (*x.shape[:2], x.shape[2] + top + bottom, x.shape[3] + left + right)
-    return conv_geometry(shape, kernel_size, stride, 0, dilation, 1)._replace(padding=(left, right, top, bottom))
-
-
 def _covariance_size(x: Tensor, kernel_size: Sequence[int], bias: bool) -> int:
     return (x.shape[1] * kernel_size[0] * kernel_size[1] if kernel_size else x.shape[-1]) + bias
 
@@ -197,26 +189,24 @@ def _covariance(
     max_iter: int,
 ) -> Results:
     _check_covariance(x, vector, kernel_size, bias)
-    if not native_device("covariance_power_iteration", x):
-        image = torch.nn.functional.pad(x, padding) if kernel_size else x
-        result = reference.covariance_power_iteration(
-            image, kernel_size or None, vector, stride=stride, dilation=dilation, bias=bias, tol=tol, max_iter=max_iter
-        )
-        return _take_over(result, [vector])
-    method = (bias, vector.data_ptr(), tol, max_iter, torch.get_num_threads())
-    if kernel_size:
-        geometry = _covariance_geometry(x, kernel_size, stride, padding, dilation)
-        left, _, top, _ = geometry.padding
-        shape = [*x.shape, *kernel_size, *stride, top, left, *dilation, *geometry.output_size, 1]
-        pair = _C.patch_covariance_power_iteration_cpu(
-            x.data_ptr(), DTYPE_CODES[x.dtype], list(x.stride()), shape, *method
-        )
-    else:
-        rows = x.reshape(-1, x.shape[-1])
-        pair = _C.row_covariance_power_iteration_cpu(
-            rows.data_ptr(), DTYPE_CODES[x.dtype], [*rows.shape, *rows.stride()], *method
-        )
-    return to_tensors([pair], vector)
+    if native_device("covariance_power_iteration", x, _COVARIANCE_FAMILY):
+        steps = (kernel_size, stride, padding, dilation)
+        geometry = padded_geometry(x.shape, *steps) if kernel_size else None
+        found = _run_covariance(x, geometry, vector, bias, tol, max_iter)
+        if found is not None:
+            return found
+    image = torch.nn.functional.pad(x, padding) if kernel_size else x
+    result = reference.covariance_power_iteration(
+        image, kernel_size or None, vector, stride=stride, dilation=dilation, bias=bias, tol=tol, max_iter=max_iter
+    )
+    return _take_over(result, [vector])
+
+
+def _run_covariance(
+    x: Tensor, geometry: ConvGeometry | None, vector: Tensor, bias: bool, tol: float, max_iter: int
+) -> Results | None:
+    """By a kernel; None, and nothing is done, if none serves x."""
+    return (run_covariance_cpu if x.is_cpu else run_covariance_cuda)(x, geometry, vector, bias, tol, max_iter)
 
 
 def _covariance_fake(
@@ -258,7 +248,7 @@ def covariance_power_iteration(
 
     The A of `linear_covariance(x, bias=bias)`, or with a kernel size that of `conv2d_covariance(x, kernel_size, ...)`
     with mode 'expand': there a.v is the convolution of x with the one filter v, and neither A nor a patch is written
-    to memory. Each iteration reads x once.
+    to memory. Each iteration reads x once. On a GPU all iterations are one launch, which never waits for the host.
 
     Args:
         x: [..., d], or [N, C, H, W] with a kernel size; float32, float64, bfloat16 or float16, any strides.

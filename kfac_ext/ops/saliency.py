@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from kfac_ext import _C, reference
 from kfac_ext.ops._library import DTYPE_CODES, define, native_device
 from kfac_ext.ops._lists import as_list, check_count, check_matrix, check_square, row_major
 from kfac_ext.ops._saliency_kernels import Layer, fits_cuda, run_cpu, run_cuda
+from kfac_ext.ops.inverse import damped_inverse_ex
 
 __all__ = ["compensate", "obs_saliency", "outgoing_saliency"]
 
@@ -194,10 +196,25 @@ def _kept_columns(i: int, index: Tensor, columns: int) -> Tensor:
 
 def _compensate(weights: list[Tensor], inverses: list[Tensor], gone: list[Tensor]) -> list[Tensor]:
     _check_compensate(weights, inverses, gone)
-    kept = [_kept_columns(i, index, weight.shape[1]) for i, (weight, index) in enumerate(zip(weights, gone))]
-    # it happens once in a removal, and is a solve and two products: what torch has for GPUs
-    if not (weights[0].is_cpu and native_device("compensate", weights[0])):
+    on_host = torch.cat(gone).cpu().split([len(index) for index in gone])  # waits for the device once
+    kept = [
+        _kept_columns(i, index, weight.shape[1]).to(weight.device)
+        for i, (weight, index) in enumerate(zip(weights, on_host))
+    ]
+    if not native_device("compensate", weights[0], "damped_inverse"):
         return reference.compensate(weights, inverses, gone)
+    found, failed = (_compensate_cpu if weights[0].is_cpu else _compensate_grouped)(weights, inverses, gone, kept)
+    if failed:
+        raise torch.linalg.LinAlgError(
+            f"compensate: inverses[{failed[0]}] at the columns gone[{failed[0]}] is not positive definite"
+        )
+    return found
+
+
+def _compensate_cpu(
+    weights: list[Tensor], inverses: list[Tensor], gone: list[Tensor], kept: list[Tensor]
+) -> tuple[list[Tensor], list[int]]:
+    """New weights, and the layers whose H_JJ is not positive definite."""
     rows = [(row_major(weight), row_major(inverse)) for weight, inverse in zip(weights, inverses)]
     lost = [index.contiguous() for index in gone]
     found = [weight.new_empty(weight.shape[0], len(keep)) for weight, keep in zip(weights, kept)]
@@ -206,12 +223,34 @@ def _compensate(weights: list[Tensor], inverses: list[Tensor], gone: list[Tensor
         for (W, H), index, keep, out in zip(rows, lost, kept, found)
     ]
     infos = _C.compensate_cpu(problems, DTYPE_CODES[weights[0].dtype], torch.get_num_threads())
-    for i, info in enumerate(infos):
-        if info:
-            raise torch.linalg.LinAlgError(
-                f"compensate: inverses[{i}] at the columns gone[{i}] is not positive definite"
-            )
-    return found
+    return found, [i for i, info in enumerate(infos) if info]
+
+
+def _compensate_grouped(
+    weights: list[Tensor], inverses: list[Tensor], gone: list[Tensor], kept: list[Tensor]
+) -> tuple[list[Tensor], list[int]]:
+    """As `_compensate_cpu`, for a GPU: all H_JJ are inverted in one call, the products are torch's."""
+    found = [weight.index_select(1, keep) for weight, keep in zip(weights, kept)]
+    layers = [i for i, index in enumerate(gone) if len(index)]
+    if not layers:
+        return found, []
+    rows = [inverses[i].index_select(0, gone[i]) for i in layers]  # H_J.
+    solved, info = damped_inverse_ex([row.index_select(1, gone[i]) for i, row in zip(layers, rows)], 0.0)
+    with _full_precision():  # in tf32 the products would lose what H_JJ, of high condition, needs
+        for i, row, inverse in zip(layers, rows, solved):
+            found[i] -= weights[i].index_select(1, gone[i]) @ inverse @ row.index_select(1, kept[i])
+    return found, [layers[k] for k in info.nonzero().flatten().tolist()]
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Float32 matmuls of PyTorch in full float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _span(index: Tensor) -> tuple[int, int]:

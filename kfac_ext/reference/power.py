@@ -26,9 +26,9 @@ class PowerIteration(NamedTuple):
 
 def start_vector(n: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """A fixed unit vector that no natural eigenvector is orthogonal to: entries 1 + 0.5 cos(1 + 1.7 i)."""
-    index = torch.arange(n, dtype=torch.float64)
+    index = torch.arange(n, dtype=torch.float64, device=device)
     vector = 1 + 0.5 * torch.cos(1 + 1.7 * index)
-    return (vector / vector.norm()).to(dtype=dtype, device=device)
+    return (vector / vector.norm()).to(dtype)
 
 
 def iterate(

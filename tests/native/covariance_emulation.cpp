@@ -6,16 +6,15 @@
 // With --device the same cases run on the GPU, twice: small enough for compute-sanitizer, and without Python.
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <functional>
 #include <limits>
-#include <map>
-#include <random>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "emulation.h"
+#include "program.h"
+#include "random_layers.h"
 #ifdef KFAC_WITH_CUDA
 #include "covariance.h"
 #endif
@@ -24,118 +23,9 @@ namespace {
 
 using namespace kfac;
 
-enum class Layout { kContiguous, kChannelsLast };
-
-struct Layer {
-  std::string name;
-  ConvShape shape;
-  CovarianceMode mode = CovarianceMode::kExpand;
-  bool bias = false;
-  DType dtype = DType::kFloat32;
-  Precision precision = Precision::kFloat32;
-  Layout layout = Layout::kContiguous;
-  CovarianceAlgorithm algorithm = CovarianceAlgorithm::kAuto;
-  float decay = 0.0f;
-};
-
-Layer conv(std::string name, int64_t samples, int64_t channels, int64_t size, int64_t kernel, int64_t stride,
-           int64_t pad, int64_t groups = 1) {
-  const int64_t out = (size + 2 * pad - kernel) / stride + 1;
-  return {std::move(name),
-          {samples, channels, size, size, kernel, kernel, stride, stride, pad, pad, 1, 1, out, out, groups}};
-}
-
-Layer rows(std::string name, int64_t samples, int64_t features) {
-  return {std::move(name), {samples, features, 1, 1}};
-}
-
-// ---- data ----------------------------------------------------------------------------------------------------------
-
-uint16_t to_bfloat16(float value) {
-  const uint32_t bits = float_bits(value);
-  return uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
-}
-
-// The half nearest to `value` among all finite ones, through the conversion under test's inverse.
-uint16_t to_half(float value) {
-  const float magnitude = std::fabs(value);
-  const int exponent = std::max(-14, magnitude > 0 ? std::ilogb(magnitude) : -14);
-  const int mantissa = int(std::lrint(std::ldexp(magnitude, 10 - exponent)));
-  return uint16_t((value < 0 ? 0x8000 : 0) + ((exponent + 14) << 10) + mantissa);
-}
-
-struct Image {
-  std::vector<char> bytes;
-  std::vector<double> values;  // [N, C, H, W], what the bytes hold
-  int64_t stride_n, stride_c, stride_h, stride_w;
-};
-
-Image random_image(const Layer& layer, unsigned seed) {
-  const ConvShape& s = layer.shape;
-  Image image;
-  const bool last = layer.layout == Layout::kChannelsLast;
-  image.stride_n = s.channels * s.height * s.width;
-  image.stride_c = last ? 1 : s.height * s.width;
-  image.stride_h = last ? s.width * s.channels : s.width;
-  image.stride_w = last ? s.channels : 1;
-  const int64_t count = s.samples * image.stride_n;
-  const int64_t size = layer.dtype == DType::kFloat32 ? 4 : 2;
-  image.bytes.resize(count * size);
-  image.values.resize(count);
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal(0.5f, 1.0f);
-  for (int64_t n = 0, i = 0; n < s.samples; ++n) {
-    for (int64_t c = 0; c < s.channels; ++c) {
-      for (int64_t y = 0; y < s.height; ++y) {
-        for (int64_t x = 0; x < s.width; ++x, ++i) {
-          float value = normal(random);
-          const int64_t at = n * image.stride_n + c * image.stride_c + y * image.stride_h + x * image.stride_w;
-          if (layer.dtype == DType::kFloat32) {
-            memcpy(image.bytes.data() + at * size, &value, size);
-          } else {
-            const bool half = layer.dtype == DType::kFloat16;
-            const uint16_t bits = half ? to_half(value) : to_bfloat16(value);
-            memcpy(image.bytes.data() + at * size, &bits, size);
-            const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
-            value = !half ? bits_float(uint32_t(bits) << 16)
-                          : (bits >> 15 ? -1.0f : 1.0f) * (exponent ? std::ldexp(1024.0f + mantissa, exponent - 25)
-                                                                    : std::ldexp(float(mantissa), -24));
-          }
-          image.values[i] = value;
-        }
-      }
-    }
-  }
-  return image;
-}
+using namespace layers;
 
 // ---- the oracle ----------------------------------------------------------------------------------------------------
-
-// Patches of one group as rows [N S or N][d] in float64, one pixel at a time.
-std::vector<std::vector<double>> patches(const Layer& layer, const Image& image, int64_t group) {
-  const ConvShape& s = layer.shape;
-  const int64_t channels = s.group_channels(), d = s.patch_size() + layer.bias;
-  std::vector<std::vector<double>> result;
-  for (int64_t n = 0; n < s.samples; ++n) {
-    std::vector<double> mean(d, 0.0);
-    for (int64_t oy = 0; oy < s.out_h; ++oy) {
-      for (int64_t ox = 0; ox < s.out_w; ++ox) {
-        std::vector<double> patch(d, 1.0);
-        for (int64_t entry = 0; entry < s.patch_size(); ++entry) {
-          const int64_t c = group * channels + entry / s.taps(), tap = entry % s.taps();
-          const int64_t y = oy * s.stride_h + tap / s.kernel_w * s.dilation_h - s.pad_top;
-          const int64_t x = ox * s.stride_w + tap % s.kernel_w * s.dilation_w - s.pad_left;
-          const bool inside = y >= 0 && y < s.height && x >= 0 && x < s.width;
-          patch[entry] = inside ? image.values[((n * s.channels + c) * s.height + y) * s.width + x] : 0.0;
-        }
-        if (layer.mode == CovarianceMode::kExpand) result.push_back(patch);
-        for (int64_t i = 0; i < d; ++i) mean[i] += patch[i] / double(s.out_h * s.out_w);
-      }
-    }
-    if (layer.mode == CovarianceMode::kReduce) result.push_back(mean);
-  }
-  return result;
-}
 
 std::vector<double> oracle(const Layer& layer, const Image& image) {
   const int64_t d = layer.shape.patch_size() + layer.bias;
@@ -158,26 +48,7 @@ std::vector<double> oracle(const Layer& layer, const Image& image) {
 
 // ---- the kernels ---------------------------------------------------------------------------------------------------
 
-struct Aligned {  // 16-byte aligned floats, NaN where nothing is written
-  explicit Aligned(int64_t count)
-      : floats(count + 4, std::numeric_limits<float>::quiet_NaN()),
-        data(reinterpret_cast<float*>(align_up(reinterpret_cast<uintptr_t>(floats.data()), uintptr_t(16)))) {}
-  std::vector<float> floats;
-  float* data;
-};
-
 using Matrices = std::vector<std::vector<float>>;
-
-std::vector<CovarianceProblem> problems_of(const std::vector<Layer>& layers, const std::vector<Image>& images) {
-  std::vector<CovarianceProblem> problems;
-  for (size_t l = 0; l < layers.size(); ++l) {
-    const Layer& layer = layers[l];
-    const Image& image = images[l];
-    problems.push_back({layer.dtype, image.stride_n, image.stride_c, image.stride_h, image.stride_w, layer.shape,
-                        layer.mode, layer.algorithm, layer.bias, layer.precision});
-  }
-  return problems;
-}
 
 // What decay 0 must forget, or what a running average holds.
 Matrices matrices_before(const std::vector<Layer>& layers) {
@@ -198,61 +69,28 @@ ExpandPointers weights_of(const std::vector<Layer>& layers) {
   return targets;
 }
 
-Matrices emulated(const std::vector<Layer>& layers, const std::vector<Image>& images, const simulated::Schedule& how) {
-  const CovarianceGroup group(problems_of(layers, images));
+Matrices compute(const std::vector<Layer>& layers, const std::vector<Image>& images, const simulated::Schedule& how) {
+  std::vector<CovarianceProblem> problems;
+  for (size_t l = 0; l < layers.size(); ++l) problems.push_back(problem_of(layers[l], images[l]));
+  const CovarianceGroup group(problems);
   Matrices outs = matrices_before(layers);
+  program::Arrays arrays;
   PackPointers sources{};
   ExpandPointers targets = weights_of(layers);
   for (size_t l = 0; l < layers.size(); ++l) {
-    sources.image[l] = images[l].bytes.data();
-    targets.out[l] = outs[l].data();
+    sources.image[l] = arrays.input(images[l].bytes);
+    targets.out[l] = arrays.output(outs[l]);
   }
-  const Aligned workspace(group.workspace_bytes() / 4);
-  emulate_covariance(group, group.descriptors().data(), workspace.data, sources, targets, how);
+  const void* const descriptors = arrays.input(group.descriptors());
+  float* const workspace = static_cast<float*>(arrays.scratch(group.workspace_bytes()));
+  if (program::on_gpu) {
+    LAUNCH_ON_GPU(covariance_cuda(group, descriptors, workspace, sources, targets, nullptr));
+  } else {
+    emulate_covariance(group, descriptors, workspace, sources, targets, how);
+  }
+  arrays.fetch();
   return outs;
 }
-
-#ifdef KFAC_WITH_CUDA
-void expect(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  std::fprintf(stderr, "covariance_emulation: %s: %s\n", what, cudaGetErrorString(status));
-  std::exit(3);
-}
-
-// Memory on the GPU that nothing has written, or a copy.
-class DeviceMemory {
- public:
-  explicit DeviceMemory(size_t bytes) { expect(cudaMalloc(&data, bytes + 1), "cudaMalloc"); }
-  DeviceMemory(const void* from, size_t bytes) : DeviceMemory(bytes) {
-    expect(cudaMemcpy(data, from, bytes, cudaMemcpyHostToDevice), "copy to the device");
-  }
-  DeviceMemory(DeviceMemory&& other) noexcept : data(std::exchange(other.data, nullptr)) {}
-  ~DeviceMemory() { cudaFree(data); }
-  void* data = nullptr;
-};
-
-Matrices on_device(const std::vector<Layer>& layers, const std::vector<Image>& images) {
-  const CovarianceGroup group(problems_of(layers, images));
-  Matrices outs = matrices_before(layers);
-  PackPointers sources{};
-  ExpandPointers targets = weights_of(layers);
-  std::vector<DeviceMemory> inputs, results;
-  for (size_t l = 0; l < layers.size(); ++l) {
-    inputs.emplace_back(images[l].bytes.data(), images[l].bytes.size());
-    results.emplace_back(outs[l].data(), outs[l].size() * sizeof(float));
-    sources.image[l] = inputs.back().data;
-    targets.out[l] = static_cast<float*>(results.back().data);
-  }
-  const DeviceMemory descriptors(group.descriptors().data(), group.descriptors().size());
-  const DeviceMemory workspace(group.workspace_bytes());
-  expect(covariance_cuda(group, descriptors.data, workspace.data, sources, targets, nullptr), "launch");
-  expect(cudaDeviceSynchronize(), "kernels");
-  for (size_t l = 0; l < layers.size(); ++l) {
-    expect(cudaMemcpy(outs[l].data(), results[l].data, outs[l].size() * sizeof(float), cudaMemcpyDeviceToHost), "copy");
-  }
-  return outs;
-}
-#endif
 
 // ---- checks --------------------------------------------------------------------------------------------------------
 
@@ -284,21 +122,13 @@ double tolerance(const Layer& layer) {
   return layer.precision == Precision::kTf32 ? 2e-4 : 3e-7;
 }
 
-bool check(const std::string& name, const std::vector<Layer>& layers, bool device) {
+bool check(const std::string& name, const std::vector<Layer>& layers) {
   using simulated::Copies;
   using simulated::Order;
   std::vector<Image> images;
   for (size_t l = 0; l < layers.size(); ++l) images.push_back(random_image(layers[l], unsigned(l + 1)));
-  Matrices values, others;
-  if (device) {
-#ifdef KFAC_WITH_CUDA
-    values = on_device(layers, images);
-    others = on_device(layers, images);
-#endif
-  } else {
-    values = emulated(layers, images, {Order::kForward, Copies::kLate, 3});
-    others = emulated(layers, images, {Order::kBackward, Copies::kEarly, 7});
-  }
+  const Matrices values = compute(layers, images, {Order::kForward, Copies::kLate, 3});
+  const Matrices others = compute(layers, images, {Order::kBackward, Copies::kEarly, 7});
   bool good = true;
   for (size_t l = 0; l < layers.size(); ++l) {
     const double error = relative_error(layers[l], values[l], oracle(layers[l], images[l]));
@@ -410,34 +240,12 @@ std::vector<Layer> kinds() {
 
 }  // namespace
 
-int main(int count, char** names) {
-  const std::map<std::string, std::vector<Layer> (*)()> cases{{"kinds", kinds},       {"mlp", mlp},
-                                                              {"resnet32", resnet32}, {"resnet50", resnet50},
-                                                              {"vgg19", vgg19},       {"vgg19_512", vgg19_widest}};
-  bool device = false, good = true;
-  std::vector<std::string> chosen;
-  for (int i = 1; i < count; ++i) {
-    if (std::string(names[i]) == "--device") {
-      device = true;
-    } else {
-      chosen.push_back(names[i]);
-    }
-  }
-#ifndef KFAC_WITH_CUDA
-  if (device) {
-    std::fprintf(stderr, "covariance_emulation: built without CUDA\n");
-    return 2;
-  }
-#endif
-  if (chosen.empty()) {
-    for (const auto& entry : cases) chosen.push_back(entry.first);
-  }
-  for (const std::string& name : chosen) {
-    if (!cases.count(name)) {
-      std::fprintf(stderr, "covariance_emulation: no case %s\n", name.c_str());
-      return 2;
-    }
-    good = check(name, cases.at(name)(), device) && good;
-  }
-  return good ? 0 : 1;
+int main(int count, char** words) {
+  const auto with = [](const char* name, std::vector<Layer> (*layers)()) {
+    return std::pair<const std::string, std::function<bool()>>(name, [=] { return check(name, layers()); });
+  };
+  return program::run("covariance_emulation",
+                      {with("kinds", kinds), with("mlp", mlp), with("resnet32", resnet32), with("resnet50", resnet50),
+                       with("vgg19", vgg19), with("vgg19_512", vgg19_widest)},
+                      count, words);
 }

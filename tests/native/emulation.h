@@ -8,6 +8,7 @@
 #include "../../csrc/cuda/inverse_sweep.cuh"
 #include "../../csrc/cuda/inverse_tiles.cuh"
 #include "../../csrc/cuda/power_iteration.cuh"
+#include "../../csrc/cuda/power_iteration_covariance.cuh"
 #include "../../csrc/cuda/saliency.cuh"
 #include "simulated_block.h"
 
@@ -39,6 +40,17 @@ inline void emulate_power_iteration(const kfac::PowerGroup& group, const void* d
   const simulated::Schedule how{order, simulated::Copies::kLate, s.blocks, true};
   simulated::run(kfac::kPowerThreads, s.shared_floats * int64_t(sizeof(float)), how,
                  [&](simulated::Block& b) { kfac::power_iteration(b, s, pointers, method, workspace, results); });
+}
+
+inline void emulate_covariance_power(const kfac::CovariancePowerGroup& group, const void* image, float* vector,
+                                     float* workspace, const kfac::PowerMethod& method,
+                                     const kfac::PowerResults& results, simulated::Order order) {
+  const kfac::CovariancePowerJob& job = group.job();
+  memset(workspace, 0, size_t(kfac::kGramBarrierFloats) * sizeof(float));
+  const simulated::Schedule how{order, simulated::Copies::kLate, job.team.blocks, true};
+  simulated::run(kfac::kPowerThreads, kfac::gram_shared_bytes(job.team.n), how, [&](simulated::Block& b) {
+    kfac::covariance_power_iteration(b, job, image, vector, method, workspace, results);
+  });
 }
 
 inline void emulate_inverse(const kfac::InverseGroup& group, const void* descriptors, float* workspace,

@@ -41,6 +41,16 @@ PYBIND11_MODULE(kfac_emulation, m) {
                              reinterpret_cast<int32_t*>(results[2])},
                             simulated::Order::kForward);
   });
+  m.def("covariance_power_blocks", [](int64_t, int) { return 5; });
+  m.def("covariance_power_iteration_cuda",
+        [](const kfac::CovariancePowerGroup& group, uintptr_t image, uintptr_t vector, uintptr_t workspace, double tol,
+           int max_iter, const std::array<uintptr_t, 3>& results, int, uintptr_t) {
+          emulate_covariance_power(group, reinterpret_cast<const void*>(image), reinterpret_cast<float*>(vector),
+                                   reinterpret_cast<float*>(workspace), {tol, max_iter},
+                                   {reinterpret_cast<float*>(results[0]), reinterpret_cast<float*>(results[1]),
+                                    reinterpret_cast<int32_t*>(results[2])},
+                                   simulated::Order::kForward);
+        });
   m.def("damped_inverse_cuda",
         [](const kfac::InverseGroup& group, uintptr_t descriptors, uintptr_t workspace,
            const std::vector<std::array<uintptr_t, 3>>& pointers, uintptr_t amounts, uintptr_t info, int, uintptr_t) {

@@ -1,17 +1,19 @@
 // Runs the CUDA damped inverses, schedule and kernel bodies, with simulated threads, and compares with Cholesky in
 // float64.
 //
-//   inverse_emulation [case ...]    default: all cases; prints one line a matrix, ends with 1 on a failure
+//   inverse_emulation [--device] [case ...]    default: all cases; prints one line a matrix, ends with 1 on a failure
 #include <cmath>
 #include <cstdio>
-#include <functional>
 #include <limits>
-#include <map>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "emulation.h"
+#include "program.h"
+#ifdef KFAC_WITH_CUDA
+#include "inverse.h"
+#endif
 
 namespace {
 
@@ -128,19 +130,26 @@ Output invert(const std::vector<Matrix>& matrices, const simulated::Schedule& ho
   std::vector<double> amounts;
   Output output{std::vector<std::vector<float>>(matrices.size()), std::vector<int32_t>(matrices.size(), -1)};
   InversePointers pointers{};
+  program::Arrays arrays;
   for (size_t i = 0; i < matrices.size(); ++i) {
     const Matrix& m = matrices[i];
     shapes.push_back({m.n, m.stride});
     amounts.push_back(m.amount);
     output.inverses[i].assign(m.n * m.n, kNaN);
-    pointers.matrix[i] = m.entries.data();
-    pointers.diagonal[i] = m.diagonal.empty() ? nullptr : m.diagonal.data();
-    pointers.inverse[i] = output.inverses[i].data();
+    pointers.matrix[i] = arrays.input(m.entries);
+    pointers.diagonal[i] = m.diagonal.empty() ? nullptr : arrays.input(m.diagonal);
+    pointers.inverse[i] = arrays.output(output.inverses[i]);
   }
   const InverseGroup group(shapes);
-  std::vector<float> memory(group.workspace_bytes() / 4 + 16, kNaN);
-  float* const workspace = memory.data() + (16 - reinterpret_cast<uintptr_t>(memory.data()) % 16) / 4 % 4;
-  emulate_inverse(group, group.descriptors().data(), workspace, pointers, {amounts.data(), output.infos.data()}, how);
+  const void* const descriptors = arrays.input(group.descriptors());
+  float* const workspace = static_cast<float*>(arrays.scratch(group.workspace_bytes()));
+  const InverseArguments arguments{arrays.input(amounts), arrays.output(output.infos)};
+  if (program::on_gpu) {
+    LAUNCH_ON_GPU(damped_inverse_cuda(group, descriptors, workspace, pointers, arguments, nullptr));
+  } else {
+    emulate_inverse(group, descriptors, workspace, pointers, arguments, how);
+  }
+  arrays.fetch();
   return output;
 }
 
@@ -233,7 +242,9 @@ bool check_pi() {
   const std::vector<float> A{4, 9, 9, 8}, G{3, 0, 0, 0, 3, 0, 0, 0, 3}, zero(1, 0.0f);
   PiPairs pairs{};
   pairs.count = 2;
-  const float* const matrices[2][2] = {{A.data(), G.data()}, {zero.data(), A.data()}};
+  program::Arrays arrays;
+  const float* const first = arrays.input(A);
+  const float* const matrices[2][2] = {{first, arrays.input(G)}, {arrays.input(zero), first}};
   const int32_t sizes[2][2] = {{2, 3}, {1, 2}};
   for (int pair = 0; pair < 2; ++pair) {
     for (int which = 0; which < 2; ++which) {
@@ -242,8 +253,14 @@ bool check_pi() {
       pairs.place[pair][which] = 3 - 2 * pair - which;
     }
   }
-  double amounts[4] = {-1, -1, -1, -1};
-  emulate_pi_damping(pairs, 0.04, amounts);
+  std::vector<double> amounts(4, -1.0);
+  double* const found = arrays.output(amounts);
+  if (program::on_gpu) {
+    LAUNCH_ON_GPU(pi_damping_cuda(pairs, 0.04, found, nullptr));
+  } else {
+    emulate_pi_damping(pairs, 0.04, found);
+  }
+  arrays.fetch();
   const double wanted[4] = {0.2, 0.2, 0.2 / std::sqrt(2.0), 0.2 * std::sqrt(2.0)};
   bool good = true;
   for (int i = 0; i < 4; ++i) good = good && std::fabs(amounts[i] - wanted[i]) < 1e-15;
@@ -253,21 +270,13 @@ bool check_pi() {
 
 }  // namespace
 
-int main(int count, char** names) {
-  const std::map<std::string, bool (*)()> cases{{"failing", check_failing}, {"failing_large", check_failing_large},
-                                                {"large", check_large},     {"pi", check_pi},
-                                                {"small", check_small},     {"wide", check_wide}};
-  std::vector<std::string> chosen(names + 1, names + count);
-  if (chosen.empty()) {
-    for (const auto& entry : cases) chosen.push_back(entry.first);
-  }
-  bool good = true;
-  for (const std::string& name : chosen) {
-    if (!cases.count(name)) {
-      std::fprintf(stderr, "inverse_emulation: no case %s\n", name.c_str());
-      return 2;
-    }
-    good = cases.at(name)() && good;
-  }
-  return good ? 0 : 1;
+int main(int count, char** words) {
+  return program::run("inverse_emulation",
+                      {{"failing", check_failing},
+                       {"failing_large", check_failing_large},
+                       {"large", check_large},
+                       {"pi", check_pi},
+                       {"small", check_small},
+                       {"wide", check_wide}},
+                      count, words);
 }

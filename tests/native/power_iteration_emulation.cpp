@@ -1,17 +1,19 @@
 // Runs the CUDA power iteration, distribution over blocks and kernel body, with simulated threads, and compares with
 // eigenpairs iterated in float64.
 //
-//   power_iteration_emulation [case ...]    default: all cases; prints one line a matrix, ends with 1 on a failure
+//   power_iteration_emulation [--device] [case ...]    default: all; prints one line a matrix, ends with 1 on a failure
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <limits>
-#include <map>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "emulation.h"
+#include "program.h"
+#ifdef KFAC_WITH_CUDA
+#include "power_iteration.h"
+#endif
 
 namespace {
 
@@ -117,24 +119,31 @@ struct Device {
   int64_t shared_bytes;
 };
 
+// A GPU is taken as large as these: the same teams, the same exchanges.
 std::vector<Pair> iterate(const std::vector<Matrix>& matrices, const PowerMethod& method, const Device& device,
                           simulated::Order order) {
   std::vector<Pair> pairs(matrices.size());
   std::vector<MatrixShape> shapes;
   PowerPointers pointers{};
+  program::Arrays arrays;
   for (size_t i = 0; i < matrices.size(); ++i) {
     shapes.push_back({matrices[i].n, matrices[i].stride});
     pairs[i].vector = matrices[i].first;
-    pointers.matrix[i] = matrices[i].entries.data();
-    pointers.vector[i] = pairs[i].vector.data();
+    pointers.matrix[i] = arrays.input(matrices[i].entries);
+    pointers.vector[i] = arrays.output(pairs[i].vector);
   }
   const PowerGroup group(shapes, device.blocks, device.shared_bytes);
-  std::vector<double> memory(group.workspace_bytes() / 8 + 1, kNaN);
   std::vector<float> values(matrices.size(), -1), residuals(matrices.size(), -1);
   std::vector<int32_t> iterations(matrices.size(), -1);
-  const PowerResults results{values.data(), residuals.data(), iterations.data()};
-  emulate_power_iteration(group, group.descriptors().data(), reinterpret_cast<float*>(memory.data()), pointers, method,
-                          results, order);
+  const PowerResults results{arrays.output(values), arrays.output(residuals), arrays.output(iterations)};
+  const void* const descriptors = arrays.input(group.descriptors());
+  float* const workspace = static_cast<float*>(arrays.scratch(group.workspace_bytes()));
+  if (program::on_gpu) {
+    LAUNCH_ON_GPU(power_iteration_cuda(group, descriptors, workspace, pointers, method, results, nullptr));
+  } else {
+    emulate_power_iteration(group, descriptors, workspace, pointers, method, results, order);
+  }
+  arrays.fetch();
   for (size_t i = 0; i < pairs.size(); ++i) {
     pairs[i].value = values[i], pairs[i].residual = residuals[i], pairs[i].iterations = iterations[i];
   }
@@ -221,20 +230,9 @@ bool check_vgg19() {
 
 }  // namespace
 
-int main(int count, char** names) {
-  const std::map<std::string, bool (*)()> cases{
-      {"kinds", check_kinds}, {"resnet32", check_resnet32}, {"sizes", check_sizes}, {"vgg19", check_vgg19}};
-  std::vector<std::string> chosen(names + 1, names + count);
-  if (chosen.empty()) {
-    for (const auto& entry : cases) chosen.push_back(entry.first);
-  }
-  bool good = true;
-  for (const std::string& name : chosen) {
-    if (!cases.count(name)) {
-      std::fprintf(stderr, "power_iteration_emulation: no case %s\n", name.c_str());
-      return 2;
-    }
-    good = cases.at(name)() && good;
-  }
-  return good ? 0 : 1;
+int main(int count, char** words) {
+  return program::run(
+      "power_iteration_emulation",
+      {{"kinds", check_kinds}, {"resnet32", check_resnet32}, {"sizes", check_sizes}, {"vgg19", check_vgg19}}, count,
+      words);
 }

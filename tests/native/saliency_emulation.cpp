@@ -1,16 +1,19 @@
 // Runs the CUDA scores of neurons, schedule and kernel body, with simulated threads, and compares with the formula in
 // float64.
 //
-//   saliency_emulation [case ...]    default: all cases; prints one line a layer, ends with 1 on a failure
+//   saliency_emulation [--device] [case ...]    default: all cases; prints one line a layer, ends with 1 on a failure
 #include <cmath>
 #include <cstdio>
 #include <limits>
-#include <map>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "emulation.h"
+#include "program.h"
+#ifdef KFAC_WITH_CUDA
+#include "saliency.h"
+#endif
 
 namespace {
 
@@ -116,6 +119,7 @@ struct Output {
 Output run(const std::vector<Layer>& layers, Saliency kind, const simulated::Schedule& how) {
   std::vector<SaliencyLayer> shapes;
   SaliencyPointers pointers{};
+  program::Arrays arrays;
   Output output{std::vector<std::vector<float>>(layers.size()), {}};
   for (size_t l = 0; l < layers.size(); ++l) {
     const Layer& layer = layers[l];
@@ -123,13 +127,20 @@ Output run(const std::vector<Layer>& layers, Saliency kind, const simulated::Sch
         {layer.outputs, layer.columns(), layer.block, layer.columns(), layer.columns() + 1, layer.outputs + 1});
     output.scores[l].assign(layer.neurons, kNaN);
     output.flags.resize(output.flags.size() + layer.neurons, -1);
-    pointers.weight[l] = layer.weight.data();
-    pointers.input[l] = layer.input.data();
-    pointers.G[l] = layer.G.data();
-    pointers.scores[l] = output.scores[l].data();
+    pointers.weight[l] = arrays.input(layer.weight);
+    pointers.input[l] = arrays.input(layer.input);
+    pointers.G[l] = arrays.input(layer.G);
+    pointers.scores[l] = arrays.output(output.scores[l]);
   }
   const SaliencyGroup group(shapes);
-  emulate_saliency(group, group.descriptors().data(), pointers, kind, output.flags.data(), how);
+  const void* const descriptors = arrays.input(group.descriptors());
+  int32_t* const flags = arrays.output(output.flags);
+  if (program::on_gpu) {
+    LAUNCH_ON_GPU(saliency_cuda(group, descriptors, pointers, kind, flags, nullptr));
+  } else {
+    emulate_saliency(group, descriptors, pointers, kind, flags, how);
+  }
+  arrays.fetch();
   return output;
 }
 
@@ -197,20 +208,7 @@ bool check_failing() {
 
 }  // namespace
 
-int main(int count, char** names) {
-  const std::map<std::string, bool (*)()> cases{
-      {"failing", check_failing}, {"networks", check_networks}, {"sizes", check_sizes}};
-  std::vector<std::string> chosen(names + 1, names + count);
-  if (chosen.empty()) {
-    for (const auto& entry : cases) chosen.push_back(entry.first);
-  }
-  bool good = true;
-  for (const std::string& name : chosen) {
-    if (!cases.count(name)) {
-      std::fprintf(stderr, "saliency_emulation: no case %s\n", name.c_str());
-      return 2;
-    }
-    good = cases.at(name)() && good;
-  }
-  return good ? 0 : 1;
+int main(int count, char** words) {
+  return program::run("saliency_emulation",
+                      {{"failing", check_failing}, {"networks", check_networks}, {"sizes", check_sizes}}, count, words);
 }

@@ -33,7 +33,6 @@ def launches(emulation, monkeypatch):
 
     compiled = {"CovarianceGroup": _C.CovarianceGroup, "max_group_layers": _C.max_group_layers}
     monkeypatch.setattr(kernels, "_C", SimpleNamespace(**compiled, covariance_cuda=launch))
-    monkeypatch.setattr(kernels, "_stream", lambda device: 0)
     monkeypatch.setattr(covariance, "_run", lambda problem: kernels.run_cuda([problem]))
     monkeypatch.setattr(covariance_group, "_joins_group", lambda x: x.dtype != torch.float64)
     return counts

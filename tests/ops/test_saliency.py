@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import kfac_ext
 from kfac_ext import reference
+from kfac_ext.ops import saliency
 from tests.ops.factor_lists import spd
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -129,6 +130,14 @@ def test_random_layers(outputs, neurons, block, bias, seed):
 # ---- compensation ----
 
 
+@pytest.fixture(params=["kernel", "grouped"])
+def way(request, monkeypatch):
+    """What serves CPU tensors: their kernel, or what is for GPUs."""
+    if request.param == "grouped":
+        monkeypatch.setattr(saliency, "_compensate_cpu", saliency._compensate_grouped)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     "outputs, columns, removed", [(1, 2, 1), (10, 33, 16), (33, 129, 17), (20, 300, 299), (64, 577, 290)]
@@ -143,6 +152,7 @@ def test_compensate(device, threads, dtype, outputs, columns, removed):
     assert float(error) <= (1e-10 if dtype == torch.float64 else max(float(allowed), 5e-7))
 
 
+@pytest.mark.usefixtures("way")
 def test_compensation_solves_the_least_squares_problem(device):
     """It equals W_K + W_J A_JK (A_KK + D)^-1, the best the survivors can do."""
     W, A, _, H, _ = layer(7, 30, 1, dtype=torch.float64, device=device)
@@ -152,6 +162,7 @@ def test_compensation_solves_the_least_squares_problem(device):
     assert torch.allclose(kfac_ext.compensate([W], [H], [gone])[0], expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("native", [True, False])
 def test_nothing_and_everything_gone(device, native):
     W, _, _, H, _ = layer(7, 20, 1, device=device)
@@ -162,6 +173,7 @@ def test_nothing_and_everything_gone(device, native):
     assert empty.shape == (7, 0)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("native", [True, False])
 def test_compensate_names_the_layer_that_has_no_solution(device, native):
     W, _, _, H, _ = layer(7, 20, 1, device=device)

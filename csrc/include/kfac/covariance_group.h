@@ -66,6 +66,9 @@ KFAC_HD int32_t packed_rows(const PackJob& job) {
   return job.samples * int32_t(job.pixels.divisor);
 }
 
+// How to gather every patch of a problem as a row, whichever way CovarianceGroup chooses.
+PackJob patch_job(const CovarianceProblem& problem);
+
 constexpr int kPackPositions = 32, kPackColumns = 32;  // a tile of pack
 constexpr int kPackSharedBytes = 4 * kPackPositions * (kPackColumns + 1);
 constexpr int kMeansPerTile = kBlockThreads / 32;    // a warp each
