@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.worksets import LayerShape
+from kfac_ext import reference
 
 # ---- covariance of layer inputs ----
 
@@ -56,6 +57,18 @@ def by_strides(x: Tensor, layer: LayerShape) -> Tensor:
     return strided_covariance(x, layer) if layer.is_convolution else rows_covariance(x)
 
 
+def has_shifts(layer: LayerShape) -> bool:
+    """Whether `by_shifts` differs from `by_strides`."""
+    return layer.is_convolution and layer.kernel > 1 and layer.stride == 1 and layer.groups == 1
+
+
+def by_shifts(x: Tensor, layer: LayerShape) -> Tensor:
+    """A of a layer of either kind; where the stride is 1, all shifts at once as the gradient of a weight."""
+    if not has_shifts(layer):
+        return by_strides(x, layer)
+    return reference.conv2d_covariance_by_shifts(x, layer.kernel, padding=layer.padding)
+
+
 def blend_(average: Tensor, value: Tensor, decay: float, scale: float) -> Tensor:
     """A running average as everyone writes it."""
     return average.mul_(decay).add_(value, alpha=scale)
@@ -64,14 +77,18 @@ def blend_(average: Tensor, value: Tensor, decay: float, scale: float) -> Tensor
 # ---- inverses ----
 
 
+def _damped(matrix: Tensor, damping: float) -> Tensor:
+    return matrix + damping * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+
+
 def linalg_inverses(matrices: Sequence[Tensor], damping: float) -> list[Tensor]:
     """torch.linalg.inv of each damped matrix."""
-    return [torch.linalg.inv(m + damping * torch.eye(len(m))) for m in matrices]
+    return [torch.linalg.inv(_damped(m, damping)) for m in matrices]
 
 
 def cholesky_inverses(matrices: Sequence[Tensor], damping: float) -> list[Tensor]:
     """cholesky_ex and cholesky_inverse of each damped matrix."""
-    return [torch.cholesky_inverse(torch.linalg.cholesky_ex(m + damping * torch.eye(len(m)))[0]) for m in matrices]
+    return [torch.cholesky_inverse(torch.linalg.cholesky_ex(_damped(m, damping))[0]) for m in matrices]
 
 
 # ---- power iteration ----
@@ -90,6 +107,34 @@ def power_loop(matrices: Sequence[Tensor], vectors: Sequence[Tensor], tol: float
                 break
         values.append(value)
     return values
+
+
+def power_steps(matrices: Sequence[Tensor], vectors: Sequence[Tensor], steps: int) -> list[Tensor]:
+    """So many steps matrix by matrix, none of them tested; the eigenvalues."""
+    values = []
+    for matrix, vector in zip(matrices, vectors):
+        for _ in range(steps):
+            image = matrix @ vector
+            value = vector @ image
+            vector = image / image.norm()
+        values.append(value)
+    return values
+
+
+def matrix_free_steps(x: Tensor, layer: LayerShape, steps: int) -> Tensor:
+    """So many steps with A v = X^T (X v), by a convolution and the gradient of its weight; the eigenvalue."""
+    vector = x.new_ones(layer.patch) / layer.patch**0.5
+    shape = (1, layer.channels, layer.kernel, layer.kernel)
+    for _ in range(steps):
+        if layer.is_convolution:
+            place = {"stride": layer.stride, "padding": layer.padding}
+            dots = F.conv2d(x, vector.view(shape), **place)
+            image = torch.nn.grad.conv2d_weight(x, shape, dots, **place).flatten() / dots.numel()
+        else:
+            image = x.T @ (x @ vector) / len(x)
+        value = vector @ image
+        vector = image / image.norm()
+    return value
 
 
 def eigvalsh_largest(matrices: Sequence[Tensor]) -> list[Tensor]:

@@ -45,6 +45,8 @@ def variants_of(layers, inputs, with_peers=True):
     methods = {"unfold": baselines.by_unfold, "strided": baselines.by_strides}
     if not any(layer.is_convolution and layer.kernel > 1 for layer in layers):
         del methods["strided"]  # the same matmul
+    if any(baselines.has_shifts(layer) for layer in layers):
+        methods["conv2d_weight"] = baselines.by_shifts
     foreign, skipped = peers.available(peers.covariances(layers, inputs)) if with_peers else ({}, {})
     values = {name: lambda m=m: [m(x, layer) for layer, x in zip(layers, inputs)] for name, m in methods.items()}
     values = agreeing({"native": lambda: native(layers, inputs)} | values | foreign, "unfold", skipped)

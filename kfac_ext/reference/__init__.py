@@ -11,11 +11,13 @@ from kfac_ext.reference.covariance import (
 from kfac_ext.reference.inverse import damped_inverse, damped_inverse_ex
 from kfac_ext.reference.power import covariance_power_iteration, power_iteration
 from kfac_ext.reference.saliency import compensate, obs_saliency, outgoing_saliency
+from kfac_ext.reference.shifts import conv2d_covariance_by_shifts
 
 __all__ = [
     "compensate",
     "conv2d_covariance",
     "conv2d_covariance_",
+    "conv2d_covariance_by_shifts",
     "covariance_power_iteration",
     "damped_inverse",
     "damped_inverse_ex",

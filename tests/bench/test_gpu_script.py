@@ -1,12 +1,13 @@
 """`make gpu` where there is no GPU: the script on the CPU, its tables, the report of ptxas."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench import cuda_report, gpu, gpu_covariance, worksets
-from kfac_ext import _C, reference
+from bench import cuda_report, gpu, gpu_checks, gpu_linear_algebra, gpu_run, gpu_table, worksets
+from kfac_ext import _C
 
 
 def test_a_dry_run_writes_all_of_the_document(tmp_path, monkeypatch):
@@ -17,17 +18,56 @@ def test_a_dry_run_writes_all_of_the_document(tmp_path, monkeypatch):
     assert end.value.code == 0
     document = json.loads(path.read_text())
     assert document["left_out"] == [] and document["machine"]["commit"]
-    for entry in document["results"]["covariance"].values():
-        for name in ("float32", "tf32"):
-            assert all(times["median"] > 0 for times in entry[name]["ms"].values())
-            assert 0 < entry[name]["native_error"] < 1e-6
-        assert set(entry["ratios"]) == {
-            f"{baseline} {name} / native {name}"
-            for baseline in ("strided unfold", "conv2d_weight")
-            for name in ("float32", "tf32")
-        }
-    table = gpu.results_table(document)
+    assert set(document["results"]) == set(gpu.families())
+    for family, networks in document["results"].items():
+        assert set(networks) == set(gpu.work_sets(True)), family
+        for entry in networks.values():
+            for name in ("float32", "tf32"):
+                times = entry[name]["ms"]
+                assert "native" in times and all(t["median"] > 0 for t in times.values())
+                assert 0 < entry[name]["native_error"] < 1e-5
+                assert all(share > 0 for share in entry["shares"][name].values())
+                ratio = entry["ratios"][f"{list(times)[1]} {name} / native {name}"]
+                assert ratio == list(times.values())[1]["median"] / times["native"]["median"]
+    table = gpu_table.results_table(document)
+    assert all(family.capitalize() in table for family in gpu.families())
     assert all(name in table for name in ("VGG19 b128", "ResNet32 b128", "ResNet50 b32", "MLP b256"))
+
+
+def test_goals_name_what_is_measured():
+    work = {
+        name: family(gpu.work_sets(True)["MLP b256"], torch.device("cpu")) for name, family in gpu.families().items()
+    }
+    for family, (baseline, networks) in gpu_table.GOALS.items():
+        assert baseline in work[family].variants() and set(networks) < set(gpu.work_sets(True))
+
+
+def test_what_fails_is_said_and_the_rest_is_kept(tmp_path, monkeypatch):
+    def fail(self):
+        raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setattr(gpu_linear_algebra.Inverses, "variants", fail)
+    monkeypatch.setattr(gpu, "work_sets", lambda quick: {"MLP b256": [worksets.LayerShape("fc", 4, 5, 6)]})
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["gpu", "--dry"])
+    with pytest.raises(SystemExit) as end:
+        gpu.main()
+    document = json.loads((tmp_path / "gpu-dry.json").read_text())
+    assert end.value.code == 1 and document["failed"] == ["inverses, MLP b256: out of memory"]
+    assert set(document["results"]) == set(gpu.families()) - {"inverses"}
+
+
+def test_a_command_that_takes_too_long_is_ended(tmp_path, monkeypatch):
+    run = gpu_run.Run(tmp_path / "run.json", 1)
+    monkeypatch.setattr(gpu_run.Run, "seconds_left", lambda self: 0.0)
+    monkeypatch.setattr(gpu_run, "SHORTEST", 0.2)
+    outcome = run.command("sleep", "bash", "-c", "echo begun; sleep 60 & wait")
+    assert outcome["exit"] == 124 and outcome["seconds"] < 20 and outcome["output"] == "begun\n"
+
+
+def test_every_program_that_is_sanitized_is_built():
+    sources = Path(gpu_run.ROOT / "csrc/CMakeLists.txt").read_text()
+    assert all(f"    {program}" in sources for program in gpu_checks.SANITIZED)
 
 
 def test_without_a_device_it_says_so(monkeypatch):
@@ -35,13 +75,6 @@ def test_without_a_device_it_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="no CUDA device; `--dry` tries the script"):
         gpu.main()
-
-
-@pytest.mark.parametrize("kernel", [3, 5])
-def test_the_weight_gradient_gives_all_blocks(kernel):
-    x = torch.randn(3, 5, 7, 7, dtype=torch.float64)
-    value = gpu_covariance.weight_gradient_covariance(x, worksets.conv("", 3, 5, 5, 7, kernel))
-    torch.testing.assert_close(value, reference.conv2d_covariance(x, kernel, padding=kernel // 2))
 
 
 REPORT = """
