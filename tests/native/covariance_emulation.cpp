@@ -238,6 +238,41 @@ std::vector<Layer> kinds() {
   return layers;
 }
 
+// Index maps of descriptors as large as they may be, without memory behind them.
+bool check_offsets() {
+  constexpr int64_t kMost = (int64_t(1) << 31) - 1, kSlot = int64_t(1) << 40;
+  TileJob job{};
+  job.rows.count = uint32_t(kMost);
+  job.chunk = chunk_rows(job.rows.count, 16);
+  job.edge = 128, job.groups = 3, job.side = 6, job.pairs = pair_count(job.side, false), job.slot = kSlot;
+  const int64_t tiles = divide_up(kMost, job.chunk) * job.pairs * job.groups;
+  bool good = true;
+  for (int64_t tile = 0; tile < tiles; tile += 12345) {
+    const TileWork work = tile_work(job, int32_t(tile));
+    const int64_t chunk = tile / (job.pairs * job.groups);
+    good = good && work.slot == kSlot + tile * 128 * 128 && work.first_row == chunk * job.chunk &&
+           work.end_row == std::min<int64_t>((chunk + 1) * job.chunk, kMost);
+  }
+  Layer layer{"", {46340, 1, 214, 216}};
+  layer.shape.out_h = 214, layer.shape.out_w = 216;
+  const CovarianceProblem problem = problem_of(layer, Image{{}, {}, 1, 1, 1, 1});
+  const PackJob pack = patch_job(problem);
+  const int64_t rows = int64_t(46340) * 214 * 216;
+  for (int64_t at = 0; at < rows; at += 98765) {
+    const PackedPosition p = packed_position(pack, int32_t(at));
+    good = good && (int64_t(p.sample) * 214 + p.y) * 216 + p.x == at && p.x < 216 && p.y < 214;
+  }
+  good = good && packed_rows(pack) == rows && packed_row(pack, 46339, 214 * 216 - 1) == rows - 1;
+  const CovariancePowerJob power = CovariancePowerGroup(problem, 132).job();
+  for (int32_t rank = 0, next = 0; rank <= power.team.blocks; ++rank) {
+    const RowRange share = rank < power.team.blocks ? gram_share(power, rank) : RowRange{int32_t(rows), 0};
+    good = good && share.first == next;
+    next = share.first + share.count;
+  }
+  std::printf("offsets   of up to 2^31 rows%s\n", good ? "" : "  FAILED");
+  return good;
+}
+
 }  // namespace
 
 int main(int count, char** words) {
@@ -245,7 +280,12 @@ int main(int count, char** words) {
     return std::pair<const std::string, std::function<bool()>>(name, [=] { return check(name, layers()); });
   };
   return program::run("covariance_emulation",
-                      {with("kinds", kinds), with("mlp", mlp), with("resnet32", resnet32), with("resnet50", resnet50),
-                       with("vgg19", vgg19), with("vgg19_512", vgg19_widest)},
+                      {with("kinds", kinds),
+                       with("mlp", mlp),
+                       with("resnet32", resnet32),
+                       with("resnet50", resnet50),
+                       with("vgg19", vgg19),
+                       with("vgg19_512", vgg19_widest),
+                       {"offsets", check_offsets}},
                       count, words);
 }

@@ -2,9 +2,10 @@ import io
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kfac_ext
-from kfac_ext import FactorSet
+from kfac_ext import CovarianceUpdate, FactorSet
 
 SIZES = {"conv.A": 28, "conv.G": 16, "depthwise.A": (5, 9), "fc.A": 17}
 
@@ -120,3 +121,47 @@ def test_bad_sizes(sizes):
 def test_bad_dtype():
     with pytest.raises(ValueError, match=r"dtype is torch\.float16"):
         FactorSet({"a": 3}, dtype=torch.float16)
+
+
+# ---- inside of compiled code ----
+
+
+def test_a_whole_step_compiles_without_graph_breaks():
+    def step(factors, x, g):
+        kinds = CovarianceUpdate
+        factors.accumulate_(
+            [
+                kinds.conv2d("c.A", x, 3, padding=1, bias=True, decay=0.9),
+                kinds.gradient("c.G", g, mode="reduce", decay=0.9),
+            ]
+        )
+        inverses, info = kfac_ext.damped_inverse_ex([factors[key] for key in factors], 0.1)
+        return factors.power_iteration_().eigenvalues * 2, inverses[0] + 1, info
+
+    x, g = torch.randn(2, 3, 5, 5), torch.randn(2, 4, 5, 5)
+    factors, plain = FactorSet({"c.A": 28, "c.G": 4}), FactorSet({"c.A": 28, "c.G": 4})
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, g: step(factors, x, g), backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        found, wanted = compiled(x, g), step(plain, x, g)
+        assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(found, wanted))
+    assert torch.allclose(factors.buffer, plain.buffer) and torch.allclose(factors.vectors, plain.vectors, atol=1e-5)
+
+
+def test_operators_keep_the_device_of_their_inputs():
+    """Shapes and devices as a compiler sees them, on a machine without that device."""
+    with FakeTensorMode():
+        x, A = torch.empty(4, 3, 8, 8, device="cuda:1"), torch.empty(5, 5, device="cuda:1")
+        index = torch.empty(2, dtype=torch.int64, device="cuda:1")
+        found = [
+            kfac_ext.conv2d_covariance(x, 3, padding=1),
+            kfac_ext.linear_covariance(A),
+            kfac_ext.gradient_covariance(x),
+            *kfac_ext.damped_inverse([A], 0.1),
+            *kfac_ext.power_iteration([A])[:1],
+            *kfac_ext.covariance_power_iteration(x, 3)[:1],
+            *kfac_ext.outgoing_saliency([A], [A], [A], [1]),
+            *kfac_ext.obs_saliency([A], [A], [A], [1]),
+            *kfac_ext.compensate([A], [A], [index]),
+        ]
+        assert all(value.device == torch.device("cuda", 1) for value in found)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kfac_ext
-from kfac_ext import FactorSet, reference
+from kfac_ext import CovarianceUpdate, FactorSet, reference
 from tests.conftest import relative_error
 
 READY = torch.cuda.is_available() and bool(kfac_ext.build_info()["cuda_architectures"])
@@ -97,6 +97,102 @@ def test_a_graph_replays_a_step():
     wanted, exact_inverses, _ = step(factors)
     assert torch.allclose(found.eigenvalues, wanted.eigenvalues, rtol=1e-6)
     assert all(torch.equal(x, y) for x, y in zip(inverses, exact_inverses)) and not info.any()
+
+
+def whole_step(factors, inputs):
+    """Accumulate, power iteration, inverses, the matrix-free form."""
+    x, g, rows = inputs
+    kinds, blend = CovarianceUpdate, {"decay": 0.5, "scale": 0.5}
+    factors.accumulate_(
+        [
+            kinds.conv2d("body.A", x, 3, padding=1, bias=True, **blend),
+            kinds.gradient("body.G", g, **blend),
+            kinds.linear("wide.A", rows, **blend),
+        ]
+    )
+    found = factors.power_iteration_(tol=1e-4, max_iter=300)
+    inverses, info = factors.damped_inverse(0.01)
+    listed, _ = kfac_ext.damped_inverse_ex([factors["body.A"], factors["body.G"]], [0.01, 0.02])
+    free = kfac_ext.covariance_power_iteration(x, 3, padding=1, bias=True, tol=1e-4, max_iter=300)
+    return found.eigenvalues, inverses.buffer, info, *listed, free.eigenvalues
+
+
+def step_inputs(seed, device="cuda"):
+    generator = torch.Generator(device).manual_seed(seed)
+    shapes = [(16, 64, 12, 12), (16, 128, 12, 12), (200, 1153)]
+    return [torch.randn(shape, device=device, generator=generator) + 0.1 for shape in shapes]
+
+
+def test_a_graph_replays_the_whole_step():
+    factors, _ = filled()
+    inputs = step_inputs(0)
+    whole_step(factors, inputs)  # warm-up
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = whole_step(factors, inputs)
+    other, _ = filled()
+    factors.buffer.copy_(other.buffer)
+    factors.vectors.copy_(other.vectors)
+    for value, new in zip(inputs, step_inputs(1)):
+        value.copy_(new)
+    graph.replay()
+    wanted = whole_step(other, step_inputs(1))
+    assert torch.equal(factors.buffer, other.buffer) and torch.equal(factors.vectors, other.vectors)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted))
+
+
+def test_a_second_step_neither_waits_nor_asks_for_memory(request):
+    factors, _ = filled()
+    inputs = step_inputs(0)
+    whole_step(factors, inputs)
+    whole_step(factors, inputs)
+    before = torch.cuda.memory_reserved()
+    request.getfixturevalue("no_waiting")
+    whole_step(factors, inputs)
+    assert torch.cuda.memory_reserved() == before
+
+
+def test_memory_that_nothing_has_written_is_not_read(poisoned):
+    factors, _ = filled()
+    assert all(value.isfinite().all() for value in whole_step(factors, step_inputs(0)))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_the_second_device():
+    first, _ = filled()
+    second = FactorSet(SIZES, device="cuda:1")
+    second.load_state_dict(first.state_dict())
+    wanted = whole_step(first, step_inputs(0))
+    found = whole_step(second, [value.to("cuda:1") for value in step_inputs(0)])
+    assert torch.cuda.current_device() == 0
+    assert all(value.device == torch.device("cuda", 1) for value in found)
+    assert all(torch.allclose(a.cuda(0), b, rtol=1e-5) for a, b in zip(found, wanted))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_matrix_free_iteration(layout, dtype):
+    x = step_inputs(0)[0].to(dtype).contiguous(memory_format=layout)
+    first, second = (kfac_ext.covariance_power_iteration(x, 3, padding=1, bias=True, tol=1e-4) for _ in range(2))
+    wanted = reference.covariance_power_iteration(x.double(), 3, padding=1, bias=True, tol=1e-4)
+    assert relative_error(first.eigenvalues, wanted.eigenvalues) < 1e-6
+    assert torch.equal(first.eigenvectors[0], second.eigenvectors[0])
+    assert kfac_ext.build_info()["cuda_checks"]["covariance_power_iteration on cuda:0"] == "ok"
+
+
+def test_compiles_without_graph_breaks():
+    """Inputs in bf16, as a network's hooks see them under AMP."""
+    factors, _ = filled()
+    x = step_inputs(0)[0].bfloat16()
+
+    def step(x):
+        factors.accumulate_([CovarianceUpdate.conv2d("body.A", x, 3, padding=1, bias=True)])
+        return factors.power_iteration_().eigenvalues, kfac_ext.covariance_power_iteration(x, 3, padding=1).eigenvalues
+
+    wanted = [value.clone() for value in step(x)]
+    torch._dynamo.reset()
+    found = torch.compile(step, backend="aot_eager", fullgraph=True)(x)
+    assert all(torch.allclose(a, b, rtol=1e-4) for a, b in zip(found, wanted))
 
 
 def test_kernels_run_on_the_current_stream():
