@@ -56,7 +56,8 @@ bench-peers: setup
 	$(BIN)/pip install --quiet --group bench
 	$(BIN)/pip uninstall --quiet --yes torchvision
 
-# on a machine with a GPU, in a Python that has torch with CUDA: builds, tests, sanitizes, measures -> bench/results/gpu-*.json
+# on a machine with a GPU, in a Python that has torch with CUDA: builds, tests, measures, sanitizes -> bench/results/gpu-*.json
+# (or into the folder $OUT)
 gpu:
 	$(PYTHON) -m bench.gpu
 

@@ -2,8 +2,8 @@
 
     python -m bench.cuda_report [--write docs/kernels.md]
 
-The first table is what ptxas reported when the kernels were compiled (needs nvcc then), the second is counted from the
-schedules and needs nothing. `--write` puts them between the markers of that file. No GPU is asked.
+The first table is what ptxas reported when the kernels were compiled (needs nvcc then); `bench.cuda_counts` has the
+others. `--write` puts them between the markers of that file. No GPU is asked.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.worksets import LayerShape
+from bench.cuda_counts import algebra_table, covariance_table
 from kfac_ext import _C
 
 # of a multiprocessor: shared memory for blocks and what each block takes on top, in bytes
@@ -81,34 +81,6 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def work_table() -> str:
-    """What one update of A and G of all layers counts, in the networks of `bench.gpu`."""
-    from bench.gpu import work_sets
-
-    lines = [
-        "| | products, 10^9 | plain, 10^9 | inputs | packed | tile reads | slots | outputs | workspace, MB |",
-        f"| --- |{' ---: |' * 8}",
-    ]
-    for name, layers in work_sets(False).items():
-        group = _C.CovarianceGroup([problem for layer in layers for problem in _problems(layer)])
-        counts = {key: value / 1e6 for key, value in group.counts().items()}
-        plain = sum(layer.batch * layer.output_size**2 * (layer.patch**2 + layer.outputs**2) for layer in layers)
-        floats = " | ".join(f"{counts[key]:.1f}" for key in ("inputs", "packed", "tile_reads", "slots", "outputs"))
-        products = f"{counts['products'] / 1e3:.1f} | {plain / 1e9:.1f}"
-        lines.append(f"| {name} | {products} | {floats} | {group.workspace_bytes / 1e6:.0f} |")
-    return "\n".join(lines)
-
-
-def _problems(layer: LayerShape) -> list[tuple]:
-    """A and G of a layer with contiguous float32 inputs, as `_C.CovarianceGroup` takes them."""
-    n, c, size, out = layer.batch, layer.channels, max(layer.size, 1), layer.output_size
-    k, pad = (layer.kernel, layer.padding) if layer.is_convolution else (1, 0)
-    a = (n, c, size, size, k, k, layer.stride, layer.stride, pad, pad, 1, 1, out, out, layer.groups)
-    g = (n, layer.outputs, out, out, 1, 1, 1, 1, 0, 0, 1, 1, out, out, 1)
-    strides = [(channels * s * s, s * s, s, 1) for channels, s in ((c, size), (layer.outputs, out))]
-    return [(0, strides[0], a, False, 0, False, 0), (0, strides[1], g, False, 0, False, 0)]
-
-
 def replace_between(path: Path, marker: str, text: str) -> None:
     """Put `text` between the two lines `<!-- marker -->` of a file."""
     line = f"<!-- {marker} -->"
@@ -120,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, metavar="FILE")
     arguments = parser.parse_args()
-    tables = {"cuda-report": table(), "cuda-counts": work_table()}
+    tables = {"cuda-report": table(), "cuda-counts": covariance_table(), "cuda-algebra-counts": algebra_table()}
     print("\n\n".join(tables.values()))
     for marker, text in tables.items() if arguments.write else ():
         replace_between(arguments.write, marker, text)

@@ -3,6 +3,8 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <map>
+#include <string>
 
 #include "kfac/inverse_group.h"
 #include "register.h"
@@ -74,6 +76,12 @@ void register_inverse(py::module_& m) {
   py::class_<kfac::InverseGroup>(m, "InverseGroup")
       .def(py::init(&inverse_group))
       .def_property_readonly("workspace_bytes", &kfac::InverseGroup::workspace_bytes)
+      .def("counts",
+           [](const kfac::InverseGroup& group) {
+             const kfac::InverseCounts c = group.counts();
+             return std::map<std::string, double>{
+                 {"products", c.products}, {"launches", double(c.launches)}, {"pivots", double(c.pivots)}};
+           })
       .def("descriptors", [](const kfac::InverseGroup& group) {
         return py::bytes(group.descriptors().data(), group.descriptors().size());
       });

@@ -3,6 +3,8 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <map>
+#include <string>
 #include <tuple>
 
 #include "conv_shape.h"
@@ -124,6 +126,11 @@ void register_power_iteration(py::module_& m) {
   py::class_<kfac::PowerGroup>(m, "PowerGroup")
       .def(py::init(&power_group))
       .def_property_readonly("workspace_bytes", &kfac::PowerGroup::workspace_bytes)
+      .def("counts",
+           [](const kfac::PowerGroup& group) {
+             const kfac::PowerCounts& c = group.counts();
+             return std::map<std::string, double>{{"entries", c.entries}, {"kept", c.kept}, {"most", c.most}};
+           })
       .def("descriptors", [](const kfac::PowerGroup& group) {
         return py::bytes(group.descriptors().data(), group.descriptors().size());
       });

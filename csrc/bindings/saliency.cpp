@@ -3,6 +3,8 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <map>
+#include <string>
 
 #include "kfac/saliency_group.h"
 #include "register.h"
@@ -83,6 +85,10 @@ void register_saliency(py::module_& m) {
   });
   py::class_<kfac::SaliencyGroup>(m, "SaliencyGroup")
       .def(py::init(&saliency_group))
+      .def("counts",
+           [](const kfac::SaliencyGroup& group) {
+             return std::map<std::string, double>{{"products", group.products()}, {"tiles", double(group.tiles())}};
+           })
       .def("descriptors", [](const kfac::SaliencyGroup& group) {
         return py::bytes(group.descriptors().data(), group.descriptors().size());
       });

@@ -64,6 +64,18 @@ JobList<InverseJob> InverseGroup::large(const void* descriptors, InverseStep ste
           reinterpret_cast<const int32_t*>(base + first_offset_[at]), count, first_[at][count]};
 }
 
+InverseCounts InverseGroup::counts() const {
+  constexpr double kTile = double(kInverseEdge) * kInverseEdge * kInverseEdge;
+  InverseCounts counts;
+  for (int32_t level = 0; level < levels(); ++level) {
+    const auto tiles = [&](InverseStep step) { return first_[static_cast<int>(step)][active_[level]]; };
+    counts.products += kTile * (2.0 * tiles(InverseStep::kPanel) + tiles(InverseStep::kUpdate));
+  }
+  counts.launches = (small_count_ > 0) + (levels() > 0 ? 2 + 3 * int64_t(levels()) : 0);
+  counts.pivots = int64_t(kInverseEdge) * (levels() + (small_count_ > 0));
+  return counts;
+}
+
 PiPairs pi_pairs(const std::vector<std::array<int64_t, 8>>& pairs) {
   if (pairs.size() > kMaxPiPairs) {
     throw std::invalid_argument("pi_damping: " + std::to_string(pairs.size()) + " pairs, expected at most " +

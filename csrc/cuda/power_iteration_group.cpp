@@ -120,6 +120,7 @@ PowerGroup::PowerGroup(const std::vector<MatrixShape>& shapes, int64_t blocks, i
     job.moments = take(2 * 2 * int64_t(job.blocks) * kPowerMoments);
   }
 
+  count(jobs, distribution.lists);
   std::vector<int32_t> first{0}, list;
   for (const std::vector<int32_t>& own : distribution.lists) {
     list.insert(list.end(), own.begin(), own.end());
@@ -128,6 +129,20 @@ PowerGroup::PowerGroup(const std::vector<MatrixShape>& shapes, int64_t blocks, i
   append(descriptors_, jobs);
   first_offset_ = append(descriptors_, first);
   list_offset_ = append(descriptors_, list);
+}
+
+void PowerGroup::count(const std::vector<EigenJob>& jobs, const std::vector<std::vector<int32_t>>& lists) {
+  for (size_t block = 0; block < lists.size(); ++block) {
+    double own = 0;
+    for (const int32_t number : lists[block]) {
+      const EigenJob& job = jobs[number];
+      const RowRange rows = team_rows(job, int32_t(block) - job.first_block);
+      own += double(rows.count) * job.n;
+      counts_.kept += double(kept_rows(job, rows, shared_floats_)) * job.n;
+    }
+    counts_.entries += own;
+    counts_.most = std::max(counts_.most, own);
+  }
 }
 
 PowerSchedule PowerGroup::schedule(const void* descriptors) const {

@@ -24,6 +24,8 @@ SaliencyGroup::SaliencyGroup(const std::vector<SaliencyLayer>& layers) : layers_
     jobs.push_back({layer.weight_stride, layer.input_stride, layer.G_stride, int32_t(layer.outputs),
                     int32_t(layer.block), neurons, together, int32_t(jobs.size()), neurons_before});
     neurons_before += neurons;
+    products_ += double(divide_up(neurons, together) * kSaliencyEdge) *
+                 double(align_up(layer.outputs, int64_t(kSaliencyEdge)) * layer.outputs);
     first.push_back(first.back() + int32_t(divide_up(neurons, together)));
   }
   tiles_ = first.back();

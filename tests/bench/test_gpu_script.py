@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cuda_report, gpu, gpu_checks, gpu_linear_algebra, gpu_run, gpu_table, worksets
+from bench import cuda_counts, cuda_report, gpu, gpu_checks, gpu_linear_algebra, gpu_run, gpu_table, worksets
 from kfac_ext import _C
 
 
@@ -96,3 +96,14 @@ def test_every_compiled_kernel_is_reported_and_its_loops_spill_little():
     kernels = [line.split("|") for line in cuda_report.table().splitlines() if "_kernel" in line]
     assert {row[1].strip(" `") for row in kernels} == {name for name, *_ in _C.cuda_kernels()}
     assert all(int(row[4].split(",")[0]) <= 64 for row in kernels)
+
+
+def test_counts_of_schedules():
+    inverse = _C.InverseGroup([(256, 256), (128, 128), (20, 20)]).counts()
+    assert inverse == {"products": 6 * 128.0**3, "launches": 9, "pivots": 384}  # a level: panel, panel, update
+    assert _C.SaliencyGroup([(64, 130, 1, 130, 130, 64)]).counts() == {"products": 3 * 64.0**3, "tiles": 3}
+    power = _C.PowerGroup([(300, 300), (40, 40)], 4, 64 << 10).counts()
+    assert power["entries"] == 300**2 + 40**2 and power["kept"] < power["entries"] and power["most"] >= 300 * 75
+    for table in (cuda_counts.covariance_table(), cuda_counts.algebra_table()):
+        widths = {line.count("|") for line in table.splitlines()}
+        assert len(widths) == 1 and all(f"| {name} |" in table for name in gpu.work_sets(False))

@@ -72,6 +72,13 @@ struct InverseShape {
   int64_t n, stride;
 };
 
+// What a schedule does, for rooflines: multiply-adds of the matrix units (three each in hardware), launches, pivots one
+// after the other.
+struct InverseCounts {
+  double products = 0;
+  int64_t launches = 0, pivots = 0;
+};
+
 // The schedule for matrices of these shapes; only pointers change between calls.
 class InverseGroup {
  public:
@@ -86,6 +93,7 @@ class InverseGroup {
   // The tiles of a step at a level; kTriangle has level 0 only.
   JobList<InverseJob> large(const void* descriptors, InverseStep step, int32_t level) const;
   int64_t workspace_bytes() const { return workspace_floats_ * int64_t(sizeof(float)); }
+  InverseCounts counts() const;
 
  private:
   int64_t matrices_, workspace_floats_ = 0;

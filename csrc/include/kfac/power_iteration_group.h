@@ -107,6 +107,12 @@ KFAC_HD bool power_fits(int64_t n, int64_t shared_bytes) {
   return power_rows_offset(n, true) * int64_t(sizeof(float)) <= shared_bytes;
 }
 
+// What one iteration of a schedule does, for rooflines: entries of all matrices, those that are read from shared
+// memory, and the most that one block multiplies.
+struct PowerCounts {
+  double entries = 0, kept = 0, most = 0;
+};
+
 // Distributes matrices over blocks, once per list of shapes; only pointers change between calls.
 class PowerGroup {
  public:
@@ -115,6 +121,7 @@ class PowerGroup {
   PowerGroup(const std::vector<MatrixShape>& shapes, int64_t blocks, int64_t shared_bytes);
 
   int64_t matrices() const { return matrices_; }
+  const PowerCounts& counts() const { return counts_; }
 
   // Plain data that the kernel reads: a copy on the device, 16-byte aligned, is what `schedule` wants.
   const std::vector<char>& descriptors() const { return descriptors_; }
@@ -124,9 +131,12 @@ class PowerGroup {
   int64_t barrier_bytes() const { return barrier_floats_ * int64_t(sizeof(float)); }
 
  private:
+  void count(const std::vector<EigenJob>& jobs, const std::vector<std::vector<int32_t>>& lists);
+
   int64_t matrices_;
   int32_t blocks_, shared_floats_;
   int64_t workspace_floats_ = 0, barrier_floats_ = 0, first_offset_ = 0, list_offset_ = 0;
+  PowerCounts counts_;
   std::vector<char> descriptors_;
 };
 

@@ -78,6 +78,8 @@ class SaliencyGroup {
   explicit SaliencyGroup(const std::vector<SaliencyLayer>& layers);
 
   int64_t layers() const { return layers_; }
+  int32_t tiles() const { return tiles_; }
+  double products() const { return products_; }  // multiply-adds of G V, padding included, for rooflines
   // Plain data that the kernel reads: a copy on the device, 16-byte aligned, is what `schedule` wants.
   const std::vector<char>& descriptors() const { return descriptors_; }
   JobList<SaliencyJob> schedule(const void* descriptors) const;
@@ -85,6 +87,7 @@ class SaliencyGroup {
  private:
   int64_t layers_, first_offset_ = 0;
   int32_t tiles_ = 0;
+  double products_ = 0;
   std::vector<char> descriptors_;
 };
 

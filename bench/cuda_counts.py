@@ -1,0 +1,89 @@
+"""What the schedules of the CUDA kernels count for the networks of `bench.gpu`: the numbers of rooflines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from bench.gpu import work_sets
+from bench.worksets import LayerShape
+from kfac_ext import _C
+
+H100 = (132, 227 << 10)  # multiprocessors, and the shared memory a block may have
+
+
+def covariance_table() -> str:
+    """One update of A and G of all layers."""
+    head = ("products, 10^9", "plain, 10^9", "inputs", "packed", "tile reads", "slots", "outputs", "workspace, MB")
+    rows = []
+    for name, layers in work_sets(False).items():
+        group = _C.CovarianceGroup([problem for layer in layers for problem in _problems(layer)])
+        counts = {key: value / 1e6 for key, value in group.counts().items()}
+        plain = sum(layer.batch * layer.output_size**2 * (layer.patch**2 + layer.outputs**2) for layer in layers)
+        floats = [f"{counts[key]:.1f}" for key in ("inputs", "packed", "tile_reads", "slots", "outputs")]
+        products = [f"{counts['products'] / 1e3:.1f}", f"{plain / 1e9:.1f}"]
+        rows.append((name, *products, *floats, f"{group.workspace_bytes / 1e6:.0f}"))
+    return _markdown(head, rows)
+
+
+def algebra_table() -> str:
+    """One step of power iteration of all factors, their inverses, the scores of all neurons."""
+    head = (
+        "power iteration: entries, 10^6",
+        "in shared memory",
+        "of the busiest block",
+        "matrix-free: products a step, 10^9",
+        "input floats, 10^6",
+        "inverses: products, 10^9",
+        "plain, 10^9",
+        "launches",
+        "pivots in a row",
+        "scores: products, 10^9",
+        "plain, 10^9",
+    )
+    rows = []
+    for name, layers in work_sets(False).items():
+        sizes = [n for layer in layers for n in (layer.patch, layer.outputs)]
+        power = {key: value / 1e6 for key, value in _power(sizes).items()}
+        inverse = _C.InverseGroup([(n, n) for n in sizes]).counts()
+        shapes = [(i.outputs, i.patch, i.kernel**2, i.patch, i.patch, i.outputs) for i in layers]
+        scores = _C.SaliencyGroup(shapes).counts()
+        free = sum(2 * layer.batch * layer.output_size**2 * layer.patch for layer in layers)
+        rows.append(
+            (
+                name,
+                f"{power['entries']:.2f}",
+                f"{power['kept']:.2f}",
+                f"{power['most']:.2f}",
+                f"{free / 1e9:.2f}",
+                f"{sum(layer.input_bytes for layer in layers) / 4e6:.1f}",
+                f"{inverse['products'] / 1e9:.2f}",
+                f"{sum(n**3 for n in sizes) / 2e9:.2f}",
+                f"{inverse['launches']:.0f}",
+                f"{inverse['pivots']:.0f}",
+                f"{scores['products'] / 1e9:.2f}",
+                f"{sum(i.outputs**2 * i.patch for i in layers) / 1e9:.2f}",
+            )
+        )
+    return _markdown(head, rows)
+
+
+def _power(sizes: Sequence[int]) -> dict[str, float]:
+    counts = _C.PowerGroup([(n, n) for n in sizes], *H100).counts()
+    assert counts["entries"] == sum(n * n for n in sizes), "every row is one block's"
+    return counts
+
+
+def _problems(layer: LayerShape) -> list[tuple[Any, ...]]:
+    """A and G of a layer with contiguous float32 inputs, as `_C.CovarianceGroup` takes them."""
+    n, c, size, out = layer.batch, layer.channels, max(layer.size, 1), layer.output_size
+    k, pad = (layer.kernel, layer.padding) if layer.is_convolution else (1, 0)
+    a = (n, c, size, size, k, k, layer.stride, layer.stride, pad, pad, 1, 1, out, out, layer.groups)
+    g = (n, layer.outputs, out, out, 1, 1, 1, 1, 0, 0, 1, 1, out, out, 1)
+    strides = [(channels * s * s, s * s, s, 1) for channels, s in ((c, size), (layer.outputs, out))]
+    return [(0, strides[0], a, False, 0, False, 0), (0, strides[1], g, False, 0, False, 0)]
+
+
+def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| | {' | '.join(head)} |", f"| --- |{' ---: |' * len(head)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
