@@ -53,7 +53,7 @@ class InputStatistics:
     def inverses(self) -> dict[str, tuple[Tensor, ...]]:
         """H = (A + D)^-1 of each group of every layer, D = 0.01 mean(diag A) on the diagonal, 1e-6 for the 1.
 
-        All layers in one call of `kfac_ext.damped_inverse_ex`.
+        All layers in one call of `kfac_ext.damped_inverse_ex`; what fails in float32 is tried again in float64.
 
         Raises:
             ValueError: naming the layer whose A is not finite or not positive definite.
@@ -61,9 +61,14 @@ class InputStatistics:
         owners = [(name, block) for name in self.covariances for block in self.blocks(name)]
         damping = [_damping(block, self.constant[name]) for name, block in owners]
         inverses, info = kfac_ext.damped_inverse_ex([block for _, block in owners], damping)
-        if bool(info.any()):
-            name = owners[int(info.nonzero()[0])][0]
-            raise ValueError(f"{name}: the covariance of its inputs is not positive definite or not finite")
+        for i in info.nonzero().flatten().tolist():
+            name, block = owners[i]
+            try:  # on a GPU once more, in float64
+                inverses[i] = kfac_ext.damped_inverse([block], [damping[i]])[0]
+            except torch.linalg.LinAlgError:
+                raise ValueError(
+                    f"{name}: the covariance of its inputs is not positive definite or not finite"
+                ) from None
         found: dict[str, tuple[Tensor, ...]] = {}
         for (name, _), inverse in zip(owners, inverses):
             found[name] = (*found.get(name, ()), inverse)

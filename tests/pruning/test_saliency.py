@@ -9,6 +9,7 @@ from pruning_networks import NETWORKS, Run, chain, digits, mlp, zeroed_inputs
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
+import kfac_ext
 from flatprune import saliency, surgery
 from flatprune.graph import neuron_groups
 from flatprune.neurons import CONSUMER, PRODUCER
@@ -242,3 +243,24 @@ def test_bad_factors_are_named():
     statistics = saliency.input_statistics(run.curvature, ["3", "5"])
     with pytest.raises(ValueError, match="1: the scores"):
         saliency.curvature_scores(run.curvature, groups, "outgoing", statistics)
+
+
+def test_what_fails_in_float32_is_inverted_in_float64(monkeypatch):
+    """As on a GPU, where `damped_inverse_ex` does not try again."""
+    rows = torch.randn(50, 6)
+    covariances = {"a": rows.mT @ rows, "b": rows[:, :4].mT @ rows[:, :4]}
+    statistics = saliency.InputStatistics(covariances, {"a": False, "b": False})
+    wanted = statistics.inverses()
+    attempt = kfac_ext.damped_inverse_ex
+
+    def fails(matrices, damping):
+        inverses, info = attempt(matrices, damping)
+        inverses[1].fill_(torch.nan)
+        info[1] = 3
+        return inverses, info
+
+    monkeypatch.setattr(kfac_ext, "damped_inverse_ex", fails)
+    assert torch.equal(statistics.inverses()["b"][0], wanted["b"][0])
+    covariances["b"][1, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"^b: the covariance of its inputs is not positive definite or not finite"):
+        statistics.inverses()
