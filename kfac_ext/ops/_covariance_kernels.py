@@ -12,7 +12,7 @@ from torch import Tensor
 from kfac_ext import _C, reference
 from kfac_ext.geometry import ConvGeometry, accumulator_dtype
 from kfac_ext.ops._cuda import register_family
-from kfac_ext.ops._launch import descriptors_on, stream_of, workspace_on
+from kfac_ext.ops._launch import descriptors_on, stream_of, tf32_allowed, workspace_on
 from kfac_ext.ops._library import DTYPE_CODES
 
 _AUTO = 0  # kfac::CovarianceAlgorithm::kAuto
@@ -110,8 +110,8 @@ class _Launch(NamedTuple):
 
 
 def _precision() -> int:
-    """kfac::Precision: as exact as a float32 matmul, or tf32 where `torch.set_float32_matmul_precision` allows it."""
-    return 0 if torch.get_float32_matmul_precision() == "highest" else 1
+    """kfac::Precision: as exact as a float32 matmul, or tf32 where PyTorch may use it."""
+    return int(tf32_allowed())
 
 
 def _spec(problem: Problem, precision: int) -> _Spec:

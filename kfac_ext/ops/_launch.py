@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,27 @@ from torch import Tensor
 def stream_of(device: torch.device) -> int:
     """The handle of PyTorch's current stream on this device."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def tf32_allowed() -> bool:
+    """Whether PyTorch may multiply float32 matrices in tf32 on CUDA, whichever of its settings says so."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # since torch 2.9; once it was used, the older question is an error
+        return matmul.fp32_precision == "tf32"
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Float32 matmuls of PyTorch on CUDA in full float32."""
+    matmul = torch.backends.cuda.matmul
+    name, full = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(matmul, name)
+    setattr(matmul, name, full)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
 
 
 def descriptors_on(device: torch.device, operation: str, descriptors: bytes) -> Tensor:

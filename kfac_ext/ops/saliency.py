@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kfac_ext import _C, reference
+from kfac_ext.ops._launch import full_precision
 from kfac_ext.ops._library import DTYPE_CODES, define, native_device
 from kfac_ext.ops._lists import as_list, check_count, check_matrix, check_square, row_major
 from kfac_ext.ops._saliency_kernels import Layer, fits_cuda, run_cpu, run_cuda
@@ -236,21 +236,10 @@ def _compensate_grouped(
         return found, []
     rows = [inverses[i].index_select(0, gone[i]) for i in layers]  # H_J.
     solved, info = damped_inverse_ex([row.index_select(1, gone[i]) for i, row in zip(layers, rows)], 0.0)
-    with _full_precision():  # in tf32 the products would lose what H_JJ, of high condition, needs
+    with full_precision():  # in tf32 the products would lose what H_JJ, of high condition, needs
         for i, row, inverse in zip(layers, rows, solved):
             found[i] -= weights[i].index_select(1, gone[i]) @ inverse @ row.index_select(1, kept[i])
     return found, [layers[k] for k in info.nonzero().flatten().tolist()]
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Float32 matmuls of PyTorch in full float32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _span(index: Tensor) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import kfac_ext
 from kfac_ext import _C, CovarianceUpdate, FactorSet, reference
 from kfac_ext.ops import _covariance_kernels as kernels
 from kfac_ext.ops import covariance, covariance_group
+from kfac_ext.ops._launch import full_precision, tf32_allowed
 from tests.conftest import relative_error
 from tests.ops.test_covariance import CONVOLUTIONS, allowed, oracle
 
@@ -61,15 +62,34 @@ def test_precision(launches, dtype, layout, channels):
     assert relative_error(value, exact) <= max(allowed(dtype, plain, exact), 2e-7)
 
 
-def test_tf32_follows_torchs_setting(launches):
+@pytest.fixture(params=["set_float32_matmul_precision", "allow_tf32", "fp32_precision"])
+def tf32(request):
+    """tf32(True or False) sets what PyTorch may do, in each of the ways that it has had."""
+    matmul = torch.backends.cuda.matmul
+    if request.param == "fp32_precision" and not hasattr(matmul, "fp32_precision"):
+        pytest.skip("since torch 2.9")
+
+    def allow(yes):
+        if request.param == "set_float32_matmul_precision":
+            torch.set_float32_matmul_precision("high" if yes else "highest")
+        elif request.param == "allow_tf32":
+            matmul.allow_tf32 = yes
+        else:
+            matmul.fp32_precision = "tf32" if yes else "ieee"
+
+    yield allow
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_tf32_follows_torchs_setting(launches, tf32):
     x = torch.randn(2000, 40)
     exact = reference.linear_covariance(x.double())
-    torch.set_float32_matmul_precision("high")
-    try:
-        error = relative_error(kfac_ext.linear_covariance(x), exact)
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    assert 1e-6 < error < 2e-4
+    tf32(True)
+    assert 1e-6 < relative_error(kfac_ext.linear_covariance(x), exact) < 2e-4
+    with full_precision():
+        assert not tf32_allowed()
+    assert tf32_allowed()
+    tf32(False)
     assert relative_error(kfac_ext.linear_covariance(x), exact) < 3e-7
 
 
