@@ -143,6 +143,9 @@ class FactorSet:
     ) -> tuple[FactorSet, Tensor]:
         """A FactorSet of (M + damping I)^-1 for the factors named (default: all), and the info of each block.
 
+        It does not wait for the device: on a GPU a block whose info is not 0 stays NaN, as from
+        `kfac_ext.damped_inverse_ex`.
+
         Args:
             damping: lambda, added to every diagonal; with `pi` the amounts of `kfac_ext.damped_inverse`.
             keys: which factors; default all.
