@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from flatprune.data import Normalization
     from flatprune.errors import DivergedError, InputError, Interrupted
     from flatprune.export import load
+    from flatprune.hessian import hessian_eigenvalues
     from flatprune.pruner import Pruner
     from flatprune.runs import resume, run
     from flatprune.sam import SAM
@@ -46,6 +47,7 @@ _HOMES = {
     "Pruner": "flatprune.pruner",
     "Settings": "flatprune.settings",
     "Target": "flatprune.targets",
+    "hessian_eigenvalues": "flatprune.hessian",
     "hessian_lambda_max": "flatprune.spectrum",
     "load": "flatprune.export",
     "resume": "flatprune.runs",
@@ -63,6 +65,7 @@ __all__ = [
     "Pruner",
     "Settings",
     "Target",
+    "hessian_eigenvalues",
     "hessian_lambda_max",
     "load",
     "resume",

@@ -1,4 +1,4 @@
-"""The true largest eigenvalue of the Hessian, by Hessian-vector products in the folded weights."""
+"""The true largest eigenvalues of the Hessian, by Hessian-vector products in the folded weights."""
 
 from __future__ import annotations
 
@@ -48,19 +48,80 @@ def hessian_lambda_max(
     Raises:
         ValueError: no samples, x and y of different lengths, or no parameter that requires a gradient.
     """
+    return _largest("hessian_lambda_max", model, x, y, criterion, 1, iterations, generator, tol, batch_size)[0]
+
+
+def hessian_eigenvalues(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    criterion: Criterion,
+    *,
+    k: int,
+    iterations: int = 100,
+    generator: torch.Generator | None = None,
+    tol: float = 1e-4,
+    batch_size: int = 1024,
+) -> list[float]:
+    """The k largest (algebraic) eigenvalues of the Hessian that `hessian_lambda_max` measures, largest first.
+
+    Lanczos iteration with full reorthogonalisation, so that no Ritz value is a copy of another (Golub and Van Loan,
+    Matrix Computations, section 10.3): it keeps `iterations` float64 vectors of the number of parameters. From one
+    start vector an eigenvalue that occurs several times is found once.
+
+    Args:
+        model: unchanged, also its modes, buffers and gradients.
+        x: inputs [N, ...].
+        y: targets [N, ...].
+        criterion: mean loss of (output, target), twice differentiable.
+        k: how many; at most `iterations` and the number of parameters.
+        iterations: at most so many Hessian-vector products.
+        generator: for the start vector; None: a fixed one.
+        tol: stops when the residuals of all k Ritz pairs are below tol times the largest of their absolute values.
+        batch_size: samples a forward; the mean over all of x is exact whatever it is.
+
+    Raises:
+        ValueError: as `hessian_lambda_max`; k out of range; fewer than k distinct eigenvalues can be found.
+
+    Example:
+        >>> model, x, y = nn.Linear(3, 2), torch.randn(8, 3), torch.randint(2, (8,))
+        >>> first, second = hessian_eigenvalues(model, x, y, nn.functional.cross_entropy, k=2)
+        >>> first >= second
+        True
+    """
+    if not 1 <= k <= iterations:
+        raise ValueError(f"hessian_eigenvalues: k is {k}, expected 1 to {iterations} (iterations)")
+    return _largest("hessian_eigenvalues", model, x, y, criterion, k, iterations, generator, tol, batch_size)
+
+
+def _largest(
+    caller: str,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    criterion: Criterion,
+    k: int,
+    iterations: int,
+    generator: torch.Generator | None,
+    tol: float,
+    batch_size: int,
+) -> list[float]:
     if len(x) == 0 or len(x) != len(y):
-        raise ValueError(f"hessian_lambda_max: {len(x)} inputs and {len(y)} targets, expected equally many, at least 1")
+        raise ValueError(f"{caller}: {len(x)} inputs and {len(y)} targets, expected equally many, at least 1")
     modes = dict.fromkeys(model.modules(), False)
     with module_modes(modes), undisturbed(model), torch.enable_grad():
         fixed, leaves = _folded_parameters(model, x[:1])
         if not leaves:
-            raise ValueError("hessian_lambda_max: no parameter requires a gradient")
+            raise ValueError(f"{caller}: no parameter requires a gradient")
         start = _start_vector(leaves, generator)
 
         def product(vector: Tensor) -> Tensor:
             return _hessian_product(model, fixed, leaves, x, y, criterion, batch_size, vector)
 
-        return _lanczos_max(product, start, iterations, tol)
+        values = _lanczos(product, start, k, iterations, tol)
+    if len(values) < k:
+        raise ValueError(f"{caller}: k is {k}, but only {len(values)} distinct eigenvalues can be found")
+    return values
 
 
 def _folded_parameters(model: nn.Module, example: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -149,16 +210,22 @@ def _start_vector(leaves: dict[str, Tensor], generator: torch.Generator | None) 
     return vector.to(next(iter(leaves.values())).device)
 
 
-def _lanczos_max(product: Callable[[Tensor], Tensor], start: Tensor, iterations: int, tol: float) -> float:
-    """Largest eigenvalue by the three-term recurrence (lost orthogonality repeats Ritz values, it moves none)."""
+def _lanczos(product: Callable[[Tensor], Tensor], start: Tensor, k: int, iterations: int, tol: float) -> list[float]:
+    """The k largest Ritz values; k = 1 keeps no basis (lost orthogonality repeats Ritz values, it moves none)."""
     current, previous = start / start.norm(), torch.zeros_like(start)
+    basis: list[Tensor] = []
     alphas: list[float] = []
     betas: list[float] = []
-    value = 0.0
-    for _ in range(iterations):
+    largest: list[float] = []
+    for _ in range(min(iterations, len(start)) if k > 1 else iterations):
         image = product(current)
         alpha = float(current @ image)
+        size = float(image.norm())
         image = image - alpha * current - (betas[-1] if betas else 0.0) * previous
+        if k > 1:
+            basis.append(current)
+            for vector in [*basis, *basis]:
+                image = image - (vector @ image) * vector
         beta = float(image.norm())
         alphas.append(alpha)
         tridiagonal = torch.diag(torch.tensor(alphas, dtype=torch.float64))
@@ -166,10 +233,11 @@ def _lanczos_max(product: Callable[[Tensor], Tensor], start: Tensor, iterations:
             off = torch.tensor(betas, dtype=torch.float64)
             tridiagonal += torch.diag(off, 1) + torch.diag(off, -1)
         values, vectors = torch.linalg.eigh(tridiagonal)
-        value = float(values[-1])
-        residual = abs(beta * float(vectors[-1, -1]))
-        if residual <= tol * abs(value):
+        largest = values[-k:].flip(0).tolist()
+        residual = beta * float(vectors[-1, -k:].abs().max())
+        exhausted = beta <= 1e-12 * size
+        if exhausted or (len(largest) == k and residual <= tol * max(abs(value) for value in largest)):
             break
         previous, current = current, image / beta
         betas.append(beta)
-    return value
+    return largest

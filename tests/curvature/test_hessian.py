@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from flatprune.hessian import _lanczos_max, hessian_lambda_max
+from flatprune.hessian import _lanczos, hessian_eigenvalues, hessian_lambda_max
 
 EXACT = {"iterations": 300, "tol": 1e-9}
 
 
-def dense_lambda_max(model, x, y):
+def dense_eigenvalues(model, x, y):
     shapes = {name: p.shape for name, p in model.named_parameters()}
 
     def loss(flat):
@@ -26,7 +26,11 @@ def dense_lambda_max(model, x, y):
         return F.cross_entropy(functional_call(model, values, (x,)), y)
 
     hessian = curvature_oracles.dense_hessian(loss, list(model.parameters()))
-    return float(torch.linalg.eigvalsh(hessian)[-1])
+    return torch.linalg.eigvalsh(hessian).flip(0).tolist()
+
+
+def dense_lambda_max(model, x, y):
+    return dense_eigenvalues(model, x, y)[0]
 
 
 @pytest.mark.parametrize("name", ["mlp", "sequence", "called_twice", "conv_grouped"])
@@ -39,6 +43,22 @@ def test_equals_the_dense_hessian(name):
     generator = torch.Generator().manual_seed(8)
     found = hessian_lambda_max(model, x, y, F.cross_entropy, generator=generator)
     assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv_grouped"])
+def test_the_largest_eigenvalues_equal_the_dense_hessians(name):
+    model, x = curvature_nets.make(name)
+    y = torch.tensor([0, 1, 2, 0, 1])
+    expected = dense_eigenvalues(copy.deepcopy(model).eval(), x, y)[:5]
+    found = hessian_eigenvalues(model, x, y, F.cross_entropy, k=5, **EXACT)
+    assert found == pytest.approx(expected, rel=1e-7)
+
+
+def test_no_eigenvalue_is_found_twice():
+    diagonal = torch.logspace(-6, 6, 200, dtype=torch.float64)
+    start = torch.ones(200, dtype=torch.float64)
+    found = _lanczos(lambda v: diagonal * v, start, 20, 200, 1e-9)
+    assert found == pytest.approx(diagonal.flip(0)[:20].tolist(), rel=1e-6)
 
 
 def folded_by_hand(model):
@@ -95,8 +115,8 @@ def test_batch_norm_without_an_affine_map():
 def test_algebraic_maximum_and_early_end():
     diagonal = torch.tensor([-5.0, 1.0, 2.0], dtype=torch.float64)
     start = torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64)
-    assert _lanczos_max(lambda v: diagonal * v, start, 10, 1e-12) == pytest.approx(2.0)
-    assert _lanczos_max(lambda v: 0 * v, start, 10, 1e-12) == 0
+    assert _lanczos(lambda v: diagonal * v, start, 1, 10, 1e-12) == pytest.approx([2.0])
+    assert _lanczos(lambda v: 0 * v, start, 1, 10, 1e-12) == [0]
 
 
 def test_the_model_is_left_as_it_was():
@@ -119,3 +139,11 @@ def test_bad_arguments():
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter"):
         hessian_lambda_max(model, x, torch.zeros(5, dtype=torch.long), F.cross_entropy)
+    with pytest.raises(ValueError, match="k is 0, expected 1 to 100"):
+        hessian_eigenvalues(model, x, y=torch.zeros(5, dtype=torch.long), criterion=F.cross_entropy, k=0)
+
+
+def test_fewer_distinct_eigenvalues_than_asked_for():
+    model, x = nn.Linear(1, 2, bias=False).double(), torch.ones(4, 1, dtype=torch.float64)
+    with pytest.raises(ValueError, match="k is 3, but only 2"):
+        hessian_eigenvalues(model, x, torch.tensor([0, 1, 1, 1]), F.cross_entropy, k=3)
