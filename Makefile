@@ -63,7 +63,7 @@ gpu:
 
 # registers, spills and shared memory of the CUDA kernels, from the last build, into docs/kernels.md
 cuda-report: setup
-	$(BIN)/python -m bench.cuda_report --write docs/kernels.md
+	$(BIN)/python -m bench.gpu.compiled --write docs/kernels.md
 
 clean:
 	rm -rf $(VENV) build runs *.egg-info kfac_ext/*.so

@@ -6,7 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cuda_counts, cuda_report, gpu, gpu_checks, gpu_linear_algebra, gpu_run, gpu_table, worksets
+from bench import worksets
+from bench.gpu import __main__ as script
+from bench.gpu import checks, compiled, counts, linear_algebra, suite
+from bench.gpu import run as runs
+from bench.gpu.networks import work_sets
+from bench.gpu.table import GOALS, results_table
 from kfac_ext import _C
 
 
@@ -14,13 +19,13 @@ def test_a_dry_run_writes_all_of_the_document(tmp_path, monkeypatch):
     path = tmp_path / "gpu.json"
     monkeypatch.setattr("sys.argv", ["gpu", "--dry", "--out", str(path)])
     with pytest.raises(SystemExit) as end:
-        gpu.main()
+        script.main()
     assert end.value.code == 0
     document = json.loads(path.read_text())
     assert document["left_out"] == [] and document["machine"]["commit"]
-    assert set(document["results"]) == set(gpu.families())
+    assert set(document["results"]) == set(suite.families())
     for family, networks in document["results"].items():
-        assert set(networks) == set(gpu.work_sets(True)), family
+        assert set(networks) == set(work_sets(True)), family
         for entry in networks.values():
             for name in ("float32", "tf32"):
                 times = entry[name]["ms"]
@@ -29,52 +34,50 @@ def test_a_dry_run_writes_all_of_the_document(tmp_path, monkeypatch):
                 assert all(share > 0 for share in entry["shares"][name].values())
                 ratio = entry["ratios"][f"{list(times)[1]} {name} / native {name}"]
                 assert ratio == list(times.values())[1]["median"] / times["native"]["median"]
-    table = gpu_table.results_table(document)
-    assert all(family.capitalize() in table for family in gpu.families())
+    table = results_table(document)
+    assert all(family.capitalize() in table for family in suite.families())
     assert all(name in table for name in ("VGG19 b128", "ResNet32 b128", "ResNet50 b32", "MLP b256"))
 
 
 def test_goals_name_what_is_measured():
-    work = {
-        name: family(gpu.work_sets(True)["MLP b256"], torch.device("cpu")) for name, family in gpu.families().items()
-    }
-    for family, (baseline, networks) in gpu_table.GOALS.items():
-        assert baseline in work[family].variants() and set(networks) < set(gpu.work_sets(True))
+    work = {name: family(work_sets(True)["MLP b256"], torch.device("cpu")) for name, family in suite.families().items()}
+    for family, (baseline, networks) in GOALS.items():
+        assert baseline in work[family].variants() and set(networks) < set(work_sets(True))
 
 
 def test_what_fails_is_said_and_the_rest_is_kept(tmp_path, monkeypatch):
     def fail(self):
         raise RuntimeError("out of memory\nand more")
 
-    monkeypatch.setattr(gpu_linear_algebra.Inverses, "variants", fail)
-    monkeypatch.setattr(gpu, "work_sets", lambda quick: {"MLP b256": [worksets.LayerShape("fc", 4, 5, 6)]})
+    monkeypatch.setattr(linear_algebra.Inverses, "variants", fail)
+    monkeypatch.setattr(suite, "work_sets", lambda quick: {"MLP b256": [worksets.LayerShape("fc", 4, 5, 6)]})
     monkeypatch.setenv("OUT", str(tmp_path))
     monkeypatch.setattr("sys.argv", ["gpu", "--dry"])
     with pytest.raises(SystemExit) as end:
-        gpu.main()
+        script.main()
     document = json.loads((tmp_path / "gpu-dry.json").read_text())
     assert end.value.code == 1 and document["failed"] == ["inverses, MLP b256: out of memory"]
-    assert set(document["results"]) == set(gpu.families()) - {"inverses"}
+    assert set(document["results"]) == set(suite.families()) - {"inverses"}
 
 
 def test_a_command_that_takes_too_long_is_ended(tmp_path, monkeypatch):
-    run = gpu_run.Run(tmp_path / "run.json", 1)
-    monkeypatch.setattr(gpu_run.Run, "seconds_left", lambda self: 0.0)
-    monkeypatch.setattr(gpu_run, "SHORTEST", 0.2)
+    run = runs.Run(tmp_path / "run.json", 1)
+    monkeypatch.setattr(runs.Run, "seconds_left", lambda self: 0.0)
+    monkeypatch.setattr(runs, "SHORTEST", 0.2)
     outcome = run.command("sleep", "bash", "-c", "echo begun; sleep 60 & wait")
     assert outcome["exit"] == 124 and outcome["seconds"] < 20 and outcome["output"] == "begun\n"
 
 
 def test_every_program_that_is_sanitized_is_built():
-    sources = Path(gpu_run.ROOT / "csrc/CMakeLists.txt").read_text()
-    assert all(f"    {program}" in sources for program in gpu_checks.SANITIZED)
+    sources = Path(runs.ROOT / "csrc/CMakeLists.txt").read_text()
+    assert all(f"    {program}" in sources for program in checks.SANITIZED)
 
 
 def test_without_a_device_it_says_so(monkeypatch):
     monkeypatch.setattr("sys.argv", ["gpu"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="no CUDA device; `--dry` tries the script"):
-        gpu.main()
+        script.main()
 
 
 REPORT = """
@@ -86,14 +89,14 @@ ptxas info    : Used 208 registers, used 1 barriers, 384 bytes cmem[0]
 
 
 def test_a_report_of_ptxas_is_read():
-    (kernel,) = cuda_report.kernels(REPORT)
+    (kernel,) = compiled.kernels(REPORT)
     assert kernel == ("covariance_tiles_kernel<2>", "sm_90", 208, 8, 12)
-    assert cuda_report.resident_blocks(kernel, 256, 73728) == 1
+    assert compiled.resident_blocks(kernel, 256, 73728) == 1
 
 
 @pytest.mark.skipif(not _C.cuda_architectures(), reason="no CUDA kernels in this build")
 def test_every_compiled_kernel_is_reported_and_its_loops_spill_little():
-    kernels = [line.split("|") for line in cuda_report.table().splitlines() if "_kernel" in line]
+    kernels = [line.split("|") for line in compiled.table().splitlines() if "_kernel" in line]
     assert {row[1].strip(" `") for row in kernels} == {name for name, *_ in _C.cuda_kernels()}
     assert all(int(row[4].split(",")[0]) <= 64 for row in kernels)
 
@@ -104,6 +107,6 @@ def test_counts_of_schedules():
     assert _C.SaliencyGroup([(64, 130, 1, 130, 130, 64)]).counts() == {"products": 3 * 64.0**3, "tiles": 3}
     power = _C.PowerGroup([(300, 300), (40, 40)], 4, 64 << 10).counts()
     assert power["entries"] == 300**2 + 40**2 and power["kept"] < power["entries"] and power["most"] >= 300 * 75
-    for table in (cuda_counts.covariance_table(), cuda_counts.algebra_table()):
+    for table in (counts.covariance_table(), counts.algebra_table()):
         widths = {line.count("|") for line in table.splitlines()}
-        assert len(widths) == 1 and all(f"| {name} |" in table for name in gpu.work_sets(False))
+        assert len(widths) == 1 and all(f"| {name} |" in table for name in work_sets(False))

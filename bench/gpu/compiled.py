@@ -1,8 +1,8 @@
 """Print registers, spills and shared memory of every CUDA kernel, and what the schedules of the work sets count.
 
-    python -m bench.cuda_report [--write docs/kernels.md]
+    python -m bench.gpu.compiled [--write docs/kernels.md]
 
-The first table is what ptxas reported when the kernels were compiled (needs nvcc then); `bench.cuda_counts` has the
+The first table is what ptxas reported when the kernels were compiled (needs nvcc then); `bench.gpu.counts` has the
 others. `--write` puts them between the markers of that file. No GPU is asked.
 """
 
@@ -14,7 +14,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.cuda_counts import algebra_table, covariance_table
+from bench.documents import replace_between
+from bench.gpu.counts import algebra_table, covariance_table
 from kfac_ext import _C
 
 # of a multiprocessor: shared memory for blocks and what each block takes on top, in bytes
@@ -79,13 +80,6 @@ def table() -> str:
             f"{kernel.spill_loads} | {shared} | {threads} | {resident_blocks(kernel, threads, shared)} |"
         )
     return "\n".join(lines)
-
-
-def replace_between(path: Path, marker: str, text: str) -> None:
-    """Put `text` between the two lines `<!-- marker -->` of a file."""
-    line = f"<!-- {marker} -->"
-    before, _, after = path.read_text().split(line)
-    path.write_text(f"{before}{line}\n{text}\n{line}{after}")
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FORMAT = 2
 SHORTEST = 5.0  # seconds that a command may take, however late it is
 LIMITS = {"build": 180, "tests": 100, "bench": 180, "sanitizer": 150}  # seconds

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from bench.gpu_measure import PRECISIONS
+from bench.gpu.measure import PRECISIONS
 
 # at least so many times as fast as this variant, PyTorch in tf32, on an H100
 GOALS = {

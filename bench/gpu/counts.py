@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bench.gpu import work_sets
+from bench.gpu.networks import work_sets
 from bench.worksets import LayerShape
 from kfac_ext import _C
 

@@ -8,7 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from bench.gpu_run import Run
+from bench.gpu.run import Run
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SANITIZED = {  # program of tests/native -> its small cases

@@ -10,7 +10,7 @@ from torch import Tensor
 import kfac_ext
 from bench import baselines
 from bench.check import relative_error
-from bench.gpu_measure import Variant
+from bench.gpu.measure import Variant
 from bench.worksets import LayerShape
 from kfac_ext import CovarianceUpdate, FactorSet
 

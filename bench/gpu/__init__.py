@@ -1,0 +1,1 @@
+"""What a machine with a GPU can tell about the CUDA kernels, and what can be counted without one."""
