@@ -30,7 +30,7 @@ from flatprune.data import to_pixels
 BATCH, MOMENTUM = 128, 0.9
 UPDATE_STEPS = {"factor_update_steps": 5, "inv_update_steps": 10}
 GRIDS: dict[str, list[dict[str, float]]] = {
-    "SGD": [{"lr": lr} for lr in (0.03, 0.05, 0.1, 0.2)],
+    "SGD": [{"lr": lr} for lr in (0.01, 0.02, 0.05, 0.1)],
     "K-FAC": [
         {"lr": lr, "damping": damping, "kl_clip": clip}
         for lr, damping, clip in ((0.05, 0.01, 0.01), (0.05, 0.1, 0.01), (0.1, 0.1, 0.01), (0.1, 0.3, 0.1))
@@ -145,8 +145,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="where runs are kept, a JSON file")
     parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--size", type=int, default=16, help="side the images are averaged down to")
-    parser.add_argument("--target", type=float, default=1.5, help="mean training loss of one epoch's steps")
-    parser.add_argument("--max-steps", type=int, default=120)
+    parser.add_argument("--target", type=float, default=1.0, help="mean training loss of one epoch's steps")
+    parser.add_argument("--max-steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
