@@ -47,7 +47,8 @@ class KFACPreconditioner:
 
     A "step" is one call of `step`; every number may also be a function of how many there were before. On every
     `factor_update_steps`-th step each forward and backward renews the factors. A pair of factors that cannot be
-    inverted keeps its last inverse, with a warning that names the layer. On a GPU `step` does not wait for it.
+    inverted keeps its last inverse, with a warning that names the layer. On a GPU `step` waits for nothing; the
+    warning comes some steps later there.
 
     Args:
         model: what is trained; not compiled, not wrapped for several devices.
@@ -122,8 +123,8 @@ class KFACPreconditioner:
 
         Raises:
             RuntimeError: the model has made no training forward, or the preconditioner was removed.
-            ValueError: a layer's weight belongs to another module too or is computed from other parameters; a
-                function of the step gave a number out of range. No gradient is changed then.
+            ValueError: a layer's weight belongs to another module too or is computed from other parameters, or a
+                function of the step gave a number out of range, named; no gradient is changed then.
         """
         self._check_ready()
         self.curvature.finish_update()

@@ -73,6 +73,21 @@ def test_layers_that_a_step_does_not_reach_are_left_alone():
     torch.testing.assert_close(model.a.weight.grad, exact[:, :3])
 
 
+def test_the_empirical_fisher_is_there_in_time_where_the_loss_misses_a_layer():
+    class Side(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.side = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            self.aside = self.side(x)
+            return self.used(x)
+
+    model, x = Side(), torch.randn(5, 3)
+    before, after = preconditioned(model, x, classes(x), fisher_type="empirical")
+    assert set(before) == {"used.weight", "used.bias"} and not torch.equal(before["used.weight"], after["used.weight"])
+
+
 def test_a_frozen_bias_leaves_the_layer_alone_with_a_word():
     model, x = curvature_nets.make("mlp")
     model[0].bias.requires_grad_(False)
