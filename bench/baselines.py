@@ -168,6 +168,7 @@ class HookedFactors:
 
     def __init__(self, model: nn.Module, decay: float = 0.95) -> None:
         self.decay = decay
+        self.enabled = True
         self.A: dict[nn.Module, Tensor] = {}
         self.G: dict[nn.Module, Tensor] = {}
         for module in model.modules():
@@ -175,6 +176,8 @@ class HookedFactors:
                 module.register_forward_hook(self._forward)
 
     def _forward(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        if not self.enabled:
+            return
         x = inputs[0].detach()
         if isinstance(module, nn.Conv2d):
             x = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)  # type: ignore[arg-type]
@@ -193,3 +196,59 @@ class HookedFactors:
             factors[module].mul_(self.decay).add_(value, alpha=1 - self.decay)
         else:
             factors[module] = value
+
+
+class HookedPreconditioner:
+    """K-FAC as kfac-pytorch does it, layer by layer, on factors by hooks: `backward()`, `step()`, `optimizer.step()`.
+
+    "eigh": both factors are decomposed and (A (x) G + damping I)^-1 is applied in the eigenbases; "inv": each factor is
+    inverted with the damping added to it.
+    """
+
+    def __init__(
+        self, model: nn.Module, method: str, *, damping: float, kl_clip: float, lr: float, update_steps: int = 1
+    ) -> None:
+        self.factors = HookedFactors(model)
+        self.method, self.damping, self.kl_clip, self.lr = method, damping, kl_clip, lr
+        self.update_steps, self.step_count = update_steps, 0
+        self.inverses: dict[nn.Module, tuple[Tensor, ...]] = {}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Renew the inverses if they are due, then replace every gradient."""
+        if self.step_count % self.update_steps == 0:
+            for module, A in self.factors.A.items():
+                self.inverses[module] = self._inverse(A, self.factors.G[module])
+        directions, change = {}, 0.0
+        for module, inverse in self.inverses.items():
+            gradient = module.weight.grad.flatten(1)
+            if module.bias is not None:
+                gradient = torch.cat([gradient, module.bias.grad[:, None]], dim=1)
+            directions[module] = self._direction(gradient, inverse)
+            change += (directions[module] * gradient).sum().item() * self.lr**2
+        for module, direction in directions.items():
+            self._write(module, direction * min(1.0, (self.kl_clip / abs(change)) ** 0.5))
+        self.step_count += 1
+        self.factors.enabled = self.step_count % self.update_steps == 0
+
+    def _inverse(self, A: Tensor, G: Tensor) -> tuple[Tensor, ...]:
+        if self.method == "inv":
+            return tuple(linalg_inverses([A, G], self.damping))
+        (values_A, Q_A), (values_G, Q_G) = torch.linalg.eigh(A), torch.linalg.eigh(G)
+        products = torch.outer(values_G.clamp_min(0), values_A.clamp_min(0))
+        return Q_A, Q_G, 1 / (products + self.damping)
+
+    def _direction(self, gradient: Tensor, inverse: tuple[Tensor, ...]) -> Tensor:
+        if self.method == "inv":
+            A_inverse, G_inverse = inverse
+            return G_inverse @ gradient @ A_inverse
+        Q_A, Q_G, scale = inverse
+        return Q_G @ ((Q_G.T @ gradient @ Q_A) * scale) @ Q_A.T
+
+    @staticmethod
+    def _write(module: nn.Module, direction: Tensor) -> None:
+        weight, bias = module.weight, module.bias
+        if bias is not None:
+            bias.grad.copy_(direction[:, -1])
+            direction = direction[:, :-1]
+        weight.grad.copy_(direction.view_as(weight))

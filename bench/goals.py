@@ -107,6 +107,8 @@ GOALS = [
          _steps("factors every step, ", "native", "VGG-small b64")),
     Goal("step with the defaults (factors, radius, flatness), VGG-small batch 64, in bare steps", 1.25, False,
          _steps("defaults, ", "native", "VGG-small b64")),
+    Goal("step with K-FAC, factors and inverses as often, against the plain recipe with inverses", 1, True,
+         _networks("training step", "K-FAC every ", "hooks + unfold, inv")),
     Goal("peak extra memory of the covariances, in copies of the largest activation", 1, False, _covariance_memory),
 ]  # fmt: skip
 

@@ -46,7 +46,9 @@ _NOTES = {
         "`native` with factors every step: A and G of every layer, expand, from the gradients of the step's own "
         "backward (empirical Fisher), and the eigenpair of each; the quantity that the peers and `hooks + unfold` "
         "make. `native, true Fisher` adds a partial backward for sampled labels. asdl and singd use the step's own "
-        "backward, backpack extends it, curvlinops and nngeometry make passes of their own. `defaults` and "
+        "backward, backpack extends it, curvlinops and nngeometry make passes of their own. `K-FAC every k steps` "
+        "renews factors (expand) and inverses that often and preconditions every step; `hooks + unfold` there is "
+        "kfac-pytorch's recipe, layer by layer. `defaults` and "
         "`with pruning` are means over 20 steps of `Curvature`, `Flatness` and `Pruner` with their defaults."
     ),
     "memory": (

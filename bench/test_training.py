@@ -1,4 +1,4 @@
-"""Whole training steps: bare, with factors, with factors, radius and flatness, with pruning; and a removal itself."""
+"""Whole training steps: bare, with factors, radius and flatness, preconditioned, with pruning; and a removal itself."""
 
 import pytest
 import torch
@@ -38,11 +38,16 @@ class Training:
         self.x, self.y = worksets.batch_of(batch, image)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=LR, momentum=0.9)
         self.curvature = flatprune.Curvature(self.model, **curvature) if curvature else None
-        self.flatness = self.pruner = None
+        self.flatness = self.pruner = self.preconditioner = None
 
     def with_flatness(self):
         """Add the flatness term, active from the third step on."""
         self.flatness = flatprune.Flatness(self.curvature, start=2)
+        return self
+
+    def with_preconditioner(self, preconditioner, **options):
+        """Add a preconditioner of this class."""
+        self.preconditioner = preconditioner(self.model, damping=0.1, kl_clip=0.01, lr=LR, **options)
         return self
 
     def with_pruner(self, schedule, params):
@@ -66,6 +71,8 @@ class Training:
         if self.flatness is not None:
             loss = loss + self.flatness.penalty(self.x, logits, loss)
         loss.backward()
+        if self.preconditioner is not None:
+            self.preconditioner.step()
         self.optimizer.step()
         if self.pruner is not None:
             self.pruner.step()
@@ -110,6 +117,28 @@ def test_defaults(measure, network):
         training.steps(4)  # past the flatness term's warm-up
     variants = {"native": flat.steps, "native, factors only": factors.steps, "bare": Training(network).steps}
     measure("training step", f"defaults, {network}", variants, per=CYCLE)
+
+
+@pytest.mark.parametrize("every", [1, 10])
+def test_kfac(measure, network, every):
+    """K-FAC with factors and inverses renewed every so many steps, against its plain recipe; mean of as many steps."""
+
+    def native(**options):
+        cycle = {"factor_update_steps": every, "inv_update_steps": every}
+        return Training(network).with_preconditioner(kfac_ext.KFACPreconditioner, **cycle, **options)
+
+    def plain(method):
+        return Training(network).with_preconditioner(baselines.HookedPreconditioner, method=method, update_steps=every)
+
+    trainings = {
+        "native": native(fisher_type="empirical"),
+        "native, true Fisher": native(),
+        "bare": Training(network),
+        "hooks + unfold, inv": plain("inv"),
+        "hooks + unfold, eigh": plain("eigh"),
+    }
+    variants = {name: lambda training=training: training.steps(every) for name, training in trainings.items()}
+    measure("training step", f"K-FAC every {every} steps, {network}", variants, per=every)
 
 
 def test_pruning(measure, quick, network):

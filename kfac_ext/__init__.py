@@ -23,11 +23,13 @@ from kfac_ext.ops.covariance_group import CovarianceUpdate, covariance_group_
 from kfac_ext.ops.inverse import damped_inverse, damped_inverse_ex
 from kfac_ext.ops.power import PowerIteration, covariance_power_iteration, power_iteration, power_iteration_
 from kfac_ext.ops.saliency import compensate, obs_saliency, outgoing_saliency
+from kfac_ext.preconditioner import KFACPreconditioner
 
 __all__ = [
     "CovarianceUpdate",
     "Curvature",
     "FactorSet",
+    "KFACPreconditioner",
     "PowerIteration",
     "__version__",
     "build_info",

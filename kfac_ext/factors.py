@@ -70,6 +70,16 @@ class FactorSet:
             self._vector_views[key] = self.vectors[vector : vector + groups * n].view(*lead, n)
             self._vector_views[key].copy_(start_vector(n, dtype, device).expand(*lead, n))
 
+    @classmethod
+    def of(cls, matrices: Mapping[str, Tensor]) -> FactorSet:
+        """A set of copies of these matrices [n, n] or [groups, n, n], all of one dtype and device."""
+        first = next(iter(matrices.values()))
+        sizes = {key: _size_of(matrix) for key, matrix in matrices.items()}
+        result = cls(sizes, dtype=first.dtype, device=first.device)
+        for key, matrix in matrices.items():
+            result[key].copy_(matrix)
+        return result
+
     def __getitem__(self, key: str) -> Tensor:
         """The matrix (or [groups, n, n] matrices) of `key`, a view."""
         return self._matrix_views[key]
@@ -149,19 +159,34 @@ class FactorSet:
         Args:
             damping: lambda, added to every diagonal; with `pi` the amounts of `kfac_ext.damped_inverse`.
             keys: which factors; default all.
-            pi: pairs (key of A, key of G) whose damping is pi-corrected; no grouped factors.
+            pi: pairs (key of A, key of G) whose damping is pi-corrected, each group's A with its G.
+
+        Raises:
+            ValueError: the factors of a pair have not the same number of groups.
         """
         names = list(self.sizes if keys is None else keys)
         result = FactorSet({key: self.sizes[key] for key in names}, dtype=self.buffer.dtype, device=self.buffer.device)
-        pairs = None if pi is None else [(names.index(a), names.index(g)) for a, g in pi]
-        if pairs is not None and any(isinstance(self.sizes[key], tuple) for key in names):
-            raise ValueError("FactorSet.damped_inverse: pi-corrected damping of grouped factors is not defined")
+        pairs = None if pi is None else self._block_pairs(names, pi)
         blocks = [block for key in names for block in _blocks(self[key], 3)]
         inverses, info = damped_inverse_ex(blocks, damping, pi=pairs)
         targets = [block for key in names for block in _blocks(result[key], 3)]
         if targets:
             torch._foreach_copy_(targets, inverses)
         return result, info
+
+    def _block_pairs(self, names: Sequence[str], pi: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
+        """Pairs of factors as pairs of their blocks, counted over all factors named."""
+        starts, end = {}, 0
+        for key in names:
+            starts[key] = end
+            end += _groups_and_n(self.sizes[key])[0]
+        pairs = []
+        for a, g in pi:
+            groups, others = (_groups_and_n(self.sizes[key])[0] for key in (a, g))
+            if groups != others:
+                raise ValueError(f"FactorSet.damped_inverse: pi pairs {a!r} of {groups} groups with {g!r} of {others}")
+            pairs += [(starts[a] + i, starts[g] + i) for i in range(groups)]
+        return pairs
 
     def narrowed(self, keep: Mapping[str, Tensor], groups: Mapping[str, Tensor] | None = None) -> FactorSet:
         """A new FactorSet in which the factors named keep only these rows and columns; the rest is copied.

@@ -57,6 +57,8 @@ class Curvature:
             called several times in one forward: calls count as positions.
         loss: "cross_entropy" (output [N, C, ...]) or "mse" (torch's mean over all elements).
         skip_layers: regular expressions of layer names that get no factors.
+        fold_norms: False: z is always the layer's own output, so that A (x) G is the block of its raw weight and
+            bias, whatever batch norm follows.
         generator: for the labels; None: a CPU generator seeded with `torch.initial_seed()`.
         grad_scale: empirical only: by how much the loss that is backpropagated exceeds the mean loss, a float or a
             function (`GradScaler.get_scale`, 1/k for gradient accumulation over k batches).
@@ -81,6 +83,7 @@ class Curvature:
         kfac_approx: str = "reduce",
         loss: str = "cross_entropy",
         skip_layers: Iterable[str] = (),
+        fold_norms: bool = True,
         generator: torch.Generator | None = None,
         grad_scale: float | Callable[[], float] = 1.0,
     ) -> None:
@@ -98,6 +101,7 @@ class Curvature:
         self.factor_decay, self.factor_update_steps = factor_decay, factor_update_steps
         self.fisher_type, self.kfac_approx, self.loss = fisher_type, kfac_approx, loss
         self.skip_layers, self.grad_scale = tuple(skip_layers), grad_scale
+        self.fold_norms = fold_norms
         self.generator = generator or torch.Generator().manual_seed(torch.initial_seed())
         self.step_count = 0
         self._layers: dict[str, Layer] | None = None
@@ -144,6 +148,11 @@ class Curvature:
         """Whether factors have been measured at least once."""
         return bool(self._started)
 
+    @property
+    def updated_layers(self) -> frozenset[str]:
+        """The layers whose factors have been measured at least once."""
+        return frozenset(self._started)
+
     def trace(self, *args: Any, **kwargs: Any) -> None:
         """Find the layers by one forward on these inputs (any batch size) if they are not known yet.
 
@@ -151,7 +160,7 @@ class Curvature:
         """
         if self._layers is None:
             with self.paused():
-                layers = trace_layers(self.model, args, kwargs, self.skip_layers)
+                layers = trace_layers(self.model, args, kwargs, self.skip_layers, fold_norms=self.fold_norms)
             self._factors = empty_factors(layers)
             self._layers = layers
 
@@ -270,6 +279,14 @@ class Curvature:
             pending.gradients = pending.gradients_of(loss)
             self._commit_empirical(pending, grad_scale=1.0)
 
+    def finish_update(self) -> None:
+        """Empirical Fisher: take what the backward of a pending update has shown now, not at the next forward.
+
+        Where the loss reaches every layer an update is finished at the end of that backward already.
+        """
+        if self._pending is not None:
+            self._commit_empirical(self._pending)
+
     # state
 
     def state_dict(self) -> dict[str, Any]:
@@ -339,8 +356,7 @@ class Curvature:
             self.trace(*args, **kwargs)
         if args and all(isinstance(x, Tensor) and x.dim() > 0 for x in args):
             self._remember(args)
-        if self._pending is not None:
-            self._commit_empirical(self._pending)
+        self.finish_update()
         update = self.step_count % self._update_steps() == 0
         self.step_count += 1
         if update or self._record_next:

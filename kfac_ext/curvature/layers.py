@@ -234,7 +234,12 @@ def check_model(model: nn.Module) -> None:
 
 
 def trace_layers(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, skip_layers: Iterable[str] = ()
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    skip_layers: Iterable[str] = (),
+    *,
+    fold_norms: bool = True,
 ) -> dict[str, Layer]:
     """The Linear and Conv2d layers that one forward calls, in that order, with the batch norms behind them.
 
@@ -248,6 +253,7 @@ def trace_layers(
         args: positional inputs of the model.
         kwargs: keyword inputs of the model.
         skip_layers: regular expressions; a layer whose name one of them matches (`re.search`) is left out.
+        fold_norms: False: no layer gets a batch norm.
 
     Raises:
         ValueError: no layer is left.
@@ -263,7 +269,7 @@ def trace_layers(
     layers = {}
     for name, outputs in calls.items():
         followers = {norm_inputs.get(id(output)) if uses.count[id(output)] == 1 else None for output in outputs}
-        norm = followers.pop() if len(followers) == 1 else None
+        norm = followers.pop() if fold_norms and len(followers) == 1 else None
         layers[name] = Layer(name, candidates[name], norm, None if norm is None else norm_names[norm])  # type: ignore[arg-type]
     return layers
 

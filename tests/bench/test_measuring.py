@@ -87,6 +87,28 @@ def test_baselines_compute_what_native_computes(layer):
     assert worst_error([baselines.gradient_covariance(g)], [kfac_ext.gradient_covariance(g)]) < 1e-5
 
 
+@pytest.mark.parametrize("method", ["inv", "eigh"])
+def test_the_plain_recipe_of_kfac_is_one(method):
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.Flatten(), torch.nn.Linear(12, 4)).double()
+    x, y = torch.randn(6, 2, 4, 4, dtype=torch.float64), torch.arange(6) % 4
+    with kfac_ext.Curvature(model, fisher_type="empirical", kfac_approx="expand", factor_update_steps=1) as curvature:
+        curvature.trace(x)
+        plain = baselines.HookedPreconditioner(model, method, damping=0.1, kl_clip=1e9, lr=0.1)
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+    weight, bias = model[0].weight.grad, model[0].bias.grad
+    gradient = torch.cat([weight.flatten(1), bias[:, None]], dim=1).T.flatten()
+    eye = torch.eye(19, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    A, G = curvature.factors["0.A"], curvature.factors["0.G"]
+    if method == "inv":
+        block = torch.kron(A + 0.1 * eye[0], G + 0.1 * eye[1])
+    else:
+        block = torch.kron(A, G) + 0.1 * torch.kron(*eye)
+    exact = torch.linalg.solve(block, gradient).view(19, 3).T
+    plain.step()
+    torch.testing.assert_close(model[0].weight.grad.flatten(1), exact[:, :-1])
+    torch.testing.assert_close(model[0].bias.grad, exact[:, -1])
+
+
 def test_a_wrong_variant_is_not_timed_and_a_wrong_native_fails():
     skipped = {}
     one, two = torch.ones(3), 2 * torch.ones(3)

@@ -66,8 +66,29 @@ def test_pi_corrected_damping(factors):
     pi = (factors["conv.A"].diagonal().mean() / factors["conv.G"].diagonal().mean()).sqrt()
     exact = torch.linalg.inv(factors["conv.A"] + 0.2 * pi * torch.eye(28, dtype=torch.float64))
     torch.testing.assert_close(inverse["conv.A"], exact)
-    with pytest.raises(ValueError, match="grouped"):
+    with pytest.raises(ValueError, match=r"'depthwise\.A' of 5 groups with 'conv\.G' of 1"):
         factors.damped_inverse(0.1, ["depthwise.A", "conv.G"], pi=[("depthwise.A", "conv.G")])
+
+
+def test_pi_corrected_damping_of_groups():
+    random = torch.randn(2, 3, 4, 6, dtype=torch.float64)
+    factors = FactorSet({"fc.A": 4, "dw.A": (3, 4), "dw.G": (3, 4)}, dtype=torch.float64)
+    factors["dw.A"].copy_(random[0] @ random[0].mT)
+    factors["dw.G"].copy_(5 * random[1] @ random[1].mT)
+    inverse, _ = factors.damped_inverse(0.04, pi=[("dw.A", "dw.G")])
+    for group in range(3):
+        A, G = factors["dw.A"][group], factors["dw.G"][group]
+        pi = (A.trace() / G.trace()).sqrt()
+        for key, matrix, amount in (("dw.A", A, 0.2 * pi), ("dw.G", G, 0.2 / pi)):
+            exact = torch.linalg.inv(matrix + amount * torch.eye(4, dtype=torch.float64))
+            torch.testing.assert_close(inverse[key][group], exact)
+
+
+def test_a_set_of_given_matrices():
+    matrices = {"fc.A": torch.eye(3, dtype=torch.float64), "dw.A": torch.ones(2, 2, 2, dtype=torch.float64)}
+    factors = FactorSet.of(matrices)
+    assert factors.sizes == {"fc.A": 3, "dw.A": (2, 2)} and factors.buffer.dtype == torch.float64
+    assert all(torch.equal(factors[key], matrix) for key, matrix in matrices.items())
 
 
 def test_narrowed_keeps_rows_columns_and_eigenvectors(factors):
