@@ -73,7 +73,8 @@ class TriangleProduct {
   }
 
   void operator()(const T* v, double* image) {
-    parallel_for(stripes_, threads_, [&](int64_t s) { sum_stripe(stripes_ - 1 - s, v); });  // the long ones first
+    parallel_for(stripes_, threads_, [&](int64_t s) { sum_stripe(up_ ? s : stripes_ - 1 - s, v); });
+    if (threads_ == 1) up_ = !up_;  // the next product begins with what this one left in the cache
     std::fill_n(image, n_, 0.0);
     for (int64_t s = 0; s < stripes_; ++s) {
       const T* sums = sums_.data() + s * padded(n_);
@@ -95,6 +96,7 @@ class TriangleProduct {
   const int64_t stride_;
   const int threads_;
   const int64_t stripes_;
+  bool up_ = false;  // several threads take the long ones, which come last, first
   Buffer<T> sums_, corner_;
 };
 

@@ -8,6 +8,7 @@ samples, positions and calls and sums g g^T over positions and calls; *reduce* f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -19,13 +20,8 @@ from kfac_ext.curvature.capture import Capture
 from kfac_ext.curvature.layers import Layer, call_hooks, module_modes, padded_input, undisturbed
 from kfac_ext.factors import FactorSet
 from kfac_ext.geometry import conv_geometry
-from kfac_ext.ops.covariance import (
-    conv2d_covariance,
-    conv2d_covariance_,
-    gradient_covariance_,
-    linear_covariance,
-    linear_covariance_,
-)
+from kfac_ext.ops.covariance import conv2d_covariance, linear_covariance
+from kfac_ext.ops.covariance_group import CovarianceUpdate
 
 LOSSES = ("cross_entropy", "mse")
 
@@ -104,7 +100,8 @@ def update_factors_(
 ) -> set[str]:
     """factors <- decay factors + (1 - decay) (A, gradient_scale G) of one forward; layers not in `started`: decay 0.
 
-    Returns the layers seen. Raises RuntimeError if a layer's shape is not its factor's; nothing is changed then.
+    One call of `FactorSet.accumulate_` for all layers. Returns the layers seen. Raises RuntimeError if a layer's shape
+    is not its factor's; nothing is changed then.
     """
     seen = {}
     for name, slots in capture.gradients.items():
@@ -112,12 +109,14 @@ def update_factors_(
         if used:
             seen[name] = used
             _check_sizes(factors, layers[name])
+    calls: list[list[CovarianceUpdate]] = []
     for name, used in seen.items():
         past, layer = decay if name in started else 0.0, layers[name]
         inputs, grads = [x for x, _ in used], [g for _, g in used]
-        update_input_factor_(factors[f"{name}.A"], layer, inputs, mode, decay=past, scale=1 - past)
-        scale = (1 - past) * gradient_scale
-        update_gradient_factor_(factors[f"{name}.G"], layer, grads, mode, count, decay=past, scale=scale)
+        calls.append(input_updates(layer, inputs, mode, decay=past, scale=1 - past))
+        calls.append(gradient_updates(layer, grads, mode, count, decay=past, scale=(1 - past) * gradient_scale))
+    # first the first calls of all layers: what goes into the same factor again needs a launch of its own
+    factors.accumulate_(update for nth in zip_longest(*calls) for update in nth if update is not None)
     return set(seen)
 
 
@@ -176,43 +175,42 @@ def input_covariance(layer: Layer, x: Tensor, mode: str, *, bias: bool) -> Tenso
     return linear_covariance(_linear_rows(x, mode), bias=bias)
 
 
-def update_input_factor_(
-    out: Tensor, layer: Layer, inputs: Sequence[Tensor], mode: str, *, decay: float, scale: float
-) -> None:
-    """out <- decay out + scale A, A over all calls of the layer in one forward."""
-    module, bias = layer.module, layer.constant
+def input_updates(
+    layer: Layer, inputs: Sequence[Tensor], mode: str, *, decay: float, scale: float
+) -> list[CovarianceUpdate]:
+    """`layer.A` <- decay A + scale (A over all calls of the layer in one forward)."""
+    key, module, bias = f"{layer.name}.A", layer.module, layer.constant
     if len(inputs) > 1 and mode == "reduce":
-        rows = _mean_rows(layer, inputs)  # [groups, N, d]
-        for block, values in zip(out if layer.groups > 1 else (out,), rows):
-            linear_covariance_(values, out=block, decay=decay, scale=scale, bias=bias)
-        return
+        pixels = _mean_rows(layer, inputs)[:, :, None, None]  # one position: a block a group, as of a 1x1 convolution
+        return [CovarianceUpdate.conv2d(key, pixels, 1, groups=layer.groups, bias=bias, decay=decay, scale=scale)]
     counts = [_position_count(layer, x) * len(x) for x in inputs] if len(inputs) > 1 else [1]
-    for x, count in zip(inputs, counts):
-        share = scale * count / sum(counts)
+    updates = []
+    for i, (x, count) in enumerate(zip(inputs, counts)):
+        blend: dict[str, Any] = {"decay": decay if i == 0 else 1.0, "scale": scale * count / sum(counts)}
         if isinstance(module, nn.Conv2d):
             image, padding = padded_input(module, _batched(layer, x))
-            conv2d_covariance_(
-                image, **_geometry(module, padding), bias=bias, mode=mode, out=out, decay=decay, scale=share
-            )
+            place = _geometry(module, padding)
+            updates.append(CovarianceUpdate.conv2d(key, image, **place, bias=bias, mode=mode, **blend))
         else:
-            linear_covariance_(_linear_rows(x, mode), out=out, decay=decay, scale=share, bias=bias)
-        decay = 1.0
+            updates.append(CovarianceUpdate.linear(key, _linear_rows(x, mode), bias=bias, **blend))
+    return updates
 
 
-def update_gradient_factor_(
-    out: Tensor, layer: Layer, grads: Sequence[Tensor], mode: str, count: int, *, decay: float, scale: float
-) -> None:
-    """out <- decay out + scale G, G = 1/count sum of g g^T over all calls; g = d(summed loss)/dz."""
+def gradient_updates(
+    layer: Layer, grads: Sequence[Tensor], mode: str, count: int, *, decay: float, scale: float
+) -> list[CovarianceUpdate]:
+    """`layer.G` <- decay G + scale (1/count sum of g g^T over all calls); g = d(summed loss)/dz."""
     is_conv = isinstance(layer.module, nn.Conv2d)
     if len(grads) > 1 and mode == "reduce":
         _same_batch(layer, grads)
         grads = [torch.stack([_summed(g, is_conv) for g in grads]).sum(dim=0)]
-    for g in grads:
+    updates = []
+    for i, g in enumerate(grads):
         if not is_conv:
             g = _summed(g, False) if mode == "reduce" else g.reshape(-1, g.shape[-1])
-        share = scale * len(g) / count
-        gradient_covariance_(g, out=out, decay=decay, scale=share, groups=layer.groups, mode=mode)
-        decay = 1.0
+        blend: dict[str, Any] = {"decay": decay if i == 0 else 1.0, "scale": scale * len(g) / count}
+        updates.append(CovarianceUpdate.gradient(f"{layer.name}.G", g, groups=layer.groups, mode=mode, **blend))
+    return updates
 
 
 def projected_inputs(layer: Layer, inputs: Sequence[Tensor], unit: Tensor, mode: str) -> Tensor:
@@ -287,7 +285,7 @@ def _position_count(layer: Layer, x: Tensor) -> int:
 
 
 def _mean_rows(layer: Layer, inputs: Sequence[Tensor]) -> Tensor:
-    """a averaged over positions and calls: [groups, N, d]."""
+    """a averaged over positions and calls: [N, groups d]."""
     _same_batch(layer, inputs)
     module = layer.module
     counts = [_position_count(layer, x) for x in inputs]
@@ -301,7 +299,7 @@ def _mean_rows(layer: Layer, inputs: Sequence[Tensor]) -> Tensor:
         else:
             rows = _linear_rows(x, "reduce")
         total = total.to(rows) + rows * (count / sum(counts))
-    return total.unflatten(1, (layer.groups, -1)).transpose(0, 1)
+    return total
 
 
 def _same_batch(layer: Layer, tensors: Sequence[Tensor]) -> None:

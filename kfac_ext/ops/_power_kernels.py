@@ -31,8 +31,13 @@ def empty_results(count: int, like: Tensor) -> Results:
 
 def run_cpu(matrices: Sequence[Tensor], vectors: Sequence[Tensor], tol: float, max_iter: int) -> Results:
     """Iterate matrices on the CPU; the vectors become the eigenvectors."""
-    rows = [row_major(matrix) for matrix in matrices]
-    problems = [(m.data_ptr(), len(v), m.stride(0), v.data_ptr()) for m, v in zip(rows, vectors)]
+    rows, problems = [], []  # what a tensor is asked takes longer than iterating a small matrix: nothing twice
+    for matrix, vector in zip(matrices, vectors):
+        n, (row, column) = matrix.shape[0], matrix.stride()
+        if column != 1 or row < n:
+            matrix, row = matrix.contiguous(), n
+        rows.append(matrix)
+        problems.append((matrix.data_ptr(), n, row, vector.data_ptr()))
     dtype = DTYPE_CODES[rows[0].dtype]
     return to_tensors(_C.power_iteration_cpu(problems, dtype, tol, max_iter, torch.get_num_threads()), rows[0])
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kfac_ext import Curvature
+from kfac_ext import Curvature, FactorSet
 from kfac_ext.curvature.fisher import prediction_count, sample_targets
 
 NORMS = {
@@ -44,6 +44,24 @@ def assert_factors(curvature, reference, x, name, mode, summed_loss, tolerance=1
         for factor, expected in ((f"{key}.A", A), (f"{key}.G", G)):
             found = curvature.factors[factor].view_as(expected)
             torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("mode", ["reduce", "expand"])
+@pytest.mark.parametrize("name", ["residual", "conv_called_twice"])
+def test_an_update_is_one_call_for_all_layers(name, mode, monkeypatch):
+    calls, accumulate = [], FactorSet.accumulate_
+
+    def spy(factors, updates):
+        updates = list(updates)
+        calls.append({update.key for update in updates})
+        accumulate(factors, updates)
+
+    monkeypatch.setattr(FactorSet, "accumulate_", spy)
+    model, x = curvature_nets.make(name)
+    curvature = Curvature(model, kfac_approx=mode, factor_update_steps=2)
+    for _ in range(3):
+        model(x)
+    assert calls == [set(curvature.factors)] * 2
 
 
 @pytest.mark.parametrize("mode", ["reduce", "expand"])

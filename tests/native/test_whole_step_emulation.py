@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kfac_ext
@@ -107,6 +108,26 @@ def test_no_part_of_a_step_waits_for_the_device(cuda_way):
         assert relative_error(inverses[key], exact_inverses[key]) < 1e-4, key
     assert all(relative_error(a, b) < 1e-4 for a, b in zip(listed, exact_listed))
     assert relative_error(free.eigenvalues, exact_free.eigenvalues) < 1e-6
+
+
+@pytest.mark.parametrize("approx", ["reduce", "expand"])
+def test_all_factors_of_a_forward_are_one_launch(cuda_way, approx, monkeypatch):
+    """Of a network with a shared, a grouped and a padded layer; second calls wait for first ones."""
+    a, b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, groups=2, padding_mode="circular")
+    model = nn.Sequential(a, nn.ReLU(), b, nn.ReLU(), b, nn.Flatten(), nn.Linear(4 * 6 * 5, 3))
+    x, launches, run = torch.randn(5, 3, 6, 5), [], _covariance_kernels.run_cuda
+    monkeypatch.setattr(covariance_group, "run_cuda", lambda problems: (launches.append(len(problems)), run(problems)))
+    factors = []
+    for native in (True, False):
+        with kfac_ext.use_native(native):
+            curvature = kfac_ext.Curvature(model, kfac_approx=approx, generator=torch.Generator().manual_seed(0))
+            model(x)
+            factors.append(curvature.factors)
+            curvature.remove()
+        monkeypatch.setattr(covariance_group, "_joins_group", lambda x: False)
+    assert launches == ([6] if approx == "reduce" else [6, 2])
+    for key in factors[0]:
+        assert relative_error(factors[0][key], factors[1][key]) < 1e-5, key
 
 
 def test_what_waits_is_refused():
