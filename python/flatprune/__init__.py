@@ -23,14 +23,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flatprune.data import Normalization
+    from flatprune.distortion import Disout, disout
     from flatprune.errors import DivergedError, InputError, Interrupted
     from flatprune.export import load
     from flatprune.hessian import hessian_eigenvalues
     from flatprune.pruner import Pruner
     from flatprune.runs import resume, run
-    from flatprune.sam import SAM
+    from flatprune.sam import SAM, MomentumSAM
     from flatprune.schedule import CubicSchedule
     from flatprune.settings import Settings
+    from flatprune.shifting import optimum_shift
     from flatprune.spectrum import Flatness, hessian_lambda_max
     from flatprune.targets import Target
     from kfac_ext import Curvature
@@ -39,17 +41,21 @@ _HOMES = {
     "SAM": "flatprune.sam",
     "CubicSchedule": "flatprune.schedule",
     "Curvature": "kfac_ext.curvature",
+    "Disout": "flatprune.distortion",
     "DivergedError": "flatprune.errors",
     "Flatness": "flatprune.spectrum",
     "InputError": "flatprune.errors",
     "Interrupted": "flatprune.errors",
+    "MomentumSAM": "flatprune.sam",
     "Normalization": "flatprune.data",
     "Pruner": "flatprune.pruner",
     "Settings": "flatprune.settings",
     "Target": "flatprune.targets",
+    "disout": "flatprune.distortion",
     "hessian_eigenvalues": "flatprune.hessian",
     "hessian_lambda_max": "flatprune.spectrum",
     "load": "flatprune.export",
+    "optimum_shift": "flatprune.shifting",
     "resume": "flatprune.runs",
     "run": "flatprune.runs",
 }
@@ -57,17 +63,21 @@ __all__ = [
     "SAM",
     "CubicSchedule",
     "Curvature",
+    "Disout",
     "DivergedError",
     "Flatness",
     "InputError",
     "Interrupted",
+    "MomentumSAM",
     "Normalization",
     "Pruner",
     "Settings",
     "Target",
+    "disout",
     "hessian_eigenvalues",
     "hessian_lambda_max",
     "load",
+    "optimum_shift",
     "resume",
     "run",
 ]

@@ -4,7 +4,7 @@
 
     format "flatprune-checkpoint", version, settings, data_digest,
     progress (epoch, step, order of the samples, sums of the running epoch, seconds, best accuracy), history,
-    model, optimizer, curvature, flatness, sam, pruner (their state dicts), rng (states of all generators).
+    model, optimizer, curvature, flatness, sam, disout, pruner (their state dicts), rng (states of all generators).
 
 The learning rate is a function of the step, so that there is no scheduler state besides `progress`.
 """

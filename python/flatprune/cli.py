@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from flatprune.errors import DivergedError, InputError, Interrupted
-from flatprune.settings import COMPENSATE, CRITERIA, FLATNESS, Settings
+from flatprune.settings import COMPENSATE, CRITERIA, FLATNESS, FLATNESS_MODES, OPTIMUM_SHIFT, Settings
 
 EXIT_FAILED = 2
 EXIT_INTERRUPTED = 130
@@ -54,10 +54,24 @@ def run_command(
     classes: Annotated[int | None, typer.Option(help="number of classes, if not the largest label + 1")] = None,
     widths: Annotated[str | None, typer.Option(help="hidden widths of the network, as in 300,100")] = None,
     flatness: Annotated[
-        str, typer.Option(help=f"{_one_of(FLATNESS)}: penalise the curvature's spectral radius; sam is the rival")
+        str, typer.Option(help=f"{_one_of(FLATNESS)}: penalise the curvature's spectral radius; sam, msam are rivals")
     ] = Settings.flatness,
-    sam_radius: Annotated[float, typer.Option(help="how far sam looks for a higher loss")] = Settings.sam_radius,
+    flatness_mode: Annotated[
+        str, typer.Option(help=f"{_one_of(FLATNESS_MODES)}: how the penalty's gradient is computed")
+    ] = Settings.flatness_mode,
+    flatness_strength: Annotated[float | None, typer.Option(help="weight of the penalty")] = None,
+    flatness_every: Annotated[int | None, typer.Option(help="the penalty acts on every so many steps")] = None,
+    flatness_fade_below: Annotated[
+        float | None, typer.Option(help="the penalty fades below this fraction of the parameters; 0 never")
+    ] = None,
+    sam_radius: Annotated[float, typer.Option(help="how far sam and msam move the parameters")] = Settings.sam_radius,
     sam_every: Annotated[int, typer.Option(help="sam acts on every so many steps")] = Settings.sam_every,
+    optimum_shift: Annotated[
+        str, typer.Option(help=f"{_one_of(OPTIMUM_SHIFT)}: the smallest weights with the same outputs on 256 images")
+    ] = Settings.optimum_shift,
+    disout: Annotated[
+        float, typer.Option(help="distort feature maps with a probability that rises to this; 0 does not")
+    ] = Settings.disout,
     criterion: Annotated[str, typer.Option(help=f"which neurons go: {_one_of(CRITERIA)}")] = Settings.criterion,
     compensate: Annotated[
         str, typer.Option(help=f"{_one_of(COMPENSATE)}: survivors take over what removed neurons did")

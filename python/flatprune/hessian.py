@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kfac_ext.curvature.layers import Layer, module_modes, trace_layers, undisturbed
 
 Criterion = Callable[[Any, Tensor], Tensor]
+Product = Callable[[Tensor], Tensor]
+_METHODS = ("lanczos", "power")
+_Answer = TypeVar("_Answer")
 
 
 def hessian_lambda_max(
@@ -22,6 +25,7 @@ def hessian_lambda_max(
     y: Tensor,
     criterion: Criterion,
     *,
+    method: str = "lanczos",
     iterations: int = 50,
     generator: torch.Generator | None = None,
     tol: float = 1e-4,
@@ -32,23 +36,39 @@ def hessian_lambda_max(
     The model is taken in eval mode. A batch norm that directly follows a layer is folded: the parameters are
     V[:, :d] = s W and the constant s (bias - running_mean) + beta, s = gamma / sqrt(running_var + eps) (a constant
     only where the layer has a bias or the batch norm an affine map), so that scaling a weight under a batch norm does
-    not change the answer. All other parameters that require gradients count as they are. Lanczos iteration with
-    Hessian-vector products by double backprop; the Ritz value rises towards the eigenvalue from below.
+    not change the answer. All other parameters that require gradients count as they are. Hessian-vector products by
+    double backprop, in one of two iterations:
+
+    - "lanczos" (default): the Ritz value rises towards the eigenvalue from below, in fewer products;
+    - "power": v <- H v / |H v| finds the eigenvalue mu of the largest magnitude. Where mu is negative it is not the
+      one wanted: a second iteration, with H - mu I, whose eigenvalue of the largest magnitude is lambda_max - mu,
+      follows, of at most `iterations` products again. It keeps one vector, and needs many more products.
+
+    An iteration that ends before it has converged gives less than the eigenvalue, never more.
 
     Args:
         model: unchanged, also its modes, buffers and gradients.
         x: inputs [N, ...].
         y: targets [N, ...].
         criterion: mean loss of (output, target), twice differentiable.
+        method: "lanczos" or "power".
         iterations: at most so many Hessian-vector products.
         generator: for the start vector; None: a fixed one.
-        tol: stops when the residual of the Ritz pair is below tol times its value.
+        tol: stops when the residual of the Ritz pair is below tol times its value (of H - mu I, in the second).
         batch_size: samples a forward; the mean over all of x is exact whatever it is.
 
     Raises:
-        ValueError: no samples, x and y of different lengths, or no parameter that requires a gradient.
+        ValueError: no samples, x and y of different lengths, no parameter that requires a gradient, or another method.
     """
-    return _largest("hessian_lambda_max", model, x, y, criterion, 1, iterations, generator, tol, batch_size)[0]
+    if method not in _METHODS:
+        raise ValueError(f"hessian_lambda_max: method is {method!r}, expected 'lanczos' or 'power'")
+
+    def solve(product: Product, start: Tensor) -> float:
+        if method == "power":
+            return _power(product, start, iterations, tol)
+        return _lanczos(product, start, 1, iterations, tol)[0]
+
+    return _with_product("hessian_lambda_max", model, x, y, criterion, batch_size, generator, solve)
 
 
 def hessian_eigenvalues(
@@ -91,21 +111,27 @@ def hessian_eigenvalues(
     """
     if not 1 <= k <= iterations:
         raise ValueError(f"hessian_eigenvalues: k is {k}, expected 1 to {iterations} (iterations)")
-    return _largest("hessian_eigenvalues", model, x, y, criterion, k, iterations, generator, tol, batch_size)
+
+    def solve(product: Product, start: Tensor) -> list[float]:
+        return _lanczos(product, start, k, iterations, tol)
+
+    values = _with_product("hessian_eigenvalues", model, x, y, criterion, batch_size, generator, solve)
+    if len(values) < k:
+        raise ValueError(f"hessian_eigenvalues: k is {k}, but only {len(values)} distinct eigenvalues can be found")
+    return values
 
 
-def _largest(
+def _with_product(
     caller: str,
     model: nn.Module,
     x: Tensor,
     y: Tensor,
     criterion: Criterion,
-    k: int,
-    iterations: int,
-    generator: torch.Generator | None,
-    tol: float,
     batch_size: int,
-) -> list[float]:
+    generator: torch.Generator | None,
+    solve: Callable[[Product, Tensor], _Answer],
+) -> _Answer:
+    """`solve` of v -> H v and a start vector; the model is in eval mode while it iterates, and untouched after."""
     if len(x) == 0 or len(x) != len(y):
         raise ValueError(f"{caller}: {len(x)} inputs and {len(y)} targets, expected equally many, at least 1")
     modes = dict.fromkeys(model.modules(), False)
@@ -113,15 +139,11 @@ def _largest(
         fixed, leaves = _folded_parameters(model, x[:1])
         if not leaves:
             raise ValueError(f"{caller}: no parameter requires a gradient")
-        start = _start_vector(leaves, generator)
 
         def product(vector: Tensor) -> Tensor:
             return _hessian_product(model, fixed, leaves, x, y, criterion, batch_size, vector)
 
-        values = _lanczos(product, start, k, iterations, tol)
-    if len(values) < k:
-        raise ValueError(f"{caller}: k is {k}, but only {len(values)} distinct eigenvalues can be found")
-    return values
+        return solve(product, _start_vector(leaves, generator))
 
 
 def _folded_parameters(model: nn.Module, example: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -210,7 +232,27 @@ def _start_vector(leaves: dict[str, Tensor], generator: torch.Generator | None) 
     return vector.to(next(iter(leaves.values())).device)
 
 
-def _lanczos(product: Callable[[Tensor], Tensor], start: Tensor, k: int, iterations: int, tol: float) -> list[float]:
+def _power(product: Product, start: Tensor, iterations: int, tol: float) -> float:
+    """The largest eigenvalue; see `hessian_lambda_max`."""
+    value = _dominant(product, start, iterations, tol)
+    if value >= 0:
+        return value
+    return value + _dominant(lambda vector: product(vector) - value * vector, start, iterations, tol)
+
+
+def _dominant(product: Product, start: Tensor, iterations: int, tol: float) -> float:
+    """The Rayleigh quotient at the end of v <- H v / |H v|."""
+    vector, value = start / start.norm(), 0.0
+    for _ in range(iterations):
+        image = product(vector)
+        value = float(vector @ image)
+        if float((image - value * vector).norm()) <= tol * abs(value):
+            break
+        vector = image / image.norm()
+    return value
+
+
+def _lanczos(product: Product, start: Tensor, k: int, iterations: int, tol: float) -> list[float]:
     """The k largest Ritz values; k = 1 keeps no basis (lost orthogonality repeats Ritz values, it moves none)."""
     current, previous = start / start.norm(), torch.zeros_like(start)
     basis: list[Tensor] = []

@@ -19,7 +19,8 @@ Each file is written atomically, so that it is whole at any time.
     settings, versions                     everything needed to do it again
 
 `history.jsonl`, by `kind`: "epoch" (losses, accuracies in percent, params, radii, seconds so far), "removal" (step,
-layer, removed, width and params after it), "event" (a removal event at which nothing was removed, and the reason).
+layer, removed, width and params after it), "event" (a removal event at which nothing was removed, and the reason),
+"optimum_shift" (a layer after the last removal: rank and number of its inputs, norm of its weight before and after).
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Sharpness-aware minimisation (SAM), the rival that the flatness term is compared with."""
+"""Sharpness-aware minimisation (SAM) and momentum-SAM, the rivals that the flatness term is compared with."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from kfac_ext.curvature import Curvature
 from kfac_ext.curvature.capture import ForwardHook
 from kfac_ext.curvature.layers import RngState, device_of, undisturbed
+
+_MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
+_moved_models: WeakSet[nn.Module] = WeakSet()
 
 
 class SAM:
@@ -43,8 +47,7 @@ class SAM:
     def __init__(
         self, model: nn.Module, *, radius: float = 0.1, every: int = 1, curvature: Curvature | None = None
     ) -> None:
-        if not (radius > 0 and math.isfinite(radius)):
-            raise ValueError(f"SAM: radius is {radius}, expected a number above 0")
+        _check_radius("SAM", radius)
         if every < 1:
             raise ValueError(f"SAM: every is {every}, expected >= 1")
         if curvature is not None and curvature.model is not model:
@@ -97,11 +100,11 @@ class SAM:
         if not moving:
             raise RuntimeError("SAM: no parameter has a gradient, call backward() of the loss before")
         gradients = [p.grad for p in moving if p.grad is not None]
-        norm = torch.stack([g.norm() for g in gradients]).norm()
+        norm = _length(gradients)
         if not 0 < float(norm) < math.inf:
             return None
         paused = nullcontext() if self.curvature is None else self.curvature.paused()
-        moved = _moved(moving, gradients, self.radius / norm)
+        moved = _moved(self.model, moving, gradients, self.radius / norm)
         with paused, undisturbed(self.model, rng), moved, torch.enable_grad():
             loss = closure()
             found = torch.autograd.grad(loss, moving, allow_unused=True, materialize_grads=True)
@@ -111,10 +114,110 @@ class SAM:
         return loss.detach()
 
 
+class MomentumSAM:
+    """Takes the gradient at w - radius v / |v|, v the optimizer's momentum (Becker et al. 2024, arXiv 2401.12033).
+
+    v is what the optimizer keeps anyway: `momentum_buffer` of SGD (v <- mu v + g, then w <- w - lr v), `exp_avg` of
+    Adam and its like (not divided by the second moments), weight decay included where the optimizer adds it to g. |v|
+    is its norm over all parameters together. So the move goes *on* in the direction of the last step, where SAM goes
+    along +g: having gone that far, the steps overshoot what is narrow, and -v points uphill there.
+
+    Inside `moved()` the parameters are moved; forward and backward are called there, `optimizer.step()` after it, when
+    they are again what they were, bit for bit. Before the first step of the optimizer there is no v and no move.
+    Between two steps nothing is kept, so there is nothing to save or to resume; the momentum is the optimizer's, which
+    removals cut with the parameters. A removal, a step or a second `moved()` inside raises RuntimeError.
+
+    The forward is the only one, so running statistics of batch norms and a `Curvature`'s factors are measured at the
+    moved point: a forward at w for them alone would cost what the method saves.
+
+    Args:
+        model: the network.
+        optimizer: of its parameters, with momentum.
+        radius: length of the move.
+
+    Raises:
+        ValueError: radius out of range; a group of the optimizer has no momentum.
+
+    Example:
+        >>> msam = MomentumSAM(model, optimizer, radius=0.3)
+        >>> optimizer.zero_grad()
+        >>> with msam.moved():
+        ...     criterion(model(x), y).backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, radius: float = 0.3) -> None:
+        _check_radius("MomentumSAM", radius)
+        for number, group in enumerate(optimizer.param_groups):
+            if not group.get("momentum", group.get("betas", (0.0,))[0]):
+                raise ValueError(
+                    f"MomentumSAM: group {number} of {type(optimizer).__name__} has no momentum, expected momentum (or "
+                    "the first of betas) above 0"
+                )
+        self.model, self.optimizer, self.radius = model, optimizer, radius
+
+    @contextmanager
+    def moved(self) -> Iterator[None]:
+        """Inside, the parameters are at w - radius v / |v|; a v that is zero moves nothing.
+
+        Raises:
+            RuntimeError: the parameters are moved already, or the optimizer has taken steps and keeps no momentum
+                under a name known here.
+        """
+        refuse_moved(self.model, "MomentumSAM.moved")
+        pairs = list(self._momenta())
+        if self.optimizer.state and not pairs:
+            keys = " or ".join(map(repr, _MOMENTUM_KEYS))
+            raise RuntimeError(
+                f"MomentumSAM: {type(self.optimizer).__name__} keeps no {keys} of the model's parameters"
+            )
+        parameters, momenta = [p for p, _ in pairs], [v for _, v in pairs]
+        step_hook = self.optimizer.register_step_pre_hook(self._refuse_step)
+        try:
+            with _moved(self.model, parameters, momenta, self._scale(momenta)):
+                yield
+        finally:
+            step_hook.remove()
+
+    def _momenta(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        for parameter in self.model.parameters():
+            state = self.optimizer.state.get(parameter, {})
+            momentum = next((state[key] for key in _MOMENTUM_KEYS if state.get(key) is not None), None)
+            if momentum is not None:
+                yield parameter, momentum
+
+    def _scale(self, momenta: list[Tensor]) -> Tensor:
+        """- radius / |v|, or 0 where v is zero; without a wait for the device."""
+        if not momenta:
+            return torch.zeros(())
+        scale = -self.radius / _length(momenta)
+        return torch.where(scale.isfinite(), scale, 0.0)
+
+    @staticmethod
+    def _refuse_step(*_: Any) -> NoReturn:
+        raise RuntimeError("MomentumSAM: optimizer.step() inside of moved(), expected after it")
+
+
+def refuse_moved(model: nn.Module, caller: str) -> None:
+    """Raise RuntimeError where the model's parameters are, for a moment, not its own: a change would be lost."""
+    if model in _moved_models:
+        raise RuntimeError(f"{caller}: the parameters are moved by SAM or MomentumSAM, expected after that has ended")
+
+
+def _check_radius(caller: str, radius: float) -> None:
+    if not (radius > 0 and math.isfinite(radius)):
+        raise ValueError(f"{caller}: radius is {radius}, expected a number above 0")
+
+
+def _length(tensors: list[Tensor]) -> Tensor:
+    return torch.stack([t.norm() for t in tensors]).norm()
+
+
 @contextmanager
-def _moved(parameters: list[nn.Parameter], directions: list[Tensor], scale: Tensor) -> Iterator[None]:
+def _moved(model: nn.Module, parameters: list[nn.Parameter], directions: list[Tensor], scale: Tensor) -> Iterator[None]:
     """Inside, the parameters are further by `scale` times the directions; afterwards exactly what they were."""
     kept = [p.detach().clone() for p in parameters]
+    _moved_models.add(model)
     try:
         with torch.no_grad():
             for p, direction in zip(parameters, directions):
@@ -124,3 +227,4 @@ def _moved(parameters: list[nn.Parameter], directions: list[Tensor], scale: Tens
         with torch.no_grad():
             for p, value in zip(parameters, kept):
                 p.copy_(value)
+        _moved_models.discard(model)

@@ -12,12 +12,21 @@ import torch
 from flatprune import models
 from flatprune.errors import InputError
 from flatprune.saliency import CRITERIA
+from flatprune.spectrum import MODES as FLATNESS_MODES
 
-FLATNESS = ("on", "off", "sam")
+FLATNESS = ("on", "off", "sam", "msam")
+OPTIMUM_SHIFT = ("off", "after_pruning")
 COMPENSATE = ("auto", "on", "off")
 SCHEDULES = ("fc", "cosine")
 COOL_DOWN_START = 0.4  # of the steps; "fc" holds the learning rate until pruning ends
-_CHOICES = {"flatness": FLATNESS, "criterion": CRITERIA, "compensate": COMPENSATE, "schedule": SCHEDULES}
+_CHOICES = {
+    "flatness": FLATNESS,
+    "flatness_mode": FLATNESS_MODES,
+    "optimum_shift": OPTIMUM_SHIFT,
+    "criterion": CRITERIA,
+    "compensate": COMPENSATE,
+    "schedule": SCHEDULES,
+}
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
 
@@ -41,8 +50,14 @@ class Settings:
         train_size: random subset of the training images, or None for all.
         label_noise: fraction of the training labels drawn anew.
         flatness: "on" penalises the spectral radius of the curvature, "off" does nothing, "sam" minimises the loss by
-            the gradients of `flatprune.SAM`, the rival to compare with.
-        sam_radius, sam_every: of `flatprune.SAM`.
+            the gradients of `flatprune.SAM`, "msam" by those of `flatprune.MomentumSAM`, the rivals to compare with.
+        flatness_mode, flatness_strength, flatness_every, flatness_fade_below: of `flatprune.Flatness`, for "on"; None:
+            its defaults.
+        sam_radius: of `flatprune.SAM` and `flatprune.MomentumSAM`.
+        sam_every: of `flatprune.SAM`.
+        optimum_shift: "after_pruning" applies `flatprune.optimum_shift` on the last 256 images after the last removal,
+            "off" does not.
+        disout: what the probability of `flatprune.disout` rises to over the training, in [0, 1); 0: no distortion.
         criterion: "obs", "outgoing", or the baselines "l1" (global) and "l1_uniform".
         compensate: whether survivors take over what removed neurons did: "auto", "on" or "off".
         exclude: names of layers (or of modules around them) whose neurons stay.
@@ -69,8 +84,14 @@ class Settings:
     train_size: int | None = None
     label_noise: float = 0.0
     flatness: str = "on"
+    flatness_mode: str = "forward"
+    flatness_strength: float | None = None
+    flatness_every: int | None = None
+    flatness_fade_below: float | None = None
     sam_radius: float = 0.1
     sam_every: int = 1
+    optimum_shift: str = "off"
+    disout: float = 0.0
     criterion: str = "obs"
     compensate: str = "auto"
     exclude: tuple[str, ...] = ()
@@ -89,6 +110,7 @@ class Settings:
             ("image_size", 1),
             ("threads", 1),
             ("sam_every", 1),
+            ("flatness_every", 1),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -99,6 +121,14 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not (value > 0.0 and math.isfinite(value)):
                 raise InputError(f"{name} is {value}, expected a number above 0")
+        for name in ("flatness_strength", "flatness_fade_below"):
+            value = getattr(self, name)
+            if value is not None and not (value >= 0.0 and math.isfinite(value)):
+                raise InputError(f"{name} is {value}, expected a number of 0 or more")
+        if not 0.0 <= self.disout < 1.0:
+            raise InputError(f"disout is {self.disout}, expected 0 or more and below 1")
+        if self.flatness == "msam" and self.sam_every != 1:
+            raise InputError(f"sam_every is {self.sam_every}, but msam costs nothing and acts on every step")
         if not 0.0 <= self.label_noise <= 1.0:
             raise InputError(f"label_noise is {self.label_noise}, expected 0 to 1")
         for name, choices in _CHOICES.items():

@@ -28,7 +28,7 @@ from kfac_ext.curvature.layers import Layer, call_hooks, device_of, undisturbed
 
 __all__ = ["Flatness", "hessian_lambda_max"]
 
-_MODES = ("forward", "double_backward")
+MODES = ("forward", "double_backward")
 _LOSS_DECAY = 0.98
 _STEP_SIZE = 0.1  # length of the largest shift of a z in mode "forward", as a part of the root mean square of |z|
 _LEAST_KAPPA = 1e-4  # no block is pressed below this part of its radius, also with kappa 0: rho -> 0 is a dead network
@@ -93,7 +93,7 @@ class Flatness:
         mode: str = "forward",
         fade_below: float = 0.05,
     ) -> None:
-        if mode not in _MODES:
+        if mode not in MODES:
             raise ValueError(f"Flatness: mode is {mode!r}, expected 'forward' or 'double_backward'")
         if every < 1:
             raise ValueError(f"Flatness: every is {every}, expected >= 1")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from flatprune.cuts import Cut, LayerCut, layer_cuts, renumbered, weight_columns
 from flatprune.neurons import NORMS, Member, NeuronGroup, is_depthwise, shares_of, weight_of
+from flatprune.sam import refuse_moved
 
 if TYPE_CHECKING:
     from kfac_ext.curvature import Curvature
@@ -109,7 +110,9 @@ def plan(
 
     Raises:
         ValueError: naming the group, parameter or optimizer state that stands in the way.
+        RuntimeError: SAM has moved the parameters.
     """
+    refuse_moved(model, "Pruner")
     result = Plan()
     _check_gone(groups, gone)
     cuts = layer_cuts(groups, gone)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,14 @@ from torch import Tensor, nn
 from flatprune import models
 from flatprune.checkpoint import CHECKPOINT_FORMAT, CHECKPOINT_VERSION
 from flatprune.data import Dataset, augmented, batch_indices
+from flatprune.distortion import disout
 from flatprune.errors import DivergedError, InputError, Interrupted
 from flatprune.export import take_tensors
 from flatprune.pruner import Pruner, Removal
-from flatprune.sam import SAM
+from flatprune.sam import SAM, MomentumSAM
+from flatprune.schedule import CubicSchedule
 from flatprune.settings import MOMENTUM, WEIGHT_DECAY, Settings
+from flatprune.shifting import optimum_shift
 from flatprune.spectrum import Flatness, hessian_lambda_max
 from flatprune.targets import Target
 from kfac_ext.curvature import Curvature
@@ -113,15 +117,26 @@ class Trainer:
         self.optimizer = torch.optim.SGD(parameter_groups(self.model), lr=self.peak_lr, momentum=MOMENTUM)
         self.order_generator = torch.Generator().manual_seed(settings.seed)
         self.curvature = Curvature(self.model, generator=torch.Generator().manual_seed(settings.seed))
-        self.flatness = Flatness(self.curvature, total_steps=self.total_steps) if settings.flatness == "on" else None
+        self.flatness = self._flatness() if settings.flatness == "on" else None
+        self.msam = None
+        if settings.flatness == "msam":
+            self.msam = MomentumSAM(self.model, self.optimizer, radius=settings.sam_radius)
         self.sam = None
         if settings.flatness == "sam":
             self.sam = SAM(self.model, radius=settings.sam_radius, every=settings.sam_every, curvature=self.curvature)
         self.pruner = self._pruner() if settings.target_params < 1.0 else None
+        self.disout = None
+        if settings.disout > 0.0:
+            self.disout = disout(self.model, probability=settings.disout, steps=self.total_steps)
         if state is not None:
             self._load_state_dict(state)
         elif self.pruner is not None:
             self._check_reachable(self.pruner)
+
+    def _flatness(self) -> Flatness:
+        given = {name: getattr(self.settings, f"flatness_{name}") for name in ("strength", "every", "fade_below")}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return Flatness(self.curvature, total_steps=self.total_steps, mode=self.settings.flatness_mode, **chosen)
 
     def _pruner(self) -> Pruner:
         settings = self.settings
@@ -206,21 +221,38 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate(progress.step, self.total_steps, self.peak_lr)
         self.optimizer.zero_grad()
-        logits = self.model(x)
-        loss = self.criterion(logits, y)
-        objective = loss if self.flatness is None else loss + self.flatness.penalty(x, logits, loss)
-        self._check_loss(objective)
-        objective.backward()
+        with self._moved():
+            logits = self.model(x)
+            loss = self.criterion(logits, y)
+            objective = loss if self.flatness is None else loss + self.flatness.penalty(x, logits, loss)
+            self._check_loss(objective)
+            objective.backward()
         if self.sam is not None:
             self._check_loss(self.sam.replace_gradients(lambda: self.criterion(self.model(x), y)))
         self.optimizer.step()
         removals = self._prune()
+        if self.disout is not None:
+            self.disout.step()
         progress.step += 1
         progress.batch += 1
         progress.loss_sum += float(loss.detach()) * len(y)
         progress.correct += int((logits.detach().argmax(1) == y).sum())
         progress.seen += len(y)
-        return [self._log_removal(removal) for removal in removals]
+        records = [self._log_removal(removal) for removal in removals]
+        self._shift_optimum()
+        return records
+
+    def _moved(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.msam is None else self.msam.moved()
+
+    def _shift_optimum(self) -> None:
+        """Once, after the last removal; without pruning at the same step."""
+        schedule = CubicSchedule(self.total_steps) if self.pruner is None else self.pruner.schedule
+        if self.settings.optimum_shift == "off" or not schedule.is_last(self.progress.step):
+            return
+        where = {"kind": "optimum_shift", "epoch": self.progress.epoch + 1, "step": self.progress.step}
+        shifts = optimum_shift(self.model, torch.cat(self.curvature.recent_inputs))
+        self.history += [{**where, **shift._asdict()} for shift in shifts]
 
     def _check_loss(self, loss: Tensor | None) -> None:
         value = 0.0 if loss is None else float(loss.detach())
@@ -324,6 +356,7 @@ class Trainer:
             "curvature": self.curvature.state_dict(),
             "flatness": None if self.flatness is None else self.flatness.state_dict(),
             "sam": None if self.sam is None else self.sam.state_dict(),
+            "disout": None if self.disout is None else self.disout.state_dict(),
             "pruner": None if self.pruner is None else self.pruner.state_dict(),
             "rng": {
                 "torch": torch.get_rng_state(),
@@ -343,6 +376,8 @@ class Trainer:
             self.flatness.load_state_dict(state["flatness"])
         if self.sam is not None:
             self.sam.load_state_dict(state["sam"])
+        if self.disout is not None:
+            self.disout.load_state_dict(state["disout"])
         if self.pruner is not None:
             self.pruner.load_state_dict(state["pruner"])
         self.progress = Progress(**state["progress"])

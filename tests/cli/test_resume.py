@@ -13,7 +13,7 @@ import torch
 from flatprune import runs
 from flatprune.errors import InputError, Interrupted
 from flatprune.settings import Settings
-from flatprune.trainer import Observer
+from flatprune.trainer import Observer, Trainer
 
 STEPS_PER_EPOCH = 6
 SETTINGS = {"epochs": 10, "batch_size": 16, "target_params": 0.3, "seed": 4, "label_noise": 0.1, "augment": True}
@@ -144,6 +144,49 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, data, whole, monkeypatc
     outcome = flatprune("run", "--resume", "--out", out)
     assert (outcome.code, outcome.err) == (0, "")
     assert_same(whole("mlp"), out)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--flatness", "msam", "--sam-radius", 0.3],
+        ["--flatness", "sam", "--disout", 0.2],
+        ["--flatness-every", 2, "--disout", 0.2, "--optimum-shift", "after_pruning"],
+        ["--flatness-mode", "double_backward", "--flatness-strength", 0.1, "--flatness-fade-below", 0],
+    ],
+    ids=lambda options: options[1],
+)
+@pytest.mark.parametrize("model", ["mlp", "convnet"])
+def test_every_way_to_flatness_resumes(tmp_path, data, whole, flatprune, options, model):
+    given = [
+        "run", "--data", data, "--model", model, "--epochs", 10, "--batch-size", 16, "--target-params", 0.3,
+        "--seed", 4, "--label-noise", 0.1, "--augment", "on", *options, "--out",
+    ]  # fmt: skip
+    assert flatprune(*given, tmp_path / "whole").code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        stops = iter([7, 31])  # before the removals, after the last one
+        patch.setattr(Trainer, "_train_step", stopping_at(next(stops)))
+        assert flatprune(*given, tmp_path / "out").code == 130
+        patch.undo()
+        patch.setattr(Trainer, "_train_step", stopping_at(next(stops)))
+        torch.manual_seed(999)
+        assert flatprune("run", "--resume", "--out", tmp_path / "out").code == 130
+    assert flatprune("run", "--resume", "--out", tmp_path / "out").code == 0
+    assert_same(tmp_path / "whole", tmp_path / "out")
+    with pytest.raises(AssertionError):  # the options count for something
+        assert_same(whole(model), tmp_path / "out")
+
+
+def stopping_at(step):
+    """`Trainer._train_step` with a Ctrl-C in one step."""
+    real = Trainer._train_step
+
+    def train_step(trainer, index):
+        if trainer.progress.step + 1 == step:
+            press_ctrl_c()
+        return real(trainer, index)
+
+    return train_step
 
 
 @pytest.mark.parametrize("part", ["dense", "pruned"])

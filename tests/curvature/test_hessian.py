@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from flatprune.hessian import _lanczos, hessian_eigenvalues, hessian_lambda_max
+from flatprune.hessian import _lanczos, _power, hessian_eigenvalues, hessian_lambda_max
 
 EXACT = {"iterations": 300, "tol": 1e-9}
+POWER = {"method": "power", "iterations": 5000, "tol": 1e-7}
 
 
 def dense_eigenvalues(model, x, y):
@@ -43,6 +44,24 @@ def test_equals_the_dense_hessian(name):
     generator = torch.Generator().manual_seed(8)
     found = hessian_lambda_max(model, x, y, F.cross_entropy, generator=generator)
     assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv_grouped", "mlp_norm"])
+def test_power_iteration_equals_the_dense_hessian(name):
+    model, x = curvature_nets.make(name)
+    y = torch.tensor([0, 1, 2, 0, 1])
+    twin = folded_by_hand(model) if name == "mlp_norm" else copy.deepcopy(model).eval()
+    expected = functional_lambda_max(twin, x, y)
+    assert hessian_lambda_max(model, x, y, F.cross_entropy, **POWER) == pytest.approx(expected, rel=1e-6)
+
+
+def functional_lambda_max(model, x, y):
+    """By torch.func, forward over reverse, parameter by parameter."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    blocks = torch.func.hessian(lambda values: F.cross_entropy(functional_call(model, values, (x,)), y))(parameters)
+    sizes = {name: p.numel() for name, p in parameters.items()}
+    rows = [torch.cat([blocks[a][b].reshape(sizes[a], sizes[b]) for b in sizes], dim=1) for a in sizes]
+    return float(torch.linalg.eigvalsh(torch.cat(rows))[-1])
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv_grouped"])
@@ -117,6 +136,9 @@ def test_algebraic_maximum_and_early_end():
     start = torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64)
     assert _lanczos(lambda v: diagonal * v, start, 1, 10, 1e-12) == pytest.approx([2.0])
     assert _lanczos(lambda v: 0 * v, start, 1, 10, 1e-12) == [0]
+    assert _power(lambda v: diagonal * v, start, 200, 1e-12) == pytest.approx(2.0)  # -5 dominates, and is shifted away
+    assert _power(lambda v: 0 * v, start, 10, 1e-12) == 0
+    assert _power(lambda v: -diagonal * v, start, 3, 1e-12) < 5.0  # cut short: less, never more
 
 
 def test_the_model_is_left_as_it_was():
@@ -136,6 +158,8 @@ def test_bad_arguments():
     model, x = curvature_nets.make("mlp")
     with pytest.raises(ValueError, match="5 inputs and 4 targets"):
         hessian_lambda_max(model, x, torch.zeros(4, dtype=torch.long), F.cross_entropy)
+    with pytest.raises(ValueError, match="method is 'qr', expected 'lanczos' or 'power'"):
+        hessian_lambda_max(model, x, torch.zeros(5, dtype=torch.long), F.cross_entropy, method="qr")
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter"):
         hessian_lambda_max(model, x, torch.zeros(5, dtype=torch.long), F.cross_entropy)
