@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from kfac_ext.curvature.convolution import weight_like
 from kfac_ext.curvature.layers import Layer, module_modes, trace_layers, undisturbed
 
 Criterion = Callable[[Any, Tensor], Tensor]
@@ -158,7 +159,7 @@ def _folded_layer(layer: Layer) -> Iterator[tuple[str, Tensor, bool]]:
     assert norm is not None and norm.running_mean is not None and norm.running_var is not None
     folded = layer.folded_weight()
     prefix = f"{layer.name}." if layer.name else ""
-    weight, constant = folded[:, :-1].reshape(layer.module.weight.shape), folded[:, -1]
+    weight, constant = weight_like(layer.module, folded[:, :-1]), folded[:, -1]
     zero = torch.zeros_like(norm.running_mean)
     yield f"{prefix}weight", weight, True
     yield f"{layer.norm_name}.running_var", torch.full_like(norm.running_var, 1 - norm.eps), False

@@ -18,6 +18,8 @@ NORMS = {
     "mlp_norm": {"0": "1"},
     "residual": {"first": "norm"},
     "conv_norm_depthwise": {"0": "1", "4": "5"},
+    **{name: {"0": "1"} for name in curvature_nets.NETS if name.startswith("sequence_conv")},
+    **{name: {"2": "3"} for name in curvature_nets.NETS if name.startswith("transposed")},
 }
 
 
@@ -28,7 +30,7 @@ def oracle_layers(model, name):
     return {
         key: (module, modules[norms.get(key, key)])
         for key, module in modules.items()
-        if isinstance(module, (nn.Linear, nn.Conv2d))
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d))
     }
 
 
@@ -187,7 +189,7 @@ def test_radii_are_products_of_top_eigenvalues():
         assert curvature.geometric_mean_radius() == pytest.approx(float(values.prod() ** (1 / len(values))))
 
 
-@pytest.mark.parametrize("name", ["mlp", "mlp_norm", "conv_norm_depthwise", "conv_grouped"])
+@pytest.mark.parametrize("name", list(curvature_nets.NETS))
 def test_folded_weight_gives_z(name):
     model, x = curvature_nets.make(name)
     curvature = Curvature(model)
