@@ -123,9 +123,9 @@ def _tied() -> nn.Module:
         (_ReturnsFeatures(), "body", "output of the model"),
         (_tied(), "1", "share one parameter"),
         (
-            nn.Sequential(nn.Conv2d(1, 8, 1), nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(512, 10)),
+            nn.Sequential(nn.Conv2d(1, 8, 1), nn.LayerNorm((8, 8, 8)), nn.Flatten(), nn.Linear(512, 10)),
             "0",
-            "GroupNorm '1'",
+            "LayerNorm '1' over (8, 8, 8)",
         ),
         (nn.Sequential(nn.Flatten(), weight_norm(nn.Linear(64, 8)), nn.Linear(8, 10)), "1", "parametrized"),
         (
