@@ -43,9 +43,8 @@ class Trial:
     @torch.no_grad()
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._model, self._inputs, self._tensors = model, inputs, {}
-        own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         try:
-            self._tensors = {name: tensor.detach().double() for name, tensor in own.items() if _is_float(tensor)}
+            self._tensors = _in_double(model)
             self._inputs = tuple(value.double() if _is_float(value) else value for value in inputs)
             self._full = self._outputs({})
         except Exception:  # a dtype is written into the model, or the device has no float64
@@ -76,7 +75,9 @@ class Trial:
             _compare(full, masked, cut)
 
     def _outputs(self, changed: Mapping[str, Tensor]) -> list[Tensor]:
-        return _leaves(functional_call(self._model, {**self._tensors, **changed}, self._inputs))
+        # tie_weights would put the tensors of a module with two names back in the wrong order, and leave copies in it
+        tensors = {**self._tensors, **changed}
+        return _leaves(functional_call(self._model, tensors, self._inputs, tie_weights=False))
 
     def _masked(self, group: NeuronGroup, gone: Tensor) -> dict[str, Tensor]:
         """Weights of the consumers with zeros in the columns of the neurons gone."""
@@ -86,6 +87,17 @@ class Trial:
             weight = self._tensors.get(name, weight_of(member.module))
             masked[name] = without_columns(member.module, weight, member.index[gone].flatten())
         return masked
+
+
+def _in_double(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> float64 copy of every floating-point tensor, under each of the modules that share it."""
+    copies: dict[int, Tensor] = {}
+    found = {}
+    for layer, module in model.named_modules():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and _is_float(tensor):
+                found[tensor_name(layer, key)] = copies.setdefault(id(tensor), tensor.detach().double())
+    return found
 
 
 def _every_second(group: NeuronGroup) -> Tensor:

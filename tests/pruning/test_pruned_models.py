@@ -44,11 +44,14 @@ def build(name: str) -> nn.Module:
     model = models.build(name, SHAPE, 7, WIDTHS[name])
     for module in model.modules():  # norms that are not the identity, signals that last through many layers
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            module.momentum = None
+            module.momentum = 1.0
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, std=0.3)
     with torch.no_grad():
         model(image_batch()[0])
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            module.momentum = 0.1
     return model.eval()
 
 
@@ -60,7 +63,7 @@ def test_every_model_is_tested():
 def test_pruned_to_thirty_percent(name, tmp_path):
     x, y = image_batch()
     model = build(name)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     groups = neuron_groups(model, x[:2]).groups
     scores = [torch.rand(group.width, dtype=torch.float64) for group in groups]
     start = models.parameter_count(model)
@@ -88,5 +91,6 @@ def test_pruned_to_thirty_percent(name, tmp_path):
     loss = F.cross_entropy(model.train()(x), y)
     loss.backward()
     optimizer.step()
-    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters()) if b.grad.any())
-    assert float(F.cross_entropy(model(x), y)) < float(loss)
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters()) if b.grad.abs().max() > 1e-3)
+    with torch.no_grad():
+        assert F.cross_entropy(model(x), y) < loss
