@@ -193,9 +193,12 @@ def test_a_layer_with_two_names_is_traced_and_left_as_it_was():
 
 
 def test_tied_weights_leave_the_rest_prunable():
-    coupling = neuron_groups(_tied(), digits()[0][:2])
-    assert [group.name for group in coupling.groups] == ["3"]
-    assert all("share one parameter" in coupling.refused[name] for name in ("1", "2"))
+    tied = _tied()
+    model = nn.Sequential(*tied[:4], nn.Linear(16, 14), nn.ReLU(), nn.Linear(14, 10))
+    coupling = neuron_groups(model, digits()[0][:2])
+    assert [group.name for group in coupling.groups] == ["4"]
+    assert all("share one parameter" in coupling.refused[name] for name in ("1", "2", "3"))
+    assert model[3].weight is model[2].weight
 
 
 def test_heads_of_an_attention_are_neurons():
