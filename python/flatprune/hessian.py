@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kfac_ext.curvature.convolution import weight_like
@@ -189,7 +190,8 @@ def _hessian_product(
     total = torch.zeros_like(vector)
     for first in range(0, len(x), batch_size):
         inputs, targets = x[first : first + batch_size], y[first : first + batch_size]
-        loss = criterion(functional_call(model, {**fixed, **leaves}, (inputs,)), targets)
+        with sdpa_kernel(SDPBackend.MATH):  # PyTorch's fused attentions have no second derivative
+            loss = criterion(functional_call(model, {**fixed, **leaves}, (inputs,)), targets)
         grads = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
         pairs = [(g, v) for g, v in zip(grads, parts) if g is not None and g.requires_grad]
         directional = sum(((g * v).sum() for g, v in pairs), start=loss.new_zeros(()))
