@@ -13,10 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from kfac_ext.curvature.capture import Capture
-from kfac_ext.curvature.layers import Layer, call_hooks, module_modes, padded_input, undisturbed
+from kfac_ext.curvature.layers import Layer, batch_statistics, call_hooks, padded_input, undisturbed
 from kfac_ext.factors import FactorSet
 from kfac_ext.geometry import conv_geometry
 from kfac_ext.ops.covariance import (
@@ -141,18 +140,15 @@ def fresh_covariances(
         append = layer.constant if bias is None else bias
         found.setdefault(layer.name, []).append((len(x), input_covariance(layer, x, mode, bias=append)))
 
-    modes = {
-        module: isinstance(module, _BatchNorm) and (module.training or not model.training) for module in model.modules()
-    }
-    with module_modes(modes), undisturbed(model), call_hooks(layers, report):
-        model(*_joined(inputs))
+    with batch_statistics(model), undisturbed(model), call_hooks(layers, report):
+        model(*joined_inputs(inputs))
     missing = [layer.name for layer in layers if layer.name not in found]
     if missing:
         raise RuntimeError(f"Curvature.fresh_covariances: the forward did not call layer {missing[0]!r}")
     return {layer.name: _weighted_mean(found[layer.name]) for layer in layers}
 
 
-def _joined(inputs: Tensor | Sequence[Any]) -> tuple[Tensor, ...]:
+def joined_inputs(inputs: Tensor | Sequence[Any]) -> tuple[Tensor, ...]:
     """The positional inputs of one forward on all batches together."""
     if isinstance(inputs, Tensor):
         return (inputs,)

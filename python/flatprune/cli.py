@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from flatprune.errors import DivergedError, InputError, Interrupted
-from flatprune.settings import COMPENSATE, CRITERIA, FLATNESS, Settings
+from flatprune.settings import COMPENSATE, CRITERIA, FLATNESS, SELECTIONS, Settings
 
 EXIT_FAILED = 2
 EXIT_INTERRUPTED = 130
@@ -58,7 +58,11 @@ def run_command(
     ] = Settings.flatness,
     sam_radius: Annotated[float, typer.Option(help="how far sam looks for a higher loss")] = Settings.sam_radius,
     sam_every: Annotated[int, typer.Option(help="sam acts on every so many steps")] = Settings.sam_every,
-    criterion: Annotated[str, typer.Option(help=f"which neurons go: {_one_of(CRITERIA)}")] = Settings.criterion,
+    criterion: Annotated[str, typer.Option(help=f"which neurons go: {_one_of(tuple(CRITERIA))}")] = Settings.criterion,
+    selection: Annotated[
+        str,
+        typer.Option(help=f"{_one_of(SELECTIONS)}: whether a score knows which neurons went before (obs, outgoing)"),
+    ] = Settings.selection,
     compensate: Annotated[
         str, typer.Option(help=f"{_one_of(COMPENSATE)}: survivors take over what removed neurons did")
     ] = Settings.compensate,

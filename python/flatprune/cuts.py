@@ -139,6 +139,22 @@ def _without_columns(module: nn.Module, inputs: Tensor) -> Tensor:
     return masked
 
 
+def masked_weights(groups: Sequence[NeuronGroup], gone: Mapping[int, Tensor]) -> dict[str, Tensor]:
+    """Qualified name -> weight of every layer that reads the neurons gone, with zeros where it reads them.
+
+    A model that runs with these weights (`torch.func.functional_call`) computes what it does without the neurons.
+    """
+    lost: dict[str, list[Tensor]] = {}
+    modules: dict[str, nn.Module] = {}
+    for position, neurons in gone.items():
+        for member in groups[position].of_role(CONSUMER):
+            modules[member.name] = member.module
+            lost.setdefault(member.name, []).append(member.index[neurons].flatten())
+    return {
+        tensor_name(name, "weight"): _without_columns(module, torch.cat(lost[name])) for name, module in modules.items()
+    }
+
+
 @torch.no_grad()
 def dry_run(model: nn.Module, group: NeuronGroup, inputs: tuple[Any, ...]) -> None:
     """Check that removing neurons of a group equals setting to zero what their consumers read.
@@ -156,10 +172,7 @@ def dry_run(model: nn.Module, group: NeuronGroup, inputs: tuple[Any, ...]) -> No
         rank[neurons] = torch.arange(len(neurons))
     gone = (rank % 2 == 0).nonzero().flatten()
     cuts = layer_cuts([group], {0: gone})
-    masked = {
-        tensor_name(member.name, "weight"): _without_columns(member.module, member.index[gone].flatten())
-        for member in group.of_role(CONSUMER)
-    }
+    masked = masked_weights([group], {0: gone})
     pruned = {name: cut.apply(tensor) for layer in cuts.values() for name, tensor, cut in layer.tensors()}
     expected = _tensors(functional_call(model, masked, inputs))
     try:

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flatprune.criteria import CRITERIA, Criterion, Evidence, Scores, as_criterion
+from flatprune.criteria.base import consumer_compensation
 from flatprune.graph import neuron_groups
+from flatprune.greedy import select_greedily
 from flatprune.neurons import CONSUMER, PRODUCER, Coupling, NeuronGroup
-from flatprune.saliency import (
-    CRITERIA,
-    compensation,
-    curvature_scores,
-    has_convolution,
-    input_statistics,
-    magnitude_scores,
-)
+from flatprune.saliency import has_convolution
 from flatprune.schedule import CubicSchedule
-from flatprune.selection import Limits, neuron_costs, select, smallest_params
+from flatprune.selection import SELECTIONS, Limits, neuron_costs, select, smallest_params
 from flatprune.surgery import plan
 from flatprune.targets import Target
 from kfac_ext.curvature import Curvature
@@ -61,10 +57,10 @@ class Removal:
 class Pruner:
     """Removes neurons from a network while it trains, at events whose parameter budgets follow a cubic.
 
-    At an event all neurons are scored (see `flatprune.saliency`), the score is divided by the parameters that go with
-    the neuron, and the lowest go, over all layers, until the budget is met: at most half of a layer at once, at least
-    `min_width` neurons stay. The survivors are updated to make up for the loss, and everything that belongs to the
-    neurons is removed from model, optimizer and curvature (see `flatprune.surgery`).
+    At an event all neurons are scored (see `flatprune.criteria`); what predicts a change of the loss is divided by the
+    parameters that go with the neuron. The lowest go, over all layers, until the budget is met: at most half of a layer
+    at once, at least `min_width` neurons stay. The survivors are updated to make up for the loss, and everything that
+    belongs to the neurons is removed from model, optimizer and curvature (see `flatprune.surgery`).
 
     At the last event the target is reached: if the limits stop a removal short of it, neurons are scored and removed
     again at once. A target below what the limits allow gives one warning with the figure that can be reached.
@@ -76,10 +72,15 @@ class Pruner:
         example_inputs: a tensor or tuple of tensors the model can be called with; one or two samples do.
         target: the size to reach.
         total_steps: optimizer steps of the whole training.
-        criterion: "obs", "outgoing", or the baselines "l1" (global) and "l1_uniform".
-        compensate: update the survivors; "auto": always with convolutions, without them below 4 % of the parameters,
-            never with the magnitude baselines. Where "auto" does not compensate, "obs" means the plain outgoing score,
-            which is as good there and needs no inverse; with True or False it always is the obs score.
+        criterion: a name of `flatprune.criteria.CRITERIA` (see there), a `Criterion`, or a function from `Evidence` to
+            one tensor of scores a group.
+        compensate: update the survivors; "auto": as the criterion wants it. "obs" and "outgoing": always with
+            convolutions, without them below 4 % of the parameters; "kron_obs" and "c_obs": always; others never. Where
+            "auto" does not compensate, "obs" means the plain outgoing score, which is as good there and needs no
+            inverse; with True or False it always is the obs score.
+        selection: "independent" takes the lowest scores as they are; "greedy" takes one neuron after the other, each
+            score knowing which went before ("obs" and "outgoing" only, see `flatprune.greedy`).
+        seed: of what a criterion draws.
         schedule: when to prune; default `CubicSchedule(total_steps)`.
         round_to: widths of groups that lose neurons become multiples of this.
         min_width: neurons that stay in each group at least.
@@ -88,9 +89,10 @@ class Pruner:
         layers: names of the layers to prune; default all that can be.
 
     Raises:
-        TypeError: `target` is no Target; `exclude` or `layers` is one string instead of a list.
-        ValueError: an argument out of range; a layer of `layers` that cannot be pruned, with the reason; an optimizer
-            that holds parameters which are not the model's; no layer can be pruned.
+        TypeError: `target` is no Target; `exclude` or `layers` is one string instead of a list; `criterion` is none.
+        ValueError: an argument out of range; a layer that the criterion cannot judge; a layer of `layers` that cannot
+            be pruned, with the reason; an optimizer that holds parameters which are not the model's; no layer can be
+            pruned.
         KeyError: `exclude` or `layers` names a module that the model does not have.
 
     Example:
@@ -107,8 +109,10 @@ class Pruner:
         *,
         target: Target,
         total_steps: int,
-        criterion: str = "obs",
+        criterion: str | Criterion | Callable[[Evidence], Scores] = "obs",
         compensate: str | bool = "auto",
+        selection: str = "independent",
+        seed: int = 0,
         schedule: CubicSchedule | None = None,
         round_to: int = 1,
         min_width: int = 2,
@@ -116,13 +120,15 @@ class Pruner:
         exclude: Sequence[str | type] = (),
         layers: Sequence[str] | None = None,
     ) -> None:
-        _check_arguments(criterion, compensate, round_to, min_width, max_layer_fraction)
+        self.criterion = as_criterion(criterion)
+        _check_arguments(compensate, round_to, min_width, max_layer_fraction)
+        _check_selection(selection, self.criterion)
         _check_selections(target, exclude=exclude, layers=layers)
         _check_optimizer(model, optimizer)
         if curvature.model is not model:
             raise ValueError("Pruner: the curvature belongs to another model")
         self.model, self.optimizer, self.curvature = model, optimizer, curvature
-        self.target, self.criterion, self.compensate = target, criterion, compensate
+        self.target, self.compensate, self.selection, self.seed = target, compensate, selection, seed
         self.schedule = schedule or CubicSchedule(total_steps)
         self.limits = Limits(round_to, min_width, max_layer_fraction)
         inputs = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
@@ -133,6 +139,8 @@ class Pruner:
         self.groups = self.coupling.groups
         if not self.groups:
             raise ValueError(f"Pruner: no layer can be pruned: {_reasons(self.coupling.refused)}")
+        if self.criterion.check is not None:
+            self.criterion.check(self.groups)
         self.refused = dict(self.coupling.refused)
         loud = {name: reason for name, reason in self.refused.items() if name not in self.coupling.expected}
         if loud:
@@ -209,11 +217,11 @@ class Pruner:
     def _remove(self, step: int, budget: int, last: bool) -> list[Removal]:
         """One round: score, choose, compensate, cut."""
         compensate = self._compensates(budget)
-        scores, inverses = self._scores(compensate)
-        gone = select(self.model, self.groups, scores, budget, self.limits, closely=last)
+        evidence = Evidence(self.model, self.groups, self.curvature, seed=self.seed, step=step)
+        gone = self._choose(evidence, self._criterion_in_use(compensate), budget, last)
         if not gone:
             return []
-        replacements = compensation(self.curvature, self.groups, gone, inverses) if compensate else None
+        replacements = self.criterion.compensation(evidence, gone) if compensate else None
         params, before = self.params, self.widths()
         plan(
             self.model,
@@ -242,40 +250,49 @@ class Pruner:
     def _compensates(self, budget: int) -> bool:
         if self.compensate != "auto":
             return bool(self.compensate)
-        if self.criterion not in ("obs", "outgoing"):
-            return False
+        if self.criterion.compensates != "method":
+            return self.criterion.compensates == "always"
         return has_convolution(self.curvature) or budget < MLP_COMPENSATION_BELOW * self.params_start
 
+    def _criterion_in_use(self, compensate: bool) -> Criterion:
+        if self.compensate == "auto" and not compensate and self.criterion.uncompensated is not None:
+            return self.criterion.uncompensated
+        return self.criterion
+
     @torch.no_grad()
-    def _scores(self, compensate: bool) -> tuple[list[Tensor], dict[str, tuple[Tensor, ...]]]:
-        """Scores of all neurons a parameter, and the inverses if they are needed (one forward at most)."""
-        by_curvature = self.criterion in ("obs", "outgoing")
-        plain = self.compensate == "auto" and not compensate
-        criterion = "outgoing" if by_curvature and plain else self.criterion
-        inverses: dict[str, tuple[Tensor, ...]] = {}
-        if by_curvature or compensate:
-            names = {member.name: None for group in self.groups for member in group.of_role(CONSUMER)}
-            statistics = input_statistics(self.curvature, names)
-            if compensate or criterion == "obs":
-                inverses = statistics.inverses()
-        if not by_curvature:
-            return magnitude_scores(self.groups, criterion), inverses
-        scores = curvature_scores(self.curvature, self.groups, criterion, statistics, inverses)
-        costs = neuron_costs(self.model, self.groups)
-        return [score / cost for score, cost in zip(scores, costs)], inverses
+    def _choose(self, evidence: Evidence, criterion: Criterion, budget: int, last: bool) -> dict[int, Tensor]:
+        """Position of a group -> its neurons that go."""
+        if self.selection == "greedy":
+            assert criterion.joint is not None
+            joint, split = criterion.joint(evidence), criterion.per_parameter
+            return select_greedily(
+                self.model, self.groups, joint, budget, self.limits, per_parameter=split, closely=last
+            )
+        scores = criterion.scores(evidence)
+        if criterion.per_parameter:
+            costs = neuron_costs(self.model, self.groups)
+            scores = [score / cost for score, cost in zip(scores, costs)]
+        return select(self.model, self.groups, scores, budget, self.limits, closely=last)
 
     def _refuse_unscored(self) -> None:
-        """Refuse groups that are read by a layer without factors, for everything that needs them."""
-        if self.criterion not in ("obs", "outgoing") and self.compensate is not True:
-            return
+        """Refuse groups with a layer without factors, for everything that needs them."""
+        roles = {self.criterion.role} if "factors" in self.criterion.needs else set()
+        updates = self.compensate is True or (self.compensate == "auto" and self.criterion.compensates != "never")
+        if updates and self.criterion.compensation is consumer_compensation:
+            roles.add(CONSUMER)
+        for role in sorted(roles):
+            self._refuse_without_factors(role)
+
+    def _refuse_without_factors(self, role: str) -> None:
+        verb = "reads" if role == CONSUMER else "makes"
         kept = []
         for group in self.coupling.groups:
-            blind = [m.name for m in group.of_role(CONSUMER) if m.name not in self.curvature.layers]
+            blind = [m.name for m in group.of_role(role) if m.name not in self.curvature.layers]
             if not blind:
                 kept.append(group)
                 continue
             for member in group.of_role(PRODUCER):
-                self.coupling.refused[member.name] = f"layer {blind[0]!r}, which reads it, has no factors"
+                self.coupling.refused[member.name] = f"layer {blind[0]!r}, which {verb} it, has no factors"
         self.coupling.groups[:] = kept
 
     def state_dict(self) -> dict[str, Any]:
@@ -285,7 +302,8 @@ class Pruner:
             "params_start": self.params_start,
             "target": asdict(self.target),
             "events": list(self.schedule.events),
-            "criterion": self.criterion,
+            "criterion": self.criterion.name,
+            "selection": self.selection,
             "widths": self.widths(),
             "history": [{**asdict(record), "neurons": list(record.neurons)} for record in self.history],
         }
@@ -297,7 +315,7 @@ class Pruner:
             ValueError: naming the first setting or width that differs; nothing is changed then.
         """
         own = self.state_dict()
-        for key in ("target", "events", "criterion"):
+        for key in ("target", "events", "criterion", "selection"):
             if state[key] != own[key]:
                 raise ValueError(f"Pruner.load_state_dict: {key} is {state[key]!r} in the state, expected {own[key]!r}")
         for name in [*own["widths"], *state["widths"]]:
@@ -314,11 +332,7 @@ def _reasons(refused: Mapping[str, str]) -> str:
     return "; ".join(f"{name!r}: {reason}" for name, reason in refused.items())
 
 
-def _check_arguments(
-    criterion: str, compensate: str | bool, round_to: int, min_width: int, max_layer_fraction: float
-) -> None:
-    if criterion not in CRITERIA:
-        raise ValueError(f"Pruner: criterion is {criterion!r}, expected one of {', '.join(CRITERIA)}")
+def _check_arguments(compensate: str | bool, round_to: int, min_width: int, max_layer_fraction: float) -> None:
     if not isinstance(compensate, bool) and compensate != "auto":
         raise ValueError(f"Pruner: compensate is {compensate!r}, expected 'auto', True or False")
     for name, value in (("round_to", round_to), ("min_width", min_width)):
@@ -326,6 +340,14 @@ def _check_arguments(
             raise ValueError(f"Pruner: {name} is {value!r}, expected an integer of 1 or more")
     if not 0.0 < max_layer_fraction <= 1.0:
         raise ValueError(f"Pruner: max_layer_fraction is {max_layer_fraction}, expected above 0 and at most 1")
+
+
+def _check_selection(selection: str, criterion: Criterion) -> None:
+    if selection not in SELECTIONS:
+        raise ValueError(f"Pruner: selection is {selection!r}, expected one of {', '.join(SELECTIONS)}")
+    if selection == "greedy" and criterion.joint is None:
+        able = ", ".join(name for name, other in CRITERIA.items() if other.joint is not None)
+        raise ValueError(f"Pruner: selection 'greedy' needs joint scores, which {criterion.name} has not; {able} have")
 
 
 def _check_selections(target: Target, **names: object) -> None:

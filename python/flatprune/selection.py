@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from flatprune.neurons import CONSUMER, NeuronGroup, channels, is_depthwise
 
+SELECTIONS = ("independent", "greedy")  # whether a score knows which neurons went before, see `flatprune.greedy`
+
 
 @dataclass
 class _Layer:
@@ -157,7 +159,7 @@ def select(
     Returns:
         Position in `groups` -> int64 [m] neurons, ascending; groups that lose none are left out.
     """
-    orders = [_removal_order(group, score) for group, score in zip(groups, scores)]
+    orders = [removal_order(group, score) for group, score in zip(groups, scores)]
     count = ParameterCount(model, groups)
     taken: list[_Bundle] = []
     params = count.params
@@ -178,7 +180,7 @@ def select(
     return {position: orders[position][:end].sort().values for position, end in ends.items()}
 
 
-def _removal_order(group: NeuronGroup, score: Tensor) -> Tensor:
+def removal_order(group: NeuronGroup, score: Tensor) -> Tensor:
     """Neurons by ascending score; with shares, the lowest of each share, then the second lowest of each, ..."""
     order = score.argsort(stable=True)
     if group.partitions == 1:

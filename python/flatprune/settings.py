@@ -10,14 +10,21 @@ from typing import Any
 import torch
 
 from flatprune import models
+from flatprune.criteria import CRITERIA
 from flatprune.errors import InputError
-from flatprune.saliency import CRITERIA
+from flatprune.selection import SELECTIONS
 
 FLATNESS = ("on", "off", "sam")
 COMPENSATE = ("auto", "on", "off")
 SCHEDULES = ("fc", "cosine")
 COOL_DOWN_START = 0.4  # of the steps; "fc" holds the learning rate until pruning ends
-_CHOICES = {"flatness": FLATNESS, "criterion": CRITERIA, "compensate": COMPENSATE, "schedule": SCHEDULES}
+_CHOICES = {
+    "flatness": FLATNESS,
+    "criterion": tuple(CRITERIA),
+    "selection": SELECTIONS,
+    "compensate": COMPENSATE,
+    "schedule": SCHEDULES,
+}
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
 
@@ -43,7 +50,8 @@ class Settings:
         flatness: "on" penalises the spectral radius of the curvature, "off" does nothing, "sam" minimises the loss by
             the gradients of `flatprune.SAM`, the rival to compare with.
         sam_radius, sam_every: of `flatprune.SAM`.
-        criterion: "obs", "outgoing", or the baselines "l1" (global) and "l1_uniform".
+        criterion: a name of `flatprune.criteria.CRITERIA`.
+        selection: "independent" or "greedy", see `flatprune.Pruner`.
         compensate: whether survivors take over what removed neurons did: "auto", "on" or "off".
         exclude: names of layers (or of modules around them) whose neurons stay.
         augment: random shifts (and mirror images for colour).
@@ -72,6 +80,7 @@ class Settings:
     sam_radius: float = 0.1
     sam_every: int = 1
     criterion: str = "obs"
+    selection: str = "independent"
     compensate: str = "auto"
     exclude: tuple[str, ...] = ()
     augment: bool = False
@@ -103,6 +112,8 @@ class Settings:
             raise InputError(f"label_noise is {self.label_noise}, expected 0 to 1")
         for name, choices in _CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
+        if self.selection == "greedy" and CRITERIA[self.criterion].joint is None:
+            raise InputError(f"selection is 'greedy', which criterion {self.criterion} does not know")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values (tuples become lists) for JSON and checkpoints."""

@@ -136,6 +136,8 @@ class Trainer:
                 total_steps=self.total_steps,
                 criterion=settings.criterion,
                 compensate=compensate,
+                selection=settings.selection,
+                seed=settings.seed,
                 exclude=settings.exclude,
             )
         except (KeyError, ValueError) as error:  # a layer that is not there or cannot be pruned
