@@ -133,7 +133,7 @@ def test_scores_rank_neurons_like_their_real_removal(trained_nets, net, name):
 
 @pytest.mark.parametrize(("net", "bound"), [("mlp", 0.5), ("chain", 0.7)])
 def test_the_obs_score_ranks_removals_with_compensation(trained_nets, net, bound):
-    """Less sharply than plain removals: what compensation leaves of the change is small beside what the model misses."""
+    """Less sharply than plain removals: what compensation leaves is small beside what the quadratic model misses."""
     run, obs = trained_nets[net], CRITERIA["obs"]
     evidence = evidence_of(run)
     real = real_changes(run, evidence, obs, compensate=True)
