@@ -184,7 +184,7 @@ class Pruner:
         if self.stopped:
             raise RuntimeError(f"Pruner.stop: stopped already ({self.stopped})")
         self.stopped = reason
-        record = self._nothing(self.step_count, self.goal, f"pruning stopped: {reason}")
+        record = self._nothing(self.step_count, self.goal, f"pruning stopped: {reason}", "stop")
         self.history.append(record)
         return record
 
@@ -240,8 +240,8 @@ class Pruner:
             warnings.warn(f"Pruner: {note}", stacklevel=4)
         return f"nothing removed: {note}" if nothing and losses.exceeded else note
 
-    def _nothing(self, step: int, budget: float, note: str) -> Removal:
-        return Removal.nothing(step, self.params, budget, self.target.unit, self.cost, note)
+    def _nothing(self, step: int, budget: float, note: str, kind: str = "event") -> Removal:
+        return Removal.nothing(step, self.params, budget, self.target.unit, self.cost, note, kind)
 
     def _remove(self, step: int, budget: float, last: bool, losses: LossBudget, number: int) -> list[Removal]:
         """One round: score, choose, compensate, cut."""

@@ -27,6 +27,7 @@ class Removal:
         budget: what the network was to cost after the event, in `unit`.
         compensated: whether the survivors were updated.
         note: anything out of the ordinary; empty otherwise.
+        kind: "removal"; "event" for one at which nothing was removed; "stop" for the end of pruning before its time.
         round: of the cuts of this event, from 0; more than one is made only at the last event.
         unit: of the target: "params", "flops", "neurons" or "latency" (seconds).
         cost_before, cost_after: of the whole network before and after the cut.
@@ -51,6 +52,7 @@ class Removal:
     budget: float
     compensated: bool
     note: str = ""
+    kind: str = "removal"
     round: int = 0
     unit: str = "params"
     cost_before: float | None = None
@@ -63,9 +65,9 @@ class Removal:
     measured_change: float | None = None
 
     @classmethod
-    def nothing(cls, step: int, params: int, budget: float, unit: str, cost: float, note: str) -> Removal:
-        """The record of an event that removed nothing, because of `note`."""
-        return cls(step, "", 0, (), 0, 0, params, params, budget, False, note, 0, unit, cost, cost)
+    def nothing(cls, step: int, params: int, budget: float, unit: str, cost: float, note: str, kind: str) -> Removal:
+        """The record of something at which no neuron went, because of `note`."""
+        return cls(step, "", 0, (), 0, 0, params, params, budget, False, note, kind, 0, unit, cost, cost)
 
     def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flatprune.checkpoint import write_atomically
+from flatprune.plots import BLUE, GREY, INK, ROSE, TEAL, png, style_axis
+from flatprune.report_events import events_section, trust_section
+from flatprune.targets import UNITS, amount
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,10 +18,6 @@ if TYPE_CHECKING:
 
 PLOT_FILE = "progress.png"
 REPORT_FILE = "report.html"
-
-_INK, _GREY, _PALE = "#1f2430", "#7a8194", "#e6e8ef"
-_BLUE, _TEAL, _ROSE = "#2f5bea", "#0f9b8e", "#d6456b"
-_DPI = 200
 
 
 def write_report(
@@ -55,38 +53,34 @@ def figure(summary: dict[str, Any], history: list[dict[str, Any]], dense_history
     _draw_size(axes[1], summary, history)
     _draw_radius(axes[2], epochs, dense)
     for axis, name in zip(axes, ("accuracy, %", "parameters left, %", "spectral radius, K-FAC")):
-        _style(axis, name)
+        style_axis(axis, name)
         _shade_pruning(axis, summary, history, name_it=axis is axes[0])
-    axes[2].set_xlabel("epoch", color=_INK, fontsize=10)
+    axes[2].set_xlabel("epoch", color=INK, fontsize=10)
     title = headline(summary)
     size = min(14.0, 14.0 * 64 / len(title))
-    plot.text(0.03, 0.957, title, color=_INK, fontsize=size, fontweight="bold")
-    plot.text(0.03, 0.928, subline(summary), color=_GREY, fontsize=10)
+    plot.text(0.03, 0.957, title, color=INK, fontsize=size, fontweight="bold")
+    plot.text(0.03, 0.928, subline(summary), color=GREY, fontsize=10)
     return plot
-
-
-def png(plot: Figure) -> bytes:
-    """The figure as the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    plot.savefig(buffer, format="png", dpi=_DPI)
-    return buffer.getvalue()
 
 
 def headline(summary: dict[str, Any]) -> str:
     """The result in one line."""
     accuracy = f"{summary['test_accuracy_last']:.1f} % accuracy"
-    if summary["target_params"] >= 1.0:
+    if summary["target_share"] >= 1.0:
         return f"{summary['model']} on {_data_name(summary)}: {accuracy}"
-    return f"{summary['model']} on {_data_name(summary)}: {accuracy} with {_left(summary)} of the parameters"
+    left = f"{100.0 * summary['cost_after'] / summary['cost_before']:.1f} % of the {UNITS[summary['target_unit']]}"
+    return f"{summary['model']} on {_data_name(summary)}: {accuracy} with {left}"
 
 
 def subline(summary: dict[str, Any]) -> str:
     """What the result compares with."""
     parts = [f"{summary['params_before']:,} → {summary['params_after']:,} parameters"]
-    if summary["target_params"] >= 1.0:
+    if summary["target_share"] >= 1.0:
         parts = [f"{summary['params_before']:,} parameters, not pruned"]
     if "dense_test_accuracy_last" in summary:
         parts.append(f"dense network {summary['dense_test_accuracy_last']:.1f} %")
+    if summary["pruning_stopped"]:
+        parts.append("pruning stopped early")
     return " · ".join([*parts, f"{summary['epochs']} epochs", f"seed {summary['seed']}"])
 
 
@@ -94,13 +88,13 @@ def _draw_accuracy(axis: Axes, epochs: list[dict[str, Any]], dense: list[dict[st
     x = [record["epoch"] for record in epochs]
     test = [record["test_accuracy"] for record in epochs]
     train = [record["train_accuracy"] for record in epochs]
-    labels = [(test[-1], f"test {test[-1]:.1f} %", _BLUE), (train[-1], f"train {train[-1]:.1f} %", _GREY)]
+    labels = [(test[-1], f"test {test[-1]:.1f} %", BLUE), (train[-1], f"train {train[-1]:.1f} %", GREY)]
     if dense:
         values = [record["test_accuracy"] for record in dense]
-        axis.plot([record["epoch"] for record in dense], values, color=_INK, linewidth=1.1, linestyle=(0, (4, 2)))
-        labels.append((values[-1], f"dense {values[-1]:.1f} %", _INK))
-    axis.plot(x, train, color=_GREY, linewidth=1.0, alpha=0.7)
-    axis.plot(x, test, color=_BLUE, linewidth=2.0)
+        axis.plot([record["epoch"] for record in dense], values, color=INK, linewidth=1.1, linestyle=(0, (4, 2)))
+        labels.append((values[-1], f"dense {values[-1]:.1f} %", INK))
+    axis.plot(x, train, color=GREY, linewidth=1.0, alpha=0.7)
+    axis.plot(x, test, color=BLUE, linewidth=2.0)
     settled = sorted(test + train)[len(test) // 5 :]  # the first steps would squeeze all the rest
     low = max(0.0, settled[0] - 2.0)
     high = min(100.5, settled[-1] + 1.5)
@@ -115,24 +109,37 @@ def _draw_size(axis: Axes, summary: dict[str, Any], history: list[dict[str, Any]
         if "params" in record:
             x.append(record["step"] / summary["steps"] * summary["epochs"])
             y.append(100.0 * record["params"] / before)
-    axis.step(x, y, where="post", color=_TEAL, linewidth=2.0)
-    axis.fill_between(x, y, step="post", color=_TEAL, alpha=0.10, linewidth=0)
+    axis.step(x, y, where="post", color=TEAL, linewidth=2.0)
+    axis.fill_between(x, y, step="post", color=TEAL, alpha=0.10, linewidth=0)
     axis.set_ylim(0, 105)
-    _label_right(axis, [(y[-1], f"{_left(summary)}\n{summary['params_after']:,}", _TEAL)])
+    labels = [(y[-1], f"{_left(summary)}\n{summary['params_after']:,}", TEAL)]
+    if summary["target_unit"] != "params" and summary["cost_before"]:
+        labels.append(_draw_cost(axis, summary, history))
+    _label_right(axis, labels)
+
+
+def _draw_cost(axis: Axes, summary: dict[str, Any], history: list[dict[str, Any]]) -> tuple[float, str, str]:
+    """What is left in the unit of the target, beside the parameters; returns the label of the line's end."""
+    cuts = [record for record in history if record["kind"] == "removal"]
+    x = [0.0, *(record["step"] / summary["steps"] * summary["epochs"] for record in cuts), float(summary["epochs"])]
+    y = [100.0, *(100.0 * record["cost_after"] / summary["cost_before"] for record in cuts)]
+    y.append(100.0 * summary["cost_after"] / summary["cost_before"])
+    axis.step(x, y, where="post", color=INK, linewidth=1.3, linestyle=(0, (1, 1)))
+    return y[-1], f"{UNITS[summary['target_unit']]}\n{y[-1]:.1f} %", INK
 
 
 def _draw_radius(axis: Axes, epochs: list[dict[str, Any]], dense: list[dict[str, Any]]) -> None:
     axis.set_yscale("log")
     labels = []
     if dense:
-        _draw_positive(axis, dense, "spectral_radius", color=_INK, linewidth=1.1, linestyle=(0, (4, 2)))
-        labels.append((dense[-1]["spectral_radius"], f"dense {dense[-1]['spectral_radius']:.2g}", _INK))
+        _draw_positive(axis, dense, "spectral_radius", color=INK, linewidth=1.1, linestyle=(0, (4, 2)))
+        labels.append((dense[-1]["spectral_radius"], f"dense {dense[-1]['spectral_radius']:.2g}", INK))
     for key, name, style in (
         ("spectral_radius", "largest layer", {"linewidth": 2.0}),
         ("spectral_radius_geometric_mean", "geometric mean", {"linewidth": 1.1, "alpha": 0.65}),
     ):
-        _draw_positive(axis, epochs, key, color=_ROSE, **style)
-        labels.append((epochs[-1][key], f"{name}\n{epochs[-1][key]:.2g}", _ROSE))
+        _draw_positive(axis, epochs, key, color=ROSE, **style)
+        labels.append((epochs[-1][key], f"{name}\n{epochs[-1][key]:.2g}", ROSE))
     _log_ticks(axis)
     _label_right(axis, [label for label in labels if label[0] > 0])
 
@@ -167,24 +174,14 @@ def spread(wanted: list[float], half: list[float]) -> list[float]:
     return places
 
 
-def _style(axis: Axes, name: str) -> None:
-    for side in ("top", "right", "left"):
-        axis.spines[side].set_visible(False)
-    axis.spines["bottom"].set_color(_PALE)
-    axis.tick_params(colors=_GREY, labelsize=9, length=0, which="both")
-    axis.grid(axis="y", color=_PALE, linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.set_title(name, loc="left", color=_INK, fontsize=10, pad=6)
-
-
 def _shade_pruning(axis: Axes, summary: dict[str, Any], history: list[dict[str, Any]], *, name_it: bool) -> None:
     steps = [record["step"] for record in history if record["kind"] == "removal"]
     if steps:
         first, last = (step / summary["steps"] * summary["epochs"] for step in (steps[0], steps[-1]))
-        axis.axvspan(first, last, color=_INK, alpha=0.04, linewidth=0)
+        axis.axvspan(first, last, color=INK, alpha=0.04, linewidth=0)
         if name_it:
             above = axis.get_xaxis_transform()
-            axis.text((first + last) / 2, 1.02, "pruning", transform=above, color=_GREY, fontsize=8.5, ha="center")
+            axis.text((first + last) / 2, 1.02, "pruning", transform=above, color=GREY, fontsize=8.5, ha="center")
 
 
 def _log_ticks(axis: Axes) -> None:
@@ -206,6 +203,8 @@ def page(summary: dict[str, Any], history: list[dict[str, Any]], image: bytes) -
         cards="".join(_card(*card) for card in _cards(summary)),
         figure=f'<img alt="accuracy, parameters and spectral radius over the epochs" '
         f'src="data:image/png;base64,{figure_data}">',
+        trust=trust_section(summary, history),
+        events=events_section(summary, history),
         layers=_layer_rows(summary),
         settings=_rows(summary["settings"]),
         versions=_rows(summary["versions"]),
@@ -226,10 +225,19 @@ def _cards(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
             f"{100.0 * summary['flops_after'] / summary['flops_before']:.1f} %",
             f"{summary['flops_before']:,} → {summary['flops_after']:,} an image",
         ),
+        *_target_card(summary),
         ("λmax of the Hessian", *_with_dense(summary, "hessian_lambda_max")),
         ("spectral radius (K-FAC)", *_with_dense(summary, "spectral_radius_kfac")),
         ("training time", _seconds(summary["seconds"]), f"{summary['epochs']} epochs, {summary['steps']:,} steps"),
     ]
+
+
+def _target_card(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Neurons or latency, where they are the target; the other units have cards anyway."""
+    unit, before, after = summary["target_unit"], summary["cost_before"], summary["cost_after"]
+    if unit not in ("neurons", "latency") or not before:
+        return []
+    return [(UNITS[unit], f"{100.0 * after / before:.1f} %", f"{amount(unit, before)} → {amount(unit, after)}")]
 
 
 def _with_dense(summary: dict[str, Any], key: str) -> tuple[str, str]:
@@ -306,6 +314,8 @@ h3 {{ margin: 2.2rem 0 .6rem; font-size: 1.05rem; }}
 .card p {{ margin: 0; font-size: .85rem; color: var(--grey); font-variant-numeric: tabular-nums; }}
 figure {{ margin: 1rem 0 0; padding: .6rem; }}
 img {{ display: block; width: 100%; height: auto; }}
+figure.small {{ max-width: 30rem; }}
+summary {{ cursor: pointer; color: var(--grey); margin-bottom: .6rem; }}
 table {{ width: 100%; border-collapse: separate; border-spacing: 0; padding: .3rem 0; }}
 th, td {{ padding: .28rem 1rem; text-align: left; font-size: .88rem; font-variant-numeric: tabular-nums; }}
 th {{ color: var(--grey); font-weight: 500; }}
@@ -319,6 +329,7 @@ code {{ background: white; border: 1px solid var(--pale); border-radius: 5px; pa
 <h1>{title}</h1><p>{subtitle}</p>
 <div class="cards">{cards}</div>
 <figure>{figure}</figure>
+{trust}{events}
 <h3>Width of every layer, before and after</h3>
 <table><tr><th>layer</th><th>before</th><th>after</th><th></th></tr>{layers}</table>
 <h3>Use the network</h3>

@@ -8,7 +8,7 @@ UNITS = {
     "params": "parameters",
     "flops": "multiply-accumulates",
     "neurons": "neurons",
-    "latency": "ms of latency",
+    "latency": "latency",
 }
 
 
@@ -70,10 +70,10 @@ class Target:
 
 
 def amount(unit: str, cost: float) -> str:
-    """A cost as people read it, without the name of its unit: latency in milliseconds.
+    """A cost as people read it, for the name in `UNITS` to follow.
 
     Example:
         >>> amount("latency", 0.00123), amount("flops", 1200)
-        ('1.23', '1200')
+        ('1.23 ms', '1200')
     """
-    return f"{1e3 * cost:.3g}" if unit == "latency" else f"{cost:.0f}"
+    return f"{1e3 * cost:.3g} ms" if unit == "latency" else f"{cost:.0f}"
