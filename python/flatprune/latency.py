@@ -34,7 +34,7 @@ _WARM_UP, _LEAST_REPEATS, _MOST_REPEATS = 2, 5, 50
 _SECONDS = 0.25  # for the repetitions of one network
 _REST = ""  # key of the curve of all that is no layer
 
-Clock = Callable[[], float]
+_clock = time.perf_counter
 Curve = list[tuple[float, float]]  # (work, seconds), ascending
 
 
@@ -116,7 +116,6 @@ def measure_table(
     inputs: tuple[Any, ...],
     positions: Mapping[str, int],
     limits: Limits,
-    clock: Clock = time.perf_counter,
 ) -> LatencyTable:
     """Time the network and copies of it that are cut to shares of their widths.
 
@@ -126,13 +125,12 @@ def measure_table(
         inputs: what it is called with (see `batch_of`).
         positions: what `flatprune.costs.output_positions` found.
         limits: how narrow the narrowest copy is.
-        clock: gives seconds; the device is waited for before it is asked.
     """
     points: dict[str, Curve] = {}
     for share in _SHARES:
         network, own = _cut_copy(model, groups, limits, share)
-        whole = measure(network, inputs, clock)
-        layers = _layer_seconds(network, inputs, list(positions), clock)
+        whole = measure(network, inputs)
+        layers = _layer_seconds(network, inputs, list(positions))
         inside = sum(layers.values())
         fit = min(1.0, whole / inside) if inside > 0.0 else 1.0  # looking at every layer costs time too
         seconds = {name: fit * value for name, value in layers.items()}
@@ -142,20 +140,20 @@ def measure_table(
     return LatencyTable({name: _ascending(curve) for name, curve in points.items()})
 
 
-def measure(model: nn.Module, inputs: tuple[Any, ...], clock: Clock = time.perf_counter) -> float:
+def measure(model: nn.Module, inputs: tuple[Any, ...]) -> float:
     """Seconds of one forward in evaluation mode without gradients: the median over repeats, after a warm-up."""
     device = device_of(model)
 
     def once() -> float:
-        start = _now(device, clock)
+        start = _now(device)
         model(*inputs)
-        return _now(device, clock) - start
+        return _now(device) - start
 
     with _inference(model):
         return statistics.median(once() for _ in range(_warm_up(once)))
 
 
-def _layer_seconds(model: nn.Module, inputs: tuple[Any, ...], names: Sequence[str], clock: Clock) -> dict[str, float]:
+def _layer_seconds(model: nn.Module, inputs: tuple[Any, ...], names: Sequence[str]) -> dict[str, float]:
     """Seconds of each layer in one forward, summed over its calls; medians over repeats."""
     device = device_of(model)
     modules = dict(model.named_modules())
@@ -164,22 +162,22 @@ def _layer_seconds(model: nn.Module, inputs: tuple[Any, ...], names: Sequence[st
 
     def start(name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            spent[name] -= _now(device, clock)
+            spent[name] -= _now(device)
 
         return hook
 
     def stop(name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            spent[name] += _now(device, clock)
+            spent[name] += _now(device)
 
         return hook
 
     def once() -> float:
         spent.update(dict.fromkeys(names, 0.0))
-        begun = _now(device, clock)
+        begun = _now(device)
         model(*inputs)
         runs.append(dict(spent))
-        return _now(device, clock) - begun
+        return _now(device) - begun
 
     handles = [modules[name].register_forward_pre_hook(start(name)) for name in names]
     handles += [modules[name].register_forward_hook(stop(name)) for name in names]
@@ -201,10 +199,10 @@ def _warm_up(once: Callable[[], float]) -> int:
     return min(_MOST_REPEATS, max(_LEAST_REPEATS, int(_SECONDS / max(seconds, 1e-9))))
 
 
-def _now(device: torch.device, clock: Clock) -> float:
+def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return clock()
+    return _clock()
 
 
 @contextmanager
