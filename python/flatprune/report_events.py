@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from flatprune.plots import BLUE, GREY, INK, png, style_axis
+from flatprune.drawing import BLUE, GREY, INK, png, style_axis
+from flatprune.page import figure_of
 from flatprune.targets import UNITS, amount
 from flatprune.trust import Cut, cuts, in_words
 
@@ -20,12 +20,9 @@ def trust_section(summary: dict[str, Any], history: Sequence[dict[str, Any]]) ->
     pairs = cuts(history)
     if not pairs:
         return ""
-    image = base64.b64encode(png(trust_figure(pairs))).decode()
-    return (
-        f"<h3>Trust in the criterion</h3><p>{html.escape(in_words(summary['trust']))}.</p>"
-        '<figure class="small"><img alt="predicted against measured change of the loss at each cut" '
-        f'src="data:image/png;base64,{image}"></figure>'
-    )
+    image = figure_of(png(trust_figure(pairs)), "predicted against measured change of the loss at each cut")
+    words = html.escape(in_words(summary["trust"]))
+    return f'<h3>Trust in the criterion</h3><p>{words}.</p><div style="max-width: 30rem">{image}</div>'
 
 
 def trust_figure(pairs: Sequence[Cut]) -> Figure:

@@ -76,5 +76,6 @@ def in_words(figures: Mapping[str, Any]) -> str:
     rank = figures["spearman"]
     if rank is None or figures["pearson"] is None:
         return f"{sums}; too few for a correlation"
+    rank = round(rank, 2)
     kind = "closely" if rank >= 0.9 else "well" if rank >= 0.7 else "roughly" if rank >= 0.4 else "hardly"
     return f"{sums}; ranked {kind} alike (Spearman {rank:.2f}, Pearson {figures['pearson']:.2f})"
