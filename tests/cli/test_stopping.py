@@ -44,7 +44,7 @@ def test_the_guard_objects_to_a_fall_below_the_best():
 
 def test_a_stop_ends_pruning_and_training_goes_on(npz, monkeypatch):
     path = str(npz())
-    trainer = Trainer(Settings(data=path, batch_size=16, epochs=30, stop_accuracy_drop=5.0), load_dataset(path))
+    trainer = Trainer(Settings(data=path, batch_size=16, epochs=50, stop_accuracy_drop=5.0), load_dataset(path))
     events = trainer.pruner.schedule.events
     assert len(events) >= 3
     asked = []
