@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flatprune.followers import checked_followers
 from flatprune.graph import neuron_groups
 from flatprune.neurons import CONSUMER, PRODUCER, Coupling, NeuronGroup
 from flatprune.saliency import (
@@ -22,7 +23,7 @@ from flatprune.saliency import (
 )
 from flatprune.schedule import CubicSchedule
 from flatprune.selection import Limits, neuron_costs, select, smallest_params
-from flatprune.surgery import plan
+from flatprune.surgery import check_states, plan
 from flatprune.targets import Target
 from kfac_ext.curvature import Curvature
 
@@ -86,11 +87,14 @@ class Pruner:
         max_layer_fraction: largest share of a group that goes at once.
         exclude: layers whose outputs stay: names of modules, or types.
         layers: names of the layers to prune; default all that can be.
+        followers: copies of the model, such as `torch.optim.swa_utils.AveragedModel(model)`, that lose the same
+            neurons at the same time; see `flatprune.followers`.
 
     Raises:
-        TypeError: `target` is no Target; `exclude` or `layers` is one string instead of a list.
+        TypeError: `target` is no Target; `exclude`, `layers` or `followers` is no list; a follower is no module.
         ValueError: an argument out of range; a layer of `layers` that cannot be pruned, with the reason; an optimizer
-            that holds parameters which are not the model's; no layer can be pruned.
+            that holds parameters which are not the model's; a follower that is no copy of the model; no layer can be
+            pruned.
         KeyError: `exclude` or `layers` names a module that the model does not have.
 
     Example:
@@ -115,6 +119,7 @@ class Pruner:
         max_layer_fraction: float = 0.5,
         exclude: Sequence[str | type] = (),
         layers: Sequence[str] | None = None,
+        followers: Sequence[nn.Module] = (),
     ) -> None:
         _check_arguments(criterion, compensate, round_to, min_width, max_layer_fraction)
         _check_selections(target, exclude=exclude, layers=layers)
@@ -122,6 +127,7 @@ class Pruner:
         if curvature.model is not model:
             raise ValueError("Pruner: the curvature belongs to another model")
         self.model, self.optimizer, self.curvature = model, optimizer, curvature
+        self.followers = checked_followers(model, followers)
         self.target, self.criterion, self.compensate = target, criterion, compensate
         self.schedule = schedule or CubicSchedule(total_steps)
         self.limits = Limits(round_to, min_width, max_layer_fraction)
@@ -163,11 +169,13 @@ class Pruner:
             between events nothing.
 
         Raises:
-            ValueError: factors or scores are not finite; model, optimizer and factors are as before, and the step is
-                not counted.
+            ValueError: factors or scores are not finite; the optimizer's state cannot be cut (said at the first call
+                already). Model, optimizer and factors are as before, and the step is not counted.
             RuntimeError: the model has made no training forward yet.
         """
         step = self.step_count + 1
+        if step == 1:  # not only at the first event, which may be hours away
+            check_states(self.model, self.optimizer)
         budget = self.schedule.budget(step, self.params_start, self.target.params_of(self.params_start))
         removals = [] if budget is None else self._event(step, budget)
         self.step_count = step
@@ -222,6 +230,7 @@ class Pruner:
             optimizer=self.optimizer,
             curvature=self.curvature,
             replacements=replacements,
+            followers=self.followers,
         ).commit()
         return [
             Removal(
