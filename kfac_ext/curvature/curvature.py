@@ -374,6 +374,7 @@ class Curvature:
         stack = ExitStack()
         stack.enter_context(call_hooks(self.layers.values(), capture.add))
 
+        @torch.compiler.disable
         def finish(_module: nn.Module, _args: Any, output: Any) -> None:
             self._close()
             if output is not None:  # a forward that raised comes by here with None

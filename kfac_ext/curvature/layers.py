@@ -100,6 +100,7 @@ def call_hooks(layers: Iterable[Layer], report: Callable[[Layer, Tensor, Tensor]
     awaiting: dict[int, tuple[Layer, Tensor, Tensor]] = {}
 
     def on_layer(layer: Layer) -> Callable[..., Tensor | None]:
+        @torch.compiler.disable  # the layers around stay compiled
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             x = args[0] if args else kwargs["input"]
             x = x if x.dim() > 1 else x[None]
@@ -110,6 +111,7 @@ def call_hooks(layers: Iterable[Layer], report: Callable[[Layer, Tensor, Tensor]
 
         return hook
 
+    @torch.compiler.disable
     def on_norm(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         source = awaiting.pop(id(args[0] if args else kwargs["input"]), None)
         return None if source is None else report(source[0], source[1], output)
