@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kfac_ext.curvature.capture import Capture
-from kfac_ext.curvature.layers import Layer, call_hooks, module_modes, padded_input, undisturbed
+from kfac_ext.curvature.layers import Layer, call_hooks, module_modes, padded_input, sent, undisturbed
 from kfac_ext.factors import FactorSet
 from kfac_ext.geometry import conv_geometry
 from kfac_ext.ops.covariance import (
@@ -54,11 +54,11 @@ def sample_targets(output: Tensor, loss: str, generator: torch.Generator) -> Ten
     if loss == "mse":
         scale = (values[0].numel() / 2) ** 0.5
         noise = torch.randn(values.shape, generator=generator, device=generator.device, dtype=values.dtype)
-        return values + scale * noise.to(values.device)
+        return values + scale * sent(noise, values.device)
     cumulative = values.softmax(dim=1).movedim(1, -1).cumsum(dim=-1)
     shape = (*cumulative.shape[:-1], 1)
-    draw = torch.rand(shape, generator=generator, device=generator.device, dtype=values.dtype).to(values.device)
-    return (cumulative < draw).sum(dim=-1).clamp_max(output.shape[1] - 1)
+    draw = torch.rand(shape, generator=generator, device=generator.device, dtype=values.dtype)
+    return (cumulative < sent(draw, values.device)).sum(dim=-1).clamp_max(output.shape[1] - 1)
 
 
 def output_gradient(output: Tensor, targets: Tensor, loss: str) -> Tensor:

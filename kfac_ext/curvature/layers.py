@@ -151,6 +151,18 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def reading_is_free(device: torch.device) -> bool:
+    """Whether the host may look at a tensor there without waiting for work that is queued."""
+    return device.type == "cpu"
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on `device`, without waiting for work that is queued there."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 @contextmanager
 def undisturbed(model: nn.Module, rng: RngState | None = None) -> Iterator[None]:
     """Forwards inside leave random streams, running statistics and other buffers as they were.

@@ -165,7 +165,7 @@ def test_regression(fisher_type):
 def test_a_compiled_model_is_refused_and_its_plain_one_is_not():
     model = mlp()
     compiled = torch.compile(model, backend="eager")
-    with pytest.raises(ValueError, match="compiled by torch.compile"):
+    with pytest.raises(ValueError, match=r"compiled by torch\.compile"):
         Curvature(compiled)
     with pytest.raises(ValueError, match="curvature belongs to another model"):
         Pruner(compiled, sgd(model), Curvature(model), digits()[0][:2], target=Target(0.5), total_steps=10)
