@@ -46,7 +46,9 @@ def run_command(
     threads: Annotated[
         int | None, typer.Option(help="CPU threads; default 1 for small networks, else all cores")
     ] = None,
-    train_size: Annotated[int | None, typer.Option(help="train on a random subset of this size")] = None,
+    train_size: Annotated[
+        float | None, typer.Option(help="train on a random subset: a number of images, or a share below 1")
+    ] = None,
     label_noise: Annotated[
         float, typer.Option(help="fraction of the training labels drawn anew, uniformly over the classes")
     ] = Settings.label_noise,
@@ -66,12 +68,36 @@ def run_command(
     batch_size: Annotated[int, typer.Option(help="images a step")] = Settings.batch_size,
     lr: Annotated[float | None, typer.Option(help="learning rate; default 0.1 with batch norm, 0.05 without")] = None,
     schedule: Annotated[
-        str, typer.Option(help="fc (constant until pruning ends, then a cosine to 0) or cosine")
+        str,
+        typer.Option(
+            help="fc (constant until pruning ends, then a cosine to 0), cosine, or two cosines, before and after the "
+            "end of pruning, the second from the full rate (restart) or a tenth (finetune)"
+        ),
     ] = Settings.schedule,
     augment: Annotated[str, typer.Option(help="on or off: random shifts, and mirror images for colour")] = "off",
     compare_dense: Annotated[
         bool, typer.Option("--compare-dense", help="first train the same network the same way without pruning")
     ] = False,
+    prune_start: Annotated[float, typer.Option(help="share of the training before pruning")] = Settings.prune_start,
+    prune_end: Annotated[
+        float, typer.Option(help="share of the training at which pruning ends; as prune-start: all at once")
+    ] = Settings.prune_end,
+    prune_every: Annotated[int, typer.Option(help="steps between removals")] = Settings.prune_every,
+    factor_update_steps: Annotated[
+        int | None, typer.Option(help="steps between measurements of the curvature; default 5, 10 with convolutions")
+    ] = None,
+    flatness_strength: Annotated[float | None, typer.Option(help="weight of the flatness term")] = None,
+    validation: Annotated[
+        float | None, typer.Option(help="test on this share of the training images instead of on the test images")
+    ] = None,
+    architecture_of: Annotated[
+        str | None, typer.Option(help="train the final network of the run in this folder, from fresh weights")
+    ] = None,
+    corruptions: Annotated[bool, typer.Option("--corruptions", help="test on corrupted images too")] = False,
+    measure_latency: Annotated[bool, typer.Option("--measure-latency", help="time inference before and after")] = False,
+    track_hessian: Annotated[
+        int | None, typer.Option(help="measure the true largest Hessian eigenvalue every so many epochs")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the checkpoint in --out")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that is in --out")] = False,
 ) -> None:

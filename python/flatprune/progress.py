@@ -175,7 +175,8 @@ def phase(trainer: Trainer) -> str:
     if trainer.pruner is None:
         return "training"
     part = trainer.progress.step / trainer.total_steps
-    return "training" if part < 0.1 else "pruning" if part < 0.4 else "settling"
+    settings = trainer.settings
+    return "training" if part < settings.prune_start else "pruning" if part < settings.prune_end else "settling"
 
 
 def sparkline(values: list[float], floor: float | None = None) -> str:

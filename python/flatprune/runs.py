@@ -11,12 +11,17 @@ Each file is written atomically, so that it is whole at any time.
     flops_before, flops_after              multiply-accumulates of linear and convolution layers for one image
     test_accuracy_last, test_accuracy_best percent, after the last epoch and after the best one (of the test set)
     train_accuracy_last                    percent, of the final network on its training images and (noisy) labels
+    test_nll, test_ece                     calibration of the final network, see `flatprune.measurements`
+    corrupted_accuracy                     kind -> percent at strengths 1 to 5, with _mean beside it; where asked for
+    latency_before_1, latency_after_1      ms an image, median, at batch size 1, and likewise at 128; where asked for
     spectral_radius_kfac                   max over layers of lambda_1(A) lambda_1(G); with _geometric_mean beside it
     hessian_lambda_max                     of the mean loss over the first 1,024 training images, batch norm folded
     widths_before, widths_after            layer name -> output channels or features
     seconds                                of training and testing, without start-up
     dense_*                                the same of the network trained without pruning, where that was wanted
     settings, versions                     everything needed to do it again
+
+With the setting `validation`, "test" means the held-out part of the training images everywhere.
 
 `history.jsonl`, by `kind`: "epoch" (losses, accuracies in percent, params, radii, seconds so far), "removal" (step,
 layer, removed, width and params after it), "event" (a removal event at which nothing was removed, and the reason).
@@ -159,6 +164,7 @@ def _load(settings: Settings) -> Dataset:
         settings.data,
         seed=settings.seed,
         train_size=settings.train_size,
+        validation=settings.validation,
         label_noise=settings.label_noise,
         image_size=settings.image_size,
         classes=settings.classes,

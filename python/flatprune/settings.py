@@ -15,8 +15,8 @@ from flatprune.saliency import CRITERIA
 
 FLATNESS = ("on", "off", "sam")
 COMPENSATE = ("auto", "on", "off")
-SCHEDULES = ("fc", "cosine")
-COOL_DOWN_START = 0.4  # of the steps; "fc" holds the learning rate until pruning ends
+SECOND_PEAKS = {"restart": 1.0, "finetune": 0.1}  # of the learning rate, in training after one-shot pruning
+SCHEDULES = ("fc", "cosine", *SECOND_PEAKS)
 _CHOICES = {"flatness": FLATNESS, "criterion": CRITERIA, "compensate": COMPENSATE, "schedule": SCHEDULES}
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
@@ -35,10 +35,12 @@ class Settings:
         target_params: fraction of the parameters left at the end, in (0, 1]; 1 trains without pruning.
         epochs, batch_size, seed: as their names say.
         lr: learning rate before the schedule, or None for 0.1 with batch norm and 0.05 without.
-        schedule: "fc" (constant until pruning ends at 40 % of the steps, then a cosine to 0) or "cosine" throughout.
+        schedule: "fc" (constant until pruning ends, then a cosine to 0), "cosine" throughout, or one of the classic
+            pipeline's: a cosine to 0 until pruning ends and another after it, from the full learning rate ("restart")
+            or from a tenth of it ("finetune").
         device: "cpu", "cuda" or "cuda:i".
         threads: CPU threads; None: one for a network too small for a second to help, else PyTorch's default.
-        train_size: random subset of the training images, or None for all.
+        train_size: random subset of the training images, a number of them or (below 1) a share; None for all.
         label_noise: fraction of the training labels drawn anew.
         flatness: "on" penalises the spectral radius of the curvature, "off" does nothing, "sam" minimises the loss by
             the gradients of `flatprune.SAM`, the rival to compare with.
@@ -48,6 +50,15 @@ class Settings:
         exclude: names of layers (or of modules around them) whose neurons stay.
         augment: random shifts (and mirror images for colour).
         compare_dense: first train the same network the same way without pruning.
+        prune_start, prune_end: shares of the training between which neurons go; equal ones: all at once.
+        prune_every: steps between removals.
+        factor_update_steps: steps between measurements of the curvature, or None for 5 (10 with convolutions).
+        flatness_strength: weight of the flatness term, or None for `flatprune.Flatness`'s default.
+        validation: share of the training images that are held out and tested on instead of the test images.
+        architecture_of: folder of a finished run whose final network is trained from fresh weights, instead of `model`.
+        corruptions: test the final network on corrupted test images too (see `flatprune.corruptions`).
+        measure_latency: time inference before and after.
+        track_hessian: measure the largest Hessian eigenvalue, and K-FAC radii of both kinds, every so many epochs.
 
     Raises:
         InputError: naming the first setting that cannot be used.
@@ -66,7 +77,7 @@ class Settings:
     schedule: str = "fc"
     device: str = "cpu"
     threads: int | None = None
-    train_size: int | None = None
+    train_size: float | None = None
     label_noise: float = 0.0
     flatness: str = "on"
     sam_radius: float = 0.1
@@ -76,6 +87,16 @@ class Settings:
     exclude: tuple[str, ...] = ()
     augment: bool = False
     compare_dense: bool = False
+    prune_start: float = 0.1
+    prune_end: float = 0.4
+    prune_every: int = 20
+    factor_update_steps: int | None = None
+    flatness_strength: float | None = None
+    validation: float | None = None
+    architecture_of: str | None = None
+    corruptions: bool = False
+    measure_latency: bool = False
+    track_hessian: int | None = None
 
     def __post_init__(self) -> None:
         models.check_name(self.model)
@@ -85,17 +106,19 @@ class Settings:
             ("epochs", 1),
             ("batch_size", 2),
             ("seed", 0),
-            ("train_size", 1),
             ("image_size", 1),
             ("threads", 1),
             ("sam_every", 1),
+            ("prune_every", 1),
+            ("factor_update_steps", 1),
+            ("track_hessian", 1),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{name} is {value}, expected {least} or more")
         if self.seed >= 2**63:
             raise InputError(f"seed is {self.seed}, expected less than 2^63")
-        for name in ("lr", "sam_radius"):
+        for name in ("lr", "sam_radius", "flatness_strength"):
             value = getattr(self, name)
             if value is not None and not (value > 0.0 and math.isfinite(value)):
                 raise InputError(f"{name} is {value}, expected a number above 0")
@@ -103,6 +126,22 @@ class Settings:
             raise InputError(f"label_noise is {self.label_noise}, expected 0 to 1")
         for name, choices in _CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
+        self._check_shares()
+
+    def _check_shares(self) -> None:
+        size = self.train_size
+        if size is not None and not (0.0 < size < 1.0 or (size >= 1 and float(size).is_integer())):
+            raise InputError(f"train_size is {size}, expected a whole number from 1 or a share between 0 and 1")
+        if size is not None and size >= 1:
+            object.__setattr__(self, "train_size", int(size))
+        if not 0.0 <= self.prune_start <= self.prune_end <= 1.0:
+            raise InputError(
+                f"prune_start is {self.prune_start} and prune_end {self.prune_end}, expected 0 to 1, the end not before"
+            )
+        if self.validation is not None and not 0.0 < self.validation < 1.0:
+            raise InputError(f"validation is {self.validation}, expected a share between 0 and 1")
+        if self.architecture_of is not None and self.widths is not None:
+            raise InputError("architecture_of and widths: expected one of them")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values (tuples become lists) for JSON and checkpoints."""
@@ -134,12 +173,19 @@ class Settings:
     def learning_rate(self, step: int, total_steps: int, peak: float) -> float:
         """Learning rate of step 0 .. total_steps - 1.
 
-        "fc": peak until 40 % of the steps, then peak (1 + cos(pi t)) / 2, t from 0 to 1. "cosine": t over all steps.
+        "fc": peak until pruning ends, then peak (1 + cos(pi t)) / 2, t from 0 to 1. "cosine": t over all steps.
+        "restart" (Renda, Frankle & Carbin 2020, arXiv 2003.02389) and "finetune": that cosine until pruning ends, and
+        another after it, from peak or from peak / 10.
         """
-        start = COOL_DOWN_START * total_steps if self.schedule == "fc" else 0.0
-        if step < start:
-            return peak
-        return peak * 0.5 * (1.0 + math.cos(math.pi * (step - start) / (total_steps - start)))
+        start = 0.0 if self.schedule == "cosine" else self.prune_end * total_steps
+        if step >= start:
+            second = SECOND_PEAKS.get(self.schedule, 1.0)
+            return second * peak * _half_cosine((step - start) / (total_steps - start))
+        return peak if self.schedule == "fc" else peak * _half_cosine(step / start)
+
+
+def _half_cosine(part: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * part))
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -15,9 +15,17 @@ from flatprune import models
 from flatprune.checkpoint import CHECKPOINT_FORMAT, CHECKPOINT_VERSION
 from flatprune.data import Dataset, augmented, batch_indices
 from flatprune.errors import DivergedError, InputError, Interrupted
-from flatprune.export import take_tensors
+from flatprune.export import fresh_network, take_tensors
+from flatprune.measurements import (
+    calibration,
+    corruption_accuracies,
+    latency_figures,
+    predictions,
+    radii_of_both_kinds,
+)
 from flatprune.pruner import Pruner, Removal
 from flatprune.sam import SAM
+from flatprune.schedule import CubicSchedule
 from flatprune.settings import MOMENTUM, WEIGHT_DECAY, Settings
 from flatprune.spectrum import Flatness, hessian_lambda_max
 from flatprune.targets import Target
@@ -101,7 +109,7 @@ class Trainer:
             "classes": dataset.classes,
             "widths": None if settings.widths is None else list(settings.widths),
         }
-        self.model = models.build(settings.model, dataset.image_shape, dataset.classes, settings.widths)
+        self.model = self._untrained()
         self.model.to(self.device)
         self.params_before = models.parameter_count(self.model)
         self.flops_before = models.multiply_accumulates(self.model, dataset.image_shape)
@@ -112,8 +120,14 @@ class Trainer:
         self.criterion = nn.CrossEntropyLoss()
         self.optimizer = torch.optim.SGD(parameter_groups(self.model), lr=self.peak_lr, momentum=MOMENTUM)
         self.order_generator = torch.Generator().manual_seed(settings.seed)
-        self.curvature = Curvature(self.model, generator=torch.Generator().manual_seed(settings.seed))
-        self.flatness = Flatness(self.curvature, total_steps=self.total_steps) if settings.flatness == "on" else None
+        self.curvature = Curvature(
+            self.model,
+            factor_update_steps=settings.factor_update_steps,
+            generator=torch.Generator().manual_seed(settings.seed),
+        )
+        self.flatness = None
+        if settings.flatness == "on":
+            self.flatness = Flatness(self.curvature, total_steps=self.total_steps, strength=settings.flatness_strength)
         self.sam = None
         if settings.flatness == "sam":
             self.sam = SAM(self.model, radius=settings.sam_radius, every=settings.sam_every, curvature=self.curvature)
@@ -122,6 +136,13 @@ class Trainer:
             self._load_state_dict(state)
         elif self.pruner is not None:
             self._check_reachable(self.pruner)
+
+    def _untrained(self) -> nn.Module:
+        """The network before its first step, on the CPU."""
+        settings, dataset = self.settings, self.dataset
+        if settings.architecture_of is not None:
+            return fresh_network(settings.architecture_of, self.arguments)
+        return models.build(settings.model, dataset.image_shape, dataset.classes, settings.widths)
 
     def _pruner(self) -> Pruner:
         settings = self.settings
@@ -134,6 +155,9 @@ class Trainer:
                 self.dataset.x_train[:_EXAMPLES],
                 target=Target(params=settings.target_params),
                 total_steps=self.total_steps,
+                schedule=CubicSchedule(
+                    self.total_steps, settings.prune_start, settings.prune_end, settings.prune_every
+                ),
                 criterion=settings.criterion,
                 compensate=compensate,
                 exclude=settings.exclude,
@@ -276,11 +300,21 @@ class Trainer:
             "spectral_radius": float(self.curvature.spectral_radius()),
             "spectral_radius_geometric_mean": float(self.curvature.geometric_mean_radius()),
             "seconds": progress.seconds,
+            **self._tracked(progress.epoch),
         }
         self.history.append(record)
         progress.order, progress.batch = None, 0
         progress.loss_sum, progress.correct, progress.seen = 0.0, 0, 0
         return record
+
+    def _tracked(self, epoch: int) -> dict[str, float]:
+        """The true radius beside the estimates, in the epochs in which it is asked for."""
+        every = self.settings.track_hessian
+        if every is None or (epoch % every and epoch != self.settings.epochs):
+            return {}
+        x = self.dataset.x_train[:_HESSIAN_SAMPLES]
+        radii = radii_of_both_kinds(self.model, self.curvature, x, self.settings.seed)
+        return {"hessian_lambda_max": self.hessian_lambda_max(), **radii}
 
     def results(self) -> dict[str, Any]:
         """The figures of `summary.json` that describe the network as it is now (see `flatprune.runs`)."""
@@ -300,7 +334,18 @@ class Trainer:
             "widths_before": self.widths_before,
             "widths_after": models.layer_widths(self.model),
             "seconds": self.progress.seconds,
+            **self._measurements(),
         }
+
+    def _measurements(self) -> dict[str, Any]:
+        settings, dataset = self.settings, self.dataset
+        found: dict[str, Any] = calibration(predictions(self.model, dataset.x_test), dataset.y_test)
+        if settings.corruptions:
+            found |= corruption_accuracies(self.model, dataset)
+        if settings.measure_latency:
+            before = self._untrained().to(self.device)
+            found |= latency_figures(before, self.model, dataset.x_test[:1])
+        return found
 
     def hessian_lambda_max(self) -> float:
         """Largest eigenvalue of the Hessian of the mean training loss over the first 1,024 training images."""
