@@ -1,4 +1,4 @@
-"""The command `flatprune`: `run` trains and prunes, `eval` tests what was saved.
+"""The command `flatprune`: `run` trains and prunes, `study` makes a grid of runs, `eval` tests what was saved.
 
 Exit codes: 0 done; 2 something given cannot be used, the loss diverged, or a file could not be written (one line on
 stderr says which); 130 interrupted, with a checkpoint to resume from.
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flatprune.errors import DivergedError, InputError, Interrupted
+from flatprune.errors import DivergedError, InputError, Interrupted, RunsFailedError
 from flatprune.settings import COMPENSATE, CRITERIA, FLATNESS, Settings
 
 EXIT_FAILED = 2
@@ -133,6 +133,43 @@ def _run(out: Path, values: dict[str, Any], given: dict[str, Any], *, resume: bo
     progress.print_summary(console, summary, str(out))
 
 
+@app.command(name="study")
+def study_command(
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE.yaml]", help="the grid")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for runs and report; default runs/NAME-OF-FILE")] = None,
+    jobs: Annotated[int | None, typer.Option(help="runs at once; default as many as cores or GPUs")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="folder of data files; default the current one")] = None,
+    report_only: Annotated[
+        Path | None, typer.Option("--report-only", metavar="DIR", help="only write the report of the study in DIR")
+    ] = None,
+) -> None:
+    """Make the runs of a grid, those that are not there yet, and a report of all of them."""
+    from rich.console import Console
+
+    from flatprune.study import read_study, run_study, write_report
+    from flatprune.study.report import PAGE_FILE, open_study
+    from flatprune.study.tables import overview
+
+    if (file is None) == (report_only is None):
+        raise InputError("study: expected a FILE.yaml, or --report-only DIR")
+    console = Console()
+    failed: list[str] = []
+    if file is not None:
+        folder = out or Path("runs") / file.stem
+        plan, failed = run_study(read_study(file, data_dir), folder, jobs=jobs, console=console)
+    else:
+        plan = open_study(Path(str(report_only)))
+    for table in overview(write_report(plan)):
+        console.print()
+        table.show(console)
+    console.print()
+    console.print(f"report in {plan.folder / PAGE_FILE}", soft_wrap=True, highlight=False, markup=False)
+    if failed:
+        raise RunsFailedError(
+            f"{len(failed)} runs failed, the first is {failed[0]!r}; the same command tries them again"
+        )
+
+
 @app.command(name="eval")
 def eval_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a finished run")],
@@ -213,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), EXIT_INTERRUPTED)
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
-    except (InputError, DivergedError) as error:
+    except (InputError, DivergedError, RunsFailedError) as error:
         return _fail(str(error), EXIT_FAILED)
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), EXIT_FAILED)

@@ -103,7 +103,7 @@ def run(
     """
     folder = Path(out)
     check_free(folder, overwrite)
-    dataset = _load(settings)
+    dataset = load(settings)
     trainer = Trainer(settings, dataset)
     _make_folder(folder)
     for name in _run_files():
@@ -138,7 +138,7 @@ def resume(
     settings = _resumed_settings(folder, Settings.from_dict(state["settings"]), given or {})
     if (folder / SUMMARY_FILE).is_file():
         return json.loads((folder / SUMMARY_FILE).read_text())
-    return _go_on(Trainer(settings, _load(settings), state), folder, observer)
+    return _go_on(Trainer(settings, load(settings), state), folder, observer)
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
@@ -159,7 +159,8 @@ def _run_files() -> list[str]:
     return [*RUN_FILES, *(f"{DENSE_FOLDER}/{name}" for name in RUN_FILES)]
 
 
-def _load(settings: Settings) -> Dataset:
+def load(settings: Settings) -> Dataset:
+    """The data set that a run with these settings trains and tests on."""
     return load_dataset(
         settings.data,
         seed=settings.seed,
@@ -191,7 +192,7 @@ def _resumed_settings(folder: Path, settings: Settings, given: dict[str, Any]) -
 
 def _go_on(trainer: Trainer, folder: Path, observer: _NoteObserver) -> dict[str, Any]:
     try:
-        with _stop_signals() as stop_requested, _threads(trainer):
+        with stop_signals() as stop_requested, _threads(trainer):
             dense = None
             if trainer.settings.compare_dense:
                 devices = [trainer.device] if trainer.device.type == "cuda" else []
@@ -285,7 +286,7 @@ def _threads(trainer: Trainer) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
+def stop_signals() -> Iterator[Callable[[], bool]]:
     """Turn the first SIGINT or SIGTERM into a flag, so that the step in hand is finished; a second SIGINT is abrupt."""
     received: list[int] = []
 
