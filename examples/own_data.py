@@ -1,4 +1,4 @@
-"""Prune your own network on your own data: replace what stands between the two lines. Run: python examples/own_data.py."""
+"""Prune your own network on your own data: replace what stands between the two lines (python examples/own_data.py)."""
 
 import sys
 

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,12 +21,3 @@ def study_file(tmp_path: Path):
         return path
 
     return write
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "flatprune", "study", *map(str, arguments)]
-
-
-def call(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
-    """`flatprune study` in a process of its own."""
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=240, **options)

@@ -11,7 +11,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import call, command
+from study_command import call, command
 
 from flatprune.errors import InputError
 from flatprune.study.lock import locked
