@@ -55,11 +55,13 @@ def figure(results: Results, groups: Sequence[Group], title: str) -> Figure:
 
 
 def _panel(axis: Axes, groups: Sequence[Group], x: str, y: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     style_axis(axis, f"{BY_KEY[y].title} against {BY_KEY[x].title}")
     drawn: list[float] = []
     for place, variant in enumerate(dict.fromkeys(group.variant for group in groups)):
         pairs = [(group.statistic(x), group.statistic(y)) for group in groups if group.variant == variant]
-        points = sorted((a, b) for a, b in pairs if a is not None and b is not None)
+        points = [(a, b) for a, b in pairs if a is not None and b is not None]  # in the order of the grid
         if not points:
             continue
         drawn += [a.mean for a, _ in points]
@@ -78,3 +80,5 @@ def _panel(axis: Axes, groups: Sequence[Group], x: str, y: str) -> None:
         )
     if drawn and min(drawn) > 0 and max(drawn) / min(drawn) > _LOGARITHMIC:
         axis.set_xscale("log")
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(4))
