@@ -15,8 +15,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from flatprune.cuts import Cut, LayerCut, layer_cuts, renumbered, weight_columns
-from flatprune.neurons import NORMS, Member, NeuronGroup, is_depthwise, shares_of, weight_of
+from flatprune.cuts import Cut, LayerCut, layer_cuts, patch_size, renumbered, weight_columns
+from flatprune.followers import check_follower, named_tensors, unwrapped
+from flatprune.neurons import (
+    CONSUMER,
+    MATRICES,
+    NORMS,
+    PRODUCER,
+    Member,
+    NeuronGroup,
+    channels,
+    is_attention,
+    is_depthwise,
+    shares_of,
+)
 from flatprune.sam import refuse_moved
 
 if TYPE_CHECKING:
@@ -39,7 +51,7 @@ class Plan:
     parameters: list[tuple[nn.Parameter, Tensor, Tensor | None]] = field(default_factory=list)
     buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     states: list[tuple[dict[str, Any], str, Tensor]] = field(default_factory=list)
-    modules: list[tuple[nn.Module, dict[str, int]]] = field(default_factory=list)
+    modules: list[tuple[nn.Module, dict[str, Any]]] = field(default_factory=list)
     indices: list[tuple[Member, Tensor]] = field(default_factory=list)
     partitions: list[tuple[NeuronGroup, Tensor]] = field(default_factory=list)
     curvature: Curvature | None = None
@@ -93,6 +105,7 @@ def plan(
     optimizer: torch.optim.Optimizer | None = None,
     curvature: Curvature | None = None,
     replacements: Mapping[str, Tensor] | None = None,
+    followers: Sequence[nn.Module] = (),
 ) -> Plan:
     """Compute everything that a removal of neurons changes; nothing is changed.
 
@@ -104,17 +117,21 @@ def plan(
         curvature: its factors are cut.
         replacements: qualified name of a parameter or buffer -> values of its old shape that it takes before the cut
             (compensated survivors).
+        followers: copies of the model that are cut alike, see `flatprune.followers`.
 
     Returns:
         The plan; call `commit()`.
 
     Raises:
-        ValueError: naming the group, parameter or optimizer state that stands in the way.
+        ValueError: naming the group, parameter, optimizer state or follower that stands in the way.
         RuntimeError: SAM has moved the parameters.
     """
     refuse_moved(model, "Pruner")
     result = Plan()
     _check_gone(groups, gone)
+    check_states(model, optimizer)
+    for number, follower in enumerate(followers):
+        check_follower(model, follower, f"followers[{number}]")
     cuts = layer_cuts(groups, gone)
     done = set()
     for layer in cuts.values():
@@ -122,16 +139,59 @@ def plan(
             done.add(name)
             value = tensor if replacements is None else replacements.get(name, tensor)
             _plan_tensor(result, name, tensor, _checked(name, tensor, value), cut, optimizer)
-        result.modules.append((layer.module, _attributes(layer)))
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        result.modules.append((layer.module, layer.attributes()))
+    own = named_tensors(model)
     for name, value in (replacements or {}).items():
         if name not in done:  # a bias or running mean that keeps its shape
             _plan_tensor(result, name, own[name], _checked(name, own[name], value), Cut(), optimizer)
+    for follower in followers:
+        _plan_follower(result, model, follower, cuts, replacements or {})
     _plan_indices(result, groups, gone, cuts)
     if curvature is not None:
         result.curvature = curvature
         _plan_factors(result, curvature, cuts)
     return result
+
+
+def check_states(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Refuse an optimizer whose state cannot be cut: tensors of another shape than their parameter's, or lists.
+
+    Raises:
+        ValueError: naming the parameter, the state and its shape.
+    """
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    for parameter, state in ({} if optimizer is None else optimizer.state).items():
+        for key, entry in state.items():
+            is_tensor = isinstance(entry, Tensor)
+            if is_tensor and (entry.shape == parameter.shape or entry.numel() == 1):
+                continue
+            if is_tensor or (isinstance(entry, (list, tuple, dict)) and len(entry) > 0):
+                found = f"shape {tuple(entry.shape)}" if is_tensor else f"type {type(entry).__name__}"
+                raise ValueError(
+                    f"{names.get(parameter, 'a parameter')}: state {key!r} of {type(optimizer).__name__} has {found}, "
+                    f"expected shape {tuple(parameter.shape)}; only states of the parameter's shape can be cut"
+                )
+
+
+def _plan_follower(
+    result: Plan,
+    model: nn.Module,
+    follower: nn.Module,
+    cuts: Mapping[str, LayerCut],
+    replacements: Mapping[str, Tensor],
+) -> None:
+    """Cut a follower's tensors as the model's, after moving them by as much as compensation moves the model's."""
+    source, copy = named_tensors(model), named_tensors(unwrapped(follower))
+    planned: dict[str, Cut] = {name: Cut() for name in replacements}
+    for layer in cuts.values():
+        own = layer._replace(module=unwrapped(follower).get_submodule(layer.name))
+        planned.update({name: cut for name, _, cut in own.tensors()})
+        result.modules.append((own.module, own.attributes()))
+    for name, cut in planned.items():
+        value = copy[name].detach()
+        if name in replacements:
+            value = value + (replacements[name] - source[name]).to(value)
+        _plan_tensor(result, name, copy[name], _checked(name, copy[name], value), cut, None)
 
 
 def _check_gone(groups: Sequence[NeuronGroup], gone: Mapping[int, Tensor]) -> None:
@@ -174,15 +234,8 @@ def _plan_tensor(
         return
     state = optimizer.state[tensor]
     for key, entry in state.items():
-        if not isinstance(entry, Tensor) or entry.dim() == 0:
-            continue
-        if entry.shape == tensor.shape:
+        if isinstance(entry, Tensor) and entry.dim() > 0 and entry.shape == tensor.shape:
             result.states.append((state, key, cut.apply(entry)))
-        elif entry.numel() > 1:
-            raise ValueError(
-                f"{name}: state {key!r} of {type(optimizer).__name__} has shape {tuple(entry.shape)}, expected "
-                f"{tuple(tensor.shape)}; only states of the parameter's shape can be cut"
-            )
 
 
 def _plan_indices(
@@ -206,15 +259,15 @@ def _plan_factors(result: Plan, curvature: Curvature, cuts: Mapping[str, LayerCu
     for name, cut in cuts.items():
         if f"{name}.A" not in factors:
             continue
-        weight, shares = weight_of(cut.module), shares_of(cut.module)
+        shares = shares_of(cut.module)
         columns, rows = factors[f"{name}.A"].shape[-1], factors[f"{name}.G"].shape[-1]
-        if columns - weight[0].numel() not in (0, 1) or rows * shares != weight.shape[0]:
+        if columns - patch_size(cut.module) not in (0, 1) or rows * shares != channels(cut.module, PRODUCER):
             raise ValueError(f"{name}: its factors are for {columns} inputs and {rows} outputs, not for this layer")
         if is_depthwise(cut.module):
             assert cut.outputs is not None
             result.blocks[f"{name}.A"] = result.blocks[f"{name}.G"] = cut.outputs.to(device)
             continue
-        if cut.columns is not None:
+        if cut.inputs is not None:
             result.keep[f"{name}.A"] = _factor_columns(cut, columns).to(device)
         if cut.outputs is not None:
             kept = cut.outputs if shares == 1 else (cut.outputs % rows).view(shares, -1)
@@ -222,52 +275,50 @@ def _plan_factors(result: Plan, curvature: Curvature, cuts: Mapping[str, LayerCu
 
 
 def _factor_columns(cut: LayerCut, size: int) -> Tensor:
-    """Rows of A that stay: the patch entries of the kept input channels, then the constant if A has one."""
-    assert cut.columns is not None
-    columns = weight_columns(cut.module, cut.columns)
-    constant = torch.arange(weight_of(cut.module)[0].numel(), size).expand(*columns.shape[:-1], -1)
+    """Rows of A that stay: the patch entries of the kept input channels, then the constant if A has one.
+
+    [m], or [groups, m] for a grouped convolution.
+    """
+    assert cut.inputs is not None
+    shares = shares_of(cut.module)
+    columns = weight_columns(cut.module, cut.inputs if shares == 1 else cut.inputs.view(shares, -1))
+    constant = torch.arange(patch_size(cut.module), size).expand(*columns.shape[:-1], -1)
     return torch.cat([columns, constant], dim=-1)
 
 
-def _attributes(cut: LayerCut) -> dict[str, int]:
-    """Attributes of a layer after the cut."""
-    module = cut.module
-    outputs = None if cut.outputs is None else len(cut.outputs)
-    inputs = None if cut.inputs is None else len(cut.inputs)
-    if isinstance(module, nn.Linear):
-        values = {"out_features": outputs, "in_features": inputs}
-    elif is_depthwise(module):
-        values = {"out_channels": outputs, "in_channels": outputs, "groups": outputs}
-    elif isinstance(module, nn.Conv2d):
-        values = {"out_channels": outputs, "in_channels": inputs}
-    elif isinstance(module, nn.PReLU):
-        values = {"num_parameters": outputs}
-    else:
-        values = {"num_features": outputs}
-    return {key: value for key, value in values.items() if value is not None}
-
-
 def sync_attributes(model: nn.Module) -> None:
-    """Set in_features, out_channels, num_features, groups, ... of every layer from the shapes of its tensors.
+    """Set in_features, out_channels, num_features, num_heads, ... of every layer from the shapes of its tensors.
 
     For a freshly built network whose tensors were replaced by those of a pruned one. A convolution that was depthwise
-    stays so; other grouped convolutions keep their number of groups.
+    stays so; other grouped convolutions and group norms keep their number of groups, attentions their head_dim.
 
     Args:
-        model: changed in place: attributes of Linear, Conv2d, norms over channels, and PReLU.
+        model: changed in place: attributes of Linear, convolutions, norms, PReLU and attentions (see
+            `flatprune.neurons.is_attention`).
     """
+    attentions = [module for module in model.modules() if is_attention(module)]
     for module in model.modules():
         tensors = (getattr(module, name, None) for name in ("weight", "running_mean"))
-        shape = next((tensor.shape for tensor in tensors if isinstance(tensor, Tensor)), None)
-        if shape is None:
-            continue
-        if isinstance(module, nn.Linear):
-            module.out_features, module.in_features = shape
-        elif isinstance(module, nn.Conv2d) and is_depthwise(module):
-            module.out_channels = module.in_channels = module.groups = shape[0]
-        elif isinstance(module, nn.Conv2d):
-            module.out_channels, module.in_channels = shape[0], shape[1] * module.groups
-        elif isinstance(module, nn.PReLU):
-            module.num_parameters = shape[0]
-        elif isinstance(module, NORMS):
-            module.num_features = shape[0]
+        if any(isinstance(tensor, Tensor) for tensor in tensors):
+            _sync_layer(module)
+    for attention in attentions:
+        attention.num_heads = attention.proj.in_features // attention.head_dim  # type: ignore[union-attr,operator,assignment]
+
+
+def _sync_layer(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = channels(module, PRODUCER), channels(module, CONSUMER)
+    elif isinstance(module, MATRICES) and is_depthwise(module):
+        module.out_channels = module.in_channels = module.groups = len(module.weight)
+    elif isinstance(module, MATRICES):
+        module.out_channels, module.in_channels = channels(module, PRODUCER), channels(module, CONSUMER)
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(module.weight)
+    elif isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
+        module.normalized_shape = (len(module.weight),)
+    elif isinstance(module, nn.GroupNorm):
+        size = len(module.weight)
+        whole = module.num_groups == module.num_channels or size < module.num_groups  # one channel a group
+        module.num_groups, module.num_channels = size if whole else module.num_groups, size
+    elif isinstance(module, NORMS):
+        module.num_features = channels(module, "")

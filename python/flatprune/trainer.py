@@ -17,14 +17,23 @@ from flatprune.checkpoint import CHECKPOINT_FORMAT, CHECKPOINT_VERSION
 from flatprune.data import Dataset, augmented, batch_indices
 from flatprune.distortion import disout
 from flatprune.errors import DivergedError, InputError, Interrupted
-from flatprune.export import take_tensors
-from flatprune.pruner import Pruner, Removal
+from flatprune.export import fresh_network, take_tensors
+from flatprune.goals import check_reachable, target_figures
+from flatprune.measurements import (
+    calibration,
+    corruption_accuracies,
+    latency_figures,
+    predictions,
+    radii_of_both_kinds,
+)
+from flatprune.pruner import Pruner
+from flatprune.removals import Removal
 from flatprune.sam import SAM, MomentumSAM
 from flatprune.schedule import CubicSchedule
 from flatprune.settings import MOMENTUM, WEIGHT_DECAY, Settings
 from flatprune.shifting import optimum_shift
 from flatprune.spectrum import Flatness, hessian_lambda_max
-from flatprune.targets import Target
+from flatprune.stopping import AccuracyGuard, hold_out
 from kfac_ext.curvature import Curvature
 
 _EVALUATION_BATCH = 1000
@@ -45,6 +54,7 @@ class Progress:
         loss_sum, correct, seen: sums over the running epoch.
         seconds: time spent in training and testing so far.
         best_accuracy: highest test accuracy after any epoch, in percent.
+        best_held_out: highest accuracy on held-out images at any removal event, in percent; None before the first one.
     """
 
     epoch: int = 0
@@ -56,6 +66,7 @@ class Progress:
     seen: int = 0
     seconds: float = 0.0
     best_accuracy: float = 0.0
+    best_held_out: float | None = None
 
 
 class Observer:
@@ -68,7 +79,7 @@ class Observer:
         """An optimizer step is done."""
 
     def removal(self, record: dict[str, Any]) -> None:
-        """Neurons were removed."""
+        """Neurons were removed, or an event removed none, or pruning was stopped, by `record["kind"]`."""
 
     def epoch(self, record: dict[str, Any]) -> None:
         """An epoch is done and tested."""
@@ -91,6 +102,10 @@ class Trainer:
 
     def __init__(self, settings: Settings, dataset: Dataset, state: dict[str, Any] | None = None) -> None:
         self.settings = settings
+        self.guard = None
+        if settings.stop_accuracy_drop is not None:
+            dataset, x, y = hold_out(dataset, settings.seed)
+            self.guard = AccuracyGuard(x, y, settings.stop_accuracy_drop, evaluate)
         self.dataset = dataset
         self.progress = Progress()
         self.history: list[dict[str, Any]] = []
@@ -105,7 +120,7 @@ class Trainer:
             "classes": dataset.classes,
             "widths": None if settings.widths is None else list(settings.widths),
         }
-        self.model = models.build(settings.model, dataset.image_shape, dataset.classes, settings.widths)
+        self.model = self._untrained()
         self.model.to(self.device)
         self.params_before = models.parameter_count(self.model)
         self.flops_before = models.multiply_accumulates(self.model, dataset.image_shape)
@@ -116,7 +131,11 @@ class Trainer:
         self.criterion = nn.CrossEntropyLoss()
         self.optimizer = torch.optim.SGD(parameter_groups(self.model), lr=self.peak_lr, momentum=MOMENTUM)
         self.order_generator = torch.Generator().manual_seed(settings.seed)
-        self.curvature = Curvature(self.model, generator=torch.Generator().manual_seed(settings.seed))
+        self.curvature = Curvature(
+            self.model,
+            factor_update_steps=settings.factor_update_steps,
+            generator=torch.Generator().manual_seed(settings.seed),
+        )
         self.flatness = self._flatness() if settings.flatness == "on" else None
         self.msam = None
         if settings.flatness == "msam":
@@ -124,19 +143,30 @@ class Trainer:
         self.sam = None
         if settings.flatness == "sam":
             self.sam = SAM(self.model, radius=settings.sam_radius, every=settings.sam_every, curvature=self.curvature)
-        self.pruner = self._pruner() if settings.target_params < 1.0 else None
+        self.pruner = self._pruner() if settings.target.share < 1.0 else None
         self.disout = None
         if settings.disout > 0.0:
             self.disout = disout(self.model, probability=settings.disout, steps=self.total_steps)
         if state is not None:
             self._load_state_dict(state)
         elif self.pruner is not None:
-            self._check_reachable(self.pruner)
+            check_reachable(self.pruner, settings.model)
 
     def _flatness(self) -> Flatness:
         given = {name: getattr(self.settings, f"flatness_{name}") for name in ("strength", "every", "fade_below")}
         chosen = {name: value for name, value in given.items() if value is not None}
         return Flatness(self.curvature, total_steps=self.total_steps, mode=self.settings.flatness_mode, **chosen)
+
+    def _untrained(self) -> nn.Module:
+        """The network before its first step, on the CPU."""
+        settings, dataset = self.settings, self.dataset
+        if settings.architecture_of is not None:
+            return fresh_network(settings.architecture_of, self.arguments)
+        return models.build(settings.model, dataset.image_shape, dataset.classes, settings.widths)
+
+    def _schedule(self) -> CubicSchedule:
+        settings = self.settings
+        return CubicSchedule(self.total_steps, settings.prune_start, settings.prune_end, settings.prune_every)
 
     def _pruner(self) -> Pruner:
         settings = self.settings
@@ -147,22 +177,20 @@ class Trainer:
                 self.optimizer,
                 self.curvature,
                 self.dataset.x_train[:_EXAMPLES],
-                target=Target(params=settings.target_params),
+                target=settings.target,
                 total_steps=self.total_steps,
+                schedule=self._schedule(),
                 criterion=settings.criterion,
                 compensate=compensate,
+                selection=settings.selection,
+                seed=settings.seed,
+                round_to=settings.round_to,
+                min_width=settings.min_width,
+                max_predicted_loss=settings.max_predicted_loss,
                 exclude=settings.exclude,
             )
         except (KeyError, ValueError) as error:  # a layer that is not there or cannot be pruned
             raise InputError(str(error.args[0])) from error
-
-    def _check_reachable(self, pruner: Pruner) -> None:
-        least, share = pruner.reachable_params(), self.settings.target_params
-        if least > share * self.params_before:
-            raise InputError(
-                f"target_params is {share:g}, {share * self.params_before:.0f} of {self.params_before} parameters, but "
-                f"{self.settings.model} keeps at least {least} ({least / self.params_before:.2g})"
-            )
 
     @property
     def params(self) -> int:
@@ -247,8 +275,7 @@ class Trainer:
 
     def _shift_optimum(self) -> None:
         """Once, after the last removal; without pruning at the same step."""
-        schedule = CubicSchedule(self.total_steps) if self.pruner is None else self.pruner.schedule
-        if self.settings.optimum_shift == "off" or not schedule.is_last(self.progress.step):
+        if self.settings.optimum_shift == "off" or not self._schedule().is_last(self.progress.step):
             return
         where = {"kind": "optimum_shift", "epoch": self.progress.epoch + 1, "step": self.progress.step}
         shifts = optimum_shift(self.model, torch.cat(self.curvature.recent_inputs))
@@ -264,22 +291,24 @@ class Trainer:
 
     def _prune(self) -> list[Removal]:
         try:
-            return [] if self.pruner is None else self.pruner.step()
+            return [] if self.pruner is None else [*self._stopped(self.pruner), *self.pruner.step()]
         except ValueError as error:  # factors or scores that are not finite
             raise DivergedError(f"{error} (step {self.progress.step + 1})") from error
 
+    def _stopped(self, pruner: Pruner) -> list[Removal]:
+        """Before a removal event, end pruning if the held-out images demand it."""
+        if self.guard is None or not pruner.is_event():
+            return []
+        reason = self.guard.objection(self.model)
+        self.progress.best_held_out = self.guard.best
+        return [pruner.stop(reason)] if reason else []
+
     def _log_removal(self, removal: Removal) -> dict[str, Any]:
-        progress = self.progress
         record = {
-            "kind": "removal" if removal.removed else "event",
-            "epoch": progress.epoch + 1,
-            "step": removal.step,
-            "layer": removal.layer,
-            "removed": removal.removed,
+            "epoch": self.progress.epoch + 1,
+            **removal.explanation(),
             "width": removal.width_after,
             "params": removal.params_after,
-            "compensated": removal.compensated,
-            "note": removal.note,
         }
         self.history.append(record)
         return record
@@ -308,11 +337,21 @@ class Trainer:
             "spectral_radius": float(self.curvature.spectral_radius()),
             "spectral_radius_geometric_mean": float(self.curvature.geometric_mean_radius()),
             "seconds": progress.seconds,
+            **self._tracked(progress.epoch),
         }
         self.history.append(record)
         progress.order, progress.batch = None, 0
         progress.loss_sum, progress.correct, progress.seen = 0.0, 0, 0
         return record
+
+    def _tracked(self, epoch: int) -> dict[str, float]:
+        """The true radius beside the estimates, in the epochs in which it is asked for."""
+        every = self.settings.track_hessian
+        if every is None or (epoch % every and epoch != self.settings.epochs):
+            return {}
+        x = self.dataset.x_train[:_HESSIAN_SAMPLES]
+        radii = radii_of_both_kinds(self.model, self.curvature, x, self.settings.seed)
+        return {"hessian_lambda_max": self.hessian_lambda_max(), **radii}
 
     def results(self) -> dict[str, Any]:
         """The figures of `summary.json` that describe the network as it is now (see `flatprune.runs`)."""
@@ -332,7 +371,19 @@ class Trainer:
             "widths_before": self.widths_before,
             "widths_after": models.layer_widths(self.model),
             "seconds": self.progress.seconds,
+            **target_figures(self.settings.target, self.pruner, self.history),
+            **self._measurements(),
         }
+
+    def _measurements(self) -> dict[str, Any]:
+        settings, dataset = self.settings, self.dataset
+        found: dict[str, Any] = calibration(predictions(self.model, dataset.x_test), dataset.y_test)
+        if settings.corruptions:
+            found |= corruption_accuracies(self.model, dataset)
+        if settings.measure_latency:
+            before = self._untrained().to(self.device)
+            found |= latency_figures(before, self.model, dataset.x_test[:1])
+        return found
 
     def hessian_lambda_max(self) -> float:
         """Largest eigenvalue of the Hessian of the mean training loss over the first 1,024 training images."""
@@ -381,6 +432,8 @@ class Trainer:
         if self.pruner is not None:
             self.pruner.load_state_dict(state["pruner"])
         self.progress = Progress(**state["progress"])
+        if self.guard is not None:
+            self.guard.best = self.progress.best_held_out
         if self.progress.order is not None:
             self.progress.order = self.progress.order.cpu()
         self.history = list(state["history"])

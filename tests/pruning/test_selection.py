@@ -7,13 +7,18 @@ import torch
 from pruning_networks import NETWORKS, Grouped, digits, mlp
 from torch import Tensor, nn
 
-from flatprune import surgery
+from flatprune import selection, surgery
+from flatprune.costs import ParameterCount
 from flatprune.graph import neuron_groups
-from flatprune.selection import Limits, ParameterCount, select, smallest_params
+from flatprune.selection import Limits
 
 
 def params_of(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def select(model: nn.Module, groups, *arguments, **options) -> dict[int, Tensor]:
+    return selection.select(ParameterCount(model, groups), groups, *arguments, **options)
 
 
 def random_scores(groups, seed: int = 0) -> list[Tensor]:
@@ -33,15 +38,15 @@ def test_the_count_on_paper_is_the_count_after_the_cut(name, closely):
     model = NETWORKS[name]()
     groups = neuron_groups(model, digits()[0][:2]).groups
     start = params_of(model)
-    assert ParameterCount(model, groups).params == start
+    assert ParameterCount(model, groups).cost == start
     for seed, share in enumerate((0.9, 0.7, 0.5)):
         budget = int(share * start)
-        gone = select(model, groups, random_scores(groups, seed), budget, Limits(), closely=closely)
+        gone = select(model, groups, random_scores(groups, seed), budget, Limits(1, 2, 0.75), closely=closely)
         count = ParameterCount(model, groups)
         for position, neurons in gone.items():
             count.remove(position, len(neurons))
         left = params_of(pruned(model, gone))
-        assert count.params == left <= budget
+        assert count.cost == left <= budget
 
 
 def test_lowest_scores_go_first_over_all_layers():
@@ -63,7 +68,7 @@ def test_at_most_half_of_a_layer_and_at_least_two_neurons():
     gone = select(model, groups, random_scores(groups), 0, Limits(1, 2, 1.0))
     assert {p: len(n) for p, n in gone.items()} == {0: 9, 1: 1}
     smallest = params_of(pruned(model, gone))
-    assert smallest_params(model, groups, Limits()) == smallest
+    assert selection.smallest_cost(ParameterCount(model, groups), groups, Limits()) == smallest
 
 
 @pytest.mark.parametrize("round_to", [4, 8])
@@ -77,6 +82,17 @@ def test_widths_become_multiples(round_to):
             left = groups[position].width - len(neurons)
             assert left % round_to == 0
             assert left >= round_to
+
+
+def test_limits_count_channels_not_heads():
+    model = NETWORKS["attention"]()
+    heads, hidden = neuron_groups(model, digits()[0][:2]).groups
+    assert (heads.unit, hidden.unit) == (4, 1)
+    assert Limits(round_to=8, min_width=2).step(heads) == 2  # two heads of four channels
+    assert Limits(round_to=8, min_width=2).floor(heads) == 2
+    assert Limits(min_width=2).floor(heads) == 1
+    assert Limits(min_width=9).floor(heads) == 3
+    assert Limits(round_to=8, min_width=2).step(hidden) == 8
 
 
 def test_grouped_convolutions_lose_the_same_number_from_each_group():
