@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from kfac_ext.curvature.convolution import weight_like, weight_matrix
 from kfac_ext.curvature.layers import Layer
 from kfac_ext.factors import FactorSet
 
@@ -75,7 +76,7 @@ class InverseStack:
 
 def block_shape(layer: Layer) -> tuple[int, int]:
     """(o, d): outputs of one group, and its inputs with the bias."""
-    return layer.module.weight.shape[0] // layer.groups, layer.patch_size + layer.constant
+    return layer.outputs // layer.groups, layer.patch_size + layer.constant
 
 
 def stack_layers(layers: Iterable[Layer], factors: FactorSet) -> list[InverseStack]:
@@ -93,7 +94,7 @@ def write_gradients_(layers: Sequence[Layer], blocks: Tensor) -> None:
         matrix = block.flatten(0, 1)
         weight, bias = _parameter_gradients(layer)
         targets.append(weight)
-        values.append(matrix[:, : layer.patch_size].reshape(weight.shape))
+        values.append(weight_like(layer.module, matrix[:, : layer.patch_size]))
         if bias is not None:
             targets.append(bias)
             values.append(matrix[:, -1])
@@ -103,7 +104,7 @@ def write_gradients_(layers: Sequence[Layer], blocks: Tensor) -> None:
 def _gradient(layer: Layer) -> Tensor:
     """[groups, o, d]."""
     weight, bias = _parameter_gradients(layer)
-    matrix = weight.flatten(1)
+    matrix = weight_matrix(layer.module, weight)
     if bias is not None:
         matrix = torch.cat([matrix, bias[:, None]], dim=1)
     return matrix.view(layer.groups, -1, matrix.shape[1])

@@ -30,11 +30,12 @@ _FIRST_POWER_STEPS, _POWER_STEPS, _REMOVAL_POWER_STEPS = 20, 3, 10
 
 
 class Curvature:
-    """Running Kronecker factors A = E[a a^T], G = E[g g^T] of every Linear and Conv2d of a model in training.
+    """Running Kronecker factors A = E[a a^T], G = E[g g^T] of every Linear and convolution of a model in training.
 
-    Layer l maps a (its input, 1 appended where there is a bias or a batch norm) to z, taken after the batch norm
-    that directly follows; g = d(loss summed over samples)/dz. A (x) G estimates the Fisher block of the mean loss
-    in the folded weights (Martens & Grosse 2015; scales as in `kfac_ext`). Radius of a block: lambda_1(A) lambda_1(G)
+    Layers are `nn.Linear`, `nn.Conv1d`, `nn.Conv2d`, `nn.ConvTranspose1d` and `nn.ConvTranspose2d`. Layer l maps a
+    (its input, 1 appended where there is a bias or a batch norm) to z, taken after the batch norm that directly
+    follows; g = d(loss summed over samples)/dz. A (x) G estimates the Fisher block of the mean loss in the folded
+    weights (Martens & Grosse 2015; scales as in `kfac_ext`). Radius of a block: lambda_1(A) lambda_1(G)
     (Ebrahimi & Klabjan 2021, arXiv 2111.08577, explore the spectral radius of the Hessian with K-FAC; Sandler,
     Klabjan, Luo, arXiv 2102.11210, track it by warm power iteration).
 
@@ -376,8 +377,8 @@ class Curvature:
 
     @property
     def has_convolutions(self) -> bool:
-        """Whether a layer is a Conv2d: decides defaults that differ between MLPs and conv nets."""
-        return any(isinstance(layer.module, nn.Conv2d) for layer in self.layers.values())
+        """Whether a layer is a convolution: decides defaults that differ between MLPs and conv nets."""
+        return any(layer.is_convolution for layer in self.layers.values())
 
     def _observe_forward(self, update: bool) -> None:
         """Put up hooks for the forward that begins now; the last one takes them all down again."""

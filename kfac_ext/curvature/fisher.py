@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kfac_ext.curvature.capture import Capture
-from kfac_ext.curvature.layers import Layer, call_hooks, module_modes, padded_input, undisturbed
+from kfac_ext.curvature.convolution import CONVOLUTIONS, Convolution, as_image, geometry_options, padded_input
+from kfac_ext.curvature.layers import Layer, call_hooks, module_modes, undisturbed
 from kfac_ext.factors import FactorSet
 from kfac_ext.geometry import conv_geometry
 from kfac_ext.ops.covariance import conv2d_covariance, linear_covariance
@@ -169,7 +170,7 @@ def _weighted_mean(values: list[tuple[int, Tensor]]) -> Tensor:
 def input_covariance(layer: Layer, x: Tensor, mode: str, *, bias: bool) -> Tensor:
     """A of one call: [d(+1), d(+1)], or [groups, ...] for a grouped convolution."""
     module = layer.module
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, CONVOLUTIONS):
         image, padding = padded_input(module, _batched(layer, x))
         return conv2d_covariance(image, **_geometry(module, padding), bias=bias, mode=mode)
     return linear_covariance(_linear_rows(x, mode), bias=bias)
@@ -187,7 +188,7 @@ def input_updates(
     updates = []
     for i, (x, count) in enumerate(zip(inputs, counts)):
         blend: dict[str, Any] = {"decay": decay if i == 0 else 1.0, "scale": scale * count / sum(counts)}
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, CONVOLUTIONS):
             image, padding = padded_input(module, _batched(layer, x))
             place = _geometry(module, padding)
             updates.append(CovarianceUpdate.conv2d(key, image, **place, bias=bias, mode=mode, **blend))
@@ -200,7 +201,7 @@ def gradient_updates(
     layer: Layer, grads: Sequence[Tensor], mode: str, count: int, *, decay: float, scale: float
 ) -> list[CovarianceUpdate]:
     """`layer.G` <- decay G + scale (1/count sum of g g^T over all calls); g = d(summed loss)/dz."""
-    is_conv = isinstance(layer.module, nn.Conv2d)
+    is_conv = layer.is_convolution
     if len(grads) > 1 and mode == "reduce":
         _same_batch(layer, grads)
         grads = [torch.stack([_summed(g, is_conv) for g in grads]).sum(dim=0)]
@@ -208,6 +209,7 @@ def gradient_updates(
     for i, g in enumerate(grads):
         if not is_conv:
             g = _summed(g, False) if mode == "reduce" else g.reshape(-1, g.shape[-1])
+        g = as_image(g)
         blend: dict[str, Any] = {"decay": decay if i == 0 else 1.0, "scale": scale * len(g) / count}
         updates.append(CovarianceUpdate.gradient(f"{layer.name}.G", g, groups=layer.groups, mode=mode, **blend))
     return updates
@@ -227,7 +229,7 @@ def projected_gradients(layer: Layer, grads: Sequence[Tensor], unit: Tensor, mod
     values = []
     for g in grads:
         g = g if g.dim() > 1 else g[None]
-        channels_last = g.movedim(1, -1) if isinstance(layer.module, nn.Conv2d) else g
+        channels_last = g.movedim(1, -1) if layer.is_convolution else g
         rows = channels_last.reshape(len(g), -1, layer.groups, channels_last.shape[-1] // layer.groups)
         values.append((rows * unit.view(layer.groups, -1)).sum(dim=-1))
     if mode == "expand":
@@ -239,29 +241,25 @@ def projected_gradients(layer: Layer, grads: Sequence[Tensor], unit: Tensor, mod
 def _project_input(layer: Layer, x: Tensor, unit: Tensor) -> Tensor:
     module, d = layer.module, layer.patch_size
     filters = unit.view(layer.groups, -1)
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, CONVOLUTIONS):
         image, padding = padded_input(module, _batched(layer, x))
-        kernel = filters[:, :d].reshape(layer.groups, -1, *module.kernel_size).to(image.dtype)
-        values = F.conv2d(image, kernel, None, module.stride, padding, module.dilation, module.groups)
+        options = geometry_options(module)
+        kernel = filters[:, :d].reshape(layer.groups, -1, *options.pop("kernel_size")).to(image.dtype)
+        values = F.conv2d(image, kernel, padding=padding, **options)
         values = values.flatten(2).mT
     else:
         values = F.linear(x.reshape(len(x), -1, d), filters[:, :d].to(x.dtype))
     return values + filters[:, d] if layer.constant else values
 
 
-def _geometry(module: nn.Conv2d, padding: object) -> dict:
-    return {
-        "kernel_size": module.kernel_size,
-        "stride": module.stride,
-        "padding": padding,
-        "dilation": module.dilation,
-        "groups": module.groups,
-    }
+def _geometry(module: Convolution, padding: object) -> dict:
+    return {**geometry_options(module), "padding": padding}
 
 
 def _batched(layer: Layer, x: Tensor) -> Tensor:
-    if x.dim() != 4:
-        raise ValueError(f"Curvature: layer {layer.name!r} got an input {tuple(x.shape)}, expected [N, C, H, W]")
+    expected = "[N, C, L]" if len(layer.module.weight.shape) == 3 else "[N, C, H, W]"
+    if x.dim() != len(layer.module.weight.shape):
+        raise ValueError(f"Curvature: layer {layer.name!r} got an input {tuple(x.shape)}, expected {expected}")
     return x
 
 
@@ -272,12 +270,12 @@ def _linear_rows(x: Tensor, mode: str) -> Tensor:
 def _summed(g: Tensor, is_conv: bool) -> Tensor:
     """g [N, O] summed over positions."""
     if is_conv:
-        return g.sum(dim=(2, 3))
+        return g.flatten(2).sum(dim=2)
     return g.flatten(1, -2).sum(dim=1) if g.dim() > 2 else g.reshape(-1, g.shape[-1])
 
 
 def _position_count(layer: Layer, x: Tensor) -> int:
-    if not isinstance(layer.module, nn.Conv2d):
+    if not isinstance(layer.module, CONVOLUTIONS):
         return x[0].numel() // x.shape[-1]
     image, padding = padded_input(layer.module, _batched(layer, x))
     height, width = conv_geometry(image.shape, **_geometry(layer.module, padding)).output_size
@@ -291,11 +289,11 @@ def _mean_rows(layer: Layer, inputs: Sequence[Tensor]) -> Tensor:
     counts = [_position_count(layer, x) for x in inputs]
     total = torch.zeros(())
     for x, count in zip(inputs, counts):
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, CONVOLUTIONS):
             image, padding = padded_input(module, x)
             geometry = conv_geometry(image.shape, **_geometry(module, padding))
             image = F.pad(image, geometry.padding)
-            rows = F.unfold(image, module.kernel_size, module.dilation, 0, module.stride).mean(dim=2)
+            rows = F.unfold(image, geometry.kernel_size, geometry.dilation, 0, geometry.stride).mean(dim=2)
         else:
             rows = _linear_rows(x, "reduce")
         total = total.to(rows) + rows * (count / sum(counts))

@@ -10,40 +10,50 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from kfac_ext.geometry import conv_geometry
+from kfac_ext.curvature.convolution import CONVOLUTIONS, TRANSPOSED, Convolution, weight_matrix
+
+LAYER_TYPES = (nn.Linear, *CONVOLUTIONS)
+_TYPE_NAMES = ", ".join(f"nn.{kind.__name__}" for kind in LAYER_TYPES)
 
 
 class Layer(NamedTuple):
-    """A Linear or Conv2d and, where its output goes into a batch norm and nowhere else, that batch norm.
+    """A Linear or convolution and, where its output goes into a batch norm and nowhere else, that batch norm.
 
     `z`, the layer's pre-activation, is the output of `norm` if there is one, else of `module`.
     """
 
     name: str
-    module: nn.Linear | nn.Conv2d
+    module: nn.Linear | Convolution
     norm: nn.BatchNorm1d | nn.BatchNorm2d | None = None
     norm_name: str | None = None
 
     @property
     def is_convolution(self) -> bool:
         """Whether the channels of z are its second dimension, not its last."""
-        return isinstance(self.module, nn.Conv2d)
+        return isinstance(self.module, CONVOLUTIONS)
 
     @property
     def groups(self) -> int:
         """1 for Linear, the convolution's groups otherwise."""
-        return self.module.groups if isinstance(self.module, nn.Conv2d) else 1
+        return self.module.groups if isinstance(self.module, CONVOLUTIONS) else 1
+
+    @property
+    def outputs(self) -> int:
+        """O: out_features or out_channels, from the shape of the weight."""
+        return self.module.weight.numel() // self.patch_size
 
     @property
     def patch_size(self) -> int:
         """d: the inputs of one output, in_features or in_channels/groups kh kw."""
-        return self.module.weight[0].numel()
+        weight = self.module.weight
+        if isinstance(self.module, TRANSPOSED):  # [in, out/groups, kernel]
+            return len(weight) // self.groups * weight[0, 0].numel()
+        return weight[0].numel()
 
     @property
     def constant(self) -> bool:
@@ -52,7 +62,7 @@ class Layer(NamedTuple):
 
     def factor_sizes(self) -> dict[str, int | tuple[int, int]]:
         """Sizes of the factors `name.A` and `name.G` as `kfac_ext.FactorSet` takes them."""
-        inputs, outputs = self.patch_size + self.constant, self.module.weight.shape[0]
+        inputs, outputs = self.patch_size + self.constant, self.outputs
         if self.groups == 1:
             return {f"{self.name}.A": inputs, f"{self.name}.G": outputs}
         return {f"{self.name}.A": (self.groups, inputs), f"{self.name}.G": (self.groups, outputs // self.groups)}
@@ -61,10 +71,10 @@ class Layer(NamedTuple):
     def folded_weight(self) -> Tensor:
         """V [O, d] or, if `constant`, [O, d + 1] with z = V [a; 1]: the batch norm's affine map is part of V.
 
-        With s = gamma / sqrt(running_var + eps): V[:, :d] = s W (patch order c, kh, kw) and
+        With s = gamma / sqrt(running_var + eps): V[:, :d] = s W (patch order c, kh, kw, see `weight_matrix`) and
         V[:, d] = s (bias - running_mean) + beta. The running statistics are used, as in eval mode.
         """
-        weight = self.module.weight.flatten(1)
+        weight = weight_matrix(self.module)
         bias = self.module.bias
         shift = weight.new_zeros(len(weight)) if bias is None else bias
         if self.norm is not None:
@@ -83,14 +93,6 @@ def _norm_affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]
     return scale, offset if norm.bias is None else offset + norm.bias
 
 
-def padded_input(module: nn.Conv2d, x: Tensor) -> tuple[Tensor, Any]:
-    """(x, padding) such that zero padding of x by `padding` gives what the convolution sees, whatever padding_mode."""
-    if module.padding_mode == "zeros":
-        return x, module.padding
-    geometry = conv_geometry(x.shape, module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
-    return F.pad(x, geometry.padding, mode=module.padding_mode), 0
-
-
 @contextmanager
 def call_hooks(layers: Iterable[Layer], report: Callable[[Layer, Tensor, Tensor], Tensor | None]) -> Iterator[None]:
     """While open, each call of a layer is reported as `report(layer, input, z)`; a tensor it returns replaces z.
@@ -103,6 +105,11 @@ def call_hooks(layers: Iterable[Layer], report: Callable[[Layer, Tensor, Tensor]
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             x = args[0] if args else kwargs["input"]
             x = x if x.dim() > 1 else x[None]
+            if isinstance(layer.module, TRANSPOSED) and (len(args) > 1 or kwargs.get("output_size") is not None):
+                raise ValueError(
+                    f"Curvature: layer {layer.name!r} is called with output_size, which changes its geometry from call "
+                    "to call; set output_padding instead, or leave it out by skip_layers"
+                )
             if layer.norm is None:
                 return report(layer, x, output)
             awaiting[id(output)] = (layer, x, output)  # the reference keeps the id from being used again
@@ -241,7 +248,7 @@ def trace_layers(
     *,
     fold_norms: bool = True,
 ) -> dict[str, Layer]:
-    """The Linear and Conv2d layers that one forward calls, in that order, with the batch norms behind them.
+    """The Linear and convolution layers that one forward calls, in that order, with the batch norms behind them.
 
     A batch norm belongs to a layer if, in every call of the layer, its input is the very tensor that the layer gave
     and no other torch call takes that tensor (an in-place ReLU in between counts as one). The forward runs without
@@ -260,11 +267,11 @@ def trace_layers(
     """
     patterns = [re.compile(pattern) for pattern in skip_layers]
     names = {name: m for name, m in model.named_modules() if not any(p.search(name) for p in patterns)}
-    candidates = {name: m for name, m in names.items() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    candidates = {name: m for name, m in names.items() if isinstance(m, LAYER_TYPES)}
     calls, norm_inputs, uses = _observe(model, candidates, args, kwargs or {})
     _warn_left_out(names, [name for name in candidates if name not in calls])
     if not calls:
-        raise ValueError("Curvature: the model's forward calls no nn.Linear or nn.Conv2d (that skip_layers leaves)")
+        raise ValueError(f"Curvature: the model's forward calls none of {_TYPE_NAMES} (that skip_layers leaves)")
     norm_names = {module: name for name, module in model.named_modules()}
     layers = {}
     for name, outputs in calls.items():
@@ -310,10 +317,8 @@ def _warn_left_out(names: Mapping[str, nn.Module], unused: list[str]) -> None:
     other = [
         f"{name!r} ({type(module).__name__})"
         for name, module in names.items()
-        if not isinstance(module, (nn.Linear, nn.Conv2d))
+        if not isinstance(module, LAYER_TYPES)
         and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
     ]
     if other:
-        warnings.warn(
-            f"Curvature: no factors (only nn.Linear and nn.Conv2d have them) for {', '.join(other)}", stacklevel=4
-        )
+        warnings.warn(f"Curvature: no factors (only {_TYPE_NAMES} have them) for {', '.join(other)}", stacklevel=4)

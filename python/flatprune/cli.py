@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flatprune import models
 from flatprune.errors import DivergedError, InputError, Interrupted
 from flatprune.settings import COMPENSATE, CRITERIA, FLATNESS, FLATNESS_MODES, OPTIMUM_SHIFT, Settings
 
@@ -33,9 +34,7 @@ app = typer.Typer(
 def run_command(
     context: typer.Context,
     data: Annotated[str, typer.Option(help="digits, or an .npz with x_train, y_train, x_test, y_test")] = Settings.data,
-    model: Annotated[
-        str, typer.Option(help="mlp, lenet5, convnet, vgg11_bn (13, 16, 19), resnet20 (32, 44, 56, 110)")
-    ] = Settings.model,
+    model: Annotated[str, typer.Option(help=", ".join(models.names()))] = Settings.model,
     target_params: Annotated[
         float, typer.Option(help="fraction of the parameters left at the end; 1 does not prune")
     ] = Settings.target_params,

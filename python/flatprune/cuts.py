@@ -1,18 +1,26 @@
-"""Kept indices of every tensor when neurons go, and the dry run that proves a group can be cut."""
+"""Kept indices of every tensor, and the attributes of every layer, when neurons go."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from flatprune.neurons import CONSUMER, Member, NeuronGroup, Refused, channels, is_depthwise, shares_of, weight_of
-
-_DRY_RUN_TOLERANCE = 1e-3  # of the largest output; sums in another order differ by 1e-6, a wrong channel by 1
+from flatprune.neurons import (
+    CONSUMER,
+    MATRICES,
+    Member,
+    NeuronGroup,
+    channels,
+    inputs_of_share,
+    is_attention,
+    is_depthwise,
+    is_transposed,
+    shares_of,
+    weight_of,
+)
 
 
 class Cut(NamedTuple):
@@ -50,7 +58,7 @@ class LayerCut(NamedTuple):
     Attributes:
         name: qualified name of the layer.
         module: the layer.
-        outputs: kept output channels (of a norm or depthwise convolution: channels).
+        outputs: kept output channels (of a norm or depthwise convolution: channels; of an attention: heads).
         inputs: kept input channels.
     """
 
@@ -59,23 +67,48 @@ class LayerCut(NamedTuple):
     outputs: Tensor | None
     inputs: Tensor | None
 
-    @property
-    def columns(self) -> Tensor | None:
-        """Kept columns of the weight, in units of input channels: [m], or [groups, m] within each group."""
-        shares = shares_of(self.module)
-        if self.inputs is None or shares == 1:
-            return self.inputs
-        return (self.inputs % weight_of(self.module).shape[1]).view(shares, -1)
-
     def tensors(self) -> Iterator[tuple[str, Tensor, Cut]]:
         """(qualified name, tensor, cut) of every parameter and buffer of the layer that loses entries."""
         own = {**self.module._parameters, **self.module._buffers}
         for key, tensor in own.items():
             if tensor is None or tensor.dim() == 0:
                 continue
-            cut = Cut(self.outputs, self.columns if key == "weight" and tensor.dim() > 1 else None)
+            cut = self._weight_cut() if key == "weight" and tensor.dim() > 1 else Cut(self.outputs)
             if cut.rows is not None or cut.columns is not None:
                 yield tensor_name(self.name, key), tensor, cut
+
+    def _weight_cut(self) -> Cut:
+        """Rows and columns that stay of a matrix, of which a transposed convolution's rows are the inputs."""
+        rows, columns = (self.inputs, self.outputs) if is_transposed(self.module) else (self.outputs, self.inputs)
+        if is_depthwise(self.module):
+            return Cut(self.outputs)
+        shares = shares_of(self.module)
+        if columns is not None and shares > 1:
+            columns = (columns % weight_of(self.module).shape[1]).view(shares, -1)
+        return Cut(rows, columns)
+
+    def attributes(self) -> dict[str, Any]:
+        """Attributes of the layer after the cut, as its forward and its repr use them."""
+        module, outputs, inputs = self.module, *(None if kept is None else len(kept) for kept in self[2:])
+        values: dict[str, Any]
+        if isinstance(module, nn.Linear):
+            values = {"out_features": outputs, "in_features": inputs}
+        elif is_depthwise(module):
+            values = {"out_channels": outputs, "in_channels": outputs, "groups": outputs}
+        elif isinstance(module, MATRICES):
+            values = {"out_channels": outputs, "in_channels": inputs}
+        elif is_attention(module):
+            values = {"num_heads": outputs}
+        elif isinstance(module, nn.PReLU):
+            values = {"num_parameters": outputs}
+        elif isinstance(module, nn.LayerNorm):
+            values = {"normalized_shape": (outputs,)}
+        elif isinstance(module, nn.GroupNorm):
+            whole = module.num_groups == channels(module, "")
+            values = {"num_channels": outputs, "num_groups": outputs if whole else None}
+        else:
+            values = {"num_features": outputs}
+        return {key: value for key, value in values.items() if value is not None}
 
 
 def layer_cuts(groups: Sequence[NeuronGroup], gone: Mapping[int, Tensor]) -> dict[str, LayerCut]:
@@ -102,10 +135,14 @@ def layer_cuts(groups: Sequence[NeuronGroup], gone: Mapping[int, Tensor]) -> dic
 
 
 def weight_columns(module: nn.Module, inputs: Tensor) -> Tensor:
-    """Columns of `weight.flatten(1)` that input channels [..., k] feed: [..., k kh kw], within their group."""
-    weight = weight_of(module)
-    area = weight[0, 0].numel()
-    return ((inputs % weight.shape[1])[..., None] * area + torch.arange(area)).flatten(-2)
+    """Columns of a layer's matrix [O, d] that input channels [..., k] feed: [..., k kh kw], within their group."""
+    area = weight_of(module)[0, 0].numel()
+    return ((inputs % inputs_of_share(module))[..., None] * area + torch.arange(area)).flatten(-2)
+
+
+def patch_size(module: nn.Module) -> int:
+    """d of a layer's matrix [O, d]."""
+    return inputs_of_share(module) * weight_of(module)[0, 0].numel()
 
 
 def tensor_name(layer: str, key: str) -> str:
@@ -128,69 +165,3 @@ def renumbered(member: Member, neurons: Tensor, cut: LayerCut) -> Tensor:
     position = torch.full((channels(member.module, member.role),), -1, dtype=torch.int64)
     position[kept] = torch.arange(len(kept))
     return position[index]
-
-
-def _without_columns(module: nn.Module, inputs: Tensor) -> Tensor:
-    """A copy of a consumer's weight with zeros in the columns of the input channels `inputs` [m]."""
-    masked = weight_of(module).detach().clone()
-    inputs, size = inputs.to(masked.device), masked.shape[1]
-    rows_of_share = masked.unflatten(0, (shares_of(module), -1)).transpose(1, 2)  # view [groups, columns, rows, ...]
-    rows_of_share[inputs // size, inputs % size] = 0
-    return masked
-
-
-@torch.no_grad()
-def dry_run(model: nn.Module, group: NeuronGroup, inputs: tuple[Any, ...]) -> None:
-    """Check that removing neurons of a group equals setting to zero what their consumers read.
-
-    Runs the model on `inputs` twice without changing it: with every second neuron cut, and with their columns zeroed.
-
-    Raises:
-        Refused: an operation fails, an output changes its shape, or the outputs differ.
-    """
-    if group.width < 2 * group.partitions:
-        return
-    rank = torch.empty(group.width, dtype=torch.int64)  # position of each neuron within its share
-    for share in range(group.partitions):
-        neurons = (group.partition == share).nonzero().flatten()
-        rank[neurons] = torch.arange(len(neurons))
-    gone = (rank % 2 == 0).nonzero().flatten()
-    cuts = layer_cuts([group], {0: gone})
-    masked = {
-        tensor_name(member.name, "weight"): _without_columns(member.module, member.index[gone].flatten())
-        for member in group.of_role(CONSUMER)
-    }
-    pruned = {name: cut.apply(tensor) for layer in cuts.values() for name, tensor, cut in layer.tensors()}
-    expected = _tensors(functional_call(model, masked, inputs))
-    try:
-        with _depthwise_groups(cuts.values()):
-            found = _tensors(functional_call(model, pruned, inputs))
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise Refused(f"the network does not run after a trial cut ({str(error).splitlines()[0][:120]})") from error
-    for a, b in zip(expected, found):
-        if a.shape != b.shape:
-            raise Refused("it is an output of the model")
-        if not torch.allclose(a, b, rtol=0, atol=_DRY_RUN_TOLERANCE * float(a.abs().max() + 1e-12), equal_nan=True):
-            raise Refused("a trial cut changed the function of the other neurons (an operation mixes channels)")
-
-
-@contextmanager
-def _depthwise_groups(cuts: Iterable[LayerCut]) -> Iterator[None]:
-    """Depthwise convolutions with as many groups as channels are kept, for the time of a trial run."""
-    changed = [(cut.module, shares_of(cut.module)) for cut in cuts if is_depthwise(cut.module)]
-    try:
-        for cut in cuts:
-            if isinstance(cut.module, nn.Conv2d) and is_depthwise(cut.module) and cut.outputs is not None:
-                cut.module.groups = len(cut.outputs)
-        yield
-    finally:
-        for module, groups in changed:
-            module.groups = groups  # type: ignore[assignment]
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value.float()]
-    if isinstance(value, Mapping):
-        value = value.values()
-    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, Iterable) else []

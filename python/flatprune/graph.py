@@ -7,24 +7,27 @@ every layer whose output is added to it, and the input columns of all layers tha
 indices and are renumbered by `flatprune.surgery` at every removal.
 
 What the dependency graph gets wrong, or what cannot be cut without changing the function of the other neurons, is
-found by a dry run at the start, and the group is refused with a reason.
+found by a dry run at the start, and the group is refused with a reason. The heads of an attention are no channels that
+the graph could follow through its reshapes: their groups are built here, and go through the same dry run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch_pruning
 from torch import Tensor, nn
 from torch_pruning import ops as tp_ops
+from torch_pruning.dependency.shape_infer import infer_out_channels_recursively
 
-from flatprune.cuts import dry_run
 from flatprune.neurons import (
     CONSUMER,
     FOLLOWER,
+    JOINT_NORMS,
+    MATRICES,
     NORMS,
     PRODUCER,
     Coupling,
@@ -32,9 +35,18 @@ from flatprune.neurons import (
     NeuronGroup,
     Refused,
     channels,
+    is_attention,
     is_depthwise,
     shares_of,
 )
+from flatprune.trial import Trial
+
+_NEVER = {
+    nn.Embedding: "an embedding is left alone: its rows are looked up, so there are no factors to judge them by",
+    nn.EmbeddingBag: "an embedding is left alone: its rows are looked up, so there are no factors to judge them by",
+    nn.MultiheadAttention: "nn.MultiheadAttention cannot lose heads, its embed_dim is num_heads times head_dim and the "
+    "width of its inputs at once",
+}
 
 
 def neuron_groups(model: nn.Module, example_inputs: Any, exclude: Sequence[str | type] = ()) -> Coupling:
@@ -46,7 +58,8 @@ def neuron_groups(model: nn.Module, example_inputs: Any, exclude: Sequence[str |
         exclude: layers whose outputs stay: qualified names (of a layer, or of a module that holds it) or types.
 
     Returns:
-        The prunable groups in forward order, and the reason for every other Linear and Conv2d of the graph.
+        The prunable groups in forward order, and the reason for every other Linear and convolution of the graph, and
+        for embeddings and `nn.MultiheadAttention`.
 
     Raises:
         KeyError: `exclude` names a module that the model does not have.
@@ -56,17 +69,21 @@ def neuron_groups(model: nn.Module, example_inputs: Any, exclude: Sequence[str |
     inputs = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
     coupling = Coupling()
     with _evaluation_mode(model):
-        graph = _Graph(model, inputs, names)
+        graph, trial = _Graph(model, inputs, names), Trial(model, inputs)
         for module in graph.roots():
             affected = [names[module]]
             try:
                 for group in graph.groups_of(module):
                     affected = [member.name for member in group.of_role(PRODUCER)]
                     _check_group(model, group, exclude)
-                    dry_run(model, group, inputs)
+                    trial.check(group)
                     coupling.groups.append(group)
             except Refused as refusal:
                 coupling.refuse(affected, refusal)
+    for module, name in names.items():
+        for kind, reason in _NEVER.items():
+            if isinstance(module, kind):
+                coupling.refuse([name], Refused(reason))
     return coupling
 
 
@@ -104,26 +121,49 @@ def _check_group(model: nn.Module, group: NeuronGroup, exclude: Sequence[str | t
         for parameter in member.module.parameters(recurse=False):
             if len(owners[id(parameter)]) > 1:
                 raise Refused(f"{' and '.join(owners[id(parameter)])} share one parameter")
+        _check_kind(member)
     _set_partition(group)
 
 
+def _check_kind(member: Member) -> None:
+    """Refuse layers of a known kind whose tensors are laid out otherwise."""
+    module = member.module
+    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
+        raise Refused(f"LayerNorm {member.name!r} over {tuple(module.normalized_shape)} is not over channels alone")
+    if is_attention(module) and [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+        raise Refused(f"attention {member.name!r} has parameters or buffers of its own, which may belong to its heads")
+
+
 def _set_partition(group: NeuronGroup) -> None:
-    """Find the shares that grouped convolutions cut the neurons into."""
+    """Find the shares that grouped convolutions and group norms cut the neurons into, the finest if they are nested."""
+    group.partitions, group.partition = 1, torch.zeros(group.width, dtype=torch.int64)
     for member in group.members:
-        groups = shares_of(member.module)
-        if groups == 1 or is_depthwise(member.module):
+        shares, kind = _shares(member.module)
+        if shares == 1:
             continue
         size = channels(member.module, member.role)
-        if member.index.shape[1] != 1 or size // groups == 1:
-            raise Refused(f"grouped convolution {member.name!r} with {size // groups} channels a group cannot be cut")
-        label = member.index[:, 0] // (size // groups)
-        if group.partitions != 1 and not torch.equal(label, group.partition):
-            raise Refused(f"grouped convolution {member.name!r} cuts the neurons into other shares than another one")
-        if not torch.equal(label.bincount(minlength=groups), torch.full((groups,), len(label) // groups)):
-            raise Refused(f"grouped convolution {member.name!r}: the neurons are not spread evenly over its groups")
-        group.partitions, group.partition = groups, label
-    if group.partitions == 1:
-        group.partition = torch.zeros(group.width, dtype=torch.int64)
+        if member.index.shape[1] != 1 or size // shares == 1:
+            raise Refused(f"{kind} {member.name!r} with {size // shares} channels a group cannot be cut")
+        label = member.index[:, 0] // (size // shares)
+        if not torch.equal(label.bincount(minlength=shares), torch.full((shares,), len(label) // shares)):
+            raise Refused(f"{kind} {member.name!r}: the neurons are not spread evenly over its groups")
+        if _refines(label, group.partition):
+            group.partitions, group.partition = shares, label
+        elif not _refines(group.partition, label):
+            raise Refused(f"{kind} {member.name!r} cuts the neurons into other shares than another one")
+
+
+def _shares(module: nn.Module) -> tuple[int, str]:
+    """How many shares a layer cuts its channels into, of which the same number must go; what kind of layer it is."""
+    if isinstance(module, nn.GroupNorm):
+        whole = module.num_groups == channels(module, FOLLOWER)  # then each group is one channel, which can go
+        return (1 if whole else module.num_groups), "group norm"
+    return (1 if is_depthwise(module) else shares_of(module)), "grouped convolution"
+
+
+def _refines(fine: Tensor, coarse: Tensor) -> bool:
+    """Whether each share of `fine` lies within one share of `coarse`."""
+    return torch.stack([fine, coarse]).unique(dim=1).shape[1] == len(fine.unique())
 
 
 @contextmanager
@@ -137,11 +177,37 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+class _Index(NamedTuple):
+    """A channel and the row of the layer asked for that it goes with; torch-pruning's mappings use these names."""
+
+    idx: int
+    root_idx: int
+
+
+def _correct_slices(graph: torch_pruning.DependencyGraph) -> None:
+    """Slices of sequences along time: torch-pruning takes the last dimension of [N, C, L] for the channels."""
+    for node in graph.module2node.values():
+        if not isinstance(node.module, tp_ops._SliceOp):
+            continue
+        shape, dim = getattr(node.grad_fn, "_saved_self_sym_sizes", ()), node.module.dim
+        count = infer_out_channels_recursively(graph, node.inputs[0], [0]) if node.inputs else None
+        if len(shape) != 3 or count is None or shape[dim % 3] == count:
+            continue
+        for dep in (*node.dependencies, *(dep for source in node.inputs for dep in source.dependencies)):
+            if node in (dep.source, dep.target) and any(end in node.inputs for end in (dep.source, dep.target)):
+                dep.index_mapping[0] = None
+
+
 class _Graph:
     """torch-pruning's dependency graph of a model and the groups read off it."""
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...], names: dict[nn.Module, str]) -> None:
         self.names = names
+        self.order = {module: i for i, module in enumerate(names)}
+        layers = [module for module in names if isinstance(module, MATRICES)]
+        self.most_channels = max((channels(m, role) for m in layers for role in (PRODUCER, CONSUMER)), default=0)
+        self.parameters = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.attentions = {module.qkv: module for module in names if is_attention(module)}
         self.covered: dict[nn.Module, Tensor] = {}
         # Inputs that require gradients leave a trace in the graph: what is added to one cannot change its width.
         self.inputs = [value.detach().clone().requires_grad_(True) if _is_float(value) else value for value in inputs]
@@ -149,15 +215,15 @@ class _Graph:
             self.graph = torch_pruning.DependencyGraph().build_dependency(
                 model, tuple(self.inputs), forward_fn=lambda net, args: net(*args), verbose=False
             )
+        _correct_slices(self.graph)
 
     def roots(self) -> list[nn.Module]:
-        """Linear and Conv2d layers of the graph that are no depthwise convolution, in forward order.
+        """Linear and convolution layers of the graph, without the depthwise ones, in forward order.
 
         Layers that the forward pass never calls are not in the graph; torch-pruning raises for them.
         """
-        traced = [m for m in self.graph.module2node if isinstance(m, (nn.Linear, nn.Conv2d)) and m in self.names]
-        order = {module: i for i, module in enumerate(self.names)}
-        return sorted((m for m in traced if not is_depthwise(m)), key=order.__getitem__)
+        traced = [m for m in self.graph.module2node if isinstance(m, MATRICES) and m in self.names]
+        return sorted((m for m in traced if not is_depthwise(m)), key=self.order.__getitem__)
 
     def groups_of(self, module: nn.Module) -> Iterator[NeuronGroup]:
         """The group of the rows of `module` that no earlier group holds."""
@@ -167,6 +233,9 @@ class _Graph:
         if not rows:
             return
         covered[rows] = True
+        if module in self.attentions:
+            yield self._heads(self.attentions[module])
+            return
         units = self._units(module, rows)
         members = [
             Member(self.names[layer], layer, role, torch.tensor([unit[layer, role] for unit in units]))
@@ -180,68 +249,97 @@ class _Graph:
                 self.covered.setdefault(member.module, seen)[member.index.flatten()] = True
         yield NeuronGroup(self.names[module], members)
 
+    def _heads(self, attention: Any) -> NeuronGroup:
+        """The heads of an attention: their rows of q, k and v, and the columns of the projection that read them."""
+        count, size = attention.num_heads, attention.head_dim
+        heads = torch.arange(count * size).view(count, size)
+        rows = torch.cat([heads + part * count * size for part in range(3)], dim=1)
+        members = [
+            Member(self.names[attention.qkv], attention.qkv, PRODUCER, rows),
+            Member(self.names[attention], attention, FOLLOWER, torch.arange(count)[:, None]),
+            Member(self.names[attention.proj], attention.proj, CONSUMER, heads),
+        ]
+        return NeuronGroup(self.names[attention.qkv], members)
+
     def _units(self, module: nn.Module, rows: list[int]) -> list[dict[tuple[nn.Module, str], list[int]]]:
         """What each neuron owns: (layer, role) -> channels. Rows that are coupled to each other are one neuron."""
-        together = self._query(module, rows)
-        probes = sorted({rows[0], rows[len(rows) // 2], rows[-1]})
-        if all(self._query(module, [row]).get(row) == together.get(row) for row in probes):
-            return [together[row] for row in rows]
         units: dict[tuple[int, ...], dict[tuple[nn.Module, str], list[int]]] = {}
-        for row in rows:  # one query a row: slow, but needed only where rows depend on each other
-            unit = self._query(module, [row])[row]
+        for unit in self._query(module, rows).values():
             units.setdefault(tuple(unit[module, PRODUCER]), unit)
         if sum(map(len, units)) != len(rows):
             raise Refused("its channels depend on each other in a way that cannot be split into neurons")
         return list(units.values())
 
     def _query(self, module: nn.Module, rows: list[int]) -> dict[int, dict[tuple[nn.Module, str], list[int]]]:
-        """Row -> what goes with it, by one query for all rows."""
-        prune = self.graph.get_pruner_of_module(module).prune_out_channels
+        """Row -> what goes with it."""
         owned: dict[int, dict[tuple[nn.Module, str], set[int]]] = {row: {} for row in rows}
-        for item in self.graph.get_pruning_group(module, prune, rows):
-            key = self._classify(item.dep)
+        for node, handler, indices in self._walk(module, rows):
+            key = self._classify(node, handler)
             if key is None:
                 continue
-            for index, root in zip(item.idxs, item.root_idxs):
+            for index, root in indices:
                 if root not in owned:
                     raise Refused("torch-pruning lost track of its channels")
                 owned[root].setdefault(key, set()).add(index)
         return {row: {key: sorted(found) for key, found in unit.items()} for row, unit in owned.items()}
 
-    def _classify(self, dep: Any) -> tuple[nn.Module, str] | None:
-        """(layer, role) of one item of a group, None for operations without tensors; raises Refused."""
-        module = dep.target.module
+    def _walk(self, module: nn.Module, rows: list[int]) -> list[tuple[Any, Any, set[_Index]]]:
+        """(node, pruning function, its channels with the rows they go with) of all that goes with rows of a layer.
+
+        `DependencyGraph.get_pruning_group` follows the same edges, but compares whole lists of channels, which never
+        ends where its mappings grow without bound, and keeps one row for each channel.
+        """
+        found: dict[tuple[Any, Any], set[_Index]] = {}
+        start = self.graph.module2node[module], self.graph.get_pruner_of_module(module).prune_out_channels
+        todo = [(*start, [_Index(row, row) for row in rows])]
+        while todo:
+            node, handler, indices = todo.pop()
+            seen = found.setdefault((node, handler), set())
+            new = [index for index in indices if index not in seen]
+            if any(not 0 <= index.idx < self.most_channels for index in new):
+                raise Refused("torch-pruning finds channels that no layer has")
+            seen.update(new)
+            for dep in node.dependencies if new else ():
+                if dep.is_triggered_by(handler):
+                    mapped = new
+                    for mapping in dep.index_mapping:
+                        mapped = mapped if mapping is None else mapping(mapped)
+                    todo.append((dep.target, dep.handler, mapped))
+        return [(node, handler, indices) for (node, handler), indices in found.items()]
+
+    def _classify(self, node: Any, handler: Any) -> tuple[nn.Module, str] | None:
+        """(layer, role) of what a pruning function does to a node, None without tensors; raises Refused."""
+        module = node.module
         if isinstance(module, tp_ops._OutputOp):
             raise Refused("it is an output of the model", expected=True)
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and not is_depthwise(module):
-            producer = dep.handler == self.graph.get_pruner_of_module(module).prune_out_channels
-            if not producer and self._reads_input(dep.target):
+        if isinstance(module, MATRICES) and not is_depthwise(module):
+            producer = handler == self.graph.get_pruner_of_module(module).prune_out_channels
+            if not producer and self._reads_input(node):
                 raise Refused("it is coupled to the input of the model")
             return module, PRODUCER if producer else CONSUMER
-        if self._reads_input(dep.target):
+        if self._reads_input(node):
             raise Refused("it is coupled to the input of the model")
-        if isinstance(module, NORMS) or is_depthwise(module):
+        if isinstance(module, (*NORMS, *JOINT_NORMS)) or is_depthwise(module):
             return module, FOLLOWER
         if isinstance(module, nn.PReLU):
             return (module, FOLLOWER) if module.num_parameters > 1 else None
         if module in self.names:
             raise Refused(f"{type(module).__name__} {self.names[module]!r} depends on it, which cannot be cut")
         if isinstance(module, nn.Parameter):
-            raise Refused("a bare parameter depends on it, which cannot be cut")
+            raise Refused(f"bare parameter {self.parameters.get(id(module), '')!r} depends on it, which cannot be cut")
         return None
 
     def _reads_input(self, node: Any) -> bool:
         leaves = [getattr(edge, "variable", None) for edge, _ in getattr(node.grad_fn, "next_functions", ())]
         return any(leaf is value for leaf in leaves if leaf is not None for value in self.inputs)
 
-    @staticmethod
-    def _common_keys(units: list[dict[tuple[nn.Module, str], list[int]]]) -> list[tuple[nn.Module, str]]:
-        """The (layer, role) pairs, which every neuron must own equally many channels of."""
+    def _common_keys(self, units: list[dict[tuple[nn.Module, str], list[int]]]) -> list[tuple[nn.Module, str]]:
+        """The (layer, role) pairs in forward order, of which every neuron must own equally many channels."""
         first = units[0]
         shape = {key: len(found) for key, found in first.items()}
         if any({key: len(found) for key, found in unit.items()} != shape for unit in units):
             raise Refused("its neurons do not all feed the same layers")
-        return list(first)
+        return sorted(first, key=lambda key: self.order[key[0]])
 
 
 def _is_float(value: Any) -> bool:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from kfac_ext.curvature.convolution import weight_like
 from kfac_ext.curvature.layers import Layer, module_modes, trace_layers, undisturbed
 
 Criterion = Callable[[Any, Tensor], Tensor]
@@ -166,12 +169,17 @@ def _folded_parameters(model: nn.Module, example: Tensor) -> tuple[dict[str, Ten
 
 
 def _layers(model: nn.Module, example: Tensor) -> list[Layer]:
-    """The layers with a batch norm of their own behind them (one that serves two layers cannot be folded)."""
+    """The layers with a batch norm behind them, weight and norm their own (what serves two cannot be folded)."""
     if not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return []
     layers = trace_layers(model, (example,)).values()
-    norms = [layer.norm_name for layer in layers]
-    return [layer for layer in layers if layer.norm_name is not None and norms.count(layer.norm_name) == 1]
+    norms = Counter(layer.norm_name for layer in layers)
+    holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    return [
+        layer
+        for layer in layers
+        if layer.norm_name is not None and norms[layer.norm_name] == holders[id(layer.module.weight)] == 1
+    ]
 
 
 def _folded_layer(layer: Layer) -> Iterator[tuple[str, Tensor, bool]]:
@@ -180,7 +188,7 @@ def _folded_layer(layer: Layer) -> Iterator[tuple[str, Tensor, bool]]:
     assert norm is not None and norm.running_mean is not None and norm.running_var is not None
     folded = layer.folded_weight()
     prefix = f"{layer.name}." if layer.name else ""
-    weight, constant = folded[:, :-1].reshape(layer.module.weight.shape), folded[:, -1]
+    weight, constant = weight_like(layer.module, folded[:, :-1]), folded[:, -1]
     zero = torch.zeros_like(norm.running_mean)
     yield f"{prefix}weight", weight, True
     yield f"{layer.norm_name}.running_var", torch.full_like(norm.running_var, 1 - norm.eps), False
@@ -210,7 +218,8 @@ def _hessian_product(
     total = torch.zeros_like(vector)
     for first in range(0, len(x), batch_size):
         inputs, targets = x[first : first + batch_size], y[first : first + batch_size]
-        loss = criterion(functional_call(model, {**fixed, **leaves}, (inputs,)), targets)
+        with sdpa_kernel(SDPBackend.MATH):  # PyTorch's fused attentions have no second derivative
+            loss = criterion(functional_call(model, {**fixed, **leaves}, (inputs,)), targets)
         grads = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
         pairs = [(g, v) for g, v in zip(grads, parts) if g is not None and g.requires_grad]
         directional = sum(((g * v).sum() for g, v in pairs), start=loss.new_zeros(()))

@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
+from kfac_ext.curvature.convolution import TRANSPOSED
+
+MATRICES = (nn.Linear, _ConvNd)  # what produces and reads neurons
 NORMS = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
@@ -17,6 +21,7 @@ NORMS = (
     nn.InstanceNorm2d,
     nn.InstanceNorm3d,
 )
+JOINT_NORMS = (nn.LayerNorm, nn.GroupNorm)  # their statistics run over several channels
 PRODUCER, FOLLOWER, CONSUMER = "producer", "follower", "consumer"
 
 
@@ -40,10 +45,11 @@ class Member:
     Attributes:
         name: qualified name of the module.
         module: the layer.
-        role: "producer" (rows of a weight), "follower" (entries of a norm, PReLU or depthwise convolution) or
-            "consumer" (input channels, that is columns of a weight).
+        role: "producer" (rows of a weight), "follower" (entries of a norm, PReLU or depthwise convolution, heads of
+            an attention) or "consumer" (input channels, that is columns of a weight).
         index: int64 [neurons, k] on the CPU, the k output (producer, follower) or input (consumer) channels of
-            the layer that belong to each neuron, ascending; k > 1 for example behind a flatten.
+            the layer that belong to each neuron, ascending; k > 1 for example behind a flatten, or for the heads of
+            an attention.
     """
 
     name: str
@@ -60,7 +66,7 @@ class NeuronGroup:
         name: qualified name of the first producer in forward order.
         members: what they own, layer by layer.
         partitions: how many equal shares the neurons fall into, of which the same number must go (grouped
-            convolutions); 1 without such a constraint.
+            convolutions, group norms); 1 without such a constraint.
         partition: int64 [neurons] on the CPU, the share of each neuron.
     """
 
@@ -73,6 +79,11 @@ class NeuronGroup:
     def width(self) -> int:
         """Neurons that are left."""
         return self.members[0].index.shape[0]
+
+    @property
+    def unit(self) -> int:
+        """Channels that a neuron is: 1, or for example head_dim for the head of an attention."""
+        return min(member.index.shape[1] for member in self.members if member.role != FOLLOWER)
 
     def of_role(self, role: str) -> list[Member]:
         """The members of one role."""
@@ -104,25 +115,60 @@ class Coupling:
 
 def is_depthwise(module: nn.Module) -> bool:
     """Whether a layer is a convolution with exactly one input and one output channel a group."""
-    return isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels == module.out_channels
+    return isinstance(module, _ConvNd) and 1 < module.groups == module.in_channels == module.out_channels
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module is a self-attention whose heads can go: `num_heads`, `head_dim`, `qkv` and `proj`.
+
+    `qkv` is a Linear to [3, num_heads, head_dim] and `proj` one from [num_heads, head_dim], as in timm's `Attention`
+    and `flatprune.models`.
+    """
+    parts = [getattr(module, name, None) for name in ("num_heads", "head_dim", "qkv", "proj")]
+    heads, size, qkv, proj = parts
+    if not (isinstance(heads, int) and isinstance(size, int) and isinstance(qkv, nn.Linear)):
+        return False
+    return isinstance(proj, nn.Linear) and qkv.out_features == 3 * heads * size and proj.in_features == heads * size
 
 
 def channels(module: nn.Module, role: str) -> int:
     """Current number of output (producer, follower) or input (consumer) channels, from the shapes of the tensors."""
-    if role == CONSUMER:
-        return weight_of(module).shape[1] * shares_of(module)
+    if isinstance(module, MATRICES):
+        weight, shares = weight_of(module), shares_of(module)
+        if is_transposed(module):  # [in, out/groups, kernel]
+            return weight.shape[0] if role == CONSUMER else weight.shape[1] * shares
+        return weight.shape[1] * shares if role == CONSUMER else weight.shape[0]
+    if is_attention(module):
+        return module.num_heads  # type: ignore[return-value]
     for tensor in (module.weight, getattr(module, "running_mean", None)):
         if isinstance(tensor, Tensor):
             return tensor.shape[0]
-    return int(module.num_features)  # type: ignore[arg-type] # a norm without tensors
+    return _stated_channels(module)
+
+
+def _stated_channels(module: nn.Module) -> int:
+    """Channels of a norm without tensors."""
+    if isinstance(module, nn.LayerNorm):
+        return module.normalized_shape[0]
+    return module.num_channels if isinstance(module, nn.GroupNorm) else int(module.num_features)  # type: ignore[arg-type]
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """The weight of a Linear or Conv2d."""
+    """The weight of a Linear or convolution."""
     assert isinstance(module.weight, Tensor)
     return module.weight
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight of a layer is [in, out/groups, kernel], not [out, in/groups, kernel]."""
+    return isinstance(module, TRANSPOSED)
+
+
 def shares_of(module: nn.Module) -> int:
     """Groups of a convolution, 1 for other layers."""
-    return module.groups if isinstance(module, nn.Conv2d) else 1
+    return module.groups if isinstance(module, _ConvNd) else 1
+
+
+def inputs_of_share(module: nn.Module) -> int:
+    """Input channels that one group of a convolution (or a Linear) reads."""
+    return channels(module, CONSUMER) // shares_of(module)

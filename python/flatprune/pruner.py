@@ -358,7 +358,7 @@ def _choose_layers(coupling: Coupling, model: nn.Module, layers: Sequence[str] |
             raise KeyError(f"layers: the model has no module named {name!r}; it has {', '.join(filter(None, known))}")
         found = [group for group in coupling.groups if any(m.name == name for m in group.of_role(PRODUCER))]
         if not found:
-            reason = coupling.refused.get(name, "it is no Linear or Conv2d of its own that the forward calls")
+            reason = coupling.refused.get(name, "it is no Linear or convolution of its own that the forward calls")
             raise ValueError(f"Pruner: layer {name!r} cannot be pruned: {reason}")
         chosen += [group for group in found if all(group is not other for other in chosen)]
     coupling.groups[:] = [group for group in coupling.groups if any(group is other for other in chosen)]

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 import kfac_ext
 from flatprune.cuts import layer_cuts, tensor_name, weight_columns
-from flatprune.neurons import CONSUMER, PRODUCER, NeuronGroup, channels, shares_of, weight_of
+from flatprune.neurons import CONSUMER, PRODUCER, NeuronGroup, channels, inputs_of_share, shares_of
+from kfac_ext.curvature.convolution import weight_like, weight_matrix
 
 if TYPE_CHECKING:
     from kfac_ext.curvature import Curvature
@@ -109,7 +110,7 @@ def input_statistics(curvature: Curvature, names: Iterable[str]) -> InputStatist
 
 def has_convolution(curvature: Curvature) -> bool:
     """Whether any layer with factors is a convolution."""
-    return any(isinstance(layer.module, nn.Conv2d) for layer in curvature.layers.values())
+    return any(layer.is_convolution for layer in curvature.layers.values())
 
 
 class _Reading(NamedTuple):
@@ -127,7 +128,7 @@ def _readings(groups: Sequence[NeuronGroup]) -> list[_Reading]:
     for position, group in enumerate(groups):
         for member in group.of_role(CONSUMER):
             columns = weight_columns(member.module, member.index)
-            share = member.index[:, 0] // weight_of(member.module).shape[1]
+            share = member.index[:, 0] // inputs_of_share(member.module)
             for part in range(shares_of(member.module)):
                 neurons = torch.arange(group.width)
                 if shares_of(member.module) > 1:
@@ -206,7 +207,7 @@ def magnitude_scores(groups: Sequence[NeuronGroup], criterion: str) -> list[Tens
     scores = []
     for group in groups:
         means = [
-            weight_of(member.module).abs().flatten(1).mean(dim=1).cpu().double()[member.index].mean(dim=1)
+            weight_matrix(member.module).abs().mean(dim=1).cpu().double()[member.index].mean(dim=1)
             for member in group.of_role(PRODUCER)
         ]
         score = torch.stack(means).mean(dim=0)
@@ -262,7 +263,7 @@ def compensation(
 
 def _with_constant(module: nn.Module, inverse: Tensor) -> Tensor:
     """The raw weight as a matrix [O, d], with the bias (or zeros) as a last column if the inverse has one for the 1."""
-    weight = weight_of(module).flatten(1).to(inverse.dtype)
+    weight = weight_matrix(module).to(inverse.dtype)
     if inverse.shape[0] == weight.shape[1]:
         return weight
     column = module.bias if isinstance(module.bias, Tensor) else weight.new_zeros(len(weight))
@@ -281,8 +282,8 @@ def _scatter(full: Tensor, _inverse: Tensor, gone: Tensor, kept: Tensor) -> Tens
 def _as_tensors(curvature: Curvature, name: str, full: Tensor) -> dict[str, Tensor]:
     layer = curvature.layers[name]
     weight, bias = layer.module.weight, layer.module.bias
-    size = weight[0].numel()
-    values = {tensor_name(name, "weight"): full[:, :size].view_as(weight).to(weight.dtype)}
+    size = layer.patch_size
+    values = {tensor_name(name, "weight"): weight_like(layer.module, full[:, :size]).to(weight.dtype)}
     if full.shape[1] == size:
         return values
     constant = full[:, size]

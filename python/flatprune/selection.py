@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flatprune.neurons import CONSUMER, NeuronGroup, channels, is_depthwise
+from flatprune.neurons import CONSUMER, MATRICES, NeuronGroup, channels, is_depthwise, shares_of, weight_of
 
 
 @dataclass
@@ -68,12 +68,10 @@ class ParameterCount:
 def _layer_sizes(module: nn.Module) -> _Layer:
     vectors = sum(parameter.dim() == 1 for parameter in module.parameters(recurse=False))
     outputs = channels(module, "")
-    if isinstance(module, nn.Linear):
-        return _Layer(outputs, module.weight.shape[1], 1, 1, vectors)
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, MATRICES):
         inputs = 1 if is_depthwise(module) else channels(module, CONSUMER)
-        shares = 1 if is_depthwise(module) else module.groups
-        return _Layer(outputs, inputs, module.weight[0, 0].numel(), shares, vectors)
+        shares = 1 if is_depthwise(module) else shares_of(module)
+        return _Layer(outputs, inputs, weight_of(module)[:1, :1].numel(), shares, vectors)
     return _Layer(outputs, 0, 0, 1, vectors)
 
 
@@ -81,8 +79,8 @@ class Limits(NamedTuple):
     """What a removal must respect.
 
     Attributes:
-        round_to: widths become multiples of this.
-        min_width: neurons that stay in a group at least.
+        round_to: widths, in channels, become multiples of this.
+        min_width: channels that stay in a group at least (of an attention: one head or more of that many together).
         max_fraction: largest share of a group that goes at once.
     """
 
@@ -92,12 +90,13 @@ class Limits(NamedTuple):
 
     def step(self, group: NeuronGroup) -> int:
         """Neurons that go together: a multiple of the rounding and of the shares of a grouped convolution."""
-        return math.lcm(self.round_to, group.partitions)
+        rounding = self.round_to // math.gcd(self.round_to, group.unit)
+        return math.lcm(rounding, group.partitions)
 
     def floor(self, group: NeuronGroup) -> int:
         """The smallest width of a group."""
-        step = self.step(group)
-        return min(group.width, step * -(-max(self.min_width, 1) // step))
+        step, least = self.step(group), -(-max(self.min_width, 1) // group.unit)
+        return min(group.width, step * -(-least // step))
 
     def bundles(self, group: NeuronGroup) -> list[int]:
         """Sizes of the bundles that may go at once, the first one bringing the width to a multiple of the step."""

@@ -15,8 +15,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from flatprune.cuts import Cut, LayerCut, layer_cuts, renumbered, weight_columns
-from flatprune.neurons import NORMS, Member, NeuronGroup, is_depthwise, shares_of, weight_of
+from flatprune.cuts import Cut, LayerCut, layer_cuts, patch_size, renumbered, weight_columns
+from flatprune.neurons import (
+    CONSUMER,
+    MATRICES,
+    NORMS,
+    PRODUCER,
+    Member,
+    NeuronGroup,
+    channels,
+    is_attention,
+    is_depthwise,
+    shares_of,
+)
 from flatprune.sam import refuse_moved
 
 if TYPE_CHECKING:
@@ -39,7 +50,7 @@ class Plan:
     parameters: list[tuple[nn.Parameter, Tensor, Tensor | None]] = field(default_factory=list)
     buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     states: list[tuple[dict[str, Any], str, Tensor]] = field(default_factory=list)
-    modules: list[tuple[nn.Module, dict[str, int]]] = field(default_factory=list)
+    modules: list[tuple[nn.Module, dict[str, Any]]] = field(default_factory=list)
     indices: list[tuple[Member, Tensor]] = field(default_factory=list)
     partitions: list[tuple[NeuronGroup, Tensor]] = field(default_factory=list)
     curvature: Curvature | None = None
@@ -122,7 +133,7 @@ def plan(
             done.add(name)
             value = tensor if replacements is None else replacements.get(name, tensor)
             _plan_tensor(result, name, tensor, _checked(name, tensor, value), cut, optimizer)
-        result.modules.append((layer.module, _attributes(layer)))
+        result.modules.append((layer.module, layer.attributes()))
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, value in (replacements or {}).items():
         if name not in done:  # a bias or running mean that keeps its shape
@@ -206,15 +217,15 @@ def _plan_factors(result: Plan, curvature: Curvature, cuts: Mapping[str, LayerCu
     for name, cut in cuts.items():
         if f"{name}.A" not in factors:
             continue
-        weight, shares = weight_of(cut.module), shares_of(cut.module)
+        shares = shares_of(cut.module)
         columns, rows = factors[f"{name}.A"].shape[-1], factors[f"{name}.G"].shape[-1]
-        if columns - weight[0].numel() not in (0, 1) or rows * shares != weight.shape[0]:
+        if columns - patch_size(cut.module) not in (0, 1) or rows * shares != channels(cut.module, PRODUCER):
             raise ValueError(f"{name}: its factors are for {columns} inputs and {rows} outputs, not for this layer")
         if is_depthwise(cut.module):
             assert cut.outputs is not None
             result.blocks[f"{name}.A"] = result.blocks[f"{name}.G"] = cut.outputs.to(device)
             continue
-        if cut.columns is not None:
+        if cut.inputs is not None:
             result.keep[f"{name}.A"] = _factor_columns(cut, columns).to(device)
         if cut.outputs is not None:
             kept = cut.outputs if shares == 1 else (cut.outputs % rows).view(shares, -1)
@@ -222,52 +233,50 @@ def _plan_factors(result: Plan, curvature: Curvature, cuts: Mapping[str, LayerCu
 
 
 def _factor_columns(cut: LayerCut, size: int) -> Tensor:
-    """Rows of A that stay: the patch entries of the kept input channels, then the constant if A has one."""
-    assert cut.columns is not None
-    columns = weight_columns(cut.module, cut.columns)
-    constant = torch.arange(weight_of(cut.module)[0].numel(), size).expand(*columns.shape[:-1], -1)
+    """Rows of A that stay: the patch entries of the kept input channels, then the constant if A has one.
+
+    [m], or [groups, m] for a grouped convolution.
+    """
+    assert cut.inputs is not None
+    shares = shares_of(cut.module)
+    columns = weight_columns(cut.module, cut.inputs if shares == 1 else cut.inputs.view(shares, -1))
+    constant = torch.arange(patch_size(cut.module), size).expand(*columns.shape[:-1], -1)
     return torch.cat([columns, constant], dim=-1)
 
 
-def _attributes(cut: LayerCut) -> dict[str, int]:
-    """Attributes of a layer after the cut."""
-    module = cut.module
-    outputs = None if cut.outputs is None else len(cut.outputs)
-    inputs = None if cut.inputs is None else len(cut.inputs)
-    if isinstance(module, nn.Linear):
-        values = {"out_features": outputs, "in_features": inputs}
-    elif is_depthwise(module):
-        values = {"out_channels": outputs, "in_channels": outputs, "groups": outputs}
-    elif isinstance(module, nn.Conv2d):
-        values = {"out_channels": outputs, "in_channels": inputs}
-    elif isinstance(module, nn.PReLU):
-        values = {"num_parameters": outputs}
-    else:
-        values = {"num_features": outputs}
-    return {key: value for key, value in values.items() if value is not None}
-
-
 def sync_attributes(model: nn.Module) -> None:
-    """Set in_features, out_channels, num_features, groups, ... of every layer from the shapes of its tensors.
+    """Set in_features, out_channels, num_features, num_heads, ... of every layer from the shapes of its tensors.
 
     For a freshly built network whose tensors were replaced by those of a pruned one. A convolution that was depthwise
-    stays so; other grouped convolutions keep their number of groups.
+    stays so; other grouped convolutions and group norms keep their number of groups, attentions their head_dim.
 
     Args:
-        model: changed in place: attributes of Linear, Conv2d, norms over channels, and PReLU.
+        model: changed in place: attributes of Linear, convolutions, norms, PReLU and attentions (see
+            `flatprune.neurons.is_attention`).
     """
+    attentions = [module for module in model.modules() if is_attention(module)]
     for module in model.modules():
         tensors = (getattr(module, name, None) for name in ("weight", "running_mean"))
-        shape = next((tensor.shape for tensor in tensors if isinstance(tensor, Tensor)), None)
-        if shape is None:
-            continue
-        if isinstance(module, nn.Linear):
-            module.out_features, module.in_features = shape
-        elif isinstance(module, nn.Conv2d) and is_depthwise(module):
-            module.out_channels = module.in_channels = module.groups = shape[0]
-        elif isinstance(module, nn.Conv2d):
-            module.out_channels, module.in_channels = shape[0], shape[1] * module.groups
-        elif isinstance(module, nn.PReLU):
-            module.num_parameters = shape[0]
-        elif isinstance(module, NORMS):
-            module.num_features = shape[0]
+        if any(isinstance(tensor, Tensor) for tensor in tensors):
+            _sync_layer(module)
+    for attention in attentions:
+        attention.num_heads = attention.proj.in_features // attention.head_dim  # type: ignore[union-attr,operator,assignment]
+
+
+def _sync_layer(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = channels(module, PRODUCER), channels(module, CONSUMER)
+    elif isinstance(module, MATRICES) and is_depthwise(module):
+        module.out_channels = module.in_channels = module.groups = len(module.weight)
+    elif isinstance(module, MATRICES):
+        module.out_channels, module.in_channels = channels(module, PRODUCER), channels(module, CONSUMER)
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(module.weight)
+    elif isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
+        module.normalized_shape = (len(module.weight),)
+    elif isinstance(module, nn.GroupNorm):
+        size = len(module.weight)
+        whole = module.num_groups == module.num_channels or size < module.num_groups  # one channel a group
+        module.num_groups, module.num_channels = size if whole else module.num_groups, size
+    elif isinstance(module, NORMS):
+        module.num_features = channels(module, "")

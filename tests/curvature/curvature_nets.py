@@ -94,7 +94,24 @@ def conv_norm():
     )  # fmt: skip
 
 
+def sequence_conv(**options):
+    """Convolutions over [N, C, L]; `options` of the second one."""
+    return nn.Sequential(
+        nn.Conv1d(2, 4, 2, bias=False), nn.BatchNorm1d(4), nn.ReLU(inplace=True), nn.Conv1d(4, 6, 3, **options),
+        nn.ReLU(inplace=True), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(6, 3),
+    )  # fmt: skip
+
+
+def transposed(kind=nn.ConvTranspose2d, **options):
+    """A transposed convolution with a batch norm behind it; `options` of it."""
+    conv, norm = (nn.Conv2d, nn.BatchNorm2d) if kind is nn.ConvTranspose2d else (nn.Conv1d, nn.BatchNorm1d)
+    return nn.Sequential(
+        conv(2, 4, 3, stride=2), nn.ReLU(), kind(4, 6, 3, **options), norm(6), nn.ReLU(inplace=True), conv(6, 3, 1),
+    )  # fmt: skip
+
+
 IMAGE = (2, 6, 5)
+SEQUENCE = (2, 9)
 NETS = {
     "mlp": (mlp, (4,)),
     "mlp_norm": (mlp_norm, (4,)),
@@ -110,6 +127,14 @@ NETS = {
     "conv_circular": (lambda: conv(padding=1, padding_mode="circular"), IMAGE),
     "conv_reflect": (lambda: conv(padding=(1, 2), padding_mode="reflect"), IMAGE),
     "conv_replicate": (lambda: conv(padding="same", padding_mode="replicate"), IMAGE),
+    "sequence_conv": (lambda: sequence_conv(stride=2, dilation=2, padding=3), SEQUENCE),
+    "sequence_conv_grouped": (lambda: sequence_conv(groups=2, padding="same"), SEQUENCE),
+    "sequence_conv_circular": (lambda: sequence_conv(padding=2, padding_mode="circular"), SEQUENCE),
+    "sequence_conv_reflect": (lambda: sequence_conv(padding=2, padding_mode="reflect"), SEQUENCE),
+    "transposed": (lambda: transposed(stride=2, padding=1, output_padding=(1, 0)), IMAGE),
+    "transposed_cropped": (lambda: transposed(stride=(4, 2), padding=(3, 2), dilation=(1, 2), bias=False), IMAGE),
+    "transposed_grouped": (lambda: transposed(groups=2), IMAGE),
+    "transposed_sequence": (lambda: transposed(nn.ConvTranspose1d, stride=2, output_padding=1), SEQUENCE),
 }
 
 

@@ -46,8 +46,51 @@ def conv_patches(image, conv):
     return torch.stack(rows)
 
 
+def transposed_patches(image, conv):
+    """[positions, C kh kw] of one image [C, H, W]: which input pixel reaches an output pixel by which weight.
+
+    Output pixel o gets weight k times input pixel i where i stride - padding + k dilation = o; the patch lists k from
+    the last to the first.
+    """
+    (kh, kw), (sh, sw), (dh, dw), (ph, pw) = conv.kernel_size, conv.stride, conv.dilation, conv.padding
+    channels, height, width = image.shape
+    sizes = conv(image[None]).shape[2:]
+    rows = []
+    for oy in range(sizes[0]):
+        for ox in range(sizes[1]):
+            patch = image.new_zeros(channels, kh, kw)
+            for ky in range(kh):
+                for kx in range(kw):
+                    (y, ry), (x, rx) = divmod(oy + ph - ky * dh, sh), divmod(ox + pw - kx * dw, sw)
+                    if ry == rx == 0 and 0 <= y < height and 0 <= x < width:
+                        patch[:, kh - 1 - ky, kw - 1 - kx] = image[:, y, x]
+            rows.append(patch.flatten())
+    return torch.stack(rows)
+
+
+def as_2d(conv):
+    """The two-dimensional convolution that does to images of height 1 what a one-dimensional one does to sequences."""
+    options = {
+        "kernel_size": (1, *conv.kernel_size),
+        "stride": (1, *conv.stride),
+        "dilation": (1, *conv.dilation),
+        "padding": conv.padding if isinstance(conv.padding, str) else (0, *conv.padding),
+        "groups": conv.groups,
+        "padding_mode": conv.padding_mode,
+        "dtype": conv.weight.dtype,
+    }
+    if isinstance(conv, nn.ConvTranspose1d):
+        options["output_padding"] = (0, *conv.output_padding)
+        return nn.ConvTranspose2d(conv.in_channels, conv.out_channels, **options)
+    return nn.Conv2d(conv.in_channels, conv.out_channels, **options)
+
+
 def input_rows(module, x):
     """[N, positions, in] of one call."""
+    if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
+        return input_rows(as_2d(module), x[:, :, None])
+    if isinstance(module, nn.ConvTranspose2d):
+        return torch.stack([transposed_patches(image, module) for image in x])
     if isinstance(module, nn.Conv2d):
         return torch.stack([conv_patches(image, module) for image in x])
     return torch.stack([sample.reshape(-1, sample.shape[-1]) for sample in x])
@@ -55,7 +98,7 @@ def input_rows(module, x):
 
 def gradient_rows(module, g):
     """[N, positions, out] of one call."""
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, nn.modules.conv._ConvNd):
         return torch.stack([sample.flatten(1).T for sample in g])
     return torch.stack([sample.reshape(-1, sample.shape[-1]) for sample in g])
 

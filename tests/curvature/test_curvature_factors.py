@@ -18,6 +18,8 @@ NORMS = {
     "mlp_norm": {"0": "1"},
     "residual": {"first": "norm"},
     "conv_norm_depthwise": {"0": "1", "4": "5"},
+    **{name: {"0": "1"} for name in curvature_nets.NETS if name.startswith("sequence_conv")},
+    **{name: {"2": "3"} for name in curvature_nets.NETS if name.startswith("transposed")},
 }
 
 
@@ -28,7 +30,7 @@ def oracle_layers(model, name):
     return {
         key: (module, modules[norms.get(key, key)])
         for key, module in modules.items()
-        if isinstance(module, (nn.Linear, nn.Conv2d))
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d))
     }
 
 
@@ -166,6 +168,25 @@ def test_half_precision_is_accumulated_in_float32():
     torch.testing.assert_close(curvature.factors["0.A"], rows.T @ rows / 64)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["conv_same", "conv_circular", "conv_grouped", "sequence_conv", "transposed"])
+def test_bfloat16_convolutions_keep_float32_factors(name, autocast):
+    """Their error is that of the inputs, not that of factors kept in bfloat16."""
+    model, x = curvature_nets.make(name, dtype=torch.float32)
+    exact, exact_x = copy.deepcopy(model).double(), x.double()
+    if not autocast:
+        model, x = model.bfloat16(), x.bfloat16()
+        exact, exact_x = copy.deepcopy(model).double(), x.double()
+    found, wanted = (Curvature(net, generator=torch.Generator().manual_seed(0)) for net in (model, exact))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        output = model(x)
+    exact(exact_x)
+    assert output.dtype == torch.bfloat16
+    assert found.factors.buffer.dtype == torch.float32
+    first = next(iter(found.layers))  # its input is exact, so its A must be as exact as float32
+    torch.testing.assert_close(found.factors[f"{first}.A"].double(), wanted.factors[f"{first}.A"], rtol=1e-5, atol=1e-6)
+
+
 def test_output_that_is_not_finite_leaves_the_factors():
     model, x = curvature_nets.make("mlp")
     curvature = Curvature(model, factor_update_steps=1)
@@ -205,7 +226,7 @@ def test_radii_are_products_of_top_eigenvalues():
         assert curvature.geometric_mean_radius() == pytest.approx(float(values.prod() ** (1 / len(values))))
 
 
-@pytest.mark.parametrize("name", ["mlp", "mlp_norm", "conv_norm_depthwise", "conv_grouped"])
+@pytest.mark.parametrize("name", list(curvature_nets.NETS))
 def test_folded_weight_gives_z(name):
     model, x = curvature_nets.make(name)
     curvature = Curvature(model)

@@ -138,21 +138,36 @@ def test_unused_and_unsupported_layers_are_named_once():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.used, self.spare, self.up = nn.Linear(3, 4), nn.Linear(4, 4), nn.Conv1d(4, 2, 1)
+            self.used, self.spare, self.up = nn.Linear(3, 4), nn.Linear(4, 4), nn.Conv3d(4, 2, 1)
 
         def forward(self, x):
-            return self.up(self.used(x)[:, :, None])[:, :, 0]
+            return self.up(self.used(x)[:, :, None, None, None])[:, :, 0, 0, 0]
 
     model = Net()
     curvature = Curvature(model, factor_update_steps=1)
     with pytest.warns(UserWarning) as caught:
         model(torch.randn(5, 3))
     messages = [str(w.message) for w in caught]
-    assert len(messages) == 2 and "never calls 'spare'" in messages[0] and "'up' (Conv1d)" in messages[1]
+    assert len(messages) == 2 and "never calls 'spare'" in messages[0] and "'up' (Conv3d)" in messages[1]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(torch.randn(5, 3))
     assert list(curvature.layers) == ["used"]
+
+
+def test_a_transposed_convolution_whose_geometry_changes_is_refused():
+    class Up(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.ConvTranspose2d(2, 3, 3, stride=2)
+
+        def forward(self, x):
+            return self.up(x, output_size=(8, 8))
+
+    model = Up()
+    Curvature(model)
+    with pytest.raises(ValueError, match=r"layer 'up' is called with output_size"):
+        model(torch.randn(2, 2, 3, 3))
 
 
 def test_skip_layers_are_regular_expressions():

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flatprune import models
 from flatprune.hessian import _lanczos, _power, hessian_eigenvalues, hessian_lambda_max
 
 EXACT = {"iterations": 300, "tol": 1e-9}
@@ -171,3 +173,25 @@ def test_fewer_distinct_eigenvalues_than_asked_for():
     model, x = nn.Linear(1, 2, bias=False).double(), torch.ones(4, 1, dtype=torch.float64)
     with pytest.raises(ValueError, match="k is 3, but only 2"):
         hessian_eigenvalues(model, x, torch.tensor([0, 1, 1, 1]), F.cross_entropy, k=3)
+
+
+def test_attention_has_a_second_derivative():
+    """PyTorch's fused attention has none; the one written out must serve, on a shipped transformer."""
+    model = models.build("vit_tiny", (1, 8, 8), 3, (16, 8)).double()
+    del model.blocks[1:]
+    x, y = torch.randn(6, 1, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
+    (value,) = hessian_eigenvalues(model, x, y, F.cross_entropy, k=1, tol=1e-4)
+    names, parameters = zip(*model.named_parameters())
+
+    def loss(*values):
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.cross_entropy(functional_call(model, dict(zip(names, values)), (x,)), y)
+
+    gradients = torch.autograd.grad(loss(*parameters), parameters, create_graph=True)
+    vector, size = [torch.randn_like(p) for p in parameters], 0.0
+    for _ in range(60):
+        product = torch.autograd.grad(gradients, parameters, vector, retain_graph=True)
+        size = float(torch.cat([p.flatten() for p in product]).norm())
+        vector = [p / size for p in product]
+    assert abs(value) <= size * 1.001  # power iteration finds the eigenvalue of largest magnitude
+    assert value == pytest.approx(size, rel=1e-2)

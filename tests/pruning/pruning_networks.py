@@ -110,6 +110,98 @@ class Concat(nn.Module):
         return self.head(torch.relu(self.after(value * torch.sigmoid(gate))).mean((2, 3)))
 
 
+class Sequence(nn.Module):
+    """Convolutions over sequences: strided, grouped, depthwise, a residual sum, then a flatten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(8, 12, 3, padding=1)
+        self.norm = nn.BatchNorm1d(12)
+        self.depthwise = nn.Conv1d(12, 12, 3, padding="same", groups=12)
+        self.grouped = nn.Conv1d(12, 16, 3, stride=2, padding=1, groups=2, bias=False)
+        self.again = nn.Conv1d(16, 16, 3, padding=2, dilation=2, padding_mode="circular")
+        self.head = nn.Linear(16 * 4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.first(x[:, 0])))
+        x = torch.relu(self.grouped(self.depthwise(x)))
+        return self.head(torch.relu(self.again(x) + x).flatten(1))
+
+
+class Transposed(nn.Module):
+    """Down and up again: a transposed convolution between convolutions, a grouped one and a depthwise one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(1, 12, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose2d(12, 10, 3, stride=2, padding=1, output_padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(10)
+        self.depthwise = nn.ConvTranspose2d(10, 10, 3, padding=1, groups=10)
+        self.grouped = nn.ConvTranspose2d(10, 8, 2, stride=2, groups=2)
+        self.mix = nn.Conv2d(8, 9, 3, stride=2)
+        self.head = nn.Linear(9, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.up(torch.relu(self.down(x)))))
+        x = torch.relu(self.grouped(self.depthwise(x)))
+        return self.head(torch.relu(self.mix(x)).mean((2, 3)))
+
+
+class JointNorms(nn.Module):
+    """Group norms of four, of one and of as many groups as channels, then layer norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 12, 3, padding=1)
+        self.four = nn.GroupNorm(4, 12)
+        self.second = nn.Conv2d(12, 10, 3, stride=2)
+        self.one = nn.GroupNorm(1, 10)
+        self.third = nn.Conv2d(10, 8, 1)
+        self.each = nn.GroupNorm(8, 8)
+        self.fourth = nn.Linear(72, 14)
+        self.layer = nn.LayerNorm(14)
+        self.fifth = nn.Linear(14, 12)
+        self.plain = nn.LayerNorm(12, bias=False)
+        self.head = nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.four(self.first(x)))
+        x = torch.relu(self.one(self.second(x)))
+        x = torch.relu(self.each(self.third(x))).flatten(1)
+        x = torch.relu(self.layer(self.fourth(x)))
+        return self.head(self.plain(torch.tanh(self.fifth(x))))
+
+
+class Attention(nn.Module):
+    """Self-attention as timm writes it, over the rows of the image, in a residual sum with an MLP behind it."""
+
+    class Heads(nn.Module):
+        def __init__(self, width: int, num_heads: int, head_dim: int) -> None:
+            super().__init__()
+            self.num_heads, self.head_dim = num_heads, head_dim
+            self.qkv = nn.Linear(width, 3 * num_heads * head_dim)
+            self.proj = nn.Linear(num_heads * head_dim, width)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+            x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            return self.proj(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 12)
+        self.position = nn.Parameter(torch.randn(8, 12))
+        self.norm = nn.LayerNorm(12)
+        self.attn = self.Heads(12, 6, 4)
+        self.mlp = nn.Sequential(nn.LayerNorm(12), nn.Linear(12, 30), nn.GELU(), nn.Linear(30, 12))
+        self.head = nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x[:, 0]) + self.position
+        x = x + self.attn(self.norm(x))
+        return self.head((x + self.mlp(x)).mean(1))
+
+
 NETWORKS = {
     "mlp": mlp,
     "chain": chain,
@@ -117,6 +209,10 @@ NETWORKS = {
     "depthwise": Depthwise,
     "grouped": Grouped,
     "concat": Concat,
+    "sequence": Sequence,
+    "transposed": Transposed,
+    "norms": JointNorms,
+    "attention": Attention,
 }
 
 
@@ -163,18 +259,41 @@ class Run:
 
 
 def zeroed_inputs(groups: list[NeuronGroup], gone: dict[int, Tensor]) -> list:
-    """Hooks that set what the consumers of the neurons gone read to zero; returns their handles."""
+    """Hooks that make the masked network; returns their handles.
 
-    def hook(index: Tensor, dim: int):
-        def zero(_module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-            return (args[0].index_fill(dim, index, 0.0),)
+    What the consumers of the neurons gone read is set to zero; layer norms and group norms take their statistics over
+    the neurons that stay.
+    """
 
-        return zero
+    def zero(index: Tensor, dim: int):
+        return lambda _module, args: (args[0].index_fill(dim, index, 0.0),)
 
-    return [
-        member.module.register_forward_pre_hook(
-            hook(member.index[neurons].flatten(), 1 if isinstance(member.module, nn.Conv2d) else -1)
-        )
-        for position, neurons in gone.items()
-        for member in groups[position].of_role(CONSUMER)
-    ]
+    def survivors(lost: Tensor):
+        def normalize(norm: nn.Module, args: tuple[Tensor], _output: Tensor) -> Tensor:
+            x = args[0]
+            by_layer = isinstance(norm, nn.LayerNorm)
+            rows = x if by_layer else x.flatten(2).unflatten(1, (norm.num_groups, -1))
+            axis, parameters_axis = (-1, -1) if by_layer else ((2, 3), 1)
+            stay = torch.ones(x.shape[-1 if by_layer else 1])
+            stay[lost] = 0
+            weights = stay if by_layer else stay.view(norm.num_groups, -1, 1)
+            total = (weights * torch.ones_like(rows)).sum(axis, keepdim=True).clamp_min(1)
+            mean = (weights * rows).sum(axis, keepdim=True) / total
+            variance = (weights * (rows - mean).square()).sum(axis, keepdim=True) / total
+            y = ((rows - mean) / (variance + norm.eps).sqrt()).reshape(x.shape)
+            shape = [-1 if d == parameters_axis % x.dim() else 1 for d in range(x.dim())]
+            return y * norm.weight.view(shape) + (0 if norm.bias is None else norm.bias.view(shape))
+
+        return normalize
+
+    handles = []
+    lost: dict[nn.Module, list[Tensor]] = {}
+    for position, neurons in gone.items():
+        for member in groups[position].members:
+            index, module = member.index[neurons].flatten(), member.module
+            if member.role == CONSUMER:
+                hook = zero(index, -1 if isinstance(module, nn.Linear) else 1)
+                handles.append(module.register_forward_pre_hook(hook))
+            elif isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
+                lost.setdefault(module, []).append(index)
+    return handles + [norm.register_forward_hook(survivors(torch.cat(parts))) for norm, parts in lost.items()]

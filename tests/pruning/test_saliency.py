@@ -86,6 +86,75 @@ def test_scores_of_several_consumers_and_of_grouped_convolutions_add_up():
         assert float(total[j]) == pytest.approx(float(value), rel=1e-3)
 
 
+def _quadratic_change(run: Run, group, neuron: int) -> float:
+    """1/2 E[dz^T G dz] summed over the layers, dz what z changes by when the whole coupled neuron is masked.
+
+    Measured by calling each layer on what it reads with the neuron's channels zero: no A, no columns, no formula.
+    """
+    curvature, total = run.curvature, 0.0
+    inputs: dict[str, Tensor] = {}
+    readers = group.of_role(CONSUMER)
+    handles = [
+        m.module.register_forward_pre_hook(lambda _m, args, name=m.name: inputs.__setitem__(name, args[0].clone()))
+        for m in readers
+    ]
+    with curvature.paused(), torch.no_grad():  # what the covariances are measured on: batch statistics, recent inputs
+        copy.deepcopy(run.model).train()(torch.cat(curvature.recent_inputs))
+    for handle in handles:
+        handle.remove()
+    with torch.no_grad():
+        for member in readers:
+            layer, x = curvature.layers[member.name], inputs[member.name]
+            axis = 1 if layer.is_convolution else x.dim() - 1
+            masked = x.index_fill(axis, member.index[neuron], 0.0)
+            dz = (layer.module(masked) - layer.module(x)).movedim(axis, -1)
+            if layer.norm is not None:
+                dz = dz * layer.norm.weight / (layer.norm.running_var + layer.norm.eps).sqrt()
+            rows = dz.reshape(-1, dz.shape[-1]).double()
+            total += 0.5 * float(((rows @ curvature.factors[f"{member.name}.G"].double()) * rows).sum(1).mean())
+    return total
+
+
+@pytest.mark.filterwarnings("ignore:Pruner")
+@pytest.mark.parametrize(("name", "position"), [("resnet", 0), ("chain", 1), ("concat", 1), ("transposed", 0)])
+def test_a_coupled_neuron_is_judged_by_the_joint_change_of_all_that_reads_it(name, position):
+    """Residual streams, flattened positions, concatenations: the score is the quadratic model of masking it whole."""
+    run = trained(name, 30)
+    groups = neuron_groups(run.model, digits()[0][:2]).groups
+    statistics = saliency.input_statistics(run.curvature, consumers(groups))
+    scores = saliency.curvature_scores(run.curvature, groups, "outgoing", statistics)[position]
+    assert name != "resnet" or len(groups[position].of_role(CONSUMER)) > 1
+    for neuron in range(groups[position].width):
+        assert float(scores[neuron]) == pytest.approx(_quadratic_change(run, groups[position], neuron), rel=1e-3)
+
+
+@pytest.mark.parametrize("criterion", ["outgoing", "obs"])
+@pytest.mark.parametrize("head_dim", [4, 80])
+def test_heads_are_scored_by_all_their_columns_together(criterion, head_dim):
+    """Blocks beyond the 64 columns of the kernels too."""
+    torch.manual_seed(0)
+    model = NETWORKS["attention"]()
+    model.attn = model.Heads(12, 3, head_dim)
+    run = Run(model)
+    run.train(12)
+    groups = neuron_groups(model, digits()[0][:2]).groups
+    statistics = saliency.InputStatistics({n: run.curvature.factors[f"{n}.A"] for n in consumers(groups)}, {})
+    statistics.constant = dict.fromkeys(statistics.covariances, True)
+    scores = saliency.curvature_scores(run.curvature, groups, criterion, statistics, statistics.inverses())
+    V, A, G = (
+        t.double()
+        for t in (
+            run.curvature.folded_weight("attn.proj"),
+            *(run.curvature.factors[f"attn.proj.{side}"] for side in "AG"),
+        )
+    )
+    H = torch.linalg.inv(A + torch.diag(saliency._damping(A, True)))
+    for head, score in enumerate(scores[0].tolist()):
+        J = slice(head * head_dim, (head + 1) * head_dim)
+        middle = torch.linalg.inv(H[J, J]) if criterion == "obs" else A[J, J]
+        assert score == pytest.approx(0.5 * float((V[:, J].T @ G @ V[:, J] @ middle).trace()), rel=5e-3)
+
+
 def mean_loss(model: nn.Module) -> float:
     x, y = digits()
     with torch.no_grad():

@@ -36,7 +36,7 @@ def test_the_count_on_paper_is_the_count_after_the_cut(name, closely):
     assert ParameterCount(model, groups).params == start
     for seed, share in enumerate((0.9, 0.7, 0.5)):
         budget = int(share * start)
-        gone = select(model, groups, random_scores(groups, seed), budget, Limits(), closely=closely)
+        gone = select(model, groups, random_scores(groups, seed), budget, Limits(1, 2, 0.75), closely=closely)
         count = ParameterCount(model, groups)
         for position, neurons in gone.items():
             count.remove(position, len(neurons))
@@ -77,6 +77,17 @@ def test_widths_become_multiples(round_to):
             left = groups[position].width - len(neurons)
             assert left % round_to == 0
             assert left >= round_to
+
+
+def test_limits_count_channels_not_heads():
+    model = NETWORKS["attention"]()
+    heads, hidden = neuron_groups(model, digits()[0][:2]).groups
+    assert (heads.unit, hidden.unit) == (4, 1)
+    assert Limits(round_to=8, min_width=2).step(heads) == 2  # two heads of four channels
+    assert Limits(round_to=8, min_width=2).floor(heads) == 2
+    assert Limits(min_width=2).floor(heads) == 1
+    assert Limits(min_width=9).floor(heads) == 3
+    assert Limits(round_to=8, min_width=2).step(hidden) == 8
 
 
 def test_grouped_convolutions_lose_the_same_number_from_each_group():

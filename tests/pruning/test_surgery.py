@@ -217,7 +217,7 @@ POINTS = {
     "cut": (cuts.Cut, "apply"),
     "index": (surgery, "renumbered"),
     "factors": (surgery, "_plan_factors"),
-    "attributes": (surgery, "_attributes"),
+    "attributes": (cuts.LayerCut, "attributes"),
     "narrowing": (None, "narrowed"),
     "compensation": (saliency.kfac_ext, "compensate"),
     "inverse": (saliency.kfac_ext, "damped_inverse_ex"),

@@ -1,0 +1,185 @@
+"""The dry run that proves a group can be cut: trial cuts of a model against the same neurons masked.
+
+Masked means that the columns of all consumers that read a neuron are zero. A layer norm or group norm takes its
+statistics over all its channels; cutting some leaves statistics over the survivors, so that is what the masked network
+does too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from flatprune.cuts import LayerCut, layer_cuts, tensor_name
+from flatprune.neurons import (
+    CONSUMER,
+    JOINT_NORMS,
+    NeuronGroup,
+    Refused,
+    inputs_of_share,
+    is_transposed,
+    shares_of,
+    weight_of,
+)
+
+_TOLERANCE = 1e-3  # of the effect that masking has; a wrong channel is off by about 1
+_ROUNDING = 100  # sums in another order differ by some units in the last place of the largest output
+
+
+class Trial:
+    """Trial cuts of a model on given inputs, in float64 where it runs in that; it is left as it was.
+
+    Args:
+        model: in evaluation mode.
+        inputs: its positional arguments.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._model, self._inputs, self._tensors = model, inputs, {}
+        try:
+            self._tensors = _in_double(model)
+            self._inputs = tuple(value.double() if _is_float(value) else value for value in inputs)
+            self._full = self._outputs({})
+        except Exception:  # a dtype is written into the model, or the device has no float64
+            self._tensors, self._inputs = {}, inputs
+            self._full = self._outputs({})
+
+    @torch.no_grad()
+    def check(self, group: NeuronGroup) -> None:
+        """Cut every second neuron of a group and, apart from that, mask it; both networks must compute the same.
+
+        Raises:
+            Refused: an operation fails, an output changes its shape, or the outputs differ.
+        """
+        if group.width < 2 * group.partitions:
+            return
+        gone = _every_second(group)
+        cuts = list(layer_cuts([group], {0: gone}).values())
+        pruned = {name: cut.apply(self._tensors.get(name, tensor)) for c in cuts for name, tensor, cut in c.tensors()}
+        with survivors_only(cuts):
+            expected = self._outputs(self._masked(group, gone))
+        try:
+            with _trial_attributes(cuts):
+                found = self._outputs(pruned)
+        except (RuntimeError, ValueError, IndexError) as error:
+            reason = f"the network does not run after a trial cut ({str(error).splitlines()[0][:120]})"
+            raise Refused(reason) from error
+        for full, masked, cut in zip(self._full, expected, found):
+            _compare(full, masked, cut)
+
+    def _outputs(self, changed: Mapping[str, Tensor]) -> list[Tensor]:
+        # tie_weights would put the tensors of a module with two names back in the wrong order, and leave copies in it
+        tensors = {**self._tensors, **changed}
+        return _leaves(functional_call(self._model, tensors, self._inputs, tie_weights=False))
+
+    def _masked(self, group: NeuronGroup, gone: Tensor) -> dict[str, Tensor]:
+        """Weights of the consumers with zeros in the columns of the neurons gone."""
+        masked: dict[str, Tensor] = {}
+        for member in group.of_role(CONSUMER):
+            name = tensor_name(member.name, "weight")
+            weight = self._tensors.get(name, weight_of(member.module))
+            masked[name] = without_columns(member.module, weight, member.index[gone].flatten())
+        return masked
+
+
+def _in_double(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> float64 copy of every floating-point tensor, under each of the modules that share it."""
+    copies: dict[int, Tensor] = {}
+    found = {}
+    for layer, module in model.named_modules():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and _is_float(tensor):
+                found[tensor_name(layer, key)] = copies.setdefault(id(tensor), tensor.detach().double())
+    return found
+
+
+def _every_second(group: NeuronGroup) -> Tensor:
+    rank = torch.empty(group.width, dtype=torch.int64)  # position of each neuron within its share
+    for share in range(group.partitions):
+        neurons = (group.partition == share).nonzero().flatten()
+        rank[neurons] = torch.arange(len(neurons))
+    return (rank % 2 == 0).nonzero().flatten()
+
+
+def _compare(full: Tensor, masked: Tensor, cut: Tensor) -> None:
+    if masked.shape != cut.shape:
+        raise Refused("it is an output of the model")
+    if masked.numel() == 0:
+        return
+    rounding = _ROUNDING * torch.finfo(masked.dtype).eps * float(masked.abs().max())
+    tolerance = max(_TOLERANCE * float((masked - full).abs().max()), rounding)
+    if not torch.allclose(masked, cut, rtol=0, atol=tolerance, equal_nan=True):
+        raise Refused("a trial cut changed the function of the other neurons (an operation mixes channels)")
+
+
+def without_columns(module: nn.Module, weight: Tensor, inputs: Tensor) -> Tensor:
+    """A copy of a layer's weight with zeros where it reads the input channels `inputs` [m]."""
+    masked = weight.detach().clone()
+    inputs = inputs.to(masked.device)
+    if is_transposed(module):
+        masked[inputs] = 0
+        return masked
+    size = inputs_of_share(module)
+    columns = masked.unflatten(0, (shares_of(module), -1)).transpose(1, 2)  # a view [groups, columns, rows, ...]
+    columns[inputs // size, inputs % size] = 0
+    return masked
+
+
+@contextmanager
+def survivors_only(cuts: Iterable[LayerCut]) -> Iterator[None]:
+    """Layer norms and group norms give zeros for the channels to be cut and take statistics over the others."""
+    with ExitStack() as stack:
+        for cut in cuts:
+            if isinstance(cut.module, JOINT_NORMS) and cut.outputs is not None:
+                stack.enter_context(cut.module.register_forward_hook(_survivor_norm(cut.module, cut.outputs)))
+        yield
+
+
+def _survivor_norm(norm: nn.LayerNorm | nn.GroupNorm, kept: Tensor) -> Callable[..., Tensor]:
+    axis = -1 if isinstance(norm, nn.LayerNorm) else 1
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        index = kept.to(output.device)
+        x = args[0].index_select(axis, index)
+        weight, bias = (t if t is None else t[index] for t in (module.weight, module.bias))  # type: ignore[index]
+        if isinstance(norm, nn.LayerNorm):
+            values = F.layer_norm(x, (len(index),), weight, bias, norm.eps)
+        else:
+            groups = len(index) if norm.num_groups == output.shape[1] else norm.num_groups
+            values = F.group_norm(x, groups, weight, bias, norm.eps)
+        return torch.zeros_like(output).index_copy(axis, index, values)
+
+    return hook
+
+
+@contextmanager
+def _trial_attributes(cuts: Iterable[LayerCut]) -> Iterator[None]:
+    """The layers have the attributes they would have after the cuts."""
+    after = [(cut.module, key, value) for cut in cuts for key, value in cut.attributes().items()]
+    before = [(module, key, getattr(module, key)) for module, key, _ in after]
+    try:
+        for module, key, value in after:
+            setattr(module, key, value)
+        yield
+    finally:
+        for module, key, value in before:
+            setattr(module, key, value)
+
+
+def _leaves(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value if value.is_floating_point() else value.double()]
+    if isinstance(value, Mapping):
+        value = value.values()
+    return [tensor for item in value for tensor in _leaves(item)] if isinstance(value, Iterable) else []
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
