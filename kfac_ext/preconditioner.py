@@ -31,7 +31,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 class KFACPreconditioner:
-    """Turns the gradient of every Linear and convolution into K-FAC's direction: `backward()`, `step()`, `optimizer.step()`.
+    """Turns the gradient of every Linear and convolution into K-FAC's direction: call between backward and step.
 
     For a layer with weight W, as a matrix [O, d] in the order of its patches, and its bias, if any, as the last column:
 

@@ -17,6 +17,7 @@ from kfac_ext.curvature.fisher import (
     checked_output,
     empty_factors,
     fresh_covariances,
+    fresh_output,
     output_gradient,
     prediction_count,
     sample_targets,
@@ -185,6 +186,15 @@ class Curvature:
         """
         with self.paused():
             return fresh_covariances(self.model, [self._layer(name) for name in names], inputs, mode, bias)
+
+    def fresh_output(self, inputs: Tensor | Sequence[Any]) -> Tensor:
+        """The model's output [N, ...] on `inputs` without gradients, in the modes of `fresh_covariances`.
+
+        Args:
+            inputs: a batch, or batches as `recent_inputs` gives them (joined to one).
+        """
+        with self.paused():
+            return checked_output(fresh_output(self.model, inputs), self.loss)
 
     # the radius
 

@@ -141,15 +141,22 @@ def fresh_covariances(
         append = layer.constant if bias is None else bias
         found.setdefault(layer.name, []).append((len(x), input_covariance(layer, x, mode, bias=append)))
 
-    modes = {
-        module: isinstance(module, _BatchNorm) and (module.training or not model.training) for module in model.modules()
-    }
-    with module_modes(modes), undisturbed(model), call_hooks(layers, report):
-        model(*_joined(inputs))
+    with call_hooks(layers, report):
+        fresh_output(model, inputs)
     missing = [layer.name for layer in layers if layer.name not in found]
     if missing:
         raise RuntimeError(f"Curvature.fresh_covariances: the forward did not call layer {missing[0]!r}")
     return {layer.name: _weighted_mean(found[layer.name]) for layer in layers}
+
+
+@torch.no_grad()
+def fresh_output(model: nn.Module, inputs: Tensor | Sequence[Any]) -> Any:
+    """See `Curvature.fresh_output`."""
+    modes = {
+        module: isinstance(module, _BatchNorm) and (module.training or not model.training) for module in model.modules()
+    }
+    with module_modes(modes), undisturbed(model):
+        return model(*_joined(inputs))
 
 
 def _joined(inputs: Tensor | Sequence[Any]) -> tuple[Tensor, ...]:
@@ -158,7 +165,7 @@ def _joined(inputs: Tensor | Sequence[Any]) -> tuple[Tensor, ...]:
         return (inputs,)
     batches = [batch if isinstance(batch, (tuple, list)) else (batch,) for batch in inputs]
     if not batches:
-        raise ValueError("Curvature.fresh_covariances: inputs is empty, expected a batch or a sequence of batches")
+        raise ValueError("Curvature: inputs is empty, expected a batch or a sequence of batches")
     return tuple(torch.cat(parts) for parts in zip(*batches))
 
 

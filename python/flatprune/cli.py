@@ -36,8 +36,28 @@ def run_command(
     data: Annotated[str, typer.Option(help="digits, or an .npz with x_train, y_train, x_test, y_test")] = Settings.data,
     model: Annotated[str, typer.Option(help=", ".join(models.names()))] = Settings.model,
     target_params: Annotated[
-        float, typer.Option(help="fraction of the parameters left at the end; 1 does not prune")
-    ] = Settings.target_params,
+        float | None,
+        typer.Option(help="fraction of the parameters left at the end; 1 does not prune  [default: 0.1]"),
+    ] = None,
+    target_flops: Annotated[
+        float | None, typer.Option(help="instead: fraction of the multiply-accumulates left")
+    ] = None,
+    target_neurons: Annotated[float | None, typer.Option(help="instead: fraction of the neurons left")] = None,
+    target_latency: Annotated[
+        float | None, typer.Option(help="instead: fraction of the measured inference latency left")
+    ] = None,
+    latency_batch: Annotated[
+        int, typer.Option(help="images in the forward that target-latency times")
+    ] = Settings.latency_batch,
+    round_to: Annotated[int, typer.Option(help="widths become multiples of this")] = Settings.round_to,
+    min_width: Annotated[int, typer.Option(help="neurons that every layer keeps at least")] = Settings.min_width,
+    max_predicted_loss: Annotated[
+        float | None, typer.Option(help="how far the loss may be predicted to rise at one removal event")
+    ] = None,
+    stop_accuracy_drop: Annotated[
+        float | None,
+        typer.Option(help="end pruning when the accuracy on held-out training images falls by more points than this"),
+    ] = None,
     epochs: Annotated[int, typer.Option(help="passes over the training images")] = Settings.epochs,
     seed: Annotated[int, typer.Option(help="of initialisation, order, subset, noise")] = Settings.seed,
     out: Annotated[Path, typer.Option(help="folder for the results")] = Path("runs/latest"),

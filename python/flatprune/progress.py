@@ -12,7 +12,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from flatprune.targets import UNITS, amount
 from flatprune.trainer import Observer
+from flatprune.trust import in_words
 
 if TYPE_CHECKING:
     from flatprune.trainer import Trainer
@@ -42,7 +44,7 @@ class Clock:
 
 
 class PlainLines(Observer):
-    """One line an epoch."""
+    """One line an epoch, and one for whatever is out of the ordinary at a removal event."""
 
     def __init__(self, console: Console, title: str) -> None:
         self._console = console
@@ -59,6 +61,11 @@ class PlainLines(Observer):
     def step(self, trainer: Trainer) -> None:
         """Keep the time."""
         self._left = self._clock.left(trainer.progress.step, trainer.total_steps)
+
+    def removal(self, record: dict[str, Any]) -> None:
+        """Say what an event left undone."""
+        if record["note"]:
+            self._print(f"step {record['step']}: {record['note']}")
 
     def epoch(self, record: dict[str, Any]) -> None:
         """Print the epoch's figures."""
@@ -87,11 +94,15 @@ class LiveDisplay(Observer):
         self._trainer: Trainer | None = None
         self._shown = 0.0
         self._records: list[dict[str, Any]] = []
+        self._cut: list[dict[str, Any]] = []  # records of the last cut
 
     def start(self, trainer: Trainer) -> None:
         """Open the display, with the curves of what was done before."""
         self._trainer = trainer
         self._records = [record for record in trainer.history if record["kind"] == "epoch"]
+        self._cut = []
+        for record in trainer.history:
+            self._add_removal(record)
         self._console.print(Text(describe(trainer, self._title), style="bold"))
         self._live = Live(self._view(trainer, 0.0), console=self._console, auto_refresh=False)
         self._live.start()
@@ -103,6 +114,18 @@ class LiveDisplay(Observer):
         if self._live is not None and now - self._shown > _REFRESH_SECONDS:
             self._shown = now
             self._live.update(self._view(trainer, left), refresh=True)
+
+    def removal(self, record: dict[str, Any]) -> None:
+        """Show the cut; what is out of the ordinary stays above the display."""
+        self._add_removal(record)
+        if record["note"]:
+            self._console.print(Text(f"step {record['step']}: {record['note']}", style="yellow"))
+
+    def _add_removal(self, record: dict[str, Any]) -> None:
+        if record["kind"] != "removal":
+            return
+        same = self._cut and (self._cut[-1]["step"], self._cut[-1]["round"]) == (record["step"], record["round"])
+        self._cut = [*self._cut, record] if same else [record]
 
     def epoch(self, record: dict[str, Any]) -> None:
         """Add a point to the curves."""
@@ -147,13 +170,27 @@ class LiveDisplay(Observer):
                 self._curve("test_accuracy", "blue"),
             ),
             ("parameters", _figure(share, ".1f", " %"), _note(f"{params:,}"), self._curve("params", "cyan", floor=0.0)),
+            *_target_row(trainer),
             (
                 "radius",
                 _figure(last.get("spectral_radius"), ".3g"),
                 _note("K-FAC"),
                 self._curve("spectral_radius", "magenta"),
             ),
+            *self._cut_row(),
         ]
+
+    def _cut_row(self) -> list[tuple[str, Text, Text, Text]]:
+        """The last cut: when, how many neurons, what it was to do to the loss and did."""
+        if not self._cut:
+            return []
+        neurons, last = sum(record["removed"] for record in self._cut), self._cut[-1]
+        change = ", ".join(
+            f"{word} {last[key]:+.3g}"
+            for word, key in (("predicted", "predicted_change"), ("measured", "measured_change"))
+            if last[key] is not None
+        )
+        return [("last cut", _figure(neurons, ","), _note(f"neurons, step {last['step']}"), _note(f"loss {change}"))]
 
     def _curve(self, key: str, color: str, floor: float | None = None) -> Text:
         return Text(sparkline([record[key] for record in self._records], floor), style=color)
@@ -161,8 +198,9 @@ class LiveDisplay(Observer):
 
 def describe(trainer: Trainer, title: str) -> str:
     """The line above a run."""
-    settings = trainer.settings
-    goal = "without pruning" if settings.target_params >= 1.0 else f"to {100.0 * settings.target_params:g} % of them"
+    settings, target = trainer.settings, trainer.settings.target
+    unit = "them" if target.unit == "params" else f"the {UNITS[target.unit]}"
+    goal = "without pruning" if target.share >= 1.0 else f"to {100.0 * target.share:g} % of {unit}"
     begun = f", going on at epoch {trainer.progress.epoch + 1}" if trainer.progress.step else ""
     return (
         f"{title}: {settings.model} on {settings.data}, {len(trainer.dataset.x_train):,} images, "
@@ -171,11 +209,15 @@ def describe(trainer: Trainer, title: str) -> str:
 
 
 def phase(trainer: Trainer) -> str:
-    """What the step in hand is part of."""
-    if trainer.pruner is None:
+    """What the step in hand is part of, by the schedule's events: the first begins pruning, the last ends it."""
+    pruner = trainer.pruner
+    if pruner is None:
         return "training"
-    part = trainer.progress.step / trainer.total_steps
-    return "training" if part < 0.1 else "pruning" if part < 0.4 else "settling"
+    if pruner.stopped:
+        return "pruning stopped"
+    events = pruner.schedule.events
+    done = sum(event <= pruner.step_count for event in events)
+    return "training" if done == 0 else "settling" if done == len(events) else f"pruning, event {done} of {len(events)}"
 
 
 def sparkline(values: list[float], floor: float | None = None) -> str:
@@ -199,7 +241,7 @@ def duration(seconds: float) -> str:
 def print_summary(console: Console, summary: dict[str, Any], folder: str) -> None:
     """The result as a table (with a column for the dense network where there is one), and where the files are."""
     has_dense = "dense_test_accuracy_last" in summary
-    pruned = summary["target_params"] < 1.0
+    pruned = summary["target_share"] < 1.0
     table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
     table.add_column("")
     if has_dense or pruned:
@@ -210,7 +252,19 @@ def print_summary(console: Console, summary: dict[str, Any], folder: str) -> Non
     console.print()
     console.print(table)
     console.print()
+    for line in remarks(summary):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     console.print(f"results in {folder}", soft_wrap=True, highlight=False, markup=False)
+
+
+def remarks(summary: dict[str, Any]) -> list[str]:
+    """What the table does not show: why pruning stopped, and whether the criterion's predictions came true."""
+    lines = []
+    if summary["pruning_stopped"]:
+        lines.append(f"pruning stopped: {summary['pruning_stopped']}")
+    if summary["trust"]["cuts"]:
+        lines.append(f"trust in the criterion: {in_words(summary['trust'])}")
+    return lines
 
 
 def _summary_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -222,16 +276,31 @@ def _summary_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         before, after = summary[f"{key}_before"], summary[f"{key}_after"]
         return (name, f"{before:,}", f"{after:,} ({100.0 * after / before:.1f} %)")
 
+    unit = summary["target_unit"]
+    target = []
+    if unit in ("neurons", "latency") and summary["cost_before"] is not None:
+        before, after = summary["cost_before"], summary["cost_after"]
+        target = [(UNITS[unit], amount(unit, before), f"{amount(unit, after)} ({100.0 * after / before:.1f} %)")]
     return [
         pair("test accuracy, last epoch", "test_accuracy_last", ".2f", " %"),
         pair("test accuracy, best epoch", "test_accuracy_best", ".2f", " %"),
         pair("training accuracy", "train_accuracy_last", ".2f", " %"),
         change("parameters", "params"),
         change("multiply-accumulates", "flops"),
+        *target,
         pair("largest Hessian eigenvalue", "hessian_lambda_max", ".3g"),
         pair("spectral radius, K-FAC", "spectral_radius_kfac", ".3g"),
         pair("training time", "seconds", ".1f", " s"),
     ]
+
+
+def _target_row(trainer: Trainer) -> list[tuple[str, Text, Text, Text]]:
+    """What is left in the unit of the target, where that is not parameters."""
+    pruner = trainer.pruner
+    if pruner is None or pruner.target.unit == "params":
+        return []
+    unit, cost = pruner.target.unit, pruner.cost
+    return [(UNITS[unit], _figure(100.0 * cost / pruner.cost_start, ".1f", " %"), _note(amount(unit, cost)), _note(""))]
 
 
 def _figure(value: float | None, form: str, unit: str = "") -> Text:

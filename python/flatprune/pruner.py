@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flatprune.costs import ParameterCount
 from flatprune.graph import neuron_groups
-from flatprune.neurons import CONSUMER, PRODUCER, Coupling, NeuronGroup
+from flatprune.loss_change import LossChange
+from flatprune.meter import CostMeter
+from flatprune.neurons import CONSUMER, PRODUCER
+from flatprune.pruner_arguments import (
+    check_arguments,
+    check_loss_budget,
+    check_optimizer,
+    check_selections,
+    choose_layers,
+    predicts_loss,
+)
+from flatprune.removals import Removal, loss_budget_note, removal_records, shortfall_note
 from flatprune.saliency import (
-    CRITERIA,
     compensation,
     curvature_scores,
     has_convolution,
@@ -21,7 +32,7 @@ from flatprune.saliency import (
     magnitude_scores,
 )
 from flatprune.schedule import CubicSchedule
-from flatprune.selection import Limits, neuron_costs, select, smallest_params
+from flatprune.selection import Limits, LossBudget, select, smallest_cost
 from flatprune.surgery import plan
 from flatprune.targets import Target
 from kfac_ext.curvature import Curvature
@@ -29,42 +40,13 @@ from kfac_ext.curvature import Curvature
 MLP_COMPENSATION_BELOW = 0.04  # share of the parameters; above, compensating an MLP gains nothing
 
 
-@dataclass(frozen=True)
-class Removal:
-    """What an event removed from one group of neurons, or why it removed nothing.
-
-    Attributes:
-        step: optimizer steps taken.
-        layer: name of the group, its first producer; empty in the record of an event that removed nothing.
-        removed: number of neurons.
-        neurons: their indices before the removal, ascending.
-        width_before, width_after: neurons of the group.
-        params_before, params_after: parameters of the whole network before and after the event.
-        budget: parameters the event was to reach.
-        compensated: whether the survivors were updated.
-        note: anything out of the ordinary; empty otherwise.
-    """
-
-    step: int
-    layer: str
-    removed: int
-    neurons: tuple[int, ...]
-    width_before: int
-    width_after: int
-    params_before: int
-    params_after: int
-    budget: int
-    compensated: bool
-    note: str = ""
-
-
 class Pruner:
-    """Removes neurons from a network while it trains, at events whose parameter budgets follow a cubic.
+    """Removes neurons from a network while it trains, at events whose budgets follow a cubic.
 
-    At an event all neurons are scored (see `flatprune.saliency`), the score is divided by the parameters that go with
-    the neuron, and the lowest go, over all layers, until the budget is met: at most half of a layer at once, at least
-    `min_width` neurons stay. The survivors are updated to make up for the loss, and everything that belongs to the
-    neurons is removed from model, optimizer and curvature (see `flatprune.surgery`).
+    At an event all neurons are scored (see `flatprune.saliency`), the score is divided by what goes with the neuron in
+    the unit of the target (its parameters, say), and the lowest go, over all layers, until the budget is met: at most
+    half of a layer at once, at least `min_width` neurons stay. The survivors are updated to make up for the loss, and
+    everything that belongs to the neurons is removed from model, optimizer and curvature (see `flatprune.surgery`).
 
     At the last event the target is reached: if the limits stop a removal short of it, neurons are scored and removed
     again at once. A target below what the limits allow gives one warning with the figure that can be reached.
@@ -74,7 +56,7 @@ class Pruner:
         optimizer: holds the model's parameters; or None.
         curvature: the model's running factors.
         example_inputs: a tensor or tuple of tensors the model can be called with; one or two samples do.
-        target: the size to reach.
+        target: the size to reach, in parameters, multiply-accumulates, neurons or latency.
         total_steps: optimizer steps of the whole training.
         criterion: "obs", "outgoing", or the baselines "l1" (global) and "l1_uniform".
         compensate: update the survivors; "auto": always with convolutions, without them below 4 % of the parameters,
@@ -84,13 +66,18 @@ class Pruner:
         round_to: widths of groups that lose neurons become multiples of this.
         min_width: neurons that stay in each group at least.
         max_layer_fraction: largest share of a group that goes at once.
+        max_predicted_loss: at an event, neurons go only as long as the sum of their predicted changes of the loss does
+            not exceed this; the record says where it bound. None: no such limit.
+        measure: take down what each cut made of the loss beside what was predicted (`flatprune.loss_change`), for two
+            forwards on 256 samples an event.
         exclude: layers whose outputs stay: names of modules, or types.
         layers: names of the layers to prune; default all that can be.
 
     Raises:
         TypeError: `target` is no Target; `exclude` or `layers` is one string instead of a list.
-        ValueError: an argument out of range; a layer of `layers` that cannot be pruned, with the reason; an optimizer
-            that holds parameters which are not the model's; no layer can be pruned.
+        ValueError: an argument out of range; `max_predicted_loss` with a criterion that predicts no loss; a layer of
+            `layers` that cannot be pruned, with the reason; an optimizer that holds parameters which are not the
+            model's; no layer can be pruned.
         KeyError: `exclude` or `layers` names a module that the model does not have.
 
     Example:
@@ -113,23 +100,27 @@ class Pruner:
         round_to: int = 1,
         min_width: int = 2,
         max_layer_fraction: float = 0.5,
+        max_predicted_loss: float | None = None,
+        measure: bool = True,
         exclude: Sequence[str | type] = (),
         layers: Sequence[str] | None = None,
     ) -> None:
-        _check_arguments(criterion, compensate, round_to, min_width, max_layer_fraction)
-        _check_selections(target, exclude=exclude, layers=layers)
-        _check_optimizer(model, optimizer)
+        check_arguments(criterion, compensate, round_to, min_width, max_layer_fraction)
+        check_loss_budget(max_predicted_loss, criterion)
+        check_selections(target, exclude=exclude, layers=layers)
+        check_optimizer(model, optimizer)
         if curvature.model is not model:
             raise ValueError("Pruner: the curvature belongs to another model")
         self.model, self.optimizer, self.curvature = model, optimizer, curvature
         self.target, self.criterion, self.compensate = target, criterion, compensate
         self.schedule = schedule or CubicSchedule(total_steps)
         self.limits = Limits(round_to, min_width, max_layer_fraction)
+        self.max_predicted_loss, self.measure = max_predicted_loss, measure
         inputs = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
         curvature.trace(*inputs)
         self.coupling = neuron_groups(model, inputs, exclude)
         self._refuse_unscored()
-        _choose_layers(self.coupling, model, layers)
+        choose_layers(self.coupling, model, layers)
         self.groups = self.coupling.groups
         if not self.groups:
             raise ValueError(f"Pruner: no layer can be pruned: {_reasons(self.coupling.refused)}")
@@ -139,13 +130,24 @@ class Pruner:
             warnings.warn(f"Pruner: not pruned: {_reasons(loud)}", stacklevel=2)
         self.history: list[Removal] = []
         self.step_count = 0
-        self.params_start = self.params
-        self._warned = False
+        self.stopped = ""  # why pruning ended before its time
+        self._meter = CostMeter(target, model, self.groups, inputs, self.limits)
+        self.params_start, self.cost_start = self.params, self.cost
 
     @property
     def params(self) -> int:
         """Parameters of the network now."""
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def cost(self) -> float:
+        """What the network costs now, in the unit of the target; latency is predicted, in seconds."""
+        return self._meter.cost
+
+    @property
+    def goal(self) -> float:
+        """The cost that meets the target."""
+        return self.target.goal(self.cost_start)
 
     def widths(self) -> dict[str, int]:
         """Group name -> neurons left."""
@@ -153,7 +155,38 @@ class Pruner:
 
     def reachable_params(self) -> int:
         """Parameters that are left when every group is as narrow as the limits allow."""
-        return smallest_params(self.model, self.groups, self.limits)
+        return int(smallest_cost(ParameterCount(self.model, self.groups), self.groups, self.limits))
+
+    def reachable(self) -> float:
+        """The same in the unit of the target; latency is predicted, in seconds."""
+        return self._meter.smallest()
+
+    def measured_latency(self) -> float:
+        """Seconds of one forward as the target counts it, measured now; only for a latency target."""
+        return self._meter.measured_latency()
+
+    def is_event(self) -> bool:
+        """Whether the next `step` is a removal event."""
+        return not self.stopped and self.step_count + 1 in self.schedule.events
+
+    def stop(self, reason: str) -> Removal:
+        """End pruning for good: the events that are left remove nothing. Training can go on.
+
+        Returns:
+            The record, which is in the history too.
+
+        Raises:
+            ValueError: `reason` is empty.
+            RuntimeError: pruning was stopped before.
+        """
+        if not reason:
+            raise ValueError("Pruner.stop: reason is empty, expected a text for the records")
+        if self.stopped:
+            raise RuntimeError(f"Pruner.stop: stopped already ({self.stopped})")
+        self.stopped = reason
+        record = self._nothing(self.step_count, self.goal, f"pruning stopped: {reason}", "stop")
+        self.history.append(record)
+        return record
 
     def step(self) -> list[Removal]:
         """Count one optimizer step and, at an event, remove neurons.
@@ -168,53 +201,63 @@ class Pruner:
             RuntimeError: the model has made no training forward yet.
         """
         step = self.step_count + 1
-        budget = self.schedule.budget(step, self.params_start, self.target.params_of(self.params_start))
+        budget = None if self.stopped else self.schedule.budget(step, self.cost_start, self.goal)
         removals = [] if budget is None else self._event(step, budget)
         self.step_count = step
         self.history += removals
         return removals
 
-    def _event(self, step: int, budget: int) -> list[Removal]:
+    def _event(self, step: int, budget: float) -> list[Removal]:
         last = self.schedule.is_last(step)
+        losses = LossBudget(self.max_predicted_loss)
         removals: list[Removal] = []
-        while self.params > budget:
-            found = self._remove(step, budget, last)
-            if not found:
-                break
+        if last:
+            self._meter.calibrate()
+        while self.cost > budget:
+            found = self._remove(step, budget, last, losses, removals[-1].round + 1 if removals else 0)
             removals += found
-            if not last:
+            if not found or not last or losses.exceeded:
                 break
-        if last and self.params > budget:
-            removals = self._note_shortfall(removals, budget)
+            self._meter.calibrate()
+        note = self._note(budget, last, losses, nothing=not removals)
         if not removals:
-            params = self.params
-            reason = "the budget is met already" if params <= budget else "the limits let no group lose neurons"
-            note = f"nothing removed: {reason}"
-            removals = [Removal(step, "", 0, (), 0, 0, params, params, budget, False, note)]
-        return removals
+            return [self._nothing(step, budget, note)]
+        return [*removals[:-1], replace(removals[-1], note=note)]
 
-    def _note_shortfall(self, removals: list[Removal], budget: int) -> list[Removal]:
-        note = (
-            f"the target of {budget} parameters is out of reach: {self.params} are left with min_width="
-            f"{self.limits.min_width}, round_to={self.limits.round_to} and {len(self.refused)} layers that stay"
-        )
-        warnings.warn(f"Pruner: {note}", stacklevel=4)
-        if removals:
-            removals = [*removals[:-1], Removal(**{**vars(removals[-1]), "note": note})]
+    def _note(self, budget: float, last: bool, losses: LossBudget, *, nothing: bool) -> str:
+        """What is out of the ordinary about an event; a warning too where the target is missed."""
+        missed = self.cost > budget
+        if missed and losses.exceeded:
+            note = loss_budget_note(self.target.unit, self.cost, budget, losses.limit)
+        elif missed and last:
+            limits = f"min_width={self.limits.min_width}, round_to={self.limits.round_to}"
+            limits += f" and {len(self.refused)} layers that stay"
+            note = shortfall_note(self.target.unit, self.cost, budget, limits)
         else:
-            params = self.params
-            removals = [Removal(self.step_count + 1, "", 0, (), 0, 0, params, params, budget, False, note)]
-        return removals
+            note = "the limits let no group lose neurons" if missed else "the budget is met already"
+            return f"nothing removed: {note}" if nothing else ""
+        if last:
+            warnings.warn(f"Pruner: {note}", stacklevel=4)
+        return f"nothing removed: {note}" if nothing and losses.exceeded else note
 
-    def _remove(self, step: int, budget: int, last: bool) -> list[Removal]:
+    def _nothing(self, step: int, budget: float, note: str, kind: str = "event") -> Removal:
+        return Removal.nothing(step, self.params, budget, self.target.unit, self.cost, note, kind)
+
+    def _remove(self, step: int, budget: float, last: bool, losses: LossBudget, number: int) -> list[Removal]:
         """One round: score, choose, compensate, cut."""
         compensate = self._compensates(budget)
-        scores, inverses = self._scores(compensate)
-        gone = select(self.model, self.groups, scores, budget, self.limits, closely=last)
+        paper = self._meter.on_paper()
+        costs = paper.neuron_costs()
+        scores, inverses = self._scores(compensate, costs)
+        changes = [score * cost for score, cost in zip(scores, costs)] if predicts_loss(self.criterion) else None
+        gone = select(paper, self.groups, scores, budget, self.limits, closely=last, changes=changes, losses=losses)
         if not gone:
             return []
         replacements = compensation(self.curvature, self.groups, gone, inverses) if compensate else None
-        params, before = self.params, self.widths()
+        predicted = None if changes is None else sum(float(changes[p][neurons].sum()) for p, neurons in gone.items())
+        losses.spent += predicted or 0.0
+        loss_change = LossChange(self.curvature) if self.measure and self.curvature.recent_inputs else None
+        params, cost, widths = self.params, self.cost, [group.width for group in self.groups]
         plan(
             self.model,
             self.groups,
@@ -223,33 +266,37 @@ class Pruner:
             curvature=self.curvature,
             replacements=replacements,
         ).commit()
-        return [
-            Removal(
-                step=step,
-                layer=self.groups[position].name,
-                removed=len(neurons),
-                neurons=tuple(neurons.tolist()),
-                width_before=before[self.groups[position].name],
-                width_after=self.groups[position].width,
-                params_before=params,
-                params_after=self.params,
-                budget=budget,
-                compensated=compensate,
-            )
-            for position, neurons in sorted(gone.items())
-        ]
+        return removal_records(
+            self.groups,
+            gone,
+            widths,
+            scores,
+            costs,
+            step=step,
+            params_before=params,
+            params_after=self.params,
+            budget=budget,
+            compensated=compensate,
+            round=number,
+            unit=self.target.unit,
+            cost_before=cost,
+            cost_after=self.cost,
+            predicted_change=predicted,
+            measured_change=None if loss_change is None else loss_change.measure(),
+        )
 
-    def _compensates(self, budget: int) -> bool:
+    def _compensates(self, budget: float) -> bool:
         if self.compensate != "auto":
             return bool(self.compensate)
-        if self.criterion not in ("obs", "outgoing"):
+        if not predicts_loss(self.criterion):
             return False
-        return has_convolution(self.curvature) or budget < MLP_COMPENSATION_BELOW * self.params_start
+        left = budget if self.target.unit == "params" else self.params
+        return has_convolution(self.curvature) or left < MLP_COMPENSATION_BELOW * self.params_start
 
     @torch.no_grad()
-    def _scores(self, compensate: bool) -> tuple[list[Tensor], dict[str, tuple[Tensor, ...]]]:
-        """Scores of all neurons a parameter, and the inverses if they are needed (one forward at most)."""
-        by_curvature = self.criterion in ("obs", "outgoing")
+    def _scores(self, compensate: bool, costs: Sequence[float]) -> tuple[list[Tensor], dict[str, tuple[Tensor, ...]]]:
+        """Scores of all neurons by their cost, and the inverses if they are needed (one forward at most)."""
+        by_curvature = predicts_loss(self.criterion)
         plain = self.compensate == "auto" and not compensate
         criterion = "outgoing" if by_curvature and plain else self.criterion
         inverses: dict[str, tuple[Tensor, ...]] = {}
@@ -261,12 +308,11 @@ class Pruner:
         if not by_curvature:
             return magnitude_scores(self.groups, criterion), inverses
         scores = curvature_scores(self.curvature, self.groups, criterion, statistics, inverses)
-        costs = neuron_costs(self.model, self.groups)
         return [score / cost for score, cost in zip(scores, costs)], inverses
 
     def _refuse_unscored(self) -> None:
         """Refuse groups that are read by a layer without factors, for everything that needs them."""
-        if self.criterion not in ("obs", "outgoing") and self.compensate is not True:
+        if not predicts_loss(self.criterion) and self.compensate is not True:
             return
         kept = []
         for group in self.coupling.groups:
@@ -287,7 +333,10 @@ class Pruner:
             "events": list(self.schedule.events),
             "criterion": self.criterion,
             "widths": self.widths(),
-            "history": [{**asdict(record), "neurons": list(record.neurons)} for record in self.history],
+            "cost_start": self.cost_start,
+            "latency": self._meter.state_dict(),
+            "stopped": self.stopped,
+            "history": [record.state() for record in self.history],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -296,7 +345,7 @@ class Pruner:
         Raises:
             ValueError: naming the first setting or width that differs; nothing is changed then.
         """
-        own = self.state_dict()
+        own, state = self.state_dict(), {**state, "target": asdict(Target(**state["target"]))}
         for key in ("target", "events", "criterion"):
             if state[key] != own[key]:
                 raise ValueError(f"Pruner.load_state_dict: {key} is {state[key]!r} in the state, expected {own[key]!r}")
@@ -306,59 +355,12 @@ class Pruner:
                     f"Pruner.load_state_dict: {name!r} has {state['widths'].get(name)} neurons in the state, "
                     f"{own['widths'].get(name)} in the model; load the pruned model first"
                 )
-        self.history = [Removal(**{**record, "neurons": tuple(record["neurons"])}) for record in state["history"]]
+        self.history = [Removal.from_state(record) for record in state["history"]]
         self.step_count, self.params_start = state["step_count"], state["params_start"]
+        self.cost_start = state.get("cost_start", self.params_start)  # older states have a target in parameters
+        self.stopped = state.get("stopped", "")
+        self._meter.load_state_dict(state.get("latency"))
 
 
 def _reasons(refused: Mapping[str, str]) -> str:
     return "; ".join(f"{name!r}: {reason}" for name, reason in refused.items())
-
-
-def _check_arguments(
-    criterion: str, compensate: str | bool, round_to: int, min_width: int, max_layer_fraction: float
-) -> None:
-    if criterion not in CRITERIA:
-        raise ValueError(f"Pruner: criterion is {criterion!r}, expected one of {', '.join(CRITERIA)}")
-    if not isinstance(compensate, bool) and compensate != "auto":
-        raise ValueError(f"Pruner: compensate is {compensate!r}, expected 'auto', True or False")
-    for name, value in (("round_to", round_to), ("min_width", min_width)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"Pruner: {name} is {value!r}, expected an integer of 1 or more")
-    if not 0.0 < max_layer_fraction <= 1.0:
-        raise ValueError(f"Pruner: max_layer_fraction is {max_layer_fraction}, expected above 0 and at most 1")
-
-
-def _check_selections(target: Target, **names: object) -> None:
-    if not isinstance(target, Target):
-        raise TypeError(f"Pruner: target is {target!r}, expected a flatprune.Target")
-    for argument, value in names.items():
-        if isinstance(value, str):  # would be taken apart into letters
-            raise TypeError(f"Pruner: {argument} is {value!r}, expected a list of names")
-
-
-def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    own = {id(parameter) for parameter in model.parameters()}
-    for number, group in enumerate([] if optimizer is None else optimizer.param_groups):
-        for index, parameter in enumerate(group["params"]):
-            if id(parameter) not in own:
-                raise ValueError(
-                    f"Pruner: parameter {index} of optimizer group {number}, shape {tuple(parameter.shape)}, is not a "
-                    "parameter of the model; build the optimizer from model.parameters()"
-                )
-
-
-def _choose_layers(coupling: Coupling, model: nn.Module, layers: Sequence[str] | None) -> None:
-    """Keep only the groups that a layer of `layers` produces."""
-    if layers is None:
-        return
-    known = dict(model.named_modules())
-    chosen: list[NeuronGroup] = []
-    for name in layers:
-        if name not in known:
-            raise KeyError(f"layers: the model has no module named {name!r}; it has {', '.join(filter(None, known))}")
-        found = [group for group in coupling.groups if any(m.name == name for m in group.of_role(PRODUCER))]
-        if not found:
-            reason = coupling.refused.get(name, "it is no Linear or convolution of its own that the forward calls")
-            raise ValueError(f"Pruner: layer {name!r} cannot be pruned: {reason}")
-        chosen += [group for group in found if all(group is not other for other in chosen)]
-    coupling.groups[:] = [group for group in coupling.groups if any(group is other for other in chosen)]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flatprune.checkpoint import write_atomically
+from flatprune.drawing import BLUE, GREY, INK, ROSE, TEAL, label_right, log_ticks, png, style_axis
+from flatprune.page import card, document, duration, figure_of, number, value_rows
+from flatprune.report_events import events_section, trust_section
+from flatprune.targets import UNITS, amount
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,10 +18,6 @@ if TYPE_CHECKING:
 
 PLOT_FILE = "progress.png"
 REPORT_FILE = "report.html"
-
-_INK, _GREY, _PALE = "#1f2430", "#7a8194", "#e6e8ef"
-_BLUE, _TEAL, _ROSE = "#2f5bea", "#0f9b8e", "#d6456b"
-_DPI = 200
 
 
 def write_report(
@@ -55,38 +53,34 @@ def figure(summary: dict[str, Any], history: list[dict[str, Any]], dense_history
     _draw_size(axes[1], summary, history)
     _draw_radius(axes[2], epochs, dense)
     for axis, name in zip(axes, ("accuracy, %", "parameters left, %", "spectral radius, K-FAC")):
-        _style(axis, name)
+        style_axis(axis, name)
         _shade_pruning(axis, summary, history, name_it=axis is axes[0])
-    axes[2].set_xlabel("epoch", color=_INK, fontsize=10)
+    axes[2].set_xlabel("epoch", color=INK, fontsize=10)
     title = headline(summary)
     size = min(14.0, 14.0 * 64 / len(title))
-    plot.text(0.03, 0.957, title, color=_INK, fontsize=size, fontweight="bold")
-    plot.text(0.03, 0.928, subline(summary), color=_GREY, fontsize=10)
+    plot.text(0.03, 0.957, title, color=INK, fontsize=size, fontweight="bold")
+    plot.text(0.03, 0.928, subline(summary), color=GREY, fontsize=10)
     return plot
-
-
-def png(plot: Figure) -> bytes:
-    """The figure as the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    plot.savefig(buffer, format="png", dpi=_DPI)
-    return buffer.getvalue()
 
 
 def headline(summary: dict[str, Any]) -> str:
     """The result in one line."""
     accuracy = f"{summary['test_accuracy_last']:.1f} % accuracy"
-    if summary["target_params"] >= 1.0:
+    if summary["target_share"] >= 1.0:
         return f"{summary['model']} on {_data_name(summary)}: {accuracy}"
-    return f"{summary['model']} on {_data_name(summary)}: {accuracy} with {_left(summary)} of the parameters"
+    left = f"{100.0 * summary['cost_after'] / summary['cost_before']:.1f} % of the {UNITS[summary['target_unit']]}"
+    return f"{summary['model']} on {_data_name(summary)}: {accuracy} with {left}"
 
 
 def subline(summary: dict[str, Any]) -> str:
     """What the result compares with."""
     parts = [f"{summary['params_before']:,} → {summary['params_after']:,} parameters"]
-    if summary["target_params"] >= 1.0:
+    if summary["target_share"] >= 1.0:
         parts = [f"{summary['params_before']:,} parameters, not pruned"]
     if "dense_test_accuracy_last" in summary:
         parts.append(f"dense network {summary['dense_test_accuracy_last']:.1f} %")
+    if summary["pruning_stopped"]:
+        parts.append("pruning stopped early")
     return " · ".join([*parts, f"{summary['epochs']} epochs", f"seed {summary['seed']}"])
 
 
@@ -94,18 +88,18 @@ def _draw_accuracy(axis: Axes, epochs: list[dict[str, Any]], dense: list[dict[st
     x = [record["epoch"] for record in epochs]
     test = [record["test_accuracy"] for record in epochs]
     train = [record["train_accuracy"] for record in epochs]
-    labels = [(test[-1], f"test {test[-1]:.1f} %", _BLUE), (train[-1], f"train {train[-1]:.1f} %", _GREY)]
+    labels = [(test[-1], f"test {test[-1]:.1f} %", BLUE), (train[-1], f"train {train[-1]:.1f} %", GREY)]
     if dense:
         values = [record["test_accuracy"] for record in dense]
-        axis.plot([record["epoch"] for record in dense], values, color=_INK, linewidth=1.1, linestyle=(0, (4, 2)))
-        labels.append((values[-1], f"dense {values[-1]:.1f} %", _INK))
-    axis.plot(x, train, color=_GREY, linewidth=1.0, alpha=0.7)
-    axis.plot(x, test, color=_BLUE, linewidth=2.0)
+        axis.plot([record["epoch"] for record in dense], values, color=INK, linewidth=1.1, linestyle=(0, (4, 2)))
+        labels.append((values[-1], f"dense {values[-1]:.1f} %", INK))
+    axis.plot(x, train, color=GREY, linewidth=1.0, alpha=0.7)
+    axis.plot(x, test, color=BLUE, linewidth=2.0)
     settled = sorted(test + train)[len(test) // 5 :]  # the first steps would squeeze all the rest
     low = max(0.0, settled[0] - 2.0)
     high = min(100.5, settled[-1] + 1.5)
     axis.set_ylim(low, max(high, low + 1.0))
-    _label_right(axis, labels)
+    label_right(axis, labels)
 
 
 def _draw_size(axis: Axes, summary: dict[str, Any], history: list[dict[str, Any]]) -> None:
@@ -115,26 +109,39 @@ def _draw_size(axis: Axes, summary: dict[str, Any], history: list[dict[str, Any]
         if "params" in record:
             x.append(record["step"] / summary["steps"] * summary["epochs"])
             y.append(100.0 * record["params"] / before)
-    axis.step(x, y, where="post", color=_TEAL, linewidth=2.0)
-    axis.fill_between(x, y, step="post", color=_TEAL, alpha=0.10, linewidth=0)
+    axis.step(x, y, where="post", color=TEAL, linewidth=2.0)
+    axis.fill_between(x, y, step="post", color=TEAL, alpha=0.10, linewidth=0)
     axis.set_ylim(0, 105)
-    _label_right(axis, [(y[-1], f"{_left(summary)}\n{summary['params_after']:,}", _TEAL)])
+    labels = [(y[-1], f"{_left(summary)}\n{summary['params_after']:,}", TEAL)]
+    if summary["target_unit"] != "params" and summary["cost_before"]:
+        labels.append(_draw_cost(axis, summary, history))
+    label_right(axis, labels)
+
+
+def _draw_cost(axis: Axes, summary: dict[str, Any], history: list[dict[str, Any]]) -> tuple[float, str, str]:
+    """What is left in the unit of the target, beside the parameters; returns the label of the line's end."""
+    cuts = [record for record in history if record["kind"] == "removal"]
+    left = [100.0 * cost / summary["cost_before"] for cost in (*(r["cost_after"] for r in cuts), summary["cost_after"])]
+    x = [0.0, *(record["step"] / summary["steps"] * summary["epochs"] for record in cuts), float(summary["epochs"])]
+    axis.step(x, [100.0, *left], where="post", color=INK, linewidth=1.3, linestyle=(0, (1, 1)))
+    name = UNITS[summary["target_unit"]].replace("-", "-\n")  # the margin is narrow
+    return left[-1], f"{name}\n{left[-1]:.1f} %", INK
 
 
 def _draw_radius(axis: Axes, epochs: list[dict[str, Any]], dense: list[dict[str, Any]]) -> None:
     axis.set_yscale("log")
     labels = []
     if dense:
-        _draw_positive(axis, dense, "spectral_radius", color=_INK, linewidth=1.1, linestyle=(0, (4, 2)))
-        labels.append((dense[-1]["spectral_radius"], f"dense {dense[-1]['spectral_radius']:.2g}", _INK))
+        _draw_positive(axis, dense, "spectral_radius", color=INK, linewidth=1.1, linestyle=(0, (4, 2)))
+        labels.append((dense[-1]["spectral_radius"], f"dense {dense[-1]['spectral_radius']:.2g}", INK))
     for key, name, style in (
         ("spectral_radius", "largest layer", {"linewidth": 2.0}),
         ("spectral_radius_geometric_mean", "geometric mean", {"linewidth": 1.1, "alpha": 0.65}),
     ):
-        _draw_positive(axis, epochs, key, color=_ROSE, **style)
-        labels.append((epochs[-1][key], f"{name}\n{epochs[-1][key]:.2g}", _ROSE))
-    _log_ticks(axis)
-    _label_right(axis, [label for label in labels if label[0] > 0])
+        _draw_positive(axis, epochs, key, color=ROSE, **style)
+        labels.append((epochs[-1][key], f"{name}\n{epochs[-1][key]:.2g}", ROSE))
+    log_ticks(axis)
+    label_right(axis, [label for label in labels if label[0] > 0])
 
 
 def _draw_positive(axis: Axes, records: list[dict[str, Any]], key: str, **style: Any) -> None:
@@ -142,74 +149,28 @@ def _draw_positive(axis: Axes, records: list[dict[str, Any]], key: str, **style:
     axis.plot([record["epoch"] for record in kept], [record[key] for record in kept], **style)
 
 
-def _label_right(axis: Axes, labels: list[tuple[float, str, str]]) -> None:
-    """Write each label at the height of its line's end; those that would touch are moved apart evenly."""
-    ordered = sorted(labels, key=lambda label: label[0])
-    low, high = axis.transScale.transform([(1, bound) for bound in axis.get_ylim()])[:, 1]
-    wanted = [(axis.transScale.transform((1, label[0]))[1] - low) / (high - low) for label in ordered]
-    line = 0.15 / axis.get_position().height / 8.4  # the height of a line of text as a share of this panel
-    half = [line * (0.5 + 0.5 * label[1].count("\n")) * 1.25 for label in ordered]
-    for height, (_, text, color) in zip(spread(wanted, half), ordered):
-        axis.text(1.02, height, text, transform=axis.transAxes, color=color, fontsize=9.5, va="center")
-
-
-def spread(wanted: list[float], half: list[float]) -> list[float]:
-    """Positions in [0, 1] near those wanted (ascending), of things that reach `half` to both sides without touching."""
-    places = [min(max(place, 0.0), 1.0) for place in wanted]
-    for _ in range(100):
-        for i in range(len(places) - 1):
-            overlap = half[i] + half[i + 1] - (places[i + 1] - places[i])
-            if overlap > 1e-9:
-                places[i] -= overlap / 2
-                places[i + 1] += overlap / 2
-        over = max(0.0, places[-1] + half[-1] - 1.05) if places else 0.0
-        places = [place - over for place in places]
-    return places
-
-
-def _style(axis: Axes, name: str) -> None:
-    for side in ("top", "right", "left"):
-        axis.spines[side].set_visible(False)
-    axis.spines["bottom"].set_color(_PALE)
-    axis.tick_params(colors=_GREY, labelsize=9, length=0, which="both")
-    axis.grid(axis="y", color=_PALE, linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.set_title(name, loc="left", color=_INK, fontsize=10, pad=6)
-
-
 def _shade_pruning(axis: Axes, summary: dict[str, Any], history: list[dict[str, Any]], *, name_it: bool) -> None:
     steps = [record["step"] for record in history if record["kind"] == "removal"]
     if steps:
         first, last = (step / summary["steps"] * summary["epochs"] for step in (steps[0], steps[-1]))
-        axis.axvspan(first, last, color=_INK, alpha=0.04, linewidth=0)
+        axis.axvspan(first, last, color=INK, alpha=0.04, linewidth=0)
         if name_it:
             above = axis.get_xaxis_transform()
-            axis.text((first + last) / 2, 1.02, "pruning", transform=above, color=_GREY, fontsize=8.5, ha="center")
-
-
-def _log_ticks(axis: Axes) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    low, high = axis.get_ylim()
-    wide = high / low > 200.0
-    axis.yaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.yaxis.set_minor_locator(NullLocator())
+            name = "pruning, stopped" if summary["pruning_stopped"] else "pruning"
+            axis.text((first + last) / 2, 1.02, name, transform=above, color=GREY, fontsize=8.5, ha="center")
 
 
 def page(summary: dict[str, Any], history: list[dict[str, Any]], image: bytes) -> str:
     """The HTML page, with the figure inside it."""
-    figure_data = base64.b64encode(image).decode()
-    return _PAGE.format(
-        title=html.escape(headline(summary)),
-        subtitle=html.escape(subline(summary)),
-        cards="".join(_card(*card) for card in _cards(summary)),
-        figure=f'<img alt="accuracy, parameters and spectral radius over the epochs" '
-        f'src="data:image/png;base64,{figure_data}">',
+    body = _BODY.format(
+        cards="".join(card(*entry) for entry in _cards(summary)),
+        figure=figure_of(image, "accuracy, parameters and spectral radius over the epochs"),
+        events=trust_section(summary, history) + events_section(summary, history),
         layers=_layer_rows(summary),
-        settings=_rows(summary["settings"]),
-        versions=_rows(summary["versions"]),
+        settings=value_rows(summary["settings"]),
+        versions=value_rows(summary["versions"]),
     )
+    return document(headline(summary), subline(summary), body)
 
 
 def _cards(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -226,19 +187,24 @@ def _cards(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
             f"{100.0 * summary['flops_after'] / summary['flops_before']:.1f} %",
             f"{summary['flops_before']:,} → {summary['flops_after']:,} an image",
         ),
+        *_target_card(summary),
         ("λmax of the Hessian", *_with_dense(summary, "hessian_lambda_max")),
         ("spectral radius (K-FAC)", *_with_dense(summary, "spectral_radius_kfac")),
-        ("training time", _seconds(summary["seconds"]), f"{summary['epochs']} epochs, {summary['steps']:,} steps"),
+        ("training time", duration(summary["seconds"]), f"{summary['epochs']} epochs, {summary['steps']:,} steps"),
     ]
+
+
+def _target_card(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Neurons or latency, where they are the target; the other units have cards anyway."""
+    unit, before, after = summary["target_unit"], summary["cost_before"], summary["cost_after"]
+    if unit not in ("neurons", "latency") or not before:
+        return []
+    return [(UNITS[unit], f"{100.0 * after / before:.1f} %", f"{amount(unit, before)} → {amount(unit, after)}")]
 
 
 def _with_dense(summary: dict[str, Any], key: str) -> tuple[str, str]:
     dense = summary.get(f"dense_{key}")
-    return _number(summary[key]), "at the end of training" if dense is None else f"dense {_number(dense)}"
-
-
-def _card(name: str, value: str, note: str) -> str:
-    return f'<div class="card"><h2>{html.escape(name)}</h2><b>{html.escape(value)}</b><p>{html.escape(note)}</p></div>'
+    return number(summary[key]), "at the end of training" if dense is None else f"dense {number(dense)}"
 
 
 def _layer_rows(summary: dict[str, Any]) -> str:
@@ -252,21 +218,6 @@ def _layer_rows(summary: dict[str, Any]) -> str:
     return "".join(rows)
 
 
-def _rows(values: dict[str, Any]) -> str:
-    return "".join(
-        f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(_plain(value))}</td></tr>"
-        for name, value in values.items()
-    )
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(str(item) for item in value) or "none"
-    return "default" if value is None else str(value)
-
-
 def _left(summary: dict[str, Any]) -> str:
     return f"{100.0 * summary['params_after'] / summary['params_before']:.1f} %"
 
@@ -275,60 +226,15 @@ def _data_name(summary: dict[str, Any]) -> str:
     return Path(summary["data"]).stem
 
 
-def _number(value: float | None) -> str:
-    return "not finite" if value is None or value - value != 0.0 else f"{value:.3g}"
-
-
-def _seconds(value: float) -> str:
-    minutes, seconds = divmod(round(value), 60)
-    return f"{minutes} min {seconds} s" if minutes else f"{value:.1f} s"
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light; --ink: #1f2430; --grey: #6b7285; --pale: #e6e8ef; --teal: #0f9b8e; --ground: #f6f7fa; }}
-* {{ box-sizing: border-box; }}
-body {{ margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }}
-main {{ max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }}
-h1 {{ margin: 0; font-size: 1.6rem; line-height: 1.25; }}
-h1 + p {{ margin: .3rem 0 1.6rem; color: var(--grey); }}
-h3 {{ margin: 2.2rem 0 .6rem; font-size: 1.05rem; }}
-.cards {{ display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); }}
-.card, figure, table {{ background: white; border: 1px solid var(--pale); border-radius: 10px; }}
-.card {{ padding: .9rem 1.1rem; }}
-.card h2 {{ margin: 0; font-size: .82rem; font-weight: 500; color: var(--grey); }}
-.card b {{ font-size: 1.55rem; font-variant-numeric: tabular-nums; }}
-.card p {{ margin: 0; font-size: .85rem; color: var(--grey); font-variant-numeric: tabular-nums; }}
-figure {{ margin: 1rem 0 0; padding: .6rem; }}
-img {{ display: block; width: 100%; height: auto; }}
-table {{ width: 100%; border-collapse: separate; border-spacing: 0; padding: .3rem 0; }}
-th, td {{ padding: .28rem 1rem; text-align: left; font-size: .88rem; font-variant-numeric: tabular-nums; }}
-th {{ color: var(--grey); font-weight: 500; }}
-td:last-child {{ width: 60%; overflow-wrap: anywhere; }}
-.bar {{ height: .7rem; min-width: 2px; background: var(--pale); border-radius: 3px; }}
-.bar i {{ display: block; height: 100%; background: var(--teal); border-radius: 3px; }}
-code {{ background: white; border: 1px solid var(--pale); border-radius: 5px; padding: .1rem .35rem; }}
-</style>
-</head>
-<body><main>
-<h1>{title}</h1><p>{subtitle}</p>
-<div class="cards">{cards}</div>
-<figure>{figure}</figure>
-<h3>Width of every layer, before and after</h3>
-<table><tr><th>layer</th><th>before</th><th>after</th><th></th></tr>{layers}</table>
+_BODY = """<div class="cards">{cards}</div>
+{figure}
+{events}<h3>Width of every layer, before and after</h3>
+<table class="values"><tr><th>layer</th><th>before</th><th>after</th><th></th></tr>{layers}</table>
 <h3>Use the network</h3>
 <p><code>model = flatprune.load("…this folder…")</code>
 then <code>model(model.normalization(images)).argmax(1)</code>
 for uint8 images [n, height, width, channels].</p>
 <h3>Settings</h3>
-<table>{settings}</table>
+<table class="values">{settings}</table>
 <h3>Versions</h3>
-<table>{versions}</table>
-</main></body>
-</html>
-"""
+<table class="values">{versions}</table>"""

@@ -6,7 +6,10 @@ holds the same for the network that is trained without pruning, where that is wa
 Each file is written atomically, so that it is whole at any time.
 
 `summary.json`:
-    data, model, seed, epochs, target_params, steps, train_images, test_images, image_shape, classes: what was done
+    data, model, seed, epochs, steps, train_images, test_images, image_shape, classes: what was done
+    target_params                          share of the parameters to reach, null for a target in another unit
+    target_unit, target_share              params, flops, neurons or latency, and the share of it to reach
+    held_out_images                        training images that only judged whether to go on pruning
     params_before, params_after            trainable scalars
     flops_before, flops_after              multiply-accumulates of linear and convolution layers for one image
     test_accuracy_last, test_accuracy_best percent, after the last epoch and after the best one (of the test set)
@@ -14,13 +17,17 @@ Each file is written atomically, so that it is whole at any time.
     spectral_radius_kfac                   max over layers of lambda_1(A) lambda_1(G); with _geometric_mean beside it
     hessian_lambda_max                     of the mean loss over the first 1,024 training images, batch norm folded
     widths_before, widths_after            layer name -> output channels or features
+    cost_before, cost_after                of the network in the target's unit (latency: measured seconds)
+    pruning_stopped                        why pruning ended before its time, null if it did not
+    trust                                  predicted against measured change of the loss, see `flatprune.trust`
     seconds                                of training and testing, without start-up
     dense_*                                the same of the network trained without pruning, where that was wanted
     settings, versions                     everything needed to do it again
 
-`history.jsonl`, by `kind`: "epoch" (losses, accuracies in percent, params, radii, seconds so far), "removal" (step,
-layer, removed, width and params after it), "event" (a removal event at which nothing was removed, and the reason),
-"optimum_shift" (a layer after the last removal: rank and number of its inputs, norm of its weight before and after).
+`history.jsonl`, by `kind`: "epoch" (losses, accuracies in percent, params, radii, seconds so far), "removal" (fields of
+`flatprune.removals.Removal` without the neurons' indices; width and params are those after it), "event" (one at which
+nothing was removed; the reason is its note), "stop" (the end of pruning before its time, likewise), "optimum_shift" (a
+layer after the last removal: rank and number of its inputs, norm of its weight before and after).
 """
 
 from __future__ import annotations
@@ -204,7 +211,7 @@ def _dense_summary(
 ) -> dict[str, Any]:
     if (folder / SUMMARY_FILE).is_file():
         return json.loads((folder / SUMMARY_FILE).read_text())
-    settings = replace(pruned.settings, target_params=1.0, compare_dense=False)
+    settings = pruned.settings.dense()
     checkpoint = folder / CHECKPOINT_FILE
     state = load_checkpoint(checkpoint) if checkpoint.is_file() else None
     _make_folder(folder)
@@ -247,6 +254,7 @@ def _summary(trainer: Trainer, dense: dict[str, Any] | None) -> dict[str, Any]:
         "target_params": settings.target_params,
         "steps": trainer.total_steps,
         "train_images": len(trainer.dataset.x_train),
+        "held_out_images": 0 if trainer.guard is None else len(trainer.guard.x),
         "test_images": len(trainer.dataset.x_test),
         "image_shape": list(trainer.dataset.image_shape),
         "classes": trainer.dataset.classes,

@@ -1,4 +1,4 @@
-"""When neurons go and how many parameters may be left after each event."""
+"""When neurons go and what the network may cost after each event."""
 
 from __future__ import annotations
 
@@ -46,18 +46,19 @@ class CubicSchedule:
         events = tuple(last - self.every * (count - 1 - i) for i in range(count))
         object.__setattr__(self, "events", events)
 
-    def budget(self, step: int, start: int, target: int) -> int | None:
-        """Parameters that may be left after the event at `step`, or None if there is no event.
+    def budget(self, step: int, start: float, target: float) -> float | None:
+        """What the network may cost after the event at `step`, or None if there is no event.
 
         Args:
             step: optimizer steps taken, from 1.
-            start: parameters before pruning.
-            target: parameters after the last event.
+            start: cost before pruning.
+            target: cost after the last event; if both are integers (parameters, say), so is the budget.
         """
         if step not in self.events:
             return None
         progress = (self.events.index(step) + 1) / len(self.events)
-        return target + int((start - target) * (1.0 - progress) ** 3)
+        above = (start - target) * (1.0 - progress) ** 3
+        return target + (int(above) if isinstance(start, int) and isinstance(target, int) else above)
 
     def is_last(self, step: int) -> bool:
         """Whether the event at `step` is the last one."""

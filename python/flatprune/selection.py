@@ -3,76 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flatprune.neurons import CONSUMER, MATRICES, NeuronGroup, channels, is_depthwise, shares_of, weight_of
-
-
-@dataclass
-class _Layer:
-    outputs: int
-    inputs: int  # 1 for layers without a matrix
-    area: int  # weights an input, times the groups that share them
-    shares: int
-    vectors: int  # parameters an output besides the matrix: bias, or weight and bias of a norm
-
-    @property
-    def params(self) -> int:
-        return self.outputs * (self.inputs * self.area // self.shares + self.vectors)
+from flatprune.costs import CostModel
+from flatprune.neurons import NeuronGroup
 
 
-class ParameterCount:
-    """The exact number of parameters of a network while neurons are removed on paper.
+class LossBudget:
+    """How much the loss may rise at one event, by the scores' own prediction.
 
     Args:
-        model: the network.
-        groups: its neuron groups, as they stand.
+        limit: sum of the predicted changes that is allowed, or None for any.
+
+    Attributes:
+        spent: predicted changes of what has been removed so far.
+        exceeded: whether a neuron had to stay for it.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[NeuronGroup]) -> None:
-        self._layers: dict[str, _Layer] = {}
-        self._shares: list[list[tuple[str, bool, int]]] = []
-        for group in groups:
-            self._shares.append([(m.name, m.role == CONSUMER, m.index.shape[1]) for m in group.members])
-            for member in group.members:
-                self._layers[member.name] = _layer_sizes(member.module)
-        total = sum(parameter.numel() for parameter in model.parameters())
-        self._fixed = total - sum(layer.params for layer in self._layers.values())
+    def __init__(self, limit: float | None = None) -> None:
+        self.limit = limit
+        self.spent = 0.0
+        self.exceeded = False
 
-    @property
-    def params(self) -> int:
-        """Parameters of the network now."""
-        return self._fixed + sum(layer.params for layer in self._layers.values())
-
-    def remove(self, position: int, neurons: int) -> None:
-        """Take `neurons` neurons of the group at `position` away, or give them back if negative."""
-        for name, is_input, size in self._shares[position]:
-            if is_input:
-                self._layers[name].inputs -= size * neurons
-            else:
-                self._layers[name].outputs -= size * neurons
-
-    def params_without(self, position: int, neurons: int) -> int:
-        """Parameters of the network after `neurons` neurons of the group at `position` have gone."""
-        self.remove(position, neurons)
-        params = self.params
-        self.remove(position, -neurons)
-        return params
-
-
-def _layer_sizes(module: nn.Module) -> _Layer:
-    vectors = sum(parameter.dim() == 1 for parameter in module.parameters(recurse=False))
-    outputs = channels(module, "")
-    if isinstance(module, MATRICES):
-        inputs = 1 if is_depthwise(module) else channels(module, CONSUMER)
-        shares = 1 if is_depthwise(module) else shares_of(module)
-        return _Layer(outputs, inputs, weight_of(module)[:1, :1].numel(), shares, vectors)
-    return _Layer(outputs, 0, 0, 1, vectors)
+    def allows(self, change: float) -> bool:
+        """Whether `change` may be added to what is spent; a refusal is noted."""
+        if self.limit is None or self.spent + change <= self.limit:
+            return True
+        self.exceeded = True
+        return False
 
 
 class Limits(NamedTuple):
@@ -114,63 +76,64 @@ class _Bundle(NamedTuple):
     start: int
     size: int
 
+    def sum_of(self, ranked: Tensor) -> float:
+        """Sum over its neurons of values [neurons] in the order of removal."""
+        return float(ranked[self.start : self.start + self.size].sum())
 
-def smallest_params(model: nn.Module, groups: Sequence[NeuronGroup], limits: Limits) -> int:
-    """Parameters that are left when every group is as narrow as the limits allow."""
-    count = ParameterCount(model, groups)
+
+def smallest_cost(costs: CostModel, groups: Sequence[NeuronGroup], limits: Limits) -> float:
+    """The cost that is left when every group is as narrow as the limits allow; `costs` is left at that."""
     for position, group in enumerate(groups):
-        count.remove(position, group.width - limits.floor(group))
-    return count.params
-
-
-def neuron_costs(model: nn.Module, groups: Sequence[NeuronGroup]) -> list[float]:
-    """Parameters that go with one neuron of each group: rows, columns, biases and norm entries, at current sizes."""
-    count = ParameterCount(model, groups)
-    # a grouped convolution loses one neuron a share at least, so the cost is that of a whole round
-    return [
-        (count.params - count.params_without(position, group.partitions)) / group.partitions
-        for position, group in enumerate(groups)
-    ]
+        costs.remove(position, group.width - limits.floor(group))
+    return costs.cost
 
 
 def select(
-    model: nn.Module,
+    costs: CostModel,
     groups: Sequence[NeuronGroup],
     scores: Sequence[Tensor],
-    budget: int,
+    budget: float,
     limits: Limits,
     *,
     closely: bool = False,
+    changes: Sequence[Tensor] | None = None,
+    losses: LossBudget | None = None,
 ) -> dict[int, Tensor]:
-    """The neurons to remove: globally lowest score first until at most `budget` parameters are left.
+    """The neurons to remove: globally lowest score first until the network costs at most `budget`.
 
     Args:
-        model: the network.
+        costs: the network as it stands; left as it is without the neurons.
         groups: its neuron groups.
         scores: one tensor [neurons] a group.
-        budget: parameters to get down to.
-        limits: how many may go; where they bind, more than `budget` parameters are left.
+        budget: cost to get down to.
+        limits: how many may go; where they bind, more than `budget` is left.
         closely: end near the budget: the last neuron is, of those that reach it, the one of least total score
-            (score times parameters), and neurons of high score stay after all where the budget allows it.
+            (score times cost), and neurons of high score stay after all where the budget allows it.
+        changes: predicted change of the loss by each neuron, one tensor [neurons] a group.
+        losses: choosing stops at the first neuron whose change this budget does not allow any more.
 
     Returns:
         Position in `groups` -> int64 [m] neurons, ascending; groups that lose none are left out.
     """
     orders = [_removal_order(group, score) for group, score in zip(groups, scores)]
-    count = ParameterCount(model, groups)
     taken: list[_Bundle] = []
-    params = count.params
+    cost = costs.cost
+    change = 0.0
     bundles = _bundles(groups, scores, orders, limits)
     for number, bundle in enumerate(bundles):
-        if params <= budget:
+        if cost <= budget:
             break
-        if closely and count.params_without(bundle.position, bundle.size) <= budget:
-            bundle = _gentlest_finish(count, bundles[number:], budget)
-        count.remove(bundle.position, bundle.size)
-        params = count.params
+        if closely and costs.cost_without(bundle.position, bundle.size) <= budget:
+            bundle = _gentlest_finish(costs, bundles[number:], budget)
+        if losses is not None and changes is not None:
+            change += bundle.sum_of(changes[bundle.position][orders[bundle.position]])
+            if not losses.allows(change):
+                break
+        costs.remove(bundle.position, bundle.size)
+        cost = costs.cost
         taken.append(bundle)
-    if closely and params <= budget:
-        taken = _give_back(count, taken, budget)
+    if closely and cost <= budget:
+        taken = _give_back(costs, taken, budget)
     ends: dict[int, int] = {}
     for bundle in taken:
         ends[bundle.position] = max(ends.get(bundle.position, 0), bundle.start + bundle.size)
@@ -201,32 +164,27 @@ def _bundles(
     return sorted(bundles, key=lambda bundle: (bundle.score, bundle.position, bundle.start))
 
 
-def _gentlest_finish(count: ParameterCount, left: Sequence[_Bundle], budget: int) -> _Bundle:
-    """Of the bundles that may go next and reach the budget, the one whose score times parameters is least."""
-    params = count.params
+def _gentlest_finish(costs: CostModel, left: Sequence[_Bundle], budget: float) -> _Bundle:
+    """Of the bundles that may go next and reach the budget, the one whose score times cost is least."""
+    cost = costs.cost
     nexts: dict[int, _Bundle] = {}
     for bundle in left:
         nexts.setdefault(bundle.position, bundle)
-    after = {position: count.params_without(position, bundle.size) for position, bundle in nexts.items()}
+    after = {position: costs.cost_without(position, bundle.size) for position, bundle in nexts.items()}
     finishing = [position for position in nexts if after[position] <= budget]
-    return nexts[min(finishing, key=lambda position: nexts[position].score * (params - after[position]))]
+    return nexts[min(finishing, key=lambda position: nexts[position].score * (cost - after[position]))]
 
 
-def _give_back(count: ParameterCount, taken: list[_Bundle], budget: int) -> list[_Bundle]:
+def _give_back(costs: CostModel, taken: list[_Bundle], budget: float) -> list[_Bundle]:
     """Drop bundles from the end as long as the budget holds; within a group only the last one can stay."""
     last = {bundle.position: bundle for bundle in taken}
     kept: list[_Bundle] = []
     for bundle in reversed(taken):
-        if last[bundle.position] is bundle and count.params_without(bundle.position, -bundle.size) <= budget:
-            count.remove(bundle.position, -bundle.size)
+        if last[bundle.position] is bundle and costs.cost_without(bundle.position, -bundle.size) <= budget:
+            costs.remove(bundle.position, -bundle.size)
             earlier = [other for other in taken if other.position == bundle.position and other.start < bundle.start]
             if earlier:
                 last[bundle.position] = earlier[-1]
         else:
             kept.append(bundle)
     return kept[::-1]
-
-
-def widths(groups: Sequence[NeuronGroup]) -> Mapping[str, int]:
-    """Group name -> neurons left."""
-    return {group.name: group.width for group in groups}

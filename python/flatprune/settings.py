@@ -11,8 +11,10 @@ import torch
 
 from flatprune import models
 from flatprune.errors import InputError
+from flatprune.pruner_arguments import predicts_loss
 from flatprune.saliency import CRITERIA
 from flatprune.spectrum import MODES as FLATNESS_MODES
+from flatprune.targets import UNITS, Target
 
 FLATNESS = ("on", "off", "sam", "msam")
 OPTIMUM_SHIFT = ("off", "after_pruning")
@@ -27,6 +29,9 @@ _CHOICES = {
     "compensate": COMPENSATE,
     "schedule": SCHEDULES,
 }
+_TARGETS = {f"target_{unit}": unit for unit in UNITS}
+_DEFAULT_TARGET_PARAMS = 0.1
+_NEED_PRUNING = ("max_predicted_loss", "stop_accuracy_drop")
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
 
@@ -41,7 +46,16 @@ class Settings:
         widths: hidden widths of the network, or None for its usual ones.
         image_size: average the images down to image_size x image_size, or None.
         classes: number of classes, or None for the largest training label + 1.
-        target_params: fraction of the parameters left at the end, in (0, 1]; 1 trains without pruning.
+        target_params: fraction of the parameters left at the end, in (0, 1]; 1 trains without pruning. 0.1 unless
+            another target is given.
+        target_flops, target_neurons, target_latency: the same in multiply-accumulates, prunable neurons or measured
+            inference latency (see `flatprune.Target`); one of the four at most.
+        latency_batch: images in the forward whose latency counts.
+        round_to: widths become multiples of this.
+        min_width: neurons that stay in each group at least.
+        max_predicted_loss: by how much the loss may be predicted to rise at one removal event, or None for any.
+        stop_accuracy_drop: percentage points by which the accuracy may fall below its best before pruning ends early,
+            or None. It is taken before each removal event on a tenth of the training images, which are not trained on.
         epochs, batch_size, seed: as their names say.
         lr: learning rate before the schedule, or None for 0.1 with batch norm and 0.05 without.
         schedule: "fc" (constant until pruning ends at 40 % of the steps, then a cosine to 0) or "cosine" throughout.
@@ -73,7 +87,15 @@ class Settings:
     widths: tuple[int, ...] | None = None
     image_size: int | None = None
     classes: int | None = None
-    target_params: float = 0.1
+    target_params: float | None = None
+    target_flops: float | None = None
+    target_neurons: float | None = None
+    target_latency: float | None = None
+    latency_batch: int = 64
+    round_to: int = 1
+    min_width: int = 2
+    max_predicted_loss: float | None = None
+    stop_accuracy_drop: float | None = None
     epochs: int = 60
     batch_size: int = 128
     seed: int = 0
@@ -100,8 +122,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         models.check_name(self.model)
-        if not 0.0 < self.target_params <= 1.0:
-            raise InputError(f"target_params is {self.target_params}, expected above 0 and at most 1")
+        self._check_target()
         for name, least in (
             ("epochs", 1),
             ("batch_size", 2),
@@ -111,13 +132,16 @@ class Settings:
             ("threads", 1),
             ("sam_every", 1),
             ("flatness_every", 1),
+            ("latency_batch", 1),
+            ("round_to", 1),
+            ("min_width", 1),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{name} is {value}, expected {least} or more")
         if self.seed >= 2**63:
             raise InputError(f"seed is {self.seed}, expected less than 2^63")
-        for name in ("lr", "sam_radius"):
+        for name in ("lr", "sam_radius", "max_predicted_loss", "stop_accuracy_drop"):
             value = getattr(self, name)
             if value is not None and not (value > 0.0 and math.isfinite(value)):
                 raise InputError(f"{name} is {value}, expected a number above 0")
@@ -133,6 +157,33 @@ class Settings:
             raise InputError(f"label_noise is {self.label_noise}, expected 0 to 1")
         for name, choices in _CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
+        if self.max_predicted_loss is not None and not predicts_loss(self.criterion):
+            raise InputError(
+                f"max_predicted_loss is {self.max_predicted_loss:g}, but criterion {self.criterion} predicts no loss"
+            )
+
+    def _check_target(self) -> None:
+        given = {name: getattr(self, name) for name in _TARGETS if getattr(self, name) is not None}
+        if len(given) > 1:
+            raise InputError(f"{' and '.join(given)}: expected one of them")
+        if not given:
+            object.__setattr__(self, "target_params", _DEFAULT_TARGET_PARAMS)
+        for name, share in given.items():
+            if not 0.0 < share <= 1.0:
+                raise InputError(f"{name} is {share}, expected above 0 and at most 1")
+            if share == 1.0 and any(getattr(self, other) is not None for other in _NEED_PRUNING):
+                raise InputError(f"{name} is 1, which does not prune: {' and '.join(_NEED_PRUNING)} need a smaller one")
+
+    @property
+    def target(self) -> Target:
+        """The size to reach."""
+        shares = {unit: getattr(self, name) for name, unit in _TARGETS.items()}
+        return Target(**shares, latency_batch=self.latency_batch)
+
+    def dense(self) -> Settings:
+        """The same training without pruning."""
+        values = {**self.as_dict(), **dict.fromkeys([*_TARGETS, *_NEED_PRUNING]), "target_params": 1.0}
+        return Settings.from_dict({**values, "compare_dense": False})
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values (tuples become lists) for JSON and checkpoints."""

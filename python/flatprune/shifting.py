@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from flatprune.sam import refuse_moved
+from kfac_ext.curvature.convolution import weight_like, weight_matrix
 from kfac_ext.curvature.fisher import input_covariance
-from kfac_ext.curvature.layers import Layer, call_hooks, module_modes, trace_layers, undisturbed
+from kfac_ext.curvature.layers import LAYER_TYPES, Layer, call_hooks, module_modes, trace_layers, undisturbed
 
 
 class LayerShift(NamedTuple):
@@ -41,7 +42,7 @@ def optimum_shift(
     layers: Iterable[str] | None = None,
     tolerance: float | None = None,
 ) -> list[LayerShift]:
-    """Give each Linear and Conv2d the weights of the smallest norm with the same outputs on a batch.
+    """Give each Linear and convolution the weights of the smallest norm with the same outputs on a batch.
 
     Zhou, Li, Feng, Huang 2024 (arXiv 2405.14111): where a batch has fewer input vectors than a layer has inputs, W X is
     an underdetermined system; its solution of the least Frobenius norm is W P, P = X (X^T X)^+ X^T the projector onto
@@ -106,7 +107,7 @@ def _chosen(model: nn.Module, batch: tuple[Tensor, ...], names: Iterable[str] | 
 def _can_be_shifted(module: nn.Module, holders: Counter[int]) -> bool:
     weight = module.weight
     own = isinstance(weight, nn.Parameter) and holders[id(weight)] == 1 and weight.requires_grad
-    return own and isinstance(module, (nn.Linear, nn.Conv2d))
+    return own and isinstance(module, LAYER_TYPES)
 
 
 def _covariances(model: nn.Module, layers: list[Layer], batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -137,7 +138,7 @@ def _projected(layer: Layer, A: Tensor, tolerance: float | None) -> tuple[Tensor
     projected = weight
     if rank < inputs:
         U = vectors * kept[:, None]
-        rows = weight.double().view(layer.groups, -1, A.shape[-1])
-        projected = (rows @ U @ U.mT).view_as(weight).to(weight.dtype)
+        rows = weight_matrix(layer.module).double().unflatten(0, (layer.groups, -1))
+        projected = weight_like(layer.module, (rows @ U @ U.mT).flatten(0, 1)).to(weight.dtype)
     norms = [float(w.double().norm()) for w in (weight, projected)]
     return projected, LayerShift(layer.name, rank, inputs, *norms)

@@ -18,13 +18,15 @@ from flatprune.data import Dataset, augmented, batch_indices
 from flatprune.distortion import disout
 from flatprune.errors import DivergedError, InputError, Interrupted
 from flatprune.export import take_tensors
-from flatprune.pruner import Pruner, Removal
+from flatprune.goals import check_reachable, target_figures
+from flatprune.pruner import Pruner
+from flatprune.removals import Removal
 from flatprune.sam import SAM, MomentumSAM
 from flatprune.schedule import CubicSchedule
 from flatprune.settings import MOMENTUM, WEIGHT_DECAY, Settings
 from flatprune.shifting import optimum_shift
 from flatprune.spectrum import Flatness, hessian_lambda_max
-from flatprune.targets import Target
+from flatprune.stopping import AccuracyGuard, hold_out
 from kfac_ext.curvature import Curvature
 
 _EVALUATION_BATCH = 1000
@@ -45,6 +47,7 @@ class Progress:
         loss_sum, correct, seen: sums over the running epoch.
         seconds: time spent in training and testing so far.
         best_accuracy: highest test accuracy after any epoch, in percent.
+        best_held_out: highest accuracy on held-out images at any removal event, in percent; None before the first one.
     """
 
     epoch: int = 0
@@ -56,6 +59,7 @@ class Progress:
     seen: int = 0
     seconds: float = 0.0
     best_accuracy: float = 0.0
+    best_held_out: float | None = None
 
 
 class Observer:
@@ -68,7 +72,7 @@ class Observer:
         """An optimizer step is done."""
 
     def removal(self, record: dict[str, Any]) -> None:
-        """Neurons were removed."""
+        """Neurons were removed, or an event removed none, or pruning was stopped, by `record["kind"]`."""
 
     def epoch(self, record: dict[str, Any]) -> None:
         """An epoch is done and tested."""
@@ -91,6 +95,10 @@ class Trainer:
 
     def __init__(self, settings: Settings, dataset: Dataset, state: dict[str, Any] | None = None) -> None:
         self.settings = settings
+        self.guard = None
+        if settings.stop_accuracy_drop is not None:
+            dataset, x, y = hold_out(dataset, settings.seed)
+            self.guard = AccuracyGuard(x, y, settings.stop_accuracy_drop, evaluate)
         self.dataset = dataset
         self.progress = Progress()
         self.history: list[dict[str, Any]] = []
@@ -124,14 +132,14 @@ class Trainer:
         self.sam = None
         if settings.flatness == "sam":
             self.sam = SAM(self.model, radius=settings.sam_radius, every=settings.sam_every, curvature=self.curvature)
-        self.pruner = self._pruner() if settings.target_params < 1.0 else None
+        self.pruner = self._pruner() if settings.target.share < 1.0 else None
         self.disout = None
         if settings.disout > 0.0:
             self.disout = disout(self.model, probability=settings.disout, steps=self.total_steps)
         if state is not None:
             self._load_state_dict(state)
         elif self.pruner is not None:
-            self._check_reachable(self.pruner)
+            check_reachable(self.pruner, settings.model)
 
     def _flatness(self) -> Flatness:
         given = {name: getattr(self.settings, f"flatness_{name}") for name in ("strength", "every", "fade_below")}
@@ -147,22 +155,17 @@ class Trainer:
                 self.optimizer,
                 self.curvature,
                 self.dataset.x_train[:_EXAMPLES],
-                target=Target(params=settings.target_params),
+                target=settings.target,
                 total_steps=self.total_steps,
                 criterion=settings.criterion,
                 compensate=compensate,
+                round_to=settings.round_to,
+                min_width=settings.min_width,
+                max_predicted_loss=settings.max_predicted_loss,
                 exclude=settings.exclude,
             )
         except (KeyError, ValueError) as error:  # a layer that is not there or cannot be pruned
             raise InputError(str(error.args[0])) from error
-
-    def _check_reachable(self, pruner: Pruner) -> None:
-        least, share = pruner.reachable_params(), self.settings.target_params
-        if least > share * self.params_before:
-            raise InputError(
-                f"target_params is {share:g}, {share * self.params_before:.0f} of {self.params_before} parameters, but "
-                f"{self.settings.model} keeps at least {least} ({least / self.params_before:.2g})"
-            )
 
     @property
     def params(self) -> int:
@@ -264,22 +267,24 @@ class Trainer:
 
     def _prune(self) -> list[Removal]:
         try:
-            return [] if self.pruner is None else self.pruner.step()
+            return [] if self.pruner is None else [*self._stopped(self.pruner), *self.pruner.step()]
         except ValueError as error:  # factors or scores that are not finite
             raise DivergedError(f"{error} (step {self.progress.step + 1})") from error
 
+    def _stopped(self, pruner: Pruner) -> list[Removal]:
+        """Before a removal event, end pruning if the held-out images demand it."""
+        if self.guard is None or not pruner.is_event():
+            return []
+        reason = self.guard.objection(self.model)
+        self.progress.best_held_out = self.guard.best
+        return [pruner.stop(reason)] if reason else []
+
     def _log_removal(self, removal: Removal) -> dict[str, Any]:
-        progress = self.progress
         record = {
-            "kind": "removal" if removal.removed else "event",
-            "epoch": progress.epoch + 1,
-            "step": removal.step,
-            "layer": removal.layer,
-            "removed": removal.removed,
+            "epoch": self.progress.epoch + 1,
+            **removal.explanation(),
             "width": removal.width_after,
             "params": removal.params_after,
-            "compensated": removal.compensated,
-            "note": removal.note,
         }
         self.history.append(record)
         return record
@@ -332,6 +337,7 @@ class Trainer:
             "widths_before": self.widths_before,
             "widths_after": models.layer_widths(self.model),
             "seconds": self.progress.seconds,
+            **target_figures(self.settings.target, self.pruner, self.history),
         }
 
     def hessian_lambda_max(self) -> float:
@@ -381,6 +387,8 @@ class Trainer:
         if self.pruner is not None:
             self.pruner.load_state_dict(state["pruner"])
         self.progress = Progress(**state["progress"])
+        if self.guard is not None:
+            self.guard.best = self.progress.best_held_out
         if self.progress.order is not None:
             self.progress.order = self.progress.order.cpu()
         self.history = list(state["history"])

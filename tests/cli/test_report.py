@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from flatprune import progress, runs
-from flatprune.report import spread
+from flatprune.drawing import spread
 from flatprune.settings import Settings
 
 

@@ -113,6 +113,27 @@ def test_ctrl_c_and_resume(tmp_path, data, whole, model, stops):
     assert_same(reference, out)
 
 
+@pytest.mark.parametrize(
+    ("options", "stop"),
+    [
+        ({"target_params": None, "target_flops": 0.3, "round_to": 2}, 20),
+        ({"stop_accuracy_drop": 90.0}, 14),
+        ({"stop_accuracy_drop": 1e-9, "lr": 0.7, "epochs": 60, "flatness": "off"}, 97),  # pruning ends at step 99
+    ],
+)
+def test_other_targets_and_the_stopping_rule_resume_alike(tmp_path, data, options, stop):
+    settings = Settings(data=data, **{**SETTINGS, **options})
+    runs.run(settings, tmp_path / "whole")
+    out = tmp_path / "out"
+    with pytest.raises(Interrupted, match=f"step {stop} of"):
+        runs.run(settings, out, observer=lambda _: At(stop, press_ctrl_c))
+    runs.resume(out)
+    assert_same(tmp_path / "whole", out)
+    stopped = [record["step"] for record in result(out)[1] if record["kind"] == "stop"]
+    assert stopped == ([99] if settings.epochs == 60 else [])
+    assert bool(result(out)[0]["pruning_stopped"]) == bool(stopped)
+
+
 @pytest.mark.parametrize("step", [4, 15, 33])
 def test_a_crash_goes_back_to_the_last_epoch(tmp_path, data, whole, step):
     out = tmp_path / "out"

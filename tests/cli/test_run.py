@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from small_images import image_arrays
@@ -167,6 +168,64 @@ def test_variants(flatprune, npz, tmp_path, options):
     assert (outcome.code, outcome.err) == (0, "")
     summary = summary_of(out)
     assert summary["params_after"] <= summary["target_params"] * summary["params_before"]
+
+
+def test_other_units(flatprune, npz, tmp_path):
+    for unit, share in (("flops", 0.4), ("neurons", 0.5), ("latency", 0.9)):
+        out = tmp_path / unit
+        options = ("--epochs", 2, "--batch-size", 32, f"--target-{unit}", share)
+        outcome = flatprune("run", "--data", npz(), "--out", out, *options)
+        assert outcome.code == 0
+        summary = summary_of(out)
+        assert (summary["target_unit"], summary["target_share"], summary["target_params"]) == (unit, share, None)
+        if unit == "latency":
+            assert summary["cost_before"] > 0.0 and summary["cost_after"] > 0.0  # really timed: no bound is certain
+            continue
+        assert summary["cost_after"] <= share * summary["cost_before"]
+        if unit == "flops":
+            assert summary["cost_after"] == summary["flops_after"]
+            assert summary["cost_before"] == summary["flops_before"]
+
+
+def test_widths_and_limits(flatprune, npz, tmp_path):
+    out = tmp_path / "out"
+    options = ("--epochs", 2, "--batch-size", 32, "--target-params", 0.3, "--round-to", 8, "--min-width", 12)
+    assert flatprune("run", "--data", npz(), "--out", out, *options).code == 0
+    assert all(width % 8 == 0 and width >= 16 for width in list(summary_of(out)["widths_after"].values())[:-1])
+
+
+def test_removal_events_are_recorded_and_shown(flatprune, npz, tmp_path):
+    out = tmp_path / "out"
+    options = ("--epochs", 80, "--batch-size", 32, "--target-flops", 0.2)
+    outcome = flatprune("run", "--data", npz(), "--out", out, *options)
+    history = runs.read_history(out / runs.HISTORY_FILE)
+    cuts = {(r["step"], r["round"]): r for r in history if r["kind"] == "removal"}
+    assert len(cuts) >= 3
+    for record in cuts.values():
+        assert record["unit"] == "flops" and record["cost_after"] < record["cost_before"]
+        assert record["predicted_change"] >= 0.0 and record["measured_change"] >= 0.0
+        assert record["lowest_removed"] <= record["highest_removed"] and record["neuron_cost"] > 0
+    found = summary_of(out)["trust"]
+    assert found["cuts"] == len(cuts)
+    x, y = ([record[key] for record in cuts.values()] for key in ("predicted_change", "measured_change"))
+    assert found["pearson"] == pytest.approx(float(np.corrcoef(x, y)[0, 1]))
+    assert f"trust in the criterion: {len(cuts)} cuts" in outcome.out
+    page = (out / "report.html").read_text()
+    assert "Trust in the criterion" in page and "Removal events" in page and f"Spearman {found['spearman']:.2f}" in page
+
+
+def test_what_an_event_leaves_undone_is_said(flatprune, npz, tmp_path):
+    out = tmp_path / "out"
+    options = ("--epochs", 50, "--batch-size", 32, "--target-params", 0.3, "--max-predicted-loss", 1e-30)
+    outcome = flatprune("run", "--data", npz(), "--out", out, *options)
+    assert outcome.code == 0
+    events = [r for r in runs.read_history(out / runs.HISTORY_FILE) if r["kind"] == "event"]
+    assert events
+    for record in events:
+        assert "nothing removed: max_predicted_loss=1e-30 ended the event" in record["note"]
+        assert f"step {record['step']}: {record['note']}" in outcome.out
+        assert record["note"] in (out / "report.html").read_text()
+    assert "max_predicted_loss" in outcome.err  # the target is missed, a warning
 
 
 def test_plain_lines_when_not_a_terminal(flatprune, npz, tmp_path):

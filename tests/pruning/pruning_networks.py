@@ -230,14 +230,14 @@ class Run:
         self.pruner: Pruner | None = None
         self.step_count = 0
 
-    def prune(self, total_steps: int, params: float = 0.3, **options: object) -> Run:
+    def prune(self, total_steps: int, params: float = 0.3, target: Target | None = None, **options: object) -> Run:
         x, _ = digits()
         self.pruner = Pruner(
             self.model,
             self.optimizer,
             self.curvature,
             x[:2],
-            target=Target(params),
+            target=target or Target(params),
             total_steps=total_steps,
             **options,  # type: ignore[arg-type]
         )

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import kfac_ext
 from flatprune import saliency, surgery
+from flatprune.costs import ParameterCount
 from flatprune.graph import neuron_groups
 from flatprune.neurons import CONSUMER, PRODUCER
-from flatprune.selection import neuron_costs
 
 
 def trained(name: str, steps: int = 120) -> Run:
@@ -286,7 +286,7 @@ def test_magnitudes():
 def test_parameters_that_go_with_a_neuron_are_exact(name):
     source = NETWORKS[name]()
     total = sum(p.numel() for p in source.parameters())
-    costs = neuron_costs(source, neuron_groups(source, digits()[0][:2]).groups)
+    costs = ParameterCount(source, neuron_groups(source, digits()[0][:2]).groups).neuron_costs()
     for position, cost in enumerate(costs):
         model = copy.deepcopy(source)
         groups = neuron_groups(model, digits()[0][:2]).groups

@@ -7,13 +7,18 @@ import torch
 from pruning_networks import NETWORKS, Grouped, digits, mlp
 from torch import Tensor, nn
 
-from flatprune import surgery
+from flatprune import selection, surgery
+from flatprune.costs import ParameterCount
 from flatprune.graph import neuron_groups
-from flatprune.selection import Limits, ParameterCount, select, smallest_params
+from flatprune.selection import Limits
 
 
 def params_of(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def select(model: nn.Module, groups, *arguments, **options) -> dict[int, Tensor]:
+    return selection.select(ParameterCount(model, groups), groups, *arguments, **options)
 
 
 def random_scores(groups, seed: int = 0) -> list[Tensor]:
@@ -33,7 +38,7 @@ def test_the_count_on_paper_is_the_count_after_the_cut(name, closely):
     model = NETWORKS[name]()
     groups = neuron_groups(model, digits()[0][:2]).groups
     start = params_of(model)
-    assert ParameterCount(model, groups).params == start
+    assert ParameterCount(model, groups).cost == start
     for seed, share in enumerate((0.9, 0.7, 0.5)):
         budget = int(share * start)
         gone = select(model, groups, random_scores(groups, seed), budget, Limits(1, 2, 0.75), closely=closely)
@@ -41,7 +46,7 @@ def test_the_count_on_paper_is_the_count_after_the_cut(name, closely):
         for position, neurons in gone.items():
             count.remove(position, len(neurons))
         left = params_of(pruned(model, gone))
-        assert count.params == left <= budget
+        assert count.cost == left <= budget
 
 
 def test_lowest_scores_go_first_over_all_layers():
@@ -63,7 +68,7 @@ def test_at_most_half_of_a_layer_and_at_least_two_neurons():
     gone = select(model, groups, random_scores(groups), 0, Limits(1, 2, 1.0))
     assert {p: len(n) for p, n in gone.items()} == {0: 9, 1: 1}
     smallest = params_of(pruned(model, gone))
-    assert smallest_params(model, groups, Limits()) == smallest
+    assert selection.smallest_cost(ParameterCount(model, groups), groups, Limits()) == smallest
 
 
 @pytest.mark.parametrize("round_to", [4, 8])

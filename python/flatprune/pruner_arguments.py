@@ -1,0 +1,80 @@
+"""What `flatprune.Pruner` accepts: checks of its arguments, before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from flatprune.neurons import PRODUCER, Coupling, NeuronGroup
+from flatprune.saliency import CRITERIA
+from flatprune.targets import Target
+
+
+def predicts_loss(criterion: str) -> bool:
+    """Whether the criterion's score is a change of the loss."""
+    return criterion in ("obs", "outgoing")
+
+
+def check_arguments(
+    criterion: str, compensate: str | bool, round_to: int, min_width: int, max_layer_fraction: float
+) -> None:
+    """Raise ValueError for the first argument out of range."""
+    if criterion not in CRITERIA:
+        raise ValueError(f"Pruner: criterion is {criterion!r}, expected one of {', '.join(CRITERIA)}")
+    if not isinstance(compensate, bool) and compensate != "auto":
+        raise ValueError(f"Pruner: compensate is {compensate!r}, expected 'auto', True or False")
+    for name, value in (("round_to", round_to), ("min_width", min_width)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"Pruner: {name} is {value!r}, expected an integer of 1 or more")
+    if not 0.0 < max_layer_fraction <= 1.0:
+        raise ValueError(f"Pruner: max_layer_fraction is {max_layer_fraction}, expected above 0 and at most 1")
+
+
+def check_loss_budget(limit: float | None, criterion: str) -> None:
+    """Raise ValueError for a limit that is no positive number, or that the criterion knows nothing about."""
+    if limit is None:
+        return
+    if not 0.0 < limit < float("inf"):
+        raise ValueError(f"Pruner: max_predicted_loss is {limit}, expected a number above 0, or None")
+    if not predicts_loss(criterion):
+        raise ValueError(f"Pruner: max_predicted_loss is {limit:g}, but criterion {criterion!r} predicts no loss")
+
+
+def check_selections(target: Target, **names: object) -> None:
+    """Raise TypeError for a target that is none, and for names given as one string."""
+    if not isinstance(target, Target):
+        raise TypeError(f"Pruner: target is {target!r}, expected a flatprune.Target")
+    for argument, value in names.items():
+        if isinstance(value, str):  # would be taken apart into letters
+            raise TypeError(f"Pruner: {argument} is {value!r}, expected a list of names")
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raise ValueError for an optimizer that holds parameters which are not the model's."""
+    own = {id(parameter) for parameter in model.parameters()}
+    for number, group in enumerate([] if optimizer is None else optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            if id(parameter) not in own:
+                raise ValueError(
+                    f"Pruner: parameter {index} of optimizer group {number}, shape {tuple(parameter.shape)}, is not a "
+                    "parameter of the model; build the optimizer from model.parameters()"
+                )
+
+
+def choose_layers(coupling: Coupling, model: nn.Module, layers: Sequence[str] | None) -> None:
+    """Keep only the groups that a layer of `layers` produces."""
+    if layers is None:
+        return
+    known = dict(model.named_modules())
+    chosen: list[NeuronGroup] = []
+    for name in layers:
+        if name not in known:
+            raise KeyError(f"layers: the model has no module named {name!r}; it has {', '.join(filter(None, known))}")
+        found = [group for group in coupling.groups if any(m.name == name for m in group.of_role(PRODUCER))]
+        if not found:
+            reason = coupling.refused.get(name, "it is no Linear or convolution of its own that the forward calls")
+            raise ValueError(f"Pruner: layer {name!r} cannot be pruned: {reason}")
+        chosen += [group for group in found if all(group is not other for other in chosen)]
+    coupling.groups[:] = [group for group in coupling.groups if any(group is other for other in chosen)]

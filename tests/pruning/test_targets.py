@@ -1,0 +1,352 @@
+"""Targets in every unit: the count on paper, the budget at each event, the end."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from pruning_networks import NETWORKS, Run, digits, mlp, sgd
+from torch import Tensor, nn
+
+from flatprune import latency, surgery
+from flatprune.costs import FlopCount, NeuronCount, ParameterCount, output_positions
+from flatprune.graph import neuron_groups
+from flatprune.neurons import Member, NeuronGroup
+from flatprune.pruner import Pruner
+from flatprune.schedule import CubicSchedule
+from flatprune.selection import Limits
+from flatprune.targets import Target, amount
+from kfac_ext import Curvature
+
+
+class Sequence(nn.Module):
+    """Linear layers on [n, 8, d], a strided grouped convolution before, and a layer that sees only a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 8, 3, stride=(2, 1), padding=1)
+        self.grouped = nn.Conv2d(8, 12, (1, 3), stride=2, padding=(0, 1), groups=4)
+        self.inner = nn.Linear(12, 24)
+        self.outer = nn.Linear(24, 16, bias=False)
+        self.query = nn.Parameter(torch.ones(1, 3))
+        self.constant = nn.Linear(3, 5)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.grouped(torch.relu(self.first(x)))).flatten(2).transpose(1, 2)  # [n, 8, 12]
+        x = self.outer(torch.relu(self.inner(x))).mean(dim=1)
+        return self.head(x) + self.constant(self.query).sum()
+
+
+ALL = {**NETWORKS, "sequence": Sequence}
+
+
+def counted_by_hooks(model: nn.Module) -> int:
+    """Multiplications by weights in one forward on one image, counted at the tensors that really pass."""
+    total = 0
+
+    def count(module: nn.Module, _inputs: object, output: Tensor) -> None:
+        nonlocal total
+        total += output.numel() * module.weight[0].numel()  # each output is a product with one row of the weight
+
+    handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    with torch.no_grad():
+        model.eval()(digits()[0][:1])
+    for handle in handles:
+        handle.remove()
+    return total
+
+
+def random_removal(groups: list[NeuronGroup], seed: int) -> dict[int, Tensor]:
+    """Some neurons of every group, the same number from each share."""
+    generator = torch.Generator().manual_seed(seed)
+    gone = {}
+    for position, group in enumerate(groups):
+        rounds = int(torch.randint(0, group.width // group.partitions, (1,), generator=generator))
+        parts = [(group.partition == share).nonzero().flatten()[:rounds] for share in range(group.partitions)]
+        if rounds:
+            gone[position] = torch.cat(parts).sort().values
+    return gone
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_multiply_accumulates_on_paper_are_those_after_the_cut(name):
+    source = ALL[name]()
+    positions = output_positions(source, (digits()[0][:3],))
+    changed = 0
+    for seed in range(4):
+        model = copy.deepcopy(source)
+        groups = neuron_groups(model, digits()[0][:2]).groups
+        count = FlopCount(model, groups, positions)
+        assert count.cost == counted_by_hooks(model)
+        gone = random_removal(groups, seed)
+        for position, neurons in gone.items():
+            before = count.cost
+            expected = count.cost_without(position, len(neurons))
+            assert count.cost == before
+            count.remove(position, len(neurons))
+            assert count.cost == expected
+        surgery.plan(model, groups, gone).commit()
+        assert count.cost == counted_by_hooks(model) == FlopCount(model, groups, positions).cost
+        assert output_positions(model, (digits()[0][:1],)) == positions
+        changed += bool(gone)
+    assert changed >= 3
+
+
+def test_tracing_the_positions_leaves_the_model_alone():
+    model = NETWORKS["chain"]().train()
+    before = copy.deepcopy(model.state_dict())
+    random = torch.get_rng_state()
+    positions = output_positions(model, (digits()[0][:2],))
+    assert positions == {"0": 64, "3": 64, "8": 1, "10": 1}
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(random, torch.get_rng_state()) and all(m.training for m in model.modules())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_neurons_are_those_of_the_groups():
+    model = NETWORKS["depthwise"]()
+    groups = neuron_groups(model, digits()[0][:2]).groups
+    count = NeuronCount(model, groups)
+    assert count.cost == 12 + 16
+    count.remove(1, 5)
+    assert count.cost == 23
+    assert count.neuron_costs() == [1, 1]
+
+
+UNITS = [{"flops": 0.4}, {"neurons": 0.4}]
+
+
+@pytest.mark.filterwarnings("ignore:Curvature")
+@pytest.mark.parametrize("name", ["mlp", "chain", "grouped", "sequence"])
+@pytest.mark.parametrize("shares", UNITS, ids=lambda shares: next(iter(shares)))
+def test_the_target_is_reached_and_missed_by_less_than_a_bundle(name, shares):
+    torch.manual_seed(0)
+    run = Run(ALL[name]()).prune(20, target=Target(**shares))  # a single event, of several cuts
+    pruner, unit = run.pruner, next(iter(shares))
+    start = pruner.cost
+    records = run.train(10)
+    goal = shares[unit] * start
+    assert pruner.cost <= goal
+    paper, positions = pruner._meter.on_paper(), {group.name: p for p, group in enumerate(pruner.groups)}
+    for record in records:
+        if record.round == records[-1].round:
+            position = positions[record.layer]
+            assert paper.cost_without(position, -pruner.groups[position].partitions) > goal  # one more is too many
+    assert all(r.unit == unit and r.budget < r.cost_before and isinstance(r.budget, int) for r in records)
+    assert records[-1].cost_after == pruner.cost
+    if unit == "flops":
+        assert pruner.cost == counted_by_hooks(run.model)
+
+
+def test_scores_are_divided_by_what_the_target_counts():
+    """The neurons of a Linear behind 16 positions have many parameters and do little work."""
+    left = {}
+    for shares in ({"params": 0.3}, {"flops": 0.3}):
+        torch.manual_seed(0)
+        run = Run(NETWORKS["chain"]()).prune(100, target=Target(**shares))
+        run.train(45)
+        left[next(iter(shares))] = run.pruner.widths()
+    assert left["flops"]["8"] == 20 > left["params"]["8"]
+    assert left["flops"]["3"] > left["params"]["3"]  # read by that Linear
+
+
+def test_the_least_that_can_be_reached_is_known_in_every_unit():
+    weights = 8 * (64 + 8 + 10)
+    for unit, reachable in (("params", weights + 8 + 8 + 10), ("flops", weights), ("neurons", 16)):
+        run = Run(mlp(24, 16)).prune(100, target=Target(**{unit: 0.01}), min_width=5, round_to=8)
+        assert run.pruner.reachable() == reachable
+        with pytest.warns(UserWarning, match=f"out of reach: {reachable} are left with min_width=5, round_to=8"):
+            run.train(45)
+        assert run.pruner.cost == reachable
+
+
+TICK = 2.0**-30
+
+
+@pytest.fixture
+def fake_clock(monkeypatch):
+    """Ticks that are exact in float: 1000 a forward, 10 a multiply-accumulate of one sample, 1 an output."""
+    state = {"now": 0, "slow": 1}
+
+    def tick(module: nn.Module, _inputs: object, output: Tensor) -> None:
+        state["now"] += state["slow"] * (10 * module.weight[0].numel() + 1) * output.numel() // len(output)
+
+    def start(_module: nn.Module, _inputs: object) -> None:
+        state["now"] += 1000
+
+    def watch(model: nn.Module) -> nn.Module:
+        model.register_forward_pre_hook(start)
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.register_forward_hook(tick)
+        return model
+
+    monkeypatch.setattr(latency, "_clock", lambda: state["now"] * TICK)
+    monkeypatch.setattr(latency, "_MOST_REPEATS", 5)
+    state["watch"] = watch
+    return state
+
+
+def timed(model: nn.Module) -> float:
+    return TICK * (1000 + 10 * counted_by_hooks(model))
+
+
+@pytest.mark.parametrize("name", ["mlp", "chain", "grouped"])
+def test_the_latency_target_holds_for_the_clock(fake_clock, name):
+    torch.manual_seed(0)
+    run = Run(fake_clock["watch"](NETWORKS[name]())).prune(100, target=Target(latency=0.5, latency_batch=4))
+    pruner = run.pruner
+    start = pruner.measured_latency()
+    assert pruner.cost_start == pytest.approx(start)
+    assert start == pytest.approx(timed(copy.deepcopy(run.model)), rel=0.05)
+    records = run.train(45)
+    assert 0.4 * start < pruner.measured_latency() <= 0.5 * start
+    assert pruner.cost == pytest.approx(pruner.measured_latency())  # scaled to what was found at the end
+    assert all(r.unit == "latency" for r in records) and records[-1].cost_after <= records[-1].budget
+
+
+def test_removal_goes_on_until_the_measured_latency_holds(fake_clock):
+    """Half-way the machine becomes twice as slow as the table knows."""
+    torch.manual_seed(0)
+    run = Run(fake_clock["watch"](mlp(64, 48))).prune(100, target=Target(latency=0.5))
+    run.train(35)
+    fake_clock["slow"] = 2
+    run.train(10)
+    assert run.pruner.measured_latency() <= 0.5 * run.pruner.cost_start
+
+
+def test_a_latency_run_goes_on_from_its_table(fake_clock):
+    """What was measured at the start decides after a resume too, on a machine of another speed."""
+
+    def start() -> Run:
+        torch.manual_seed(0)
+        model = fake_clock["watch"](mlp(40, 30))
+        return Run(model).prune(300, target=Target(latency=0.4))
+
+    straight = start()
+    straight.train(100)
+    first = start()
+    first.train(65)
+    assert first.pruner.history
+    parts = ("model", "optimizer", "curvature", "pruner")
+    buffer = io.BytesIO()
+    torch.save({part: getattr(first, part).state_dict() for part in parts}, buffer)
+    buffer.seek(0)
+    state = torch.load(buffer, weights_only=True)
+    fake_clock["slow"] = 3
+    model = fake_clock["watch"](mlp(40, 30))
+    own = model.state_dict(keep_vars=True)
+    for key, tensor in state["model"].items():
+        own[key].data = tensor
+    surgery.sync_attributes(model)
+    second = Run(model).prune(300, target=Target(latency=0.4))
+    for part in parts[1:]:
+        getattr(second, part).load_state_dict(state[part])
+    second.step_count = 65
+    second.train(35)
+    assert second.pruner.history == straight.pruner.history
+    assert second.pruner.cost_start == straight.pruner.cost_start
+
+
+def test_latency_is_really_measured():
+    """No fake: a network of 64 times the work takes longer, and a table of it predicts less for a cut one."""
+    small, large = mlp(16, 16).eval(), mlp(1024, 1024).eval()
+    x = (digits()[0][:256],)
+    assert latency.measure(small, x) < latency.measure(large, x)
+    groups = neuron_groups(large, x[0][:2]).groups
+    positions = output_positions(large, x)
+    table = latency.measure_table(large, groups, x, positions, Limits())
+    model = latency.LatencyModel(large, groups, positions, table)
+    assert 0.0 < model.cost_without(0, 900) < model.cost
+    assert all(cost > 0.0 for cost in model.neuron_costs())
+    assert latency.LatencyTable.from_state(table.state_dict()) == table
+
+
+def test_curves_ascend_and_are_linear_between_points():
+    curve = latency._ascending([(4.0, 2.0), (1.0, 1.0), (2.0, 3.0), (1.0, 0.5)])
+    assert curve == [(1.0, 1.0), (2.0, 3.0), (4.0, 3.0)]
+    values = [latency._interpolate(curve, work) for work in (0.0, 1.0, 1.5, 2.0, 3.0, 9.0)]
+    assert values == [1.0, 1.0, 2.0, 3.0, 3.0, 3.0]
+
+
+def test_batches_repeat_the_examples():
+    x, other = torch.arange(3.0)[:, None], torch.ones(5)
+    found = latency.batch_of((x, other, 7), 5)
+    assert found[0].flatten().tolist() == [0, 1, 2, 0, 1]
+    assert found[1] is other and found[2] == 7
+
+
+def test_copies_for_timing_are_cut_within_the_limits():
+    model = NETWORKS["grouped"]()
+    groups = neuron_groups(model, digits()[0][:2]).groups
+    before = [group.width for group in groups]
+    for share, widths in ((1.0, before), (0.0, [6, 6, 4, 4][: len(before)])):
+        cut, own = latency._cut_copy(model, groups, Limits(2, 3), share)
+        assert [group.width for group in own] == widths
+        cut.eval()(digits()[0][:2])
+    assert [group.width for group in groups] == before
+
+
+def test_budgets_of_latency_are_not_rounded():
+    schedule = CubicSchedule(1000)
+    budgets = [schedule.budget(step, 0.01, 0.005) for step in schedule.events]
+    assert budgets == sorted(budgets, reverse=True) and budgets[-1] == 0.005
+    assert budgets[4] == pytest.approx(0.005 + 0.005 * (1 - 5 / 15) ** 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "nothing given, expected one of params, flops, neurons, latency"),
+        ({"params": 0.1, "flops": 0.3}, "params and flops given, expected one of"),
+        ({"flops": 1.5}, "flops is 1.5, expected a number above 0 and at most 1"),
+        ({"neurons": 0}, "neurons is 0"),
+        ({"latency": float("nan")}, "latency is nan"),
+        ({"latency": "half"}, "latency is 'half'"),
+        ({"latency": 0.5, "latency_batch": 0}, "latency_batch is 0, expected an integer of 1 or more"),
+    ],
+)
+def test_bad_targets_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Target(**arguments)
+
+
+def test_a_target_knows_its_unit():
+    target = Target(flops=0.25)
+    assert (target.unit, target.share, target.goal(1002)) == ("flops", 0.25, 250)
+    assert Target(latency=0.25).goal(0.01) == 0.0025
+    assert amount("latency", 0.00123) == "1.23 ms" and amount("neurons", 12) == "12"
+
+
+def test_a_state_of_another_unit_is_refused_and_one_from_before_there_were_units_is_not():
+    run = Run(mlp()).prune(100, target=Target(flops=0.5))
+    run.train(5)
+    with pytest.raises(ValueError, match="target is"):
+        Run(mlp()).prune(100, target=Target(params=0.5)).pruner.load_state_dict(run.pruner.state_dict())
+    old = Run(mlp()).prune(100, params=0.5)
+    state = old.pruner.state_dict()
+    for key in ("cost_start", "latency", "stopped"):
+        del state[key]
+    state["target"] = {"params": 0.5}
+    state["params_start"] = 1000
+    old.pruner.load_state_dict(state)
+    assert old.pruner.goal == 500
+
+
+def test_members_of_a_count_may_be_any_layers():
+    """A group whose member is a norm without weights counts no parameters for it."""
+    norm = nn.BatchNorm1d(4, affine=False)
+    model = nn.Sequential(nn.Linear(3, 4), norm, nn.Linear(4, 2))
+    index = torch.arange(4)[:, None]
+    roles = ((0, "producer"), (1, "follower"), (2, "consumer"))
+    group = NeuronGroup("0", [Member(str(i), model[i], role, index) for i, role in roles])
+    assert ParameterCount(model, [group]).cost_without(0, 1) == 3 * 3 + 3 + 3 * 2 + 2
+
+
+def test_no_pruner_for_what_is_no_target():
+    model = mlp()
+    with pytest.raises(TypeError, match=r"expected a flatprune\.Target"):
+        Pruner(model, sgd(model), Curvature(model), digits()[0][:2], target={"flops": 0.5}, total_steps=10)
