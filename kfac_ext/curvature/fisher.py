@@ -14,11 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from kfac_ext.curvature.capture import Capture
 from kfac_ext.curvature.convolution import CONVOLUTIONS, Convolution, as_image, geometry_options, padded_input
-from kfac_ext.curvature.layers import Layer, call_hooks, module_modes, undisturbed
+from kfac_ext.curvature.layers import Layer, batch_statistics, call_hooks, undisturbed
 from kfac_ext.factors import FactorSet
 from kfac_ext.geometry import conv_geometry
 from kfac_ext.ops.covariance import conv2d_covariance, linear_covariance
@@ -152,14 +151,11 @@ def fresh_covariances(
 @torch.no_grad()
 def fresh_output(model: nn.Module, inputs: Tensor | Sequence[Any]) -> Any:
     """See `Curvature.fresh_output`."""
-    modes = {
-        module: isinstance(module, _BatchNorm) and (module.training or not model.training) for module in model.modules()
-    }
-    with module_modes(modes), undisturbed(model):
-        return model(*_joined(inputs))
+    with batch_statistics(model), undisturbed(model):
+        return model(*joined_inputs(inputs))
 
 
-def _joined(inputs: Tensor | Sequence[Any]) -> tuple[Tensor, ...]:
+def joined_inputs(inputs: Tensor | Sequence[Any]) -> tuple[Tensor, ...]:
     """The positional inputs of one forward on all batches together."""
     if isinstance(inputs, Tensor):
         return (inputs,)

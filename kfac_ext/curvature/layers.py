@@ -203,6 +203,16 @@ def module_modes(modes: Mapping[nn.Module, bool]) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside, batch norms normalise by the batch (those frozen in a training model stay frozen); dropout is off."""
+    modes = {
+        module: isinstance(module, _BatchNorm) and (module.training or not model.training) for module in model.modules()
+    }
+    with module_modes(modes):
+        yield
+
+
 class _Uses(TorchFunctionMode):
     """Counts the torch calls that take a tensor and return one, by the id of the tensor taken."""
 

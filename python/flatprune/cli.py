@@ -16,7 +16,7 @@ import typer
 
 from flatprune import models
 from flatprune.errors import DivergedError, InputError, Interrupted
-from flatprune.settings import COMPENSATE, CRITERIA, FLATNESS, FLATNESS_MODES, OPTIMUM_SHIFT, Settings
+from flatprune.settings import COMPENSATE, CRITERIA, FLATNESS, FLATNESS_MODES, OPTIMUM_SHIFT, SELECTIONS, Settings
 
 EXIT_FAILED = 2
 EXIT_INTERRUPTED = 130
@@ -91,7 +91,11 @@ def run_command(
     disout: Annotated[
         float, typer.Option(help="distort feature maps with a probability that rises to this; 0 does not")
     ] = Settings.disout,
-    criterion: Annotated[str, typer.Option(help=f"which neurons go: {_one_of(CRITERIA)}")] = Settings.criterion,
+    criterion: Annotated[str, typer.Option(help=f"which neurons go: {_one_of(tuple(CRITERIA))}")] = Settings.criterion,
+    selection: Annotated[
+        str,
+        typer.Option(help=f"{_one_of(SELECTIONS)}: whether a score knows which neurons went before (obs, outgoing)"),
+    ] = Settings.selection,
     compensate: Annotated[
         str, typer.Option(help=f"{_one_of(COMPENSATE)}: survivors take over what removed neurons did")
     ] = Settings.compensate,

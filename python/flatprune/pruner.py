@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from flatprune.choice import choose
 from flatprune.costs import ParameterCount
+from flatprune.criteria import Criterion, Evidence, Scores, as_criterion
+from flatprune.criteria.base import consumer_compensation
 from flatprune.graph import neuron_groups
 from flatprune.loss_change import LossChange
 from flatprune.meter import CostMeter
@@ -19,20 +22,14 @@ from flatprune.pruner_arguments import (
     check_arguments,
     check_loss_budget,
     check_optimizer,
+    check_selection,
     check_selections,
     choose_layers,
-    predicts_loss,
 )
 from flatprune.removals import Removal, loss_budget_note, removal_records, shortfall_note
-from flatprune.saliency import (
-    compensation,
-    curvature_scores,
-    has_convolution,
-    input_statistics,
-    magnitude_scores,
-)
+from flatprune.saliency import has_convolution
 from flatprune.schedule import CubicSchedule
-from flatprune.selection import Limits, LossBudget, select, smallest_cost
+from flatprune.selection import Limits, LossBudget, smallest_cost
 from flatprune.surgery import plan
 from flatprune.targets import Target
 from kfac_ext.curvature import Curvature
@@ -43,10 +40,11 @@ MLP_COMPENSATION_BELOW = 0.04  # share of the parameters; above, compensating an
 class Pruner:
     """Removes neurons from a network while it trains, at events whose budgets follow a cubic.
 
-    At an event all neurons are scored (see `flatprune.saliency`), the score is divided by what goes with the neuron in
-    the unit of the target (its parameters, say), and the lowest go, over all layers, until the budget is met: at most
-    half of a layer at once, at least `min_width` neurons stay. The survivors are updated to make up for the loss, and
-    everything that belongs to the neurons is removed from model, optimizer and curvature (see `flatprune.surgery`).
+    At an event all neurons are scored (see `flatprune.criteria`); what predicts a change of the loss is divided by what
+    goes with the neuron in the unit of the target (its parameters, say). The lowest go, over all layers, until the
+    budget is met: at most half of a layer at once, at least `min_width` neurons stay. The survivors are updated to make
+    up for the loss, and everything that belongs to the neurons is removed from model, optimizer and curvature (see
+    `flatprune.surgery`).
 
     At the last event the target is reached: if the limits stop a removal short of it, neurons are scored and removed
     again at once. A target below what the limits allow gives one warning with the figure that can be reached.
@@ -58,10 +56,15 @@ class Pruner:
         example_inputs: a tensor or tuple of tensors the model can be called with; one or two samples do.
         target: the size to reach, in parameters, multiply-accumulates, neurons or latency.
         total_steps: optimizer steps of the whole training.
-        criterion: "obs", "outgoing", or the baselines "l1" (global) and "l1_uniform".
-        compensate: update the survivors; "auto": always with convolutions, without them below 4 % of the parameters,
-            never with the magnitude baselines. Where "auto" does not compensate, "obs" means the plain outgoing score,
-            which is as good there and needs no inverse; with True or False it always is the obs score.
+        criterion: a name of `flatprune.criteria.CRITERIA` (see there), a `Criterion`, or a function from `Evidence` to
+            one tensor of scores a group.
+        compensate: update the survivors; "auto": as the criterion wants it. "obs" and "outgoing": always with
+            convolutions, without them below 4 % of the parameters; "kron_obs" and "c_obs": always; others never. Where
+            "auto" does not compensate, "obs" means the plain outgoing score, which is as good there and needs no
+            inverse; with True or False it always is the obs score.
+        selection: "independent" takes the lowest scores as they are; "greedy" takes one neuron after the other, each
+            score knowing which went before ("obs" and "outgoing" only, see `flatprune.greedy`).
+        seed: of what a criterion draws.
         schedule: when to prune; default `CubicSchedule(total_steps)`.
         round_to: widths of groups that lose neurons become multiples of this.
         min_width: neurons that stay in each group at least.
@@ -74,10 +77,10 @@ class Pruner:
         layers: names of the layers to prune; default all that can be.
 
     Raises:
-        TypeError: `target` is no Target; `exclude` or `layers` is one string instead of a list.
-        ValueError: an argument out of range; `max_predicted_loss` with a criterion that predicts no loss; a layer of
-            `layers` that cannot be pruned, with the reason; an optimizer that holds parameters which are not the
-            model's; no layer can be pruned.
+        TypeError: `target` is no Target; `exclude` or `layers` is one string instead of a list; `criterion` is none.
+        ValueError: an argument out of range; `max_predicted_loss` with a criterion that predicts no loss; a layer that
+            the criterion cannot judge; a layer of `layers` that cannot be pruned, with the reason; an optimizer that
+            holds parameters which are not the model's; no layer can be pruned.
         KeyError: `exclude` or `layers` names a module that the model does not have.
 
     Example:
@@ -94,8 +97,10 @@ class Pruner:
         *,
         target: Target,
         total_steps: int,
-        criterion: str = "obs",
+        criterion: str | Criterion | Callable[[Evidence], Scores] = "obs",
         compensate: str | bool = "auto",
+        selection: str = "independent",
+        seed: int = 0,
         schedule: CubicSchedule | None = None,
         round_to: int = 1,
         min_width: int = 2,
@@ -105,14 +110,16 @@ class Pruner:
         exclude: Sequence[str | type] = (),
         layers: Sequence[str] | None = None,
     ) -> None:
-        check_arguments(criterion, compensate, round_to, min_width, max_layer_fraction)
-        check_loss_budget(max_predicted_loss, criterion)
+        self.criterion = as_criterion(criterion)
+        check_arguments(compensate, round_to, min_width, max_layer_fraction)
+        check_selection(selection, self.criterion)
+        check_loss_budget(max_predicted_loss, self.criterion)
         check_selections(target, exclude=exclude, layers=layers)
         check_optimizer(model, optimizer)
         if curvature.model is not model:
             raise ValueError("Pruner: the curvature belongs to another model")
         self.model, self.optimizer, self.curvature = model, optimizer, curvature
-        self.target, self.criterion, self.compensate = target, criterion, compensate
+        self.target, self.compensate, self.selection, self.seed = target, compensate, selection, seed
         self.schedule = schedule or CubicSchedule(total_steps)
         self.limits = Limits(round_to, min_width, max_layer_fraction)
         self.max_predicted_loss, self.measure = max_predicted_loss, measure
@@ -124,6 +131,8 @@ class Pruner:
         self.groups = self.coupling.groups
         if not self.groups:
             raise ValueError(f"Pruner: no layer can be pruned: {_reasons(self.coupling.refused)}")
+        if self.criterion.check is not None:
+            self.criterion.check(self.groups)
         self.refused = dict(self.coupling.refused)
         loud = {name: reason for name, reason in self.refused.items() if name not in self.coupling.expected}
         if loud:
@@ -246,16 +255,13 @@ class Pruner:
     def _remove(self, step: int, budget: float, last: bool, losses: LossBudget, number: int) -> list[Removal]:
         """One round: score, choose, compensate, cut."""
         compensate = self._compensates(budget)
-        paper = self._meter.on_paper()
-        costs = paper.neuron_costs()
-        scores, inverses = self._scores(compensate, costs)
-        changes = [score * cost for score, cost in zip(scores, costs)] if predicts_loss(self.criterion) else None
-        gone = select(paper, self.groups, scores, budget, self.limits, closely=last, changes=changes, losses=losses)
+        evidence = Evidence(self.model, self.groups, self.curvature, seed=self.seed, step=step)
+        criterion, paper = self._criterion_in_use(compensate), self._meter.on_paper()
+        choice = choose(evidence, criterion, self.selection, paper, budget, self.limits, losses, closely=last)
+        gone = choice.gone
         if not gone:
             return []
-        replacements = compensation(self.curvature, self.groups, gone, inverses) if compensate else None
-        predicted = None if changes is None else sum(float(changes[p][neurons].sum()) for p, neurons in gone.items())
-        losses.spent += predicted or 0.0
+        replacements = self.criterion.compensation(evidence, gone) if compensate else None
         loss_change = LossChange(self.curvature) if self.measure and self.curvature.recent_inputs else None
         params, cost, widths = self.params, self.cost, [group.width for group in self.groups]
         plan(
@@ -270,8 +276,8 @@ class Pruner:
             self.groups,
             gone,
             widths,
-            scores,
-            costs,
+            choice.scores,
+            choice.costs,
             step=step,
             params_before=params,
             params_after=self.params,
@@ -281,47 +287,42 @@ class Pruner:
             unit=self.target.unit,
             cost_before=cost,
             cost_after=self.cost,
-            predicted_change=predicted,
+            predicted_change=choice.predicted_change,
             measured_change=None if loss_change is None else loss_change.measure(),
         )
 
     def _compensates(self, budget: float) -> bool:
         if self.compensate != "auto":
             return bool(self.compensate)
-        if not predicts_loss(self.criterion):
-            return False
+        if self.criterion.compensates != "method":
+            return self.criterion.compensates == "always"
         left = budget if self.target.unit == "params" else self.params
         return has_convolution(self.curvature) or left < MLP_COMPENSATION_BELOW * self.params_start
 
-    @torch.no_grad()
-    def _scores(self, compensate: bool, costs: Sequence[float]) -> tuple[list[Tensor], dict[str, tuple[Tensor, ...]]]:
-        """Scores of all neurons by their cost, and the inverses if they are needed (one forward at most)."""
-        by_curvature = predicts_loss(self.criterion)
-        plain = self.compensate == "auto" and not compensate
-        criterion = "outgoing" if by_curvature and plain else self.criterion
-        inverses: dict[str, tuple[Tensor, ...]] = {}
-        if by_curvature or compensate:
-            names = {member.name: None for group in self.groups for member in group.of_role(CONSUMER)}
-            statistics = input_statistics(self.curvature, names)
-            if compensate or criterion == "obs":
-                inverses = statistics.inverses()
-        if not by_curvature:
-            return magnitude_scores(self.groups, criterion), inverses
-        scores = curvature_scores(self.curvature, self.groups, criterion, statistics, inverses)
-        return [score / cost for score, cost in zip(scores, costs)], inverses
+    def _criterion_in_use(self, compensate: bool) -> Criterion:
+        if self.compensate == "auto" and not compensate and self.criterion.uncompensated is not None:
+            return self.criterion.uncompensated
+        return self.criterion
 
     def _refuse_unscored(self) -> None:
-        """Refuse groups that are read by a layer without factors, for everything that needs them."""
-        if not predicts_loss(self.criterion) and self.compensate is not True:
-            return
+        """Refuse groups with a layer without factors, for everything that needs them."""
+        roles = {self.criterion.role} if "factors" in self.criterion.needs else set()
+        updates = self.compensate is True or (self.compensate == "auto" and self.criterion.compensates != "never")
+        if updates and self.criterion.compensation is consumer_compensation:
+            roles.add(CONSUMER)
+        for role in sorted(roles):
+            self._refuse_without_factors(role)
+
+    def _refuse_without_factors(self, role: str) -> None:
+        verb = "reads" if role == CONSUMER else "makes"
         kept = []
         for group in self.coupling.groups:
-            blind = [m.name for m in group.of_role(CONSUMER) if m.name not in self.curvature.layers]
+            blind = [m.name for m in group.of_role(role) if m.name not in self.curvature.layers]
             if not blind:
                 kept.append(group)
                 continue
             for member in group.of_role(PRODUCER):
-                self.coupling.refused[member.name] = f"layer {blind[0]!r}, which reads it, has no factors"
+                self.coupling.refused[member.name] = f"layer {blind[0]!r}, which {verb} it, has no factors"
         self.coupling.groups[:] = kept
 
     def state_dict(self) -> dict[str, Any]:
@@ -331,7 +332,8 @@ class Pruner:
             "params_start": self.params_start,
             "target": asdict(self.target),
             "events": list(self.schedule.events),
-            "criterion": self.criterion,
+            "criterion": self.criterion.name,
+            "selection": self.selection,
             "widths": self.widths(),
             "cost_start": self.cost_start,
             "latency": self._meter.state_dict(),
@@ -346,7 +348,7 @@ class Pruner:
             ValueError: naming the first setting or width that differs; nothing is changed then.
         """
         own, state = self.state_dict(), {**state, "target": asdict(Target(**state["target"]))}
-        for key in ("target", "events", "criterion"):
+        for key in ("target", "events", "criterion", "selection"):
             if state[key] != own[key]:
                 raise ValueError(f"Pruner.load_state_dict: {key} is {state[key]!r} in the state, expected {own[key]!r}")
         for name in [*own["widths"], *state["widths"]]:

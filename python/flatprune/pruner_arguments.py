@@ -7,22 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from flatprune.criteria import CRITERIA, Criterion
 from flatprune.neurons import PRODUCER, Coupling, NeuronGroup
-from flatprune.saliency import CRITERIA
+from flatprune.selection import SELECTIONS
 from flatprune.targets import Target
 
 
-def predicts_loss(criterion: str) -> bool:
-    """Whether the criterion's score is a change of the loss."""
-    return criterion in ("obs", "outgoing")
-
-
-def check_arguments(
-    criterion: str, compensate: str | bool, round_to: int, min_width: int, max_layer_fraction: float
-) -> None:
+def check_arguments(compensate: str | bool, round_to: int, min_width: int, max_layer_fraction: float) -> None:
     """Raise ValueError for the first argument out of range."""
-    if criterion not in CRITERIA:
-        raise ValueError(f"Pruner: criterion is {criterion!r}, expected one of {', '.join(CRITERIA)}")
     if not isinstance(compensate, bool) and compensate != "auto":
         raise ValueError(f"Pruner: compensate is {compensate!r}, expected 'auto', True or False")
     for name, value in (("round_to", round_to), ("min_width", min_width)):
@@ -32,14 +24,23 @@ def check_arguments(
         raise ValueError(f"Pruner: max_layer_fraction is {max_layer_fraction}, expected above 0 and at most 1")
 
 
-def check_loss_budget(limit: float | None, criterion: str) -> None:
+def check_loss_budget(limit: float | None, criterion: Criterion) -> None:
     """Raise ValueError for a limit that is no positive number, or that the criterion knows nothing about."""
     if limit is None:
         return
     if not 0.0 < limit < float("inf"):
         raise ValueError(f"Pruner: max_predicted_loss is {limit}, expected a number above 0, or None")
-    if not predicts_loss(criterion):
-        raise ValueError(f"Pruner: max_predicted_loss is {limit:g}, but criterion {criterion!r} predicts no loss")
+    if not criterion.predicts_loss:
+        raise ValueError(f"Pruner: max_predicted_loss is {limit:g}, but criterion {criterion.name!r} predicts no loss")
+
+
+def check_selection(selection: str, criterion: Criterion) -> None:
+    """Raise ValueError for a selection that is none, or that the criterion cannot serve."""
+    if selection not in SELECTIONS:
+        raise ValueError(f"Pruner: selection is {selection!r}, expected one of {', '.join(SELECTIONS)}")
+    if selection == "greedy" and criterion.joint is None:
+        able = ", ".join(name for name, other in CRITERIA.items() if other.joint is not None)
+        raise ValueError(f"Pruner: selection 'greedy' needs joint scores, which {criterion.name} has not; {able} have")
 
 
 def check_selections(target: Target, **names: object) -> None:

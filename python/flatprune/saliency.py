@@ -14,7 +14,7 @@ Ebrahimi & Klabjan 2021 (arXiv 2111.08577) is not reproduced; these scores are t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,13 +23,12 @@ from torch import Tensor, nn
 
 import kfac_ext
 from flatprune.cuts import layer_cuts, tensor_name, weight_columns
-from flatprune.neurons import CONSUMER, PRODUCER, NeuronGroup, channels, inputs_of_share, shares_of
+from flatprune.neurons import CONSUMER, Member, NeuronGroup, channels, inputs_of_share, shares_of
 from kfac_ext.curvature.convolution import weight_like, weight_matrix
 
 if TYPE_CHECKING:
     from kfac_ext.curvature import Curvature
 
-CRITERIA = ("obs", "outgoing", "l1", "l1_uniform")
 RELATIVE_DAMPING = 1e-2  # of the mean of diag A; 1e-3 and 0.1 lost 0.3 and 0.9 points of accuracy
 CONSTANT_DAMPING = 1e-6  # of the appended 1, whose variance is known
 _TINY = 1e-12  # keeps A + D definite where a layer's inputs are all zero
@@ -49,7 +48,7 @@ class InputStatistics:
 
     def blocks(self, name: str) -> tuple[Tensor, ...]:
         """A of each group of a layer."""
-        return _blocks(self.covariances[name])
+        return factor_blocks(self.covariances[name])
 
     def inverses(self) -> dict[str, tuple[Tensor, ...]]:
         """H = (A + D)^-1 of each group of every layer, D = 0.01 mean(diag A) on the diagonal, 1e-6 for the 1.
@@ -59,33 +58,56 @@ class InputStatistics:
         Raises:
             ValueError: naming the layer whose A is not finite or not positive definite.
         """
-        owners = [(name, block) for name in self.covariances for block in self.blocks(name)]
-        damping = [_damping(block, self.constant[name]) for name, block in owners]
-        inverses, info = kfac_ext.damped_inverse_ex([block for _, block in owners], damping)
-        for i in info.nonzero().flatten().tolist():
-            name, block = owners[i]
-            try:  # on a GPU once more, in float64
-                inverses[i] = kfac_ext.damped_inverse([block], [damping[i]])[0]
-            except torch.linalg.LinAlgError:
-                raise ValueError(
-                    f"{name}: the covariance of its inputs is not positive definite or not finite"
-                ) from None
-        found: dict[str, tuple[Tensor, ...]] = {}
-        for (name, _), inverse in zip(owners, inverses):
-            found[name] = (*found.get(name, ()), inverse)
-        return found
+        return damped_inverses(
+            {name: self.blocks(name) for name in self.covariances},
+            lambda name, block: _damping(block, self.constant[name]),
+            "the covariance of its inputs",
+        )
 
 
-def _blocks(tensor: Tensor) -> tuple[Tensor, ...]:
+def damped_inverses(
+    factors: Mapping[str, tuple[Tensor, ...]], damping_of: Callable[[str, Tensor], Tensor], what: str
+) -> dict[str, tuple[Tensor, ...]]:
+    """(M + damping on the diagonal)^-1 of each group of every layer, in one call; float64 where float32 fails.
+
+    Args:
+        factors: layer name -> M of each group.
+        damping_of: (layer name, M) -> [n].
+        what: M in words, for the error.
+
+    Raises:
+        ValueError: naming the layer whose M is not finite or not positive definite.
+    """
+    owners = [(name, block) for name, blocks in factors.items() for block in blocks]
+    damping = [damping_of(name, block) for name, block in owners]
+    inverses, info = kfac_ext.damped_inverse_ex([block for _, block in owners], damping)
+    for i in info.nonzero().flatten().tolist():
+        name, block = owners[i]
+        try:  # on a GPU once more, in float64
+            inverses[i] = kfac_ext.damped_inverse([block], [damping[i]])[0]
+        except torch.linalg.LinAlgError:
+            raise ValueError(f"{name}: {what} is not positive definite or not finite") from None
+    found: dict[str, tuple[Tensor, ...]] = {}
+    for (name, _), inverse in zip(owners, inverses):
+        found[name] = (*found.get(name, ()), inverse)
+    return found
+
+
+def factor_blocks(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The factor of each group of a layer."""
     return tensor.unbind(0) if tensor.dim() == 3 else (tensor,)
 
 
+def relative_damping(matrix: Tensor) -> Tensor:
+    """0.01 mean(diag M) for every entry of the diagonal, [n]."""
+    return (RELATIVE_DAMPING * matrix.diagonal().mean() + _TINY).expand(len(matrix)).clone()
+
+
 def _damping(A: Tensor, constant: bool) -> Tensor:
-    patch = A.shape[0] - constant
-    diagonal = A.diagonal()
-    damping = (RELATIVE_DAMPING * diagonal[:patch].mean() + _TINY).expand(A.shape[0]).clone()
-    damping[patch:] = CONSTANT_DAMPING
-    return damping
+    if not constant:
+        return relative_damping(A)
+    damping = relative_damping(A[:-1, :-1])
+    return torch.cat([damping, damping.new_full((1,), CONSTANT_DAMPING)])
 
 
 def input_statistics(curvature: Curvature, names: Iterable[str]) -> InputStatistics:
@@ -113,28 +135,46 @@ def has_convolution(curvature: Curvature) -> bool:
     return any(layer.is_convolution for layer in curvature.layers.values())
 
 
-class _Reading(NamedTuple):
-    """How neurons of one group are read by one layer (by one group of rows of a grouped convolution)."""
+class Reading(NamedTuple):
+    """Where neurons of one group stand in one layer (in one group of a grouped convolution).
+
+    Attributes:
+        position: of the neuron group.
+        layer: name of the layer.
+        share: group of the convolution, 0 without groups.
+        neurons: int64 [n].
+        entries: int64 [n, block]: columns of the weight as a matrix that the neurons feed (consumer), or rows that make
+            them (producer), within their share.
+    """
 
     position: int
     layer: str
     share: int
-    neurons: Tensor  # [n]
-    columns: Tensor  # [n, block] columns of the weight as a matrix
+    neurons: Tensor
+    entries: Tensor
 
 
-def _readings(groups: Sequence[NeuronGroup]) -> list[_Reading]:
-    readings = []
+def readings(groups: Sequence[NeuronGroup], role: str) -> list[Reading]:
+    """One reading for each member of a role ("consumer" or "producer") and share."""
+    found = []
     for position, group in enumerate(groups):
-        for member in group.of_role(CONSUMER):
-            columns = weight_columns(member.module, member.index)
-            share = member.index[:, 0] // inputs_of_share(member.module)
+        for member in group.of_role(role):
+            share, entries = _entries(member)
             for part in range(shares_of(member.module)):
                 neurons = torch.arange(group.width)
                 if shares_of(member.module) > 1:
                     neurons = neurons[share == part]
-                readings.append(_Reading(position, member.name, part, neurons, columns[neurons]))
-    return readings
+                found.append(Reading(position, member.name, part, neurons, entries[neurons]))
+    return found
+
+
+def _entries(member: Member) -> tuple[Tensor, Tensor]:
+    """Of each neuron: its share [neurons], and its columns or rows within the share [neurons, block]."""
+    module = member.module
+    if member.role == CONSUMER:
+        return member.index[:, 0] // inputs_of_share(module), weight_columns(module, member.index)
+    size = channels(module, member.role) // shares_of(module)
+    return member.index[:, 0] // size, member.index % size
 
 
 @torch.no_grad()
@@ -160,61 +200,41 @@ def curvature_scores(
     Raises:
         ValueError: naming the group whose scores are not finite.
     """
-    readings = _readings(groups)
+    members = readings(groups, CONSUMER)
     weights = {name: curvature.folded_weight(name) for name in statistics.covariances}
     arguments = []
-    for reading in readings:
-        G = _blocks(curvature.factors[f"{reading.layer}.G"])[reading.share]
+    for reading in members:
+        G = factor_blocks(curvature.factors[f"{reading.layer}.G"])[reading.share]
         if criterion == "obs":
             assert inverses is not None
             matrix = inverses[reading.layer][reading.share]
         else:
             matrix = statistics.blocks(reading.layer)[reading.share]
         V = weights[reading.layer].unflatten(0, (-1, G.shape[0]))[reading.share].to(matrix.dtype)
-        arguments.append((*_ordered(V, matrix, reading.columns), G, reading.columns.shape[1]))
+        arguments.append((*ordered(V, matrix, reading.entries), G, reading.entries.shape[1]))
     score = kfac_ext.obs_saliency if criterion == "obs" else kfac_ext.outgoing_saliency
     found = score(*(list(column) for column in zip(*arguments))) if arguments else []
+    return summed(groups, members, found)
+
+
+def summed(groups: Sequence[NeuronGroup], members: Sequence[Reading], values: Sequence[Tensor]) -> list[Tensor]:
+    """What all readings add up to: float64 [neurons] of every group, on the CPU."""
     totals = [torch.zeros(group.width, dtype=torch.float64) for group in groups]
-    for reading, values in zip(readings, found):
-        totals[reading.position].index_add_(0, reading.neurons, values[: len(reading.neurons)].double().cpu())
+    for reading, found in zip(members, values):
+        totals[reading.position].index_add_(0, reading.neurons, found[: len(reading.neurons)].double().cpu())
     for group, total in zip(groups, totals):
         if not bool(total.isfinite().all()):
             raise ValueError(f"{group.name}: the scores of its neurons are not finite")
     return totals
 
 
-def _ordered(V: Tensor, matrix: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+def ordered(V: Tensor, matrix: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """V and A (or H) with each neuron's columns side by side, neuron after neuron."""
     order = columns.flatten()
     if V.shape[1] - len(order) <= 1 and torch.equal(order, torch.arange(len(order))):
         return V, matrix  # only the constant is left over, at the end
     order = order.to(V.device)
     return V.index_select(1, order), matrix.index_select(0, order).index_select(1, order)
-
-
-@torch.no_grad()
-def magnitude_scores(groups: Sequence[NeuronGroup], criterion: str) -> list[Tensor]:
-    """Mean absolute weight of the rows that make a neuron: the magnitude baselines.
-
-    Args:
-        groups: the neuron groups.
-        criterion: "l1" compares the means of all layers; "l1_uniform" the rank within the layer, so that every layer
-            loses the same share.
-
-    Returns:
-        One float64 tensor [neurons] a group, on the CPU.
-    """
-    scores = []
-    for group in groups:
-        means = [
-            weight_matrix(member.module).abs().mean(dim=1).cpu().double()[member.index].mean(dim=1)
-            for member in group.of_role(PRODUCER)
-        ]
-        score = torch.stack(means).mean(dim=0)
-        if criterion == "l1_uniform":
-            score = (score.argsort().argsort().double() + 1) / group.width
-        scores.append(score)
-    return scores
 
 
 @torch.no_grad()

@@ -12,6 +12,8 @@ from torch import Tensor
 from flatprune.costs import CostModel
 from flatprune.neurons import NeuronGroup
 
+SELECTIONS = ("independent", "greedy")  # whether a score knows which neurons went before, see `flatprune.greedy`
+
 
 class LossBudget:
     """How much the loss may rise at one event, by the scores' own prediction.
@@ -115,7 +117,7 @@ def select(
     Returns:
         Position in `groups` -> int64 [m] neurons, ascending; groups that lose none are left out.
     """
-    orders = [_removal_order(group, score) for group, score in zip(groups, scores)]
+    orders = [removal_order(group, score) for group, score in zip(groups, scores)]
     taken: list[_Bundle] = []
     cost = costs.cost
     change = 0.0
@@ -140,7 +142,7 @@ def select(
     return {position: orders[position][:end].sort().values for position, end in ends.items()}
 
 
-def _removal_order(group: NeuronGroup, score: Tensor) -> Tensor:
+def removal_order(group: NeuronGroup, score: Tensor) -> Tensor:
     """Neurons by ascending score; with shares, the lowest of each share, then the second lowest of each, ..."""
     order = score.argsort(stable=True)
     if group.partitions == 1:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from flatprune import models
+from flatprune.criteria import CRITERIA
 from flatprune.errors import InputError
-from flatprune.pruner_arguments import predicts_loss
-from flatprune.saliency import CRITERIA
+from flatprune.selection import SELECTIONS
 from flatprune.spectrum import MODES as FLATNESS_MODES
 from flatprune.targets import UNITS, Target
 
@@ -25,7 +25,8 @@ _CHOICES = {
     "flatness": FLATNESS,
     "flatness_mode": FLATNESS_MODES,
     "optimum_shift": OPTIMUM_SHIFT,
-    "criterion": CRITERIA,
+    "criterion": tuple(CRITERIA),
+    "selection": SELECTIONS,
     "compensate": COMPENSATE,
     "schedule": SCHEDULES,
 }
@@ -72,7 +73,8 @@ class Settings:
         optimum_shift: "after_pruning" applies `flatprune.optimum_shift` on the last 256 images after the last removal,
             "off" does not.
         disout: what the probability of `flatprune.disout` rises to over the training, in [0, 1); 0: no distortion.
-        criterion: "obs", "outgoing", or the baselines "l1" (global) and "l1_uniform".
+        criterion: a name of `flatprune.criteria.CRITERIA`.
+        selection: "independent" or "greedy", see `flatprune.Pruner`.
         compensate: whether survivors take over what removed neurons did: "auto", "on" or "off".
         exclude: names of layers (or of modules around them) whose neurons stay.
         augment: random shifts (and mirror images for colour).
@@ -115,6 +117,7 @@ class Settings:
     optimum_shift: str = "off"
     disout: float = 0.0
     criterion: str = "obs"
+    selection: str = "independent"
     compensate: str = "auto"
     exclude: tuple[str, ...] = ()
     augment: bool = False
@@ -157,10 +160,13 @@ class Settings:
             raise InputError(f"label_noise is {self.label_noise}, expected 0 to 1")
         for name, choices in _CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
-        if self.max_predicted_loss is not None and not predicts_loss(self.criterion):
+        criterion = CRITERIA[self.criterion]
+        if self.max_predicted_loss is not None and not criterion.predicts_loss:
             raise InputError(
                 f"max_predicted_loss is {self.max_predicted_loss:g}, but criterion {self.criterion} predicts no loss"
             )
+        if self.selection == "greedy" and criterion.joint is None:
+            raise InputError(f"selection is 'greedy', which criterion {self.criterion} does not know")
 
     def _check_target(self) -> None:
         given = {name: getattr(self, name) for name in _TARGETS if getattr(self, name) is not None}

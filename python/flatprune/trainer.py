@@ -159,6 +159,8 @@ class Trainer:
                 total_steps=self.total_steps,
                 criterion=settings.criterion,
                 compensate=compensate,
+                selection=settings.selection,
+                seed=settings.seed,
                 round_to=settings.round_to,
                 min_width=settings.min_width,
                 max_predicted_loss=settings.max_predicted_loss,

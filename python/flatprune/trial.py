@@ -7,7 +7,7 @@ does too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -64,7 +64,7 @@ class Trial:
         cuts = list(layer_cuts([group], {0: gone}).values())
         pruned = {name: cut.apply(self._tensors.get(name, tensor)) for c in cuts for name, tensor, cut in c.tensors()}
         with survivors_only(cuts):
-            expected = self._outputs(self._masked(group, gone))
+            expected = self._outputs(masked_weights([group], {0: gone}, self._tensors))
         try:
             with _trial_attributes(cuts):
                 found = self._outputs(pruned)
@@ -78,15 +78,6 @@ class Trial:
         # tie_weights would put the tensors of a module with two names back in the wrong order, and leave copies in it
         tensors = {**self._tensors, **changed}
         return _leaves(functional_call(self._model, tensors, self._inputs, tie_weights=False))
-
-    def _masked(self, group: NeuronGroup, gone: Tensor) -> dict[str, Tensor]:
-        """Weights of the consumers with zeros in the columns of the neurons gone."""
-        masked: dict[str, Tensor] = {}
-        for member in group.of_role(CONSUMER):
-            name = tensor_name(member.name, "weight")
-            weight = self._tensors.get(name, weight_of(member.module))
-            masked[name] = without_columns(member.module, weight, member.index[gone].flatten())
-        return masked
 
 
 def _in_double(model: nn.Module) -> dict[str, Tensor]:
@@ -119,6 +110,29 @@ def _compare(full: Tensor, masked: Tensor, cut: Tensor) -> None:
         raise Refused("a trial cut changed the function of the other neurons (an operation mixes channels)")
 
 
+def masked_weights(
+    groups: Sequence[NeuronGroup], gone: Mapping[int, Tensor], tensors: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Weights of all consumers with zeros in the columns of the neurons gone, by qualified name.
+
+    A model that runs with them (`torch.func.functional_call`), and with `survivors_only`, computes what it does without
+    the neurons.
+
+    Args:
+        groups: the neuron groups.
+        gone: position in `groups` -> int64 [m] neurons.
+        tensors: weights to take instead of the modules' own.
+    """
+    masked = dict(tensors or {})
+    changed = {}
+    for position, neurons in gone.items():
+        for member in groups[position].of_role(CONSUMER):
+            name = tensor_name(member.name, "weight")
+            weight = masked.get(name, weight_of(member.module))
+            changed[name] = masked[name] = without_columns(member.module, weight, member.index[neurons].flatten())
+    return changed
+
+
 def without_columns(module: nn.Module, weight: Tensor, inputs: Tensor) -> Tensor:
     """A copy of a layer's weight with zeros where it reads the input channels `inputs` [m]."""
     masked = weight.detach().clone()
@@ -147,6 +161,8 @@ def _survivor_norm(norm: nn.LayerNorm | nn.GroupNorm, kept: Tensor) -> Callable[
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         index = kept.to(output.device)
+        if len(index) == 0:
+            return torch.zeros_like(output)
         x = args[0].index_select(axis, index)
         weight, bias = (t if t is None else t[index] for t in (module.weight, module.bias))  # type: ignore[index]
         if isinstance(norm, nn.LayerNorm):

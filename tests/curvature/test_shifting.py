@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations
 from flatprune.sam import MomentumSAM
 from flatprune.shifting import optimum_shift
 from kfac_ext import Curvature
+from kfac_ext.curvature.layers import LAYER_TYPES
 
 
 def outputs_of(model, modules, x):
@@ -56,7 +57,7 @@ def test_every_kind_of_layer_computes_the_same_on_the_batch(name, training):
     model, x = curvature_nets.make(name)
     model.train(training)
     x = x[:2]
-    names = [key for key, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    names = [key for key, m in model.named_modules() if isinstance(m, LAYER_TYPES)]
     before, weights = outputs_of(model, names, x), {key: p.clone() for key, p in model.named_parameters()}
     shifts = optimum_shift(model, x)
     for old, new in zip(before, outputs_of(model, names, x)):

@@ -229,6 +229,7 @@ class Run:
         self.curvature = Curvature(model, generator=torch.Generator().manual_seed(0))
         self.pruner: Pruner | None = None
         self.step_count = 0
+        self.dtype = next(model.parameters()).dtype
 
     def prune(self, total_steps: int, params: float = 0.3, target: Target | None = None, **options: object) -> Run:
         x, _ = digits()
@@ -249,7 +250,7 @@ class Run:
         for _ in range(steps):
             order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.step_count))[:batch]
             self.optimizer.zero_grad()
-            loss = F.cross_entropy(self.model(x[order]), y[order])
+            loss = F.cross_entropy(self.model(x[order].to(self.dtype)), y[order])
             loss.backward()
             self.optimizer.step()
             self.step_count += 1

@@ -12,6 +12,7 @@ from pruning_networks import zeroed_inputs
 from torch import Tensor, nn
 
 from flatprune import export, models, surgery
+from flatprune.costs import ParameterCount
 from flatprune.graph import neuron_groups
 from flatprune.selection import Limits, select
 
@@ -67,7 +68,7 @@ def test_pruned_to_thirty_percent(name, tmp_path):
     groups = neuron_groups(model, x[:2]).groups
     scores = [torch.rand(group.width, dtype=torch.float64) for group in groups]
     start = models.parameter_count(model)
-    gone = select(model, groups, scores, int(0.3 * start), Limits(1, 1, 1.0))
+    gone = select(ParameterCount(model, groups), groups, scores, int(0.3 * start), Limits(1, 1, 1.0))
     handles = zeroed_inputs(groups, gone)
     with torch.no_grad():
         expected, full = model(x), build(name)(x)

@@ -271,16 +271,6 @@ def test_compensation_is_the_least_squares_update():
     assert torch.equal(values["3.weight"][:, gone], run.model[3].weight[:, gone])
 
 
-def test_magnitudes():
-    model = mlp(6)
-    groups = neuron_groups(model, digits()[0][:2]).groups
-    (l1,) = saliency.magnitude_scores(groups, "l1")
-    torch.testing.assert_close(l1, model[1].weight.detach().abs().mean(dim=1).double())
-    (uniform,) = saliency.magnitude_scores(groups, "l1_uniform")
-    assert uniform.argsort().tolist() == l1.argsort().tolist()
-    assert sorted((uniform * 6).round().tolist()) == [1, 2, 3, 4, 5, 6]
-
-
 @pytest.mark.filterwarnings("ignore:Curvature")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_parameters_that_go_with_a_neuron_are_exact(name):

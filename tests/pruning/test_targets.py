@@ -19,6 +19,8 @@ from flatprune.schedule import CubicSchedule
 from flatprune.selection import Limits
 from flatprune.targets import Target, amount
 from kfac_ext import Curvature
+from kfac_ext.curvature.convolution import TRANSPOSED
+from kfac_ext.curvature.layers import LAYER_TYPES
 
 
 class Sequence(nn.Module):
@@ -47,11 +49,13 @@ def counted_by_hooks(model: nn.Module) -> int:
     """Multiplications by weights in one forward on one image, counted at the tensors that really pass."""
     total = 0
 
-    def count(module: nn.Module, _inputs: object, output: Tensor) -> None:
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal total
-        total += output.numel() * module.weight[0].numel()  # each output is a product with one row of the weight
+        # each output is a product with one row of the weight; of a transposed convolution, each input meets one
+        values = inputs[0] if isinstance(module, TRANSPOSED) else output
+        total += values.numel() * module.weight[0].numel()
 
-    handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, LAYER_TYPES)]
     with torch.no_grad():
         model.eval()(digits()[0][:1])
     for handle in handles:

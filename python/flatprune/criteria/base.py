@@ -1,0 +1,216 @@
+"""What a criterion is, and what it may look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from flatprune.neurons import CONSUMER, PRODUCER, NeuronGroup
+from flatprune.saliency import (
+    InputStatistics,
+    compensation,
+    damped_inverses,
+    factor_blocks,
+    input_statistics,
+    relative_damping,
+)
+from kfac_ext.curvature import Curvature
+from kfac_ext.curvature.convolution import weight_matrix
+from kfac_ext.curvature.fisher import joined_inputs
+from kfac_ext.curvature.layers import batch_statistics, undisturbed
+
+if TYPE_CHECKING:
+    from flatprune.greedy import JointScores
+
+Scores = list[Tensor]  # one tensor [neurons] a group
+Inverses = dict[str, tuple[Tensor, ...]]
+
+
+class Evidence:
+    """What the neurons of a network can be judged by at one event; computed once, when it is first asked for.
+
+    Args:
+        model: the network.
+        groups: its neuron groups.
+        curvature: the model's running factors.
+        seed: of everything that is drawn.
+        step: optimizer steps taken; other steps draw other numbers.
+
+    Attributes:
+        generator: on the CPU, its state a function of seed and step.
+    """
+
+    def __init__(
+        self, model: nn.Module, groups: Sequence[NeuronGroup], curvature: Curvature, *, seed: int = 0, step: int = 0
+    ) -> None:
+        self.model, self.groups, self.curvature = model, groups, curvature
+        self.generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+        self._statistics: dict[str, InputStatistics] = {}
+        self._inverses: dict[str, Inverses] = {}
+        self._output_inverses: Inverses | None = None
+
+    def statistics(self, role: str) -> InputStatistics:
+        """A of every layer in which neurons are a "consumer" or "producer"; see `input_statistics`."""
+        if role not in self._statistics:
+            self._statistics[role] = input_statistics(self.curvature, member_names(self.groups, role))
+        return self._statistics[role]
+
+    def inverses(self, role: str) -> Inverses:
+        """H = (A + D)^-1 of the same layers."""
+        if role not in self._inverses:
+            self._inverses[role] = self.statistics(role).inverses()
+        return self._inverses[role]
+
+    def gradient_factors(self, role: str) -> dict[str, tuple[Tensor, ...]]:
+        """G of each group of the same layers."""
+        factors = self.curvature.factors
+        return {name: factor_blocks(factors[f"{name}.G"]) for name in member_names(self.groups, role)}
+
+    def output_inverses(self) -> Inverses:
+        """P = (G + D)^-1 of every producer, D = 0.01 mean(diag G)."""
+        if self._output_inverses is None:
+            self._output_inverses = damped_inverses(
+                self.gradient_factors(PRODUCER),
+                lambda _name, block: relative_damping(block),
+                "the covariance of its gradients",
+            )
+        return self._output_inverses
+
+    def gradient(self, parameter: nn.Parameter, name: str) -> Tensor:
+        """The gradient that the last backward of the training loop left.
+
+        Raises:
+            RuntimeError: there is none.
+        """
+        if parameter.grad is None:
+            raise RuntimeError(
+                f"{name} has no gradient: score neurons (`Pruner.step`) between `backward` and `zero_grad`"
+            )
+        return parameter.grad
+
+    def recent_inputs(self) -> tuple[Tensor, ...]:
+        """The model's recent inputs in training, joined to one batch (256 samples or a little more)."""
+        if not self.curvature.recent_inputs:
+            raise RuntimeError("no inputs yet: the model must make a training forward before neurons can be scored")
+        return joined_inputs(self.curvature.recent_inputs)
+
+    @contextmanager
+    def probing(self) -> Iterator[None]:
+        """Forwards inside disturb nothing: batch norms use batch statistics, dropout is off, factors stay."""
+        with self.curvature.paused(), batch_statistics(self.model), undisturbed(self.model):
+            yield
+
+
+def member_names(groups: Sequence[NeuronGroup], role: str) -> list[str]:
+    """The layers in which neurons of any group have a role, once each."""
+    return list({member.name: None for group in groups for member in group.of_role(role)})
+
+
+def consumer_compensation(evidence: Evidence, gone: Mapping[int, Tensor]) -> dict[str, Tensor]:
+    """The layers that read the neurons make up for them; see `flatprune.saliency.compensation`."""
+    return compensation(evidence.curvature, evidence.groups, gone, evidence.inverses(CONSUMER))
+
+
+NEEDS = ("factors", "inverses", "gradients", "forwards")
+COMPENSATES = ("method", "always", "never")
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A way to judge neurons: the higher the score, the longer a neuron stays.
+
+    Attributes:
+        name: as in `Pruner(criterion=...)`.
+        score: from `Evidence` to one tensor [neurons] a group; its docstring has the formula.
+        source: where it comes from.
+        needs: of "factors" (A and G), "inverses" (of them), "gradients" (left by the last backward) and "forwards" (of
+            its own, on recent inputs).
+        role: "consumer" or "producer": the layers whose factors the score reads; groups are refused where one has none.
+        per_cost: divide the score by what goes with the neuron, in the unit of the target: parameters, say.
+        predicts_loss: the score is a change of the loss, so that sums of it can be held against measured changes.
+        compensates: what `compensate="auto"` means: "method" (with convolutions, or for few parameters), "always" or
+            "never".
+        compensation: from evidence and the neurons gone to new values of the survivors' tensors.
+        uncompensated: the criterion that stands in where "auto" decides against compensation.
+        joint: scores that take into account which neurons went before, for `selection="greedy"`.
+        check: raises ValueError for groups it cannot judge.
+
+    Raises:
+        ValueError: `needs`, `role` or `compensates` is none of the above.
+
+    Example:
+        >>> def activity(evidence):  # mean squared weight that reads each neuron
+        ...     return [
+        ...         sum(m.module.weight.square().mean(0)[m.index].sum(1) for m in group.of_role("consumer"))
+        ...         for group in evidence.groups
+        ...     ]
+        >>> pruner = Pruner(..., criterion=Criterion("activity", activity, source="ours"))
+    """
+
+    name: str
+    score: Callable[[Evidence], Scores]
+    source: str = "given by the user"
+    needs: tuple[str, ...] = ()
+    role: str = CONSUMER
+    per_cost: bool = False
+    predicts_loss: bool = False
+    compensates: str = "never"
+    compensation: Callable[[Evidence, Mapping[int, Tensor]], dict[str, Tensor]] = consumer_compensation
+    uncompensated: Criterion | None = None
+    joint: Callable[[Evidence], JointScores] | None = None
+    check: Callable[[Sequence[NeuronGroup]], None] | None = None
+
+    def __post_init__(self) -> None:
+        choices = (
+            *(("needs", need, NEEDS) for need in self.needs),
+            ("role", self.role, (CONSUMER, PRODUCER)),
+            ("compensates", self.compensates, COMPENSATES),
+        )
+        for argument, value, allowed in choices:
+            if value not in allowed:
+                raise ValueError(
+                    f"Criterion {self.name}: {argument} is {value!r}, expected one of {', '.join(allowed)}"
+                )
+
+    def scores(self, evidence: Evidence) -> Scores:
+        """The scores of every group, checked: float64 on the CPU.
+
+        Raises:
+            ValueError: naming criterion and group whose scores have another shape or are not finite.
+        """
+        found = self.score(evidence)
+        if len(found) != len(evidence.groups):
+            raise ValueError(f"criterion {self.name}: {len(found)} tensors of scores for {len(evidence.groups)} groups")
+        checked = []
+        for group, values in zip(evidence.groups, found):
+            if values.shape != (group.width,):
+                raise ValueError(
+                    f"criterion {self.name}: scores of {group.name!r} have shape {tuple(values.shape)}, expected "
+                    f"({group.width},)"
+                )
+            checked.append(values.detach().double().cpu())
+            if not bool(checked[-1].isfinite().all()):
+                raise ValueError(f"criterion {self.name}: scores of {group.name!r} are not finite")
+        return checked
+
+
+def ranks(scores: Scores) -> Scores:
+    """Rank within the group as a share in (0, 1], so that all groups lose alike: a *uniform* criterion."""
+    return [(score.argsort().argsort().double() + 1) / len(score) for score in scores]
+
+
+def mean_over_producers(group: NeuronGroup, per_row: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mean over all rows that make a neuron, in all layers that produce it, of per_row(matrix [rows, d]) [rows].
+
+    The rule for magnitudes of neurons coupled over several layers.
+    """
+    means = [
+        per_row(weight_matrix(member.module).detach()).cpu().double()[member.index].mean(dim=1)
+        for member in group.of_role(PRODUCER)
+    ]
+    return torch.stack(means).mean(dim=0)

@@ -1,0 +1,105 @@
+"""Criteria from first derivatives: how the loss answers to a gate on the neuron.
+
+With a gate c on z_j (after the batch norm), dL/dc at c = 1 is the sum over samples and positions of g z. That is also
+the sum of g w over the parameters of the last affine map that makes z_j: gamma and beta of a batch norm, else weights
+and bias. (Over the weights in front of a batch norm the sum is zero, whatever the neuron does.) Layers that produce the
+neuron together share one gate, so their sums are added before the square.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flatprune.criteria.base import Criterion, Evidence, Scores
+from flatprune.neurons import PRODUCER, Member, NeuronGroup
+from kfac_ext.curvature.capture import Capture
+from kfac_ext.curvature.convolution import weight_matrix
+from kfac_ext.curvature.fisher import checked_output, output_gradient, prediction_count, sample_targets
+from kfac_ext.curvature.layers import Layer, call_hooks
+
+
+@torch.no_grad()
+def taylor_scores(evidence: Evidence) -> Scores:
+    """S_j = (sum of g w)^2 over the parameters of the last affine map that makes z_j.
+
+    g is what the last backward of the training loop left in `.grad`: one mini-batch with its true labels, and whatever
+    else the objective had.
+    """
+    return [_first_order(evidence, group).square() for group in evidence.groups]
+
+
+def _first_order(evidence: Evidence, group: NeuronGroup) -> Tensor:
+    total = torch.zeros(group.width, dtype=torch.float64)
+    for member in group.of_role(PRODUCER):
+        for name, parameter in _affine_map(evidence, member):
+            rows = (parameter * evidence.gradient(parameter, name)).double()
+            if rows.dim() > 1:
+                rows = weight_matrix(member.module, rows).sum(dim=1)
+            total += rows.cpu()[member.index].sum(dim=1)
+    return total
+
+
+def _affine_map(evidence: Evidence, member: Member) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of the map to z, by name."""
+    layer = evidence.curvature.layers.get(member.name)
+    module, name = member.module, member.name
+    if layer is not None and layer.norm is not None and layer.norm.weight is not None:
+        module, name = layer.norm, str(layer.norm_name)
+    return [(f"{name}.{key}", parameter) for key, parameter in module.named_parameters(recurse=False)]
+
+
+def gate_scores(evidence: Evidence) -> Scores:
+    """S_j = 1/2 E[(sum over positions of g z_j)^2], the diagonal Fisher of the gates.
+
+    One forward on the recent inputs, labels drawn from the model's own prediction.
+    """
+    names = {member.name for group in evidence.groups for member in group.of_role(PRODUCER)}
+    sums, count = _gate_gradients(evidence, [evidence.curvature.layers[name] for name in names])
+    scores = []
+    for group in evidence.groups:
+        gates = sum(sums[m.name].double().cpu()[:, m.index].sum(dim=2) for m in group.of_role(PRODUCER))
+        assert isinstance(gates, Tensor)
+        scores.append(0.5 * gates.square().sum(dim=0) / count)
+    return scores
+
+
+def _gate_gradients(evidence: Evidence, layers: list[Layer]) -> tuple[dict[str, Tensor], int]:
+    """Sum over positions and calls of g z [N, O] of each layer; what the mean loss divides by."""
+    loss, capture = evidence.curvature.loss, Capture()
+    values: dict[str, list[Tensor]] = {}
+
+    def report(layer: Layer, x: Tensor, z: Tensor) -> None:
+        values.setdefault(layer.name, []).append(z.detach().clone())  # an in-place activation may follow
+        capture.add(layer, x, z)
+
+    with evidence.probing(), torch.enable_grad(), call_hooks(layers, report):
+        output = checked_output(evidence.model(*evidence.recent_inputs()), loss)
+    targets = sample_targets(output, loss, evidence.generator)
+    gradients = capture.gradients_of(output, output_gradient(output.detach(), targets, loss))
+    sums = {}
+    for layer in layers:
+        calls = [
+            _over_positions(layer, z * g) for z, g in zip(values[layer.name], gradients[layer.name]) if g is not None
+        ]
+        sums[layer.name] = torch.stack(calls).sum(dim=0)
+    return sums, prediction_count(output, loss)
+
+
+def _over_positions(layer: Layer, product: Tensor) -> Tensor:
+    """[N, O] of what convolutions give as [N, O, h, w] and linear layers as [N, ..., O]."""
+    dims = range(2, product.dim()) if layer.is_convolution else range(1, product.dim() - 1)
+    return product.sum(dim=tuple(dims)) if len(dims) else product
+
+
+_MOLCHANOV = "Molchanov et al. 2019, Importance estimation for neural network pruning, arXiv 1906.10771"
+TAYLOR = Criterion("taylor", taylor_scores, _MOLCHANOV, needs=("gradients",), role=PRODUCER, per_cost=True)
+GATE_FISHER = Criterion(
+    "gate_fisher",
+    gate_scores,
+    "Theis et al. 2018, Fisher pruning, arXiv 1801.05787",
+    needs=("factors", "forwards"),
+    role=PRODUCER,
+    per_cost=True,
+    predicts_loss=True,
+)

@@ -1,0 +1,99 @@
+"""Criteria that look at weights alone.
+
+A neuron that several layers produce, or several rows of one, has the mean over all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from flatprune.criteria.base import Criterion, Evidence, Scores, mean_over_producers, ranks
+from flatprune.neurons import FOLLOWER, NORMS, PRODUCER, Member, NeuronGroup
+from kfac_ext.curvature.convolution import weight_matrix
+
+
+def l1_scores(evidence: Evidence) -> Scores:
+    """S_j = mean |w| over the weights of the rows that make neuron j."""
+    return [mean_over_producers(group, lambda weight: weight.abs().mean(dim=1)) for group in evidence.groups]
+
+
+def l2_scores(evidence: Evidence) -> Scores:
+    """S_j = (mean w^2)^(1/2) over the weights of the rows that make neuron j: |w|_2 by the root of their number."""
+    return [mean_over_producers(group, lambda weight: weight.square().mean(dim=1)).sqrt() for group in evidence.groups]
+
+
+def uniform(score: Callable[[Evidence], Scores]) -> Callable[[Evidence], Scores]:
+    """The same order within each layer, but every layer loses the same share: rank / width."""
+
+    def ranked(evidence: Evidence) -> Scores:
+        return ranks(score(evidence))
+
+    return ranked
+
+
+def median_distances(evidence: Evidence) -> Scores:
+    """S_j = rank / width of sum over k of |w_j - w_k|_2, w_j the filter of neuron j.
+
+    The filter nearest to all others (to the geometric median) goes first. Distances of layers of different size cannot
+    be compared, and the paper takes the same share of each: hence the rank. Rows of several producers are one long
+    filter.
+    """
+    return ranks([_distances(group) for group in evidence.groups])
+
+
+def _distances(group: NeuronGroup) -> Tensor:
+    parts = [
+        weight_matrix(member.module).detach().double().cpu()[member.index].flatten(1)
+        for member in group.of_role(PRODUCER)
+    ]
+    filters = torch.cat(parts, dim=1)
+    return torch.cdist(filters, filters, compute_mode="donot_use_mm_for_euclid_dist").sum(dim=1)
+
+
+def norm_scales(evidence: Evidence) -> Scores:
+    """S_j = mean |gamma| over the entries of all batch norms that belong to neuron j."""
+    check_norms(evidence.groups)
+    scores = []
+    for group in evidence.groups:
+        gammas = [_scale(member).detach().abs().cpu().double()[member.index].mean(dim=1) for member in _norms(group)]
+        scores.append(torch.stack(gammas).mean(dim=0))
+    return scores
+
+
+def check_norms(groups: Sequence[NeuronGroup]) -> None:
+    """Raise ValueError, naming the layer, for neurons without a norm that scales them."""
+    for group in groups:
+        if not _norms(group):
+            raise ValueError(
+                f"criterion bn_scale: no norm with a scale (gamma) follows layer {group.name!r}; choose another "
+                "criterion, or exclude the layer"
+            )
+
+
+def _norms(group: NeuronGroup) -> list[Member]:
+    return [m for m in group.of_role(FOLLOWER) if isinstance(m.module, NORMS) and m.module.weight is not None]
+
+
+def _scale(member: Member) -> nn.Parameter:
+    assert isinstance(member.module.weight, nn.Parameter)
+    return member.module.weight
+
+
+def random_scores(evidence: Evidence) -> Scores:
+    """S_j ~ U(0, 1), drawn anew at every event from seed and step."""
+    return [torch.rand(group.width, generator=evidence.generator, dtype=torch.float64) for group in evidence.groups]
+
+
+_FILTERS = "Li et al. 2017, Pruning filters for efficient convnets, arXiv 1608.08710"
+L1 = Criterion("l1", l1_scores, source=_FILTERS)
+L1_UNIFORM = Criterion("l1_uniform", uniform(l1_scores), source=_FILTERS)
+L2 = Criterion("l2", l2_scores, source=_FILTERS)
+L2_UNIFORM = Criterion("l2_uniform", uniform(l2_scores), source=_FILTERS)
+FPGM = Criterion("fpgm", median_distances, source="He et al. 2019, geometric median, arXiv 1811.00250")
+BN_SCALE = Criterion(
+    "bn_scale", norm_scales, source="Liu et al. 2017, network slimming, arXiv 1708.06519", check=check_norms
+)
+RANDOM = Criterion("random", random_scores, source="Mittal et al. 2018, arXiv 1801.10447")
