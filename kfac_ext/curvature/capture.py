@@ -85,10 +85,10 @@ class Capture:
 
 
 class ForwardHook:
-    """A forward pre-hook that calls `function(args, kwargs)`; deep copies and pickles get an inert one."""
+    """A forward pre-hook that calls `function(args, kwargs)`, uncompiled; deep copies and pickles get an inert one."""
 
     def __init__(self, function: Callable[[tuple[Any, ...], dict[str, Any]], None] | None) -> None:
-        self._function = function
+        self._function = None if function is None else torch.compiler.disable(function)
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What torch calls before the forward."""

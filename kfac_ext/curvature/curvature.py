@@ -23,7 +23,16 @@ from kfac_ext.curvature.fisher import (
     sample_targets,
     update_factors_,
 )
-from kfac_ext.curvature.layers import Layer, RngState, call_hooks, check_model, device_of, trace_layers, undisturbed
+from kfac_ext.curvature.layers import (
+    Layer,
+    RngState,
+    call_hooks,
+    check_model,
+    device_of,
+    reading_is_free,
+    trace_layers,
+    undisturbed,
+)
 from kfac_ext.factors import FactorSet
 
 _RECENT_SAMPLES = 256
@@ -47,7 +56,8 @@ class Curvature:
     without gradients, before the first training forward or in `trace`.
 
     The first update of a layer takes its factors whole, later ones give `factors <- decay factors + (1 - decay) new`.
-    An update whose output is not finite is left out, with a warning.
+    An update whose output is not finite is left out, with a warning; on a GPU the warning comes when a radius or the
+    state is read next, since nothing here waits for the device after the first update.
 
     Args:
         model: not compiled; `torch.compile` hides the layers from hooks.
@@ -109,6 +119,7 @@ class Curvature:
         self._layers: dict[str, Layer] | None = None
         self._factors: FactorSet | None = None
         self._started: set[str] = set()  # layers whose factors have been measured
+        self._left_out: Tensor | None = None  # updates left out on a GPU that have not been warned of
         self._was_cut = False
         self._recent: deque[tuple[Tensor, ...]] = deque()
         self._recent_count = 0
@@ -218,10 +229,12 @@ class Curvature:
 
     def spectral_radius(self) -> float:
         """max over l of rho_l."""
+        self._warn_of_left_out()
         return float(torch.stack(list(self.spectral_radii().values())).max())
 
     def geometric_mean_radius(self) -> float:
         """(prod over l of rho_l)^(1/B): follows the true lambda_max of the Hessian better than the maximum."""
+        self._warn_of_left_out()
         radii = torch.stack(list(self.spectral_radii().values()))
         return float(radii.clamp_min(torch.finfo(radii.dtype).tiny).log().mean().exp())
 
@@ -302,6 +315,7 @@ class Curvature:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and containers: counters, layers, factors, generator, recent inputs."""
+        self._warn_of_left_out()
         state: dict[str, Any] = {
             "step_count": self.step_count,
             "generator": self.generator.get_state(),
@@ -401,6 +415,7 @@ class Curvature:
         stack = ExitStack()
         stack.enter_context(call_hooks(self.layers.values(), capture.add))
 
+        @torch.compiler.disable
         def finish(_module: nn.Module, _args: Any, output: Any) -> None:
             self._close()
             if output is not None:  # a forward that raised comes by here with None
@@ -427,17 +442,39 @@ class Curvature:
             self._record = capture
         if update and self.fisher_type == "empirical":
             self._pending = capture
-        elif update and _all_finite([output], "output"):
-            self._update_true(capture)
+        elif update:
+            finite = self._finite([output], "output")
+            if finite is not False:
+                self._update_true(capture, finite)
 
-    def _update_true(self, capture: Capture) -> None:
+    def _finite(self, tensors: Sequence[Tensor], what: str) -> Tensor | bool:
+        """Whether all values are finite; a running average never forgets a NaN.
+
+        A bool (False with a warning) where the host may look, and before the first update, which is worth one wait;
+        a 0-d tensor otherwise.
+        """
+        finite = torch.stack([t.isfinite().all() for t in tensors]).all()
+        if self._started and not reading_is_free(finite.device):
+            return finite
+        if not bool(finite):
+            warnings.warn(f"Curvature: the model's {what} is not finite, factors are not updated", stacklevel=2)
+        return bool(finite)
+
+    def _warn_of_left_out(self) -> None:
+        count, self._left_out = self._left_out, None
+        if count is not None and int(count):
+            warnings.warn(
+                f"Curvature: {int(count)} updates whose output or gradients were not finite were left out", stacklevel=3
+            )
+
+    def _update_true(self, capture: Capture, finite: Tensor | bool) -> None:
         output = capture.output
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             capture.targets = sample_targets(output, self.loss, self.generator)
             values = output.detach()
             seed = output_gradient(values.float() if values.itemsize < 4 else values, capture.targets, self.loss)
         capture.gradients = capture.gradients_of(output, seed.to(output.dtype))
-        self._commit(capture, 1.0)
+        self._commit(capture, 1.0, finite)
 
     def _on_gradient(self, capture: Capture) -> None:
         if capture is self._pending and all(g is not None for slots in capture.gradients.values() for g in slots):
@@ -448,11 +485,13 @@ class Curvature:
         if grad_scale is None:
             grad_scale = self.grad_scale() if callable(self.grad_scale) else self.grad_scale
         gradients = [g for slots in capture.gradients.values() for g in slots if g is not None]
-        if gradients and _all_finite([capture.output, *gradients], "output or gradient"):
-            self._commit(capture, prediction_count(capture.output, self.loss) / grad_scale)
+        finite = bool(gradients) and self._finite([capture.output, *gradients], "output or gradient")
+        if finite is not False:
+            self._commit(capture, prediction_count(capture.output, self.loss) / grad_scale, finite)
 
-    def _commit(self, capture: Capture, factor: float) -> None:
+    def _commit(self, capture: Capture, factor: float, finite: Tensor | bool) -> None:
         """Blend one forward's A and G (gradients times `factor`) into the factors, then follow their eigenvectors."""
+        kept = self.factors.buffer.clone() if isinstance(finite, Tensor) else None
         decay = self.factor_decay(self.step_count - 1) if callable(self.factor_decay) else self.factor_decay
         count = prediction_count(capture.output, self.loss)
         with torch.no_grad(), torch.autocast(capture.output.device.type, enabled=False):
@@ -461,6 +500,10 @@ class Curvature:
             )
         if not seen:
             return
+        if kept is not None and isinstance(finite, Tensor):
+            self.factors.buffer.copy_(torch.where(finite, self.factors.buffer, kept))
+            left_out = (~finite).long()
+            self._left_out = left_out if self._left_out is None else self._left_out + left_out
         if not self._started:
             self._warn_unreached(seen)
         steps = _POWER_STEPS if self._started.issuperset(seen) else _FIRST_POWER_STEPS
@@ -477,11 +520,3 @@ class Curvature:
 def _check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"Curvature: {argument} is {value!r}, expected {' or '.join(map(repr, choices))}")
-
-
-def _all_finite(tensors: Sequence[Tensor], what: str) -> bool:
-    # a running average never forgets a NaN; the answer is worth one wait for the device every few steps
-    finite = bool(torch.stack([t.isfinite().all() for t in tensors]).all())
-    if not finite:
-        warnings.warn(f"Curvature: the model's {what} is not finite, factors are not updated", stacklevel=2)
-    return finite

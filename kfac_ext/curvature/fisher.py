@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kfac_ext.curvature.capture import Capture
 from kfac_ext.curvature.convolution import CONVOLUTIONS, Convolution, as_image, geometry_options, padded_input
-from kfac_ext.curvature.layers import Layer, batch_statistics, call_hooks, undisturbed
+from kfac_ext.curvature.layers import Layer, batch_statistics, call_hooks, sent, undisturbed
 from kfac_ext.factors import FactorSet
 from kfac_ext.geometry import conv_geometry
 from kfac_ext.ops.covariance import conv2d_covariance, linear_covariance
@@ -50,11 +50,11 @@ def sample_targets(output: Tensor, loss: str, generator: torch.Generator) -> Ten
     if loss == "mse":
         scale = (values[0].numel() / 2) ** 0.5
         noise = torch.randn(values.shape, generator=generator, device=generator.device, dtype=values.dtype)
-        return values + scale * noise.to(values.device)
+        return values + scale * sent(noise, values.device)
     cumulative = values.softmax(dim=1).movedim(1, -1).cumsum(dim=-1)
     shape = (*cumulative.shape[:-1], 1)
-    draw = torch.rand(shape, generator=generator, device=generator.device, dtype=values.dtype).to(values.device)
-    return (cumulative < draw).sum(dim=-1).clamp_max(output.shape[1] - 1)
+    draw = torch.rand(shape, generator=generator, device=generator.device, dtype=values.dtype)
+    return (cumulative < sent(draw, values.device)).sum(dim=-1).clamp_max(output.shape[1] - 1)
 
 
 def output_gradient(output: Tensor, targets: Tensor, loss: str) -> Tensor:

@@ -102,6 +102,7 @@ def call_hooks(layers: Iterable[Layer], report: Callable[[Layer, Tensor, Tensor]
     awaiting: dict[int, tuple[Layer, Tensor, Tensor]] = {}
 
     def on_layer(layer: Layer) -> Callable[..., Tensor | None]:
+        @torch.compiler.disable  # the layers around stay compiled
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             x = args[0] if args else kwargs["input"]
             x = x if x.dim() > 1 else x[None]
@@ -117,6 +118,7 @@ def call_hooks(layers: Iterable[Layer], report: Callable[[Layer, Tensor, Tensor]
 
         return hook
 
+    @torch.compiler.disable
     def on_norm(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         source = awaiting.pop(id(args[0] if args else kwargs["input"]), None)
         return None if source is None else report(source[0], source[1], output)
@@ -154,6 +156,18 @@ class RngState(NamedTuple):
 def device_of(model: nn.Module) -> torch.device:
     """The device of the model's first parameter."""
     return next(model.parameters()).device
+
+
+def reading_is_free(device: torch.device) -> bool:
+    """Whether the host may look at a tensor there without waiting for work that is queued."""
+    return device.type == "cpu"
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on `device`, without waiting for work that is queued there."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flatprune.errors import InputError
+from kfac_ext.curvature.layers import sent
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 _DIGITS_TEST_FRACTION = 0.25
@@ -228,12 +229,12 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     device = images.device
     pad_y, pad_x = max(1, height // 8), max(1, width // 8)
     padded = torch.nn.functional.pad(images, (pad_x, pad_x, pad_y, pad_y))
-    shift_y = torch.randint(2 * pad_y + 1, (n, 1), generator=generator).to(device)
-    shift_x = torch.randint(2 * pad_x + 1, (n, 1), generator=generator).to(device)
+    shift_y = sent(torch.randint(2 * pad_y + 1, (n, 1), generator=generator), device)
+    shift_x = sent(torch.randint(2 * pad_x + 1, (n, 1), generator=generator), device)
     rows = shift_y + torch.arange(height, device=device)
     columns = shift_x + torch.arange(width, device=device)
     if channels == 3:  # grey images are mostly signs, and a mirrored sign is another sign
-        mirrored = torch.rand((n, 1), generator=generator).to(device) < 0.5
+        mirrored = sent(torch.rand((n, 1), generator=generator), device) < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
     sample = torch.arange(n, device=device).view(n, 1, 1, 1)
     channel = torch.arange(channels, device=device).view(1, channels, 1, 1)

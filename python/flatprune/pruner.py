@@ -14,6 +14,7 @@ from flatprune.choice import choose
 from flatprune.costs import ParameterCount
 from flatprune.criteria import Criterion, Evidence, Scores, as_criterion
 from flatprune.criteria.base import consumer_compensation
+from flatprune.followers import checked_followers
 from flatprune.graph import neuron_groups
 from flatprune.loss_change import LossChange
 from flatprune.meter import CostMeter
@@ -30,7 +31,7 @@ from flatprune.removals import Removal, loss_budget_note, removal_records, short
 from flatprune.saliency import has_convolution
 from flatprune.schedule import CubicSchedule
 from flatprune.selection import Limits, LossBudget, smallest_cost
-from flatprune.surgery import plan
+from flatprune.surgery import check_states, plan
 from flatprune.targets import Target
 from kfac_ext.curvature import Curvature
 
@@ -75,12 +76,15 @@ class Pruner:
             forwards on 256 samples an event.
         exclude: layers whose outputs stay: names of modules, or types.
         layers: names of the layers to prune; default all that can be.
+        followers: copies of the model, such as `torch.optim.swa_utils.AveragedModel(model)`, that lose the same
+            neurons at the same time; see `flatprune.followers`.
 
     Raises:
-        TypeError: `target` is no Target; `exclude` or `layers` is one string instead of a list; `criterion` is none.
+        TypeError: `target` is no Target; `exclude`, `layers` or `followers` is no list; a follower is no module;
+            `criterion` is none.
         ValueError: an argument out of range; `max_predicted_loss` with a criterion that predicts no loss; a layer that
             the criterion cannot judge; a layer of `layers` that cannot be pruned, with the reason; an optimizer that
-            holds parameters which are not the model's; no layer can be pruned.
+            holds parameters which are not the model's; a follower that is no copy of the model; no layer can be pruned.
         KeyError: `exclude` or `layers` names a module that the model does not have.
 
     Example:
@@ -109,6 +113,7 @@ class Pruner:
         measure: bool = True,
         exclude: Sequence[str | type] = (),
         layers: Sequence[str] | None = None,
+        followers: Sequence[nn.Module] = (),
     ) -> None:
         self.criterion = as_criterion(criterion)
         check_arguments(compensate, round_to, min_width, max_layer_fraction)
@@ -119,6 +124,7 @@ class Pruner:
         if curvature.model is not model:
             raise ValueError("Pruner: the curvature belongs to another model")
         self.model, self.optimizer, self.curvature = model, optimizer, curvature
+        self.followers = checked_followers(model, followers)
         self.target, self.compensate, self.selection, self.seed = target, compensate, selection, seed
         self.schedule = schedule or CubicSchedule(total_steps)
         self.limits = Limits(round_to, min_width, max_layer_fraction)
@@ -205,11 +211,13 @@ class Pruner:
             between events nothing.
 
         Raises:
-            ValueError: factors or scores are not finite; model, optimizer and factors are as before, and the step is
-                not counted.
+            ValueError: factors or scores are not finite; the optimizer's state cannot be cut (said at the first call
+                already). Model, optimizer and factors are as before, and the step is not counted.
             RuntimeError: the model has made no training forward yet.
         """
         step = self.step_count + 1
+        if step == 1:  # not only at the first event, which may be hours away
+            check_states(self.model, self.optimizer)
         budget = None if self.stopped else self.schedule.budget(step, self.cost_start, self.goal)
         removals = [] if budget is None else self._event(step, budget)
         self.step_count = step
@@ -271,6 +279,7 @@ class Pruner:
             optimizer=self.optimizer,
             curvature=self.curvature,
             replacements=replacements,
+            followers=self.followers,
         ).commit()
         return removal_records(
             self.groups,

@@ -24,7 +24,7 @@ from kfac_ext.curvature.fisher import (
     projected_inputs,
     sample_targets,
 )
-from kfac_ext.curvature.layers import Layer, call_hooks, device_of, undisturbed
+from kfac_ext.curvature.layers import Layer, call_hooks, device_of, reading_is_free, sent, undisturbed
 
 __all__ = ["Flatness", "hessian_lambda_max"]
 
@@ -194,21 +194,26 @@ class Flatness:
         mean = self._mean_loss
         self._mean_loss = value if mean is None else _LOSS_DECAY * mean + (1 - _LOSS_DECAY) * value
 
-    def _weight(self) -> Tensor | float:
+    def _weight(self) -> Tensor:
         """strength Lbar every, faded."""
         assert self._mean_loss is not None
         mean = self._mean_loss if self._cap is None else torch.minimum(self._mean_loss, self._cap)
-        fade = 1.0
-        if self.fade_below > 0:
-            fade = min(max(2 * self._size() / self._full_size / self.fade_below - 1, 0.0), 1.0)
-        return self.strength * self.every * fade * mean
+        return self.strength * self.every * self._fade() * mean
+
+    def _fade(self) -> float:
+        """1 down to `fade_below` of the parameters, 0 from half of that on."""
+        if self.fade_below == 0:
+            return 1.0
+        return min(max(2 * self._size() / self._full_size / self.fade_below - 1, 0.0), 1.0)
 
     def _size(self) -> int:
         return sum(p.numel() for p in self.curvature.model.parameters())
 
     def _value(self, x: Tensor | tuple[Tensor, ...], logits: Tensor) -> Tensor | None:
+        if self.strength * self._fade() == 0:
+            return None
         weight, blocks = self._weight(), self._blocks()
-        if not blocks or float(weight) == 0:
+        if not blocks:
             return None
         inputs = x if isinstance(x, tuple) else (x,)
         capture = self.curvature.take_record(logits) or self.curvature.observe(*inputs)
@@ -225,23 +230,26 @@ class Flatness:
             return weight * (total + second(blocks, capture, inputs))
 
     def _blocks(self) -> list[_Block]:
-        """The blocks above their floor; one wait for the device."""
+        """The blocks above their floor; on a GPU all, those below with weight 0, so that the host need not wait."""
         radii, factors, floors = self.curvature.spectral_radii(), self.curvature.factors, self.floors
         assert floors is not None
-        names = [name for name in radii if name in floors]
-        above = torch.stack([radii[name] > floors[name] for name in names]).tolist() if names else []
+        above = {name: radii[name] > floors[name] for name in radii if name in floors}
+        look = reading_is_free(factors.buffer.device)
         blocks = []
-        for name in (name for name, is_above in zip(names, above) if is_above):
+        for name in (name for name in above if not look or bool(above[name])):
             u, s = factors.vector(f"{name}.A"), factors.vector(f"{name}.G")
             value_a, value_g = factors.eigenvalue(f"{name}.A"), factors.eigenvalue(f"{name}.G")
             if value_a.dim():
-                best = torch.zeros_like(value_a)
-                best[(value_a * value_g).argmax()] = 1
+                best = (value_a * value_g).argmax() == torch.arange(len(value_a), device=value_a.device)
+                best = best.to(value_a.dtype)
                 u, s = best[:, None] * u, best[:, None] * s
                 value_a, value_g = best @ value_a, best @ value_g
             layer = self.curvature.layers[name]
+            weights = [1 / (len(radii) * value) for value in (value_a, value_g)]
+            if not look:
+                weights = [torch.where(above[name], weight, 0.0) for weight in weights]
             # copies: the factors' views may be overwritten before backward is called
-            blocks.append(_Block(layer, u.clone(), s.clone(), 1 / (len(radii) * value_a), 1 / (len(radii) * value_g)))
+            blocks.append(_Block(layer, u.clone(), s.clone(), *weights))
         return blocks
 
     def _double_backward_part(self, blocks: list[_Block], capture: Capture, _inputs: Any) -> Tensor:
@@ -265,7 +273,8 @@ class Flatness:
         curvature, output = self.curvature, capture.output
         lengths = torch.stack([block.gradient_weight for block in blocks]).sqrt()
         sizes = torch.stack([capture.z_squares[block.layer.name] for block in blocks]).sqrt()
-        step = _STEP_SIZE / (lengths / sizes).max()
+        longest = (lengths / sizes).max()
+        step = _STEP_SIZE / torch.where(longest > 0, longest, 1.0)  # 0: no block is above its floor
         shifts = {block.layer.name: (length * step) * block.s.flatten() for block, length in zip(blocks, lengths)}
         signs: dict[str, Tensor] = {}
 
@@ -288,7 +297,7 @@ class Flatness:
     def _signs(self, shape: list[int], like: Tensor) -> Tensor:
         generator = self.curvature.generator
         bits = torch.randint(0, 2, shape, generator=generator, device=generator.device, dtype=torch.int8)
-        return (bits.to(like.device) * 2 - 1).to(like.dtype)
+        return (sent(bits, like.device) * 2 - 1).to(like.dtype)
 
 
 def _warmup_steps(start: float | int, total_steps: int | None) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flatprune.cuts import Cut, LayerCut, layer_cuts, patch_size, renumbered, weight_columns
+from flatprune.followers import check_follower, named_tensors, unwrapped
 from flatprune.neurons import (
     CONSUMER,
     MATRICES,
@@ -104,6 +105,7 @@ def plan(
     optimizer: torch.optim.Optimizer | None = None,
     curvature: Curvature | None = None,
     replacements: Mapping[str, Tensor] | None = None,
+    followers: Sequence[nn.Module] = (),
 ) -> Plan:
     """Compute everything that a removal of neurons changes; nothing is changed.
 
@@ -115,17 +117,21 @@ def plan(
         curvature: its factors are cut.
         replacements: qualified name of a parameter or buffer -> values of its old shape that it takes before the cut
             (compensated survivors).
+        followers: copies of the model that are cut alike, see `flatprune.followers`.
 
     Returns:
         The plan; call `commit()`.
 
     Raises:
-        ValueError: naming the group, parameter or optimizer state that stands in the way.
+        ValueError: naming the group, parameter, optimizer state or follower that stands in the way.
         RuntimeError: SAM has moved the parameters.
     """
     refuse_moved(model, "Pruner")
     result = Plan()
     _check_gone(groups, gone)
+    check_states(model, optimizer)
+    for number, follower in enumerate(followers):
+        check_follower(model, follower, f"followers[{number}]")
     cuts = layer_cuts(groups, gone)
     done = set()
     for layer in cuts.values():
@@ -134,15 +140,58 @@ def plan(
             value = tensor if replacements is None else replacements.get(name, tensor)
             _plan_tensor(result, name, tensor, _checked(name, tensor, value), cut, optimizer)
         result.modules.append((layer.module, layer.attributes()))
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    own = named_tensors(model)
     for name, value in (replacements or {}).items():
         if name not in done:  # a bias or running mean that keeps its shape
             _plan_tensor(result, name, own[name], _checked(name, own[name], value), Cut(), optimizer)
+    for follower in followers:
+        _plan_follower(result, model, follower, cuts, replacements or {})
     _plan_indices(result, groups, gone, cuts)
     if curvature is not None:
         result.curvature = curvature
         _plan_factors(result, curvature, cuts)
     return result
+
+
+def check_states(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Refuse an optimizer whose state cannot be cut: tensors of another shape than their parameter's, or lists.
+
+    Raises:
+        ValueError: naming the parameter, the state and its shape.
+    """
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    for parameter, state in ({} if optimizer is None else optimizer.state).items():
+        for key, entry in state.items():
+            is_tensor = isinstance(entry, Tensor)
+            if is_tensor and (entry.shape == parameter.shape or entry.numel() == 1):
+                continue
+            if is_tensor or (isinstance(entry, (list, tuple, dict)) and len(entry) > 0):
+                found = f"shape {tuple(entry.shape)}" if is_tensor else f"type {type(entry).__name__}"
+                raise ValueError(
+                    f"{names.get(parameter, 'a parameter')}: state {key!r} of {type(optimizer).__name__} has {found}, "
+                    f"expected shape {tuple(parameter.shape)}; only states of the parameter's shape can be cut"
+                )
+
+
+def _plan_follower(
+    result: Plan,
+    model: nn.Module,
+    follower: nn.Module,
+    cuts: Mapping[str, LayerCut],
+    replacements: Mapping[str, Tensor],
+) -> None:
+    """Cut a follower's tensors as the model's, after moving them by as much as compensation moves the model's."""
+    source, copy = named_tensors(model), named_tensors(unwrapped(follower))
+    planned: dict[str, Cut] = {name: Cut() for name in replacements}
+    for layer in cuts.values():
+        own = layer._replace(module=unwrapped(follower).get_submodule(layer.name))
+        planned.update({name: cut for name, _, cut in own.tensors()})
+        result.modules.append((own.module, own.attributes()))
+    for name, cut in planned.items():
+        value = copy[name].detach()
+        if name in replacements:
+            value = value + (replacements[name] - source[name]).to(value)
+        _plan_tensor(result, name, copy[name], _checked(name, copy[name], value), cut, None)
 
 
 def _check_gone(groups: Sequence[NeuronGroup], gone: Mapping[int, Tensor]) -> None:
@@ -185,15 +234,8 @@ def _plan_tensor(
         return
     state = optimizer.state[tensor]
     for key, entry in state.items():
-        if not isinstance(entry, Tensor) or entry.dim() == 0:
-            continue
-        if entry.shape == tensor.shape:
+        if isinstance(entry, Tensor) and entry.dim() > 0 and entry.shape == tensor.shape:
             result.states.append((state, key, cut.apply(entry)))
-        elif entry.numel() > 1:
-            raise ValueError(
-                f"{name}: state {key!r} of {type(optimizer).__name__} has shape {tuple(entry.shape)}, expected "
-                f"{tuple(tensor.shape)}; only states of the parameter's shape can be cut"
-            )
 
 
 def _plan_indices(

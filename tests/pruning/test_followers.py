@@ -1,0 +1,102 @@
+"""Copies of the model, such as averaged weights, are cut with it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from pruning_networks import NETWORKS, Run, chain, digits, mlp, sgd
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from flatprune import surgery
+from flatprune.graph import neuron_groups
+from flatprune.pruner import Pruner
+from flatprune.targets import Target
+from kfac_ext import Curvature
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.filterwarnings("ignore:Curvature")
+def test_a_copy_that_nothing_updates_is_the_masked_copy(name):
+    torch.manual_seed(0)
+    model = NETWORKS[name]()
+    model(digits()[0][:64])
+    follower = copy.deepcopy(model)
+    groups = neuron_groups(model, digits()[0][:2]).groups
+    gone = {0: torch.cat([(groups[0].partition == p).nonzero()[1:3, 0] for p in range(groups[0].partitions)])}
+    with torch.no_grad():
+        for parameter in follower.parameters():  # so that cutting the model's values into it would be seen
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    expected = copy.deepcopy(follower)
+    twin = neuron_groups(expected, digits()[0][:2]).groups
+    surgery.plan(expected, twin, gone).commit()
+    surgery.plan(model, groups, gone, followers=[follower]).commit()
+    assert shapes(follower) == shapes(model)
+    assert repr(follower) == repr(model)
+    for key, tensor in expected.state_dict().items():
+        assert torch.equal(follower.state_dict()[key], tensor), key
+
+
+@pytest.mark.parametrize("network", [mlp, chain])
+def test_averaged_weights_of_a_whole_training(network):
+    torch.manual_seed(0)
+    model = network()
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    run = Run(model).prune(150, params=0.2, compensate=True, followers=[ema])
+    start = run.pruner.params
+    for _ in range(100):
+        run.train(1)
+        ema.update_parameters(model)
+    assert run.pruner.params <= 0.2 * start
+    assert shapes(ema.module) == shapes(model)
+    x, y = digits()
+    with torch.no_grad():
+        accuracy = float((ema.module.eval()(x).argmax(1) == y).float().mean())
+    assert accuracy > 0.8
+
+
+def test_compensation_moves_a_follower_as_much_as_the_model():
+    torch.manual_seed(0)
+    model = mlp(12, 8)
+    follower = copy.deepcopy(model)
+    with torch.no_grad():
+        follower[3].weight.mul_(2.0)
+    groups = neuron_groups(model, digits()[0][:2]).groups
+    before = model[3].weight.detach().clone()
+    moved = {"3.weight": before + 0.5, "3.bias": model[3].bias.detach() + 1.0}
+    bias = follower[3].bias.detach().clone()
+    surgery.plan(model, groups, {0: torch.tensor([3])}, replacements=moved, followers=[follower]).commit()
+    kept = [0, 1, 2, *range(4, 12)]
+    torch.testing.assert_close(follower[3].weight.detach(), (2.0 * before + 0.5)[:, kept])
+    torch.testing.assert_close(follower[3].bias.detach(), bias + 1.0)
+
+
+def test_what_is_no_copy_is_refused():
+    model = mlp(12, 8)
+    arguments = {"target": Target(0.5), "total_steps": 100}
+    for followers, error, message in (
+        ([mlp(12, 9)], ValueError, r"followers\[0\]: '3.weight' has shape \(9, 12\), \(8, 12\) in the model"),
+        ([copy.deepcopy(model), chain()], ValueError, r"followers\[1\]: '1.weight' has shape"),
+        ([nn.Sequential(model)], ValueError, r"followers\[0\]: '1.weight' is only in the model"),
+        ([model], ValueError, r"followers\[0\]: '1.weight' is the model's own tensor"),
+        ([3], TypeError, r"followers\[0\] is int"),
+        (copy.deepcopy(model), TypeError, "followers is Sequential, expected a list"),
+    ):
+        with pytest.raises(error, match=message):
+            Pruner(model, sgd(model), Curvature(model), digits()[0][:2], followers=followers, **arguments)
+
+
+def test_a_follower_that_was_changed_stops_the_removal_before_anything_is_cut():
+    follower = mlp(12, 8)
+    run = Run(mlp(12, 8)).prune(50, params=0.5, followers=[follower])
+    follower[1].weight.data = follower[1].weight.data[:7]
+    before = shapes(run.model)
+    with pytest.raises(ValueError, match=r"followers\[0\]: '1.weight' has shape \(7, 64\)"):
+        run.train(30)
+    assert shapes(run.model) == before
