@@ -1,4 +1,4 @@
-"""The command `flatprune`: `run` trains and prunes, `eval` tests what was saved.
+"""The command `flatprune`: `run` trains and prunes, `study` makes a grid of runs, `eval` tests what was saved.
 
 Exit codes: 0 done; 2 something given cannot be used, the loss diverged, or a file could not be written (one line on
 stderr says which); 130 interrupted, with a checkpoint to resume from.
@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from flatprune import models
-from flatprune.errors import DivergedError, InputError, Interrupted
+from flatprune.errors import DivergedError, InputError, Interrupted, RunsFailedError
 from flatprune.settings import COMPENSATE, CRITERIA, FLATNESS, FLATNESS_MODES, OPTIMUM_SHIFT, SELECTIONS, Settings
 
 EXIT_FAILED = 2
@@ -65,7 +65,9 @@ def run_command(
     threads: Annotated[
         int | None, typer.Option(help="CPU threads; default 1 for small networks, else all cores")
     ] = None,
-    train_size: Annotated[int | None, typer.Option(help="train on a random subset of this size")] = None,
+    train_size: Annotated[
+        float | None, typer.Option(help="train on a random subset: a number of images, or a share below 1")
+    ] = None,
     label_noise: Annotated[
         float, typer.Option(help="fraction of the training labels drawn anew, uniformly over the classes")
     ] = Settings.label_noise,
@@ -103,12 +105,35 @@ def run_command(
     batch_size: Annotated[int, typer.Option(help="images a step")] = Settings.batch_size,
     lr: Annotated[float | None, typer.Option(help="learning rate; default 0.1 with batch norm, 0.05 without")] = None,
     schedule: Annotated[
-        str, typer.Option(help="fc (constant until pruning ends, then a cosine to 0) or cosine")
+        str,
+        typer.Option(
+            help="fc (constant until pruning ends, then a cosine to 0), cosine, or two cosines, before and after the "
+            "end of pruning, the second from the full rate (restart) or a tenth (finetune)"
+        ),
     ] = Settings.schedule,
     augment: Annotated[str, typer.Option(help="on or off: random shifts, and mirror images for colour")] = "off",
     compare_dense: Annotated[
         bool, typer.Option("--compare-dense", help="first train the same network the same way without pruning")
     ] = False,
+    prune_start: Annotated[float, typer.Option(help="share of the training before pruning")] = Settings.prune_start,
+    prune_end: Annotated[
+        float, typer.Option(help="share of the training at which pruning ends; as prune-start: all at once")
+    ] = Settings.prune_end,
+    prune_every: Annotated[int, typer.Option(help="steps between removals")] = Settings.prune_every,
+    factor_update_steps: Annotated[
+        int | None, typer.Option(help="steps between measurements of the curvature; default 5, 10 with convolutions")
+    ] = None,
+    validation: Annotated[
+        float | None, typer.Option(help="test on this share of the training images instead of on the test images")
+    ] = None,
+    architecture_of: Annotated[
+        str | None, typer.Option(help="train the final network of the run in this folder, from fresh weights")
+    ] = None,
+    corruptions: Annotated[bool, typer.Option("--corruptions", help="test on corrupted images too")] = False,
+    measure_latency: Annotated[bool, typer.Option("--measure-latency", help="time inference before and after")] = False,
+    track_hessian: Annotated[
+        int | None, typer.Option(help="measure the true largest Hessian eigenvalue every so many epochs")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the checkpoint in --out")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that is in --out")] = False,
 ) -> None:
@@ -142,6 +167,43 @@ def _run(out: Path, values: dict[str, Any], given: dict[str, Any], *, resume: bo
     else:
         summary = runs.run(Settings(**values), out, overwrite=overwrite, observer=observer)
     progress.print_summary(console, summary, str(out))
+
+
+@app.command(name="study")
+def study_command(
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE.yaml]", help="the grid")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for runs and report; default runs/NAME-OF-FILE")] = None,
+    jobs: Annotated[int | None, typer.Option(help="runs at once; default as many as cores or GPUs")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="folder of data files; default the current one")] = None,
+    report_only: Annotated[
+        Path | None, typer.Option("--report-only", metavar="DIR", help="only write the report of the study in DIR")
+    ] = None,
+) -> None:
+    """Make the runs of a grid, those that are not there yet, and a report of all of them."""
+    from rich.console import Console
+
+    from flatprune.study import read_study, run_study, write_report
+    from flatprune.study.report import PAGE_FILE, open_study
+    from flatprune.study.tables import overview
+
+    if (file is None) == (report_only is None):
+        raise InputError("study: expected a FILE.yaml, or --report-only DIR")
+    console = Console()
+    failed: list[str] = []
+    if file is not None:
+        folder = out or Path("runs") / file.stem
+        plan, failed = run_study(read_study(file, data_dir), folder, jobs=jobs, console=console)
+    else:
+        plan = open_study(Path(str(report_only)))
+    for table in overview(write_report(plan)):
+        console.print()
+        table.show(console)
+    console.print()
+    console.print(f"report in {plan.folder / PAGE_FILE}", soft_wrap=True, highlight=False, markup=False)
+    if failed:
+        raise RunsFailedError(
+            f"{len(failed)} runs failed, the first is {failed[0]!r}; the same command tries them again"
+        )
 
 
 @app.command(name="eval")
@@ -224,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), EXIT_INTERRUPTED)
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
-    except (InputError, DivergedError) as error:
+    except (InputError, DivergedError, RunsFailedError) as error:
         return _fail(str(error), EXIT_FAILED)
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), EXIT_FAILED)

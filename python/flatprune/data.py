@@ -6,7 +6,7 @@ import hashlib
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from kfac_ext.curvature.layers import sent
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 _DIGITS_TEST_FRACTION = 0.25
 _DIGITS_SPLIT_SEED = 0  # fixed: the test set is the same for every --seed
+_VALIDATION_SEED = 1
 _STRAY_RATIO = 5
 
 
@@ -147,7 +148,8 @@ def load_dataset(
     data: str,
     *,
     seed: int = 0,
-    train_size: int | None = None,
+    train_size: float | None = None,
+    validation: float | None = None,
     label_noise: float = 0.0,
     image_size: int | None = None,
     classes: int | None = None,
@@ -158,7 +160,9 @@ def load_dataset(
     Args:
         data: "digits" or the path of an .npz file, as in `read_images`.
         seed: draws the subset and the noise (not the digits' split).
-        train_size: number of training images, a random subset; default all.
+        train_size: number of training images, or (below 1) a share of them, a random subset; default all.
+        validation: share of the training images, the same for every seed, that takes the place of the test images;
+            their labels stay as they are. The subset is drawn from the others.
         label_noise: fraction of the training labels that are drawn anew, uniformly over all classes (so that about
             1 / classes of them come out as they were).
         image_size: average the images over areas down to image_size x image_size.
@@ -169,6 +173,8 @@ def load_dataset(
         InputError: naming what cannot be used.
     """
     images = read_images(data, classes)
+    if validation is not None:
+        images = _held_out(images, validation)
     height, width = images.x_train.shape[1:3]
     if image_size is not None and not 1 <= image_size <= min(height, width):
         raise InputError(
@@ -197,6 +203,22 @@ def load_dataset(
         classes=images.classes,
         normalization=normalization,
         digest=_digest(x_train, y_train, x_test),
+    )
+
+
+def _held_out(images: Images, share: float) -> Images:
+    """The same images with a share of the training set, picked by a fixed seed, in the place of the test set."""
+    order = np.random.default_rng(_VALIDATION_SEED).permutation(len(images.x_train))
+    count = round(share * len(order))
+    if not 0 < count < len(order):
+        raise InputError(f"validation is {share}: it leaves no image of {len(order)} to test or to train on")
+    tested, trained = order[:count], order[count:]
+    return replace(
+        images,
+        x_train=images.x_train[trained],
+        y_train=images.y_train[trained],
+        x_test=images.x_train[tested],
+        y_test=images.y_train[tested],
     )
 
 
@@ -337,14 +359,15 @@ def _plausible_count(data: str, y_train: np.ndarray, y_test: np.ndarray) -> int:
     return top + 1
 
 
-def _subset(data: str, available: int, train_size: int | None, generator: torch.Generator) -> Tensor:
+def _subset(data: str, available: int, train_size: float | None, generator: torch.Generator) -> Tensor:
     if train_size is None:
         return torch.arange(available)
-    if not 1 <= train_size <= available:
+    size = max(1, round(train_size * available)) if train_size < 1.0 else int(train_size)
+    if not 1 <= size <= available:
         raise InputError(
             f"train_size is {train_size}, expected 1 to {available} ({data} has {available} training images)"
         )
-    return torch.randperm(available, generator=generator)[:train_size]
+    return torch.randperm(available, generator=generator)[:size]
 
 
 def _digest(*tensors: Tensor) -> str:

@@ -13,3 +13,7 @@ class DivergedError(RuntimeError):
 
 class Interrupted(RuntimeError):  # noqa: N818 - the user asked for it, nothing went wrong
     """Training was asked to stop; everything needed to go on is in the checkpoint."""
+
+
+class RunsFailedError(RuntimeError):
+    """Runs of a study ended by a failure that is not their own result, such as a killed process."""

@@ -94,6 +94,29 @@ def rebuild(arguments: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.M
     return model
 
 
+def fresh_network(path: str | os.PathLike[str], arguments: Mapping[str, Any]) -> nn.Module:
+    """The architecture of a finished run with fresh initial values, as its modules draw them.
+
+    Args:
+        path: folder of the run, or a `model.pt`.
+        arguments: image_shape and classes it is to be used with.
+
+    Raises:
+        InputError: there is no such file, it is for other images, or a parameter cannot be drawn afresh.
+    """
+    model = load(path).train()
+    for name in ("image_shape", "classes"):
+        wanted, found = arguments[name], getattr(model, name)
+        if (list(found) if name == "image_shape" else found) != wanted:
+            raise InputError(f"architecture_of {path}: its {name} is {found}, expected {wanted}")
+    for name, module in model.named_modules():
+        if callable(getattr(module, "reset_parameters", None)):
+            module.reset_parameters()  # type: ignore[operator]
+        elif module._parameters:
+            raise InputError(f"architecture_of {path}: {name or 'the network'} has parameters that only it can draw")
+    return model
+
+
 def take_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Replace every parameter and buffer of `model` by a copy of the tensor of that name, whatever its shape."""
     from flatprune.surgery import sync_attributes

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from flatprune.costs import CostModel
-from flatprune.neurons import Member, NeuronGroup
+from flatprune.neurons import PRODUCER, Member, NeuronGroup, channels, weight_of
 from flatprune.selection import Limits
 from flatprune.surgery import plan
 from kfac_ext.curvature.layers import device_of, module_modes, undisturbed
@@ -80,12 +80,12 @@ class LatencyModel(CostModel):
         super().__init__(model, groups)
         modules = dict(model.named_modules())
         self._positions, self._table = positions, table
-        self._fixed = {name: modules[name].weight for name in positions if name not in self._layers}
+        self._fixed = {name: modules[name] for name in positions if name not in self._layers}
 
     def work(self) -> dict[str, float]:
         """Multiply-accumulates of every layer, and under "" the outputs of all of them, for one sample."""
-        work = {name: float(self._positions[name] * weight.numel()) for name, weight in self._fixed.items()}  # type: ignore[union-attr,operator]
-        outputs = sum(self._positions[name] * len(weight) for name, weight in self._fixed.items())  # type: ignore[arg-type]
+        work = {name: float(self._positions[name] * weight_of(module).numel()) for name, module in self._fixed.items()}
+        outputs = sum(self._positions[name] * channels(module, PRODUCER) for name, module in self._fixed.items())
         for name, layer in self._layers.items():
             if name in self._positions:
                 work[name] = float(self._positions[name] * layer.weights)

@@ -89,5 +89,8 @@ th { color: var(--grey); font-weight: 500; }
 .values td:last-child { width: 60%; overflow-wrap: anywhere; }
 .bar { height: .7rem; min-width: 2px; background: var(--pale); border-radius: 3px; }
 .bar i { display: block; height: 100%; background: var(--teal); border-radius: 3px; }
+.wide { overflow-x: auto; }
+pre { overflow-x: auto; padding: .9rem 1.1rem; }
+pre { background: white; border: 1px solid var(--pale); border-radius: 10px; }
 code { background: white; border: 1px solid var(--pale); border-radius: 5px; padding: .1rem .35rem; }
 """

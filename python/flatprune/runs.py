@@ -14,6 +14,9 @@ Each file is written atomically, so that it is whole at any time.
     flops_before, flops_after              multiply-accumulates of linear and convolution layers for one image
     test_accuracy_last, test_accuracy_best percent, after the last epoch and after the best one (of the test set)
     train_accuracy_last                    percent, of the final network on its training images and (noisy) labels
+    test_nll, test_ece                     calibration of the final network, see `flatprune.measurements`
+    corrupted_accuracy                     kind -> percent at strengths 1 to 5, with _mean beside it; where asked for
+    latency_before_1, latency_after_1      ms an image, median, at batch size 1, and likewise at 128; where asked for
     spectral_radius_kfac                   max over layers of lambda_1(A) lambda_1(G); with _geometric_mean beside it
     hessian_lambda_max                     of the mean loss over the first 1,024 training images, batch norm folded
     widths_before, widths_after            layer name -> output channels or features
@@ -23,6 +26,8 @@ Each file is written atomically, so that it is whole at any time.
     seconds                                of training and testing, without start-up
     dense_*                                the same of the network trained without pruning, where that was wanted
     settings, versions                     everything needed to do it again
+
+With the setting `validation`, "test" means the held-out part of the training images everywhere.
 
 `history.jsonl`, by `kind`: "epoch" (losses, accuracies in percent, params, radii, seconds so far), "removal" (fields of
 `flatprune.removals.Removal` without the neurons' indices; width and params are those after it), "event" (one at which
@@ -106,7 +111,7 @@ def run(
     """
     folder = Path(out)
     check_free(folder, overwrite)
-    dataset = _load(settings)
+    dataset = load(settings)
     trainer = Trainer(settings, dataset)
     _make_folder(folder)
     for name in _run_files():
@@ -141,7 +146,7 @@ def resume(
     settings = _resumed_settings(folder, Settings.from_dict(state["settings"]), given or {})
     if (folder / SUMMARY_FILE).is_file():
         return json.loads((folder / SUMMARY_FILE).read_text())
-    return _go_on(Trainer(settings, _load(settings), state), folder, observer)
+    return _go_on(Trainer(settings, load(settings), state), folder, observer)
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
@@ -162,11 +167,13 @@ def _run_files() -> list[str]:
     return [*RUN_FILES, *(f"{DENSE_FOLDER}/{name}" for name in RUN_FILES)]
 
 
-def _load(settings: Settings) -> Dataset:
+def load(settings: Settings) -> Dataset:
+    """The data set that a run with these settings trains and tests on."""
     return load_dataset(
         settings.data,
         seed=settings.seed,
         train_size=settings.train_size,
+        validation=settings.validation,
         label_noise=settings.label_noise,
         image_size=settings.image_size,
         classes=settings.classes,
@@ -193,7 +200,7 @@ def _resumed_settings(folder: Path, settings: Settings, given: dict[str, Any]) -
 
 def _go_on(trainer: Trainer, folder: Path, observer: _NoteObserver) -> dict[str, Any]:
     try:
-        with _stop_signals() as stop_requested, _threads(trainer):
+        with stop_signals() as stop_requested, _threads(trainer):
             dense = None
             if trainer.settings.compare_dense:
                 devices = [trainer.device] if trainer.device.type == "cuda" else []
@@ -288,7 +295,7 @@ def _threads(trainer: Trainer) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
+def stop_signals() -> Iterator[Callable[[], bool]]:
     """Turn the first SIGINT or SIGTERM into a flag, so that the step in hand is finished; a second SIGINT is abrupt."""
     received: list[int] = []
 

@@ -19,8 +19,8 @@ from flatprune.targets import UNITS, Target
 FLATNESS = ("on", "off", "sam", "msam")
 OPTIMUM_SHIFT = ("off", "after_pruning")
 COMPENSATE = ("auto", "on", "off")
-SCHEDULES = ("fc", "cosine")
-COOL_DOWN_START = 0.4  # of the steps; "fc" holds the learning rate until pruning ends
+SECOND_PEAKS = {"restart": 1.0, "finetune": 0.1}  # of the learning rate, in training after one-shot pruning
+SCHEDULES = ("fc", "cosine", *SECOND_PEAKS)
 _CHOICES = {
     "flatness": FLATNESS,
     "flatness_mode": FLATNESS_MODES,
@@ -59,10 +59,12 @@ class Settings:
             or None. It is taken before each removal event on a tenth of the training images, which are not trained on.
         epochs, batch_size, seed: as their names say.
         lr: learning rate before the schedule, or None for 0.1 with batch norm and 0.05 without.
-        schedule: "fc" (constant until pruning ends at 40 % of the steps, then a cosine to 0) or "cosine" throughout.
+        schedule: "fc" (constant until pruning ends, then a cosine to 0), "cosine" throughout, or one of the classic
+            pipeline's: a cosine to 0 until pruning ends and another after it, from the full learning rate ("restart")
+            or from a tenth of it ("finetune").
         device: "cpu", "cuda" or "cuda:i".
         threads: CPU threads; None: one for a network too small for a second to help, else PyTorch's default.
-        train_size: random subset of the training images, or None for all.
+        train_size: random subset of the training images, a number of them or (below 1) a share; None for all.
         label_noise: fraction of the training labels drawn anew.
         flatness: "on" penalises the spectral radius of the curvature, "off" does nothing, "sam" minimises the loss by
             the gradients of `flatprune.SAM`, "msam" by those of `flatprune.MomentumSAM`, the rivals to compare with.
@@ -79,6 +81,14 @@ class Settings:
         exclude: names of layers (or of modules around them) whose neurons stay.
         augment: random shifts (and mirror images for colour).
         compare_dense: first train the same network the same way without pruning.
+        prune_start, prune_end: shares of the training between which neurons go; equal ones: all at once.
+        prune_every: steps between removals.
+        factor_update_steps: steps between measurements of the curvature, or None for 5 (10 with convolutions).
+        validation: share of the training images that are held out and tested on instead of the test images.
+        architecture_of: folder of a finished run whose final network is trained from fresh weights, instead of `model`.
+        corruptions: test the final network on corrupted test images too (see `flatprune.corruptions`).
+        measure_latency: time inference before and after.
+        track_hessian: measure the largest Hessian eigenvalue, and K-FAC radii of both kinds, every so many epochs.
 
     Raises:
         InputError: naming the first setting that cannot be used.
@@ -105,7 +115,7 @@ class Settings:
     schedule: str = "fc"
     device: str = "cpu"
     threads: int | None = None
-    train_size: int | None = None
+    train_size: float | None = None
     label_noise: float = 0.0
     flatness: str = "on"
     flatness_mode: str = "forward"
@@ -122,6 +132,15 @@ class Settings:
     exclude: tuple[str, ...] = ()
     augment: bool = False
     compare_dense: bool = False
+    prune_start: float = 0.1
+    prune_end: float = 0.4
+    prune_every: int = 20
+    factor_update_steps: int | None = None
+    validation: float | None = None
+    architecture_of: str | None = None
+    corruptions: bool = False
+    measure_latency: bool = False
+    track_hessian: int | None = None
 
     def __post_init__(self) -> None:
         models.check_name(self.model)
@@ -130,7 +149,6 @@ class Settings:
             ("epochs", 1),
             ("batch_size", 2),
             ("seed", 0),
-            ("train_size", 1),
             ("image_size", 1),
             ("threads", 1),
             ("sam_every", 1),
@@ -138,6 +156,9 @@ class Settings:
             ("latency_batch", 1),
             ("round_to", 1),
             ("min_width", 1),
+            ("prune_every", 1),
+            ("factor_update_steps", 1),
+            ("track_hessian", 1),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -167,6 +188,7 @@ class Settings:
             )
         if self.selection == "greedy" and criterion.joint is None:
             raise InputError(f"selection is 'greedy', which criterion {self.criterion} does not know")
+        self._check_shares()
 
     def _check_target(self) -> None:
         given = {name: getattr(self, name) for name in _TARGETS if getattr(self, name) is not None}
@@ -179,6 +201,21 @@ class Settings:
                 raise InputError(f"{name} is {share}, expected above 0 and at most 1")
             if share == 1.0 and any(getattr(self, other) is not None for other in _NEED_PRUNING):
                 raise InputError(f"{name} is 1, which does not prune: {' and '.join(_NEED_PRUNING)} need a smaller one")
+
+    def _check_shares(self) -> None:
+        size = self.train_size
+        if size is not None and not (0.0 < size < 1.0 or (size >= 1 and float(size).is_integer())):
+            raise InputError(f"train_size is {size}, expected a whole number from 1 or a share between 0 and 1")
+        if size is not None and size >= 1:
+            object.__setattr__(self, "train_size", int(size))
+        if not 0.0 <= self.prune_start <= self.prune_end <= 1.0:
+            raise InputError(
+                f"prune_start is {self.prune_start} and prune_end {self.prune_end}, expected 0 to 1, the end not before"
+            )
+        if self.validation is not None and not 0.0 < self.validation < 1.0:
+            raise InputError(f"validation is {self.validation}, expected a share between 0 and 1")
+        if self.architecture_of is not None and self.widths is not None:
+            raise InputError("architecture_of and widths: expected one of them")
 
     @property
     def target(self) -> Target:
@@ -221,12 +258,19 @@ class Settings:
     def learning_rate(self, step: int, total_steps: int, peak: float) -> float:
         """Learning rate of step 0 .. total_steps - 1.
 
-        "fc": peak until 40 % of the steps, then peak (1 + cos(pi t)) / 2, t from 0 to 1. "cosine": t over all steps.
+        "fc": peak until pruning ends, then peak (1 + cos(pi t)) / 2, t from 0 to 1. "cosine": t over all steps.
+        "restart" (Renda, Frankle & Carbin 2020, arXiv 2003.02389) and "finetune": that cosine until pruning ends, and
+        another after it, from peak or from peak / 10.
         """
-        start = COOL_DOWN_START * total_steps if self.schedule == "fc" else 0.0
-        if step < start:
-            return peak
-        return peak * 0.5 * (1.0 + math.cos(math.pi * (step - start) / (total_steps - start)))
+        start = 0.0 if self.schedule == "cosine" else self.prune_end * total_steps
+        if step >= start:
+            second = SECOND_PEAKS.get(self.schedule, 1.0)
+            return second * peak * _half_cosine((step - start) / (total_steps - start))
+        return peak if self.schedule == "fc" else peak * _half_cosine(step / start)
+
+
+def _half_cosine(part: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * part))
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

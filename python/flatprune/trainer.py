@@ -17,8 +17,15 @@ from flatprune.checkpoint import CHECKPOINT_FORMAT, CHECKPOINT_VERSION
 from flatprune.data import Dataset, augmented, batch_indices
 from flatprune.distortion import disout
 from flatprune.errors import DivergedError, InputError, Interrupted
-from flatprune.export import take_tensors
+from flatprune.export import fresh_network, take_tensors
 from flatprune.goals import check_reachable, target_figures
+from flatprune.measurements import (
+    calibration,
+    corruption_accuracies,
+    latency_figures,
+    predictions,
+    radii_of_both_kinds,
+)
 from flatprune.pruner import Pruner
 from flatprune.removals import Removal
 from flatprune.sam import SAM, MomentumSAM
@@ -113,7 +120,7 @@ class Trainer:
             "classes": dataset.classes,
             "widths": None if settings.widths is None else list(settings.widths),
         }
-        self.model = models.build(settings.model, dataset.image_shape, dataset.classes, settings.widths)
+        self.model = self._untrained()
         self.model.to(self.device)
         self.params_before = models.parameter_count(self.model)
         self.flops_before = models.multiply_accumulates(self.model, dataset.image_shape)
@@ -124,7 +131,11 @@ class Trainer:
         self.criterion = nn.CrossEntropyLoss()
         self.optimizer = torch.optim.SGD(parameter_groups(self.model), lr=self.peak_lr, momentum=MOMENTUM)
         self.order_generator = torch.Generator().manual_seed(settings.seed)
-        self.curvature = Curvature(self.model, generator=torch.Generator().manual_seed(settings.seed))
+        self.curvature = Curvature(
+            self.model,
+            factor_update_steps=settings.factor_update_steps,
+            generator=torch.Generator().manual_seed(settings.seed),
+        )
         self.flatness = self._flatness() if settings.flatness == "on" else None
         self.msam = None
         if settings.flatness == "msam":
@@ -146,6 +157,17 @@ class Trainer:
         chosen = {name: value for name, value in given.items() if value is not None}
         return Flatness(self.curvature, total_steps=self.total_steps, mode=self.settings.flatness_mode, **chosen)
 
+    def _untrained(self) -> nn.Module:
+        """The network before its first step, on the CPU."""
+        settings, dataset = self.settings, self.dataset
+        if settings.architecture_of is not None:
+            return fresh_network(settings.architecture_of, self.arguments)
+        return models.build(settings.model, dataset.image_shape, dataset.classes, settings.widths)
+
+    def _schedule(self) -> CubicSchedule:
+        settings = self.settings
+        return CubicSchedule(self.total_steps, settings.prune_start, settings.prune_end, settings.prune_every)
+
     def _pruner(self) -> Pruner:
         settings = self.settings
         compensate = "auto" if settings.compensate == "auto" else settings.compensate == "on"
@@ -157,6 +179,7 @@ class Trainer:
                 self.dataset.x_train[:_EXAMPLES],
                 target=settings.target,
                 total_steps=self.total_steps,
+                schedule=self._schedule(),
                 criterion=settings.criterion,
                 compensate=compensate,
                 selection=settings.selection,
@@ -252,8 +275,7 @@ class Trainer:
 
     def _shift_optimum(self) -> None:
         """Once, after the last removal; without pruning at the same step."""
-        schedule = CubicSchedule(self.total_steps) if self.pruner is None else self.pruner.schedule
-        if self.settings.optimum_shift == "off" or not schedule.is_last(self.progress.step):
+        if self.settings.optimum_shift == "off" or not self._schedule().is_last(self.progress.step):
             return
         where = {"kind": "optimum_shift", "epoch": self.progress.epoch + 1, "step": self.progress.step}
         shifts = optimum_shift(self.model, torch.cat(self.curvature.recent_inputs))
@@ -315,11 +337,21 @@ class Trainer:
             "spectral_radius": float(self.curvature.spectral_radius()),
             "spectral_radius_geometric_mean": float(self.curvature.geometric_mean_radius()),
             "seconds": progress.seconds,
+            **self._tracked(progress.epoch),
         }
         self.history.append(record)
         progress.order, progress.batch = None, 0
         progress.loss_sum, progress.correct, progress.seen = 0.0, 0, 0
         return record
+
+    def _tracked(self, epoch: int) -> dict[str, float]:
+        """The true radius beside the estimates, in the epochs in which it is asked for."""
+        every = self.settings.track_hessian
+        if every is None or (epoch % every and epoch != self.settings.epochs):
+            return {}
+        x = self.dataset.x_train[:_HESSIAN_SAMPLES]
+        radii = radii_of_both_kinds(self.model, self.curvature, x, self.settings.seed)
+        return {"hessian_lambda_max": self.hessian_lambda_max(), **radii}
 
     def results(self) -> dict[str, Any]:
         """The figures of `summary.json` that describe the network as it is now (see `flatprune.runs`)."""
@@ -340,7 +372,18 @@ class Trainer:
             "widths_after": models.layer_widths(self.model),
             "seconds": self.progress.seconds,
             **target_figures(self.settings.target, self.pruner, self.history),
+            **self._measurements(),
         }
+
+    def _measurements(self) -> dict[str, Any]:
+        settings, dataset = self.settings, self.dataset
+        found: dict[str, Any] = calibration(predictions(self.model, dataset.x_test), dataset.y_test)
+        if settings.corruptions:
+            found |= corruption_accuracies(self.model, dataset)
+        if settings.measure_latency:
+            before = self._untrained().to(self.device)
+            found |= latency_figures(before, self.model, dataset.x_test[:1])
+        return found
 
     def hessian_lambda_max(self) -> float:
         """Largest eigenvalue of the Hessian of the mean training loss over the first 1,024 training images."""

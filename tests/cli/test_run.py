@@ -86,7 +86,7 @@ def test_loads_back(digits_run):
     assert multiply_accumulates(model, model.image_shape) == summary["flops_after"]
     first = model[1]
     assert first.out_features == first.weight.shape[0] == summary["widths_after"]["1"]
-    digits = runs._load(package.Settings())
+    digits = runs.load(package.Settings())
     accuracy = 100.0 * float((model(digits.x_test).argmax(1) == digits.y_test).double().mean())
     assert accuracy == pytest.approx(summary["test_accuracy_last"], abs=1e-9)
 

@@ -1,0 +1,58 @@
+"""Everything that can be wrong with a study, found before its first run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from flatprune.data import Dataset
+from flatprune.errors import InputError
+from flatprune.runs import load
+from flatprune.settings import Settings
+from flatprune.study.grid import Study
+from flatprune.trainer import Trainer
+
+_OF_THE_DATA = ("data", "seed", "train_size", "validation", "label_noise", "image_size", "classes")
+
+
+def check_study(study: Study, note: Callable[[str], None] = lambda text: None) -> dict[Settings, int]:
+    """Read all data, build every network and the pruner of every run, once for settings that differ in the seed alone.
+
+    Args:
+        study: what to check.
+        note: told what the pruner warns of, each once.
+
+    Returns:
+        Optimizer steps of every run.
+
+    Raises:
+        InputError: naming the file of the study, the entry and what is wrong with it.
+    """
+    steps: dict[Settings, int] = {}
+    data: dict[Any, Dataset] = {}
+    noted: set[str] = set()
+    for name, settings in study.runs():
+        general = replace(settings, seed=0, device="cpu")
+        try:
+            settings.torch_device()
+            if general not in steps:
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    steps[general] = Trainer(general, _dataset(general, data)).total_steps
+                noted |= {str(warning.message) for warning in caught}
+        except InputError as error:
+            raise InputError(f"{study.path}: {name}: {error}") from error
+        steps[settings] = steps[general]
+    for text in sorted(noted):
+        note(text)
+    return steps
+
+
+def _dataset(settings: Settings, known: dict[Any, Dataset]) -> Dataset:
+    key = tuple(getattr(settings, name) for name in _OF_THE_DATA)
+    if key not in known:
+        known.clear()  # one at a time is held: points that share their data follow each other
+        known[key] = load(settings)
+    return known[key]

@@ -1,0 +1,84 @@
+"""Plots of a study: accuracy against size, work, latency and radius, and the gap between training and test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from flatprune.drawing import BLUE, GREY, INK, ROSE, TEAL, style_axis
+from flatprune.study.results import BY_KEY, Group, Results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_PANELS = (
+    ("params_after", "test_accuracy_last"),
+    ("flops_after", "test_accuracy_last"),
+    ("latency_after_1", "test_accuracy_last"),
+    ("latency_after_128", "test_accuracy_last"),
+    ("spectral_radius_kfac", "test_accuracy_last"),
+    ("params_after", "gap"),
+)
+_COLORS = (BLUE, ROSE, TEAL, INK, "#e08a1e", "#7b4fd6", "#4aa3df", "#8c6d46", GREY, "#b8c21a")
+_MARKERS = "osD^vP*X<>"
+_LOGARITHMIC = 3.0  # from this ratio of the largest to the least on
+
+
+def figure(results: Results, groups: Sequence[Group], title: str) -> Figure:
+    """All panels whose figures were measured, a line a variant, with bars of one standard deviation both ways.
+
+    Args:
+        results: of the study.
+        groups: those to draw.
+        title: above the panels.
+    """
+    from matplotlib.figure import Figure
+
+    panels = [(x, y) for x, y in _PANELS if any(group.values(x) for group in groups)]
+    columns = 2
+    lines = -(-len(panels) // columns) or 1
+    plot = Figure(figsize=(10.5, 1.1 + 3.5 * lines), facecolor="white")
+    axes = list(plot.subplots(lines, columns, squeeze=False).flat)
+    height = plot.get_figheight()
+    plot.subplots_adjust(left=0.07, right=0.76, top=1 - 0.85 / height, bottom=0.6 / height, hspace=0.42, wspace=0.22)
+    for axis, (x, y) in zip(axes, panels):
+        _panel(axis, groups, x, y)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    plot.legend(
+        handles, labels, loc="upper left", bbox_to_anchor=(0.775, 1 - 0.8 / height), frameon=False, fontsize=9.5
+    )
+    plot.text(0.03, 1 - 0.4 / height, title, color=INK, fontsize=13, fontweight="bold")
+    return plot
+
+
+def _panel(axis: Axes, groups: Sequence[Group], x: str, y: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    style_axis(axis, f"{BY_KEY[y].title} against {BY_KEY[x].title}")
+    drawn: list[float] = []
+    for place, variant in enumerate(dict.fromkeys(group.variant for group in groups)):
+        pairs = [(group.statistic(x), group.statistic(y)) for group in groups if group.variant == variant]
+        points = [(a, b) for a, b in pairs if a is not None and b is not None]  # in the order of the grid
+        if not points:
+            continue
+        drawn += [a.mean for a, _ in points]
+        axis.errorbar(
+            [a.mean for a, _ in points],
+            [b.mean for _, b in points],
+            xerr=[a.deviation or 0.0 for a, _ in points],
+            yerr=[b.deviation or 0.0 for _, b in points],
+            label=variant,
+            color=_COLORS[place % len(_COLORS)],
+            marker=_MARKERS[place % len(_MARKERS)],
+            markersize=4.5,
+            linewidth=1.3,
+            elinewidth=0.9,
+            capsize=2,
+        )
+    if drawn and min(drawn) > 0 and max(drawn) / min(drawn) > _LOGARITHMIC:
+        axis.set_xscale("log")
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(4))

@@ -1,0 +1,274 @@
+"""Makes the runs of a study: several at once, each in a process of its own, stopped and continued without loss."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from flatprune import runs
+from flatprune.checkpoint import write_atomically, write_json
+from flatprune.errors import InputError, Interrupted
+from flatprune.settings import Settings
+from flatprune.study.check import check_study
+from flatprune.study.display import Display, Standing, display_for
+from flatprune.study.grid import Study
+from flatprune.study.lock import locked
+from flatprune.study.plan import DATA_FILE, DIVERGED, FAILED, SETTINGS_FILE, Outcome, Plan, data_id
+from flatprune.study.report import STUDY_FILE
+from flatprune.study.worker import EXIT_DIVERGED, EXIT_FILE
+
+_POLL_SECONDS = 0.05
+_GRACE_SECONDS = 120.0  # for a step to end and a checkpoint to be written
+_LOG_FILE = "log.txt"
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass
+class Child:
+    """A run that is being made.
+
+    Attributes:
+        key, name, settings: which one.
+        process: the worker.
+        slot: its place among those that run at once, which decides the GPU.
+        step, total: as the worker last told them.
+    """
+
+    key: str
+    name: str
+    settings: Settings
+    process: subprocess.Popen[str]
+    slot: int
+    started: float = field(default_factory=time.monotonic)
+    first_step: int | None = None
+    step: int = 0
+    total: int = 0
+
+    def listen(self) -> None:
+        """Follow what the worker tells, until it ends."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            step, _, total = line.partition(" ")
+            if step.isdigit() and total.strip().isdigit():
+                self.step, self.total = int(step), int(total)
+                self.first_step = self.step if self.first_step is None else self.first_step
+
+
+def run_study(
+    study: Study, folder: Path, *, jobs: int | None = None, console: Console | None = None
+) -> tuple[Plan, list[str]]:
+    """Make all runs of a study that are not there.
+
+    Args:
+        study: what to do.
+        folder: of the study, made if it is not there.
+        jobs: runs at once; default as many as there are GPUs (runs on "cuda") or cores.
+        console: where the progress is shown.
+
+    Returns:
+        The plan with all outcomes, and the names of the runs that failed (those that diverged are not among them).
+
+    Raises:
+        InputError: an entry cannot be used, or another study is going on in the folder; no run has been started.
+        Interrupted: SIGINT or SIGTERM came; all runs have saved checkpoints, and the same call goes on.
+        OSError: a run could not write its files; the others have been stopped with checkpoints.
+    """
+    console = console or Console()
+    if jobs is not None and jobs < 1:
+        raise InputError(f"jobs is {jobs}, expected 1 or more")
+    data_ids = {data: data_id(data) for data in dict.fromkeys(settings.data for _, settings in study.runs())}
+    steps = check_study(study, lambda text: console.print(f"warning: {text}", markup=False, soft_wrap=True))
+    runs.check_free(folder, overwrite=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        write_atomically(folder / STUDY_FILE, study.path.read_text())
+        data_dir = None if study.data_dir is None else str(study.data_dir)
+        write_json(folder / DATA_FILE, {"data_dir": data_dir, "digests": data_ids})
+        plan = Plan(study, folder, data_ids)
+        with runs.stop_signals() as stop_requested:
+            _Executor(plan, steps, jobs or _default_jobs(study), display_for(console, study.title)).run(stop_requested)
+    failed = [cell.name for cell in study.cells if (end := plan.final(cell)) is not None and end.kind == FAILED]
+    return plan, failed
+
+
+def _default_jobs(study: Study) -> int:
+    if any(settings.device.startswith("cuda") for _, settings in study.runs()):
+        return max(1, torch.cuda.device_count())
+    return len(os.sched_getaffinity(0))
+
+
+class _Executor:
+    """Keeps `jobs` workers busy until nothing is left to do."""
+
+    def __init__(self, plan: Plan, steps: dict[Settings, int], jobs: int, display: Display) -> None:
+        self.plan, self.steps, self.jobs, self.display = plan, steps, jobs, display
+        self.children: list[Child] = []
+        self._pace = Pace()
+        self._waiting: list[tuple[str, str, Settings]] = []
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """What is left to do, after a run has ended."""
+        self._waiting = list(self.plan.wanted())
+        self._counts = self.plan.counts()
+        self._unmade = [(settings, self.steps.get(_of_the_grid(settings), 0)) for settings in self.plan.unmade()]
+
+    def run(self, stop_requested: Callable[[], bool]) -> None:
+        """Make the runs."""
+        self.display.start(self._standing())
+        try:
+            while not stop_requested():
+                self._start_more()
+                if not self.children:
+                    return
+                time.sleep(_POLL_SECONDS)
+                for child in [child for child in self.children if child.process.poll() is not None]:
+                    self.children.remove(child)
+                    self._end(child)
+                self.display.show(self._standing())
+        finally:
+            self._stop_children()
+            self.display.stop(self._standing())
+        done, total = self._counts
+        raise Interrupted(f"stopped with {done} of {total} runs done; the same command goes on in {self.plan.folder}")
+
+    def _start_more(self) -> None:
+        running = {child.key for child in self.children}
+        for key, name, settings in self._waiting:
+            if len(self.children) >= self.jobs:
+                break
+            if key not in running:
+                self.children.append(self._start(key, name, settings))
+                running.add(key)
+
+    def _start(self, key: str, name: str, settings: Settings) -> Child:
+        folder = self.plan.folder_of(key)
+        folder.mkdir(parents=True, exist_ok=True)
+        slot = min(set(range(self.jobs)) - {child.slot for child in self.children})
+        if settings.device == "cpu" and settings.threads is None:
+            settings = replace(settings, threads=1)
+        write_json(folder / SETTINGS_FILE, settings.as_dict())
+        with open(folder / _LOG_FILE, "w") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "flatprune.study.worker", str(folder)],
+                stdin=subprocess.PIPE,  # closed by the system when this process ends, however it ends
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=_environment(settings, slot),
+                start_new_session=True,  # Ctrl-C reaches the study alone, which stops its runs in good order
+            )
+        child = Child(key, name, settings, process, slot)
+        threading.Thread(target=child.listen, daemon=True).start()
+        return child
+
+    def _end(self, child: Child) -> None:
+        """Note what became of a run whose process has ended."""
+        folder, code = self.plan.folder_of(child.key), child.process.returncode
+        _close(child.process)
+        if code == 0:
+            outcome = Outcome(json.loads((folder / runs.SUMMARY_FILE).read_text()))
+        else:
+            message = _last_line(folder / _LOG_FILE) or (f"ended by signal {-code}" if code < 0 else "no message")
+            if code == EXIT_FILE:
+                raise OSError(f"{child.name}: {message}; the study is stopped, the same command goes on")
+            outcome = Outcome(None, DIVERGED if code == EXIT_DIVERGED else FAILED, f"{message} (exit code {code})")
+        self._pace.ended(child)
+        self.plan.record(child.key, outcome)
+        if outcome.summary is not None:
+            (folder / runs.CHECKPOINT_FILE).unlink(missing_ok=True)  # all it was for is done
+        self._look_again()
+        self.display.ended(child.name, outcome, time.monotonic() - child.started, self._standing())
+
+    def _stop_children(self) -> None:
+        for child in self.children:
+            child.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + _GRACE_SECONDS
+        try:
+            for child in self.children:
+                child.process.wait(max(0.0, deadline - time.monotonic()))
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            for child in self.children:
+                child.process.kill()
+        for child in self.children:
+            child.process.wait()
+            _close(child.process)
+        self.children = []
+
+    def _standing(self) -> Standing:
+        running = [(child.name, child.step, child.total) for child in self.children]
+        return Standing(*self._counts, running, self._pace.left(self._unmade, self.children, self.jobs))
+
+
+class Pace:
+    """Time left, from the seconds a step took in runs of the same kind, or in all where there was none yet."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[Any, tuple[float, int]] = {}
+
+    def ended(self, child: Child) -> None:
+        """Learn from a run that has ended."""
+        seconds, steps = self._seconds.get(_kind(child.settings), (0.0, 0))
+        made = child.step - (child.first_step or 0)
+        self._seconds[_kind(child.settings)] = (seconds + time.monotonic() - child.started, steps + made)
+
+    def left(self, steps: list[tuple[Settings, int]], running: list[Child], jobs: int) -> float | None:
+        """Seconds until all of these runs are made; None as long as no step has been timed."""
+        known = dict(self._seconds)
+        for child in running:
+            seconds, made = known.get(_kind(child.settings), (0.0, 0))
+            elapsed = time.monotonic() - child.started
+            known[_kind(child.settings)] = (seconds + elapsed, made + child.step - (child.first_step or 0))
+        seconds, made = (sum(column) for column in zip(*known.values())) if known else (0.0, 0)
+        if made == 0:
+            return None
+        total = 0.0
+        for settings, count in steps:
+            own_seconds, own_made = known.get(_kind(settings), (0.0, 0))
+            total += count * (own_seconds / own_made if own_made else seconds / made)
+        for child in running:
+            own_seconds, own_made = known[_kind(child.settings)]
+            total -= child.step * (own_seconds / own_made if own_made else seconds / made)
+        return max(0.0, total / jobs)
+
+
+def _kind(settings: Settings) -> Any:
+    return settings.data, settings.model, settings.widths, settings.image_size, settings.batch_size, settings.flatness
+
+
+def _of_the_grid(settings: Settings) -> Settings:
+    return replace(settings, architecture_of=None)
+
+
+def _environment(settings: Settings, slot: int) -> dict[str, str]:
+    environment = dict(os.environ)
+    if settings.device == "cpu":
+        environment |= dict.fromkeys(_THREADS, str(settings.threads or 1))
+    elif settings.device == "cuda":  # a GPU for each place; "cuda:1" means that one for all
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+        environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
+    return environment
+
+
+def _close(process: subprocess.Popen[str]) -> None:
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
+
+
+def _last_line(path: Path) -> str:
+    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else ""

@@ -1,0 +1,96 @@
+"""One run of a study, in a process of its own: `python -m flatprune.study.worker FOLDER`.
+
+Does what `flatprune run` does with the settings in FOLDER/settings.json, or goes on from the checkpoint that is there.
+Prints "STEP TOTAL" now and then. Ends early, with a checkpoint, on SIGTERM, and when its standard input closes: that is
+how it learns that the study is gone, even by a kill.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flatprune import runs
+from flatprune.errors import DivergedError, InputError, Interrupted
+from flatprune.settings import Settings
+from flatprune.study.lock import locked
+from flatprune.study.plan import SETTINGS_FILE
+from flatprune.trainer import Observer
+
+if TYPE_CHECKING:
+    from flatprune.trainer import Trainer
+
+EXIT_INPUT, EXIT_DIVERGED, EXIT_FILE, EXIT_INTERRUPTED = 2, 3, 4, 130
+_REPORT_SECONDS = 0.5
+
+
+class Steps(Observer):
+    """Prints how many steps are done."""
+
+    def __init__(self) -> None:
+        self._last = 0.0
+
+    def start(self, trainer: Trainer) -> None:
+        """Tell where the run begins."""
+        self._print(trainer)
+
+    def step(self, trainer: Trainer) -> None:
+        """Tell it again, twice a second at most."""
+        if time.monotonic() - self._last > _REPORT_SECONDS:
+            self._print(trainer)
+
+    def _print(self, trainer: Trainer) -> None:
+        self._last = time.monotonic()
+        try:
+            print(trainer.progress.step, trainer.total_steps, flush=True)
+        except BrokenPipeError:  # the study is gone; the end of the standard input stops this run in good order
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def main(folder: Path) -> int:
+    """Make the run in `folder`; the exit code tells what became of it, the last line on stderr why."""
+    threading.Thread(target=_stop_with_the_study, daemon=True).start()
+    try:
+        with locked(folder, wait=True):  # the worker of a killed study may still be saving
+            _run(folder)
+        return 0
+    except Interrupted as error:
+        return _fail(error, EXIT_INTERRUPTED)
+    except DivergedError as error:
+        return _fail(error, EXIT_DIVERGED)
+    except InputError as error:
+        return _fail(error, EXIT_INPUT)
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else error, EXIT_FILE)
+
+
+def _run(folder: Path) -> None:
+    settings = Settings.from_dict(json.loads((folder / SETTINGS_FILE).read_text()))
+    warnings.simplefilter("ignore")  # the study has checked these settings and shown what they warn of
+    if (folder / runs.CHECKPOINT_FILE).is_file():
+        given = {"data": settings.data, "device": settings.device}
+        runs.resume(folder, given, observer=lambda _: Steps())
+    else:
+        runs.run(settings, folder, overwrite=True, observer=lambda _: Steps())
+
+
+def _stop_with_the_study() -> None:
+    while os.read(0, 1024):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _fail(message: object, code: int) -> int:
+    print(" ".join(str(message).split()), file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,15 @@
+"""`flatprune study` in processes of their own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "flatprune", "study", *map(str, arguments)]
+
+
+def call(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
+    """`flatprune study` in a process of its own."""
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=240, **options)
