@@ -1,5 +1,4 @@
-"""The command `flatprune`: `run` trains and prunes, `study` makes a grid of runs, `eval` tests what was saved,
-`export` writes it in formats that others read.
+"""The command `flatprune`: `run` trains and prunes, `study` makes a grid of runs, `eval` and `export` use what was saved.
 
 Exit codes: 0 done; 2 something given cannot be used, the loss diverged, or a file could not be written (one line on
 stderr says which); 130 interrupted, with a checkpoint to resume from.

@@ -112,7 +112,7 @@ def test_onnx(folder, name):
     from onnx.reference import ReferenceEvaluator
 
     made = export_run(folder(name), "onnx", input="uint8")
-    model = ReferenceEvaluator(made.files[-1])
+    model = ReferenceEvaluator(str(made.files[-1]))
     for n in (1, 7):
         pixels = torch.randint(0, 256, (n, 8, 8, 2), dtype=torch.uint8)
         (found,) = model.run(["logits"], {"images": pixels.numpy()})

@@ -50,11 +50,11 @@ def reopen(path: Path) -> Callable[[Tensor], Tensor]:
     try:
         from onnxruntime import InferenceSession
 
-        session = InferenceSession(path, providers=["CPUExecutionProvider"])
+        session = InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except ImportError:
         from onnx.reference import ReferenceEvaluator
 
-        session = ReferenceEvaluator(path)
+        session = ReferenceEvaluator(str(path))
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 

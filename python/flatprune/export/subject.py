@@ -39,6 +39,9 @@ _SCALES = {
 class PixelNetwork(nn.Module):
     """A network behind the normalization of its images."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, network: nn.Module, normalization: Normalization, white: float) -> None:
         super().__init__()
         self.network = network
