@@ -1,4 +1,4 @@
-"""The command `flatprune`: `run` trains and prunes, `study` makes a grid of runs, `eval` and `export` use what was saved.
+"""The command `flatprune`: `run` trains and prunes, `study` makes a grid of runs, `eval` and `export` use the result.
 
 Exit codes: 0 done; 2 something given cannot be used, the loss diverged, or a file could not be written (one line on
 stderr says which); 130 interrupted, with a checkpoint to resume from.
@@ -253,14 +253,13 @@ def _test_tensors(data: str, network: Any, images: Any) -> tuple[Any, Any]:
 @app.command(name="export")
 def export_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a finished run")],
-    to: Annotated[str, typer.Option(help=f"{_one_of(tuple(FORMATS))}: Python source and weights")],
+    to: Annotated[str, typer.Option(help=f"{_one_of(tuple(FORMATS))} (Python source and weights)")],
     out: Annotated[Path | None, typer.Option(help="file to write; default one named for the format, in DIR")] = None,
     takes: Annotated[
         str,
         typer.Option(
             "--input",
-            help=f"{_one_of(INPUTS)}: channels first as the network takes them, or images as in the data, "
-            "normalized inside",
+            help=f"what the file takes: {_one_of(INPUTS)}; the last two are images as in the data, normalized inside",
         ),
     ] = INPUTS[0],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the file that is there")] = False,

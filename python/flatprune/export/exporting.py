@@ -17,6 +17,7 @@ from flatprune.errors import ExportError, InputError
 from flatprune.export import onnx_file, plain_source, program_file, safetensors_file
 from flatprune.export.loading import read_saved
 from flatprune.export.model_file import MODEL_FILE
+from flatprune.export.saved import SavedNetwork
 from flatprune.export.subject import NORMALIZED, Subject
 
 BATCHES = (1, 5)  # images on which outputs are compared; the exporters see 2
@@ -103,14 +104,15 @@ def export_run(
     subject = Subject(_read_run(Path(folder)), input)
     _check_free(path, to, overwrite)
     with _staging_folder(path) as staging:
-        staged = _written(subject, to, staging / path.name)
-        difference, largest = _compare(subject, kind.reopen(staged[-1]), to)
+        with _failures_named(to):
+            staged = kind.write(subject, staging / path.name)
+            difference, largest = _compare(subject, kind.reopen(staged[-1]))
         size = sum(file.stat().st_size for file in staged)
         files = _publish(staged, path.parent)
     return Export(files, size, subject.params, subject.input_text(), difference, largest)
 
 
-def _read_run(folder: Path):
+def _read_run(folder: Path) -> SavedNetwork:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     if not (folder / MODEL_FILE).is_file():
@@ -135,42 +137,44 @@ def _check_free(path: Path, to: str, overwrite: bool) -> None:
 def _staging_folder(path: Path) -> Iterator[Path]:
     """A folder beside `path`, gone at the end; one fixed name, so that a killed process leaves at most one behind."""
     staging = path.with_name(path.name + ".tmp")
-    if staging.is_dir():
-        shutil.rmtree(staging)
-    staging.mkdir()
     try:
+        if staging.is_dir():
+            shutil.rmtree(staging)
+        staging.mkdir()
         yield staging
-    finally:
-        shutil.rmtree(staging)
-
-
-def _written(subject: Subject, to: str, path: Path) -> list[Path]:
-    try:
-        return FORMATS[to].write(subject, path)
-    except (InputError, ExportError):
-        raise
     except OSError as error:
-        raise OSError(error.errno, f"cannot be saved ({error.strerror}); nothing was changed", str(path)) from error
+        raise OSError(error.errno, f"cannot be saved ({error.strerror or error})", str(path)) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _failures_named(to: str) -> Iterator[None]:
+    try:
+        yield
+    except (InputError, OSError):
+        raise
+    except ExportError as error:
+        raise ExportError(f"to {to}: {error}") from error
     except Exception as error:  # exporters raise whatever their passes raise
-        raise ExportError(f"to {to}: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+        raise ExportError(f"to {to}: {type(error).__name__}: {error}") from error
 
 
 @torch.no_grad()
-def _compare(subject: Subject, written: Callable[[Tensor], Tensor], to: str) -> tuple[float, float]:
-    difference = largest = 0.0
+def _compare(subject: Subject, written: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+    """Largest difference of outputs and largest output of the network; ExportError where the first is not rounding."""
+    pairs = []
     for n in BATCHES:
         images = subject.images(n)
         expected, found = subject.network(images), written(images)
         if found.shape != expected.shape:
-            raise ExportError(
-                f"to {to}: outputs for {n} images are of shape {tuple(found.shape)}, not {tuple(expected.shape)}"
-            )
-        difference = max(difference, float((found - expected).abs().max()))
-        largest = max(largest, float(expected.abs().max()))
+            shapes = f"{tuple(found.shape)}, not {tuple(expected.shape)}"
+            raise ExportError(f"outputs for {n} images are of shape {shapes}")
+        pairs.append((expected, found))
+    expected, found = (torch.cat(outputs) for outputs in zip(*pairs))
+    difference, largest = float((found - expected).abs().max()), float(expected.abs().max())  # NaN where one is
     if not difference <= TOLERANCE * largest:
-        raise ExportError(
-            f"to {to}: outputs differ by {difference:.2g} from the network's, which are up to {largest:.2g}"
-        )
+        raise ExportError(f"outputs differ by {difference:.2g} from the network's, which are up to {largest:.2g}")
     return difference, largest
 
 

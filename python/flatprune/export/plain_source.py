@@ -141,7 +141,7 @@ def _expression(module: nn.Module) -> str:
     if not _is_torchs(module):
         return _call(type(module).__name__, [f"{name}={value}" for name, value in _parts(module)])
     if next(module.children(), None) is not None:
-        raise ExportError(f"to torch: {type(module).__name__} has parts, expected a plain layer or nn.Sequential")
+        raise ExportError(f"{type(module).__name__} has parts, expected a plain layer or nn.Sequential")
     return f"nn.{module!r}"
 
 
@@ -167,7 +167,7 @@ def _plain_attributes(module: nn.Module) -> dict[str, bool | int | float | str]:
     for name, value in found.items():
         if not isinstance(value, (bool, int, float, str)):
             raise ExportError(
-                f"to torch: {type(module).__name__}.{name} is a {type(value).__name__}, expected a number or a string"
+                f"{type(module).__name__}.{name} is a {type(value).__name__}, expected a number or a string"
             )
     return found
 

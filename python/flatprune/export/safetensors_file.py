@@ -65,8 +65,11 @@ def reopen(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def _checked(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    description = json.loads(metadata.get(DESCRIPTION_KEY, "{}"))
-    if description.get("format") != DESCRIPTION_FORMAT:
+    try:
+        description = json.loads(metadata.get(DESCRIPTION_KEY, "{}"))
+    except ValueError:
+        description = None
+    if not isinstance(description, dict) or description.get("format") != DESCRIPTION_FORMAT:
         raise InputError(
             f"{path}: its metadata does not describe a network of flatprune, "
             f"expected {DESCRIPTION_KEY} with format {DESCRIPTION_FORMAT!r}"
