@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import shutil
 import sys
@@ -18,6 +19,10 @@ from flatprune.data import read_images
 from flatprune.export import EXPORT_FILES, FORMATS, exporting
 
 ALWAYS_THERE = [name for name in FORMATS if name != "onnx"]
+needs_onnx = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript")),
+    reason="onnx and onnxscript are not installed (the extra 'export')",
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +50,7 @@ def refused(outcome, *words):
         assert word in outcome.err
 
 
-@pytest.mark.parametrize("to", ALWAYS_THERE)
+@pytest.mark.parametrize("to", [*ALWAYS_THERE, pytest.param("onnx", marks=needs_onnx)])
 def test_writes_one_export_and_says_what_it_is(flatprune, folder, to):
     before = content(folder)
     outcome = flatprune("export", folder, "--to", to)
@@ -84,6 +89,19 @@ def test_descriptions(flatprune, folder):
     assert description["model"]["name"] == "mlp"
     assert description["input"] == {"kind": "normalized", "dtype": "float32", "shape": [1, 8, 8]}
     assert description["normalization"]["mean"] == model.normalization.mean.tolist()
+
+
+@needs_onnx
+def test_onnx_needs_no_runtime_and_has_names(flatprune, folder, monkeypatch):
+    import onnx
+
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert flatprune("export", folder, "--to", "onnx").code == 0
+    model = onnx.load(folder / "model.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert [value.name for value in (*model.graph.input, *model.graph.output)] == ["images", "logits"]
+    assert all(value.type.tensor_type.shape.dim[0].dim_param for value in (*model.graph.input, *model.graph.output))
+    assert json.loads({entry.key: entry.value for entry in model.metadata_props}["flatprune"])["version"] == 1
 
 
 @pytest.mark.parametrize(
