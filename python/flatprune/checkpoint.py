@@ -51,12 +51,12 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None
             reason = f"cannot be saved ({error.strerror}); what was there before is kept"
             raise OSError(error.errno, reason, str(path)) from error
         raise
-    _sync_folder(path.parent)
+    sync(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    # The rename itself must reach the disk; file systems that cannot sync a folder say so with an OSError.
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: str | os.PathLike[str]) -> None:
+    """Flush a file, or the names in a folder, to the disk where the file system can."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
             os.fsync(descriptor)

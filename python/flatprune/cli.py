@@ -1,4 +1,4 @@
-"""The command `flatprune`: `run` trains and prunes, `study` makes a grid of runs, `eval` tests what was saved.
+"""The command `flatprune`: `run` trains and prunes, `study` makes a grid of runs, `eval` and `export` use the result.
 
 Exit codes: 0 done; 2 something given cannot be used, the loss diverged, or a file could not be written (one line on
 stderr says which); 130 interrupted, with a checkpoint to resume from.
@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import typer
 
 from flatprune import models
-from flatprune.errors import DivergedError, InputError, Interrupted, RunsFailedError
+from flatprune.errors import DivergedError, ExportError, InputError, Interrupted, RunsFailedError
+from flatprune.export import FORMATS, INPUTS, export_run
 from flatprune.settings import COMPENSATE, CRITERIA, FLATNESS, FLATNESS_MODES, OPTIMUM_SHIFT, SELECTIONS, Settings
 
 EXIT_FAILED = 2
@@ -250,6 +251,27 @@ def _test_tensors(data: str, network: Any, images: Any) -> tuple[Any, Any]:
     return x, torch.from_numpy(images.y_test)
 
 
+@app.command(name="export")
+def export_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a finished run")],
+    to: Annotated[str, typer.Option(help=f"{_one_of(tuple(FORMATS))} (Python source and weights)")],
+    out: Annotated[Path | None, typer.Option(help="file to write; default one named for the format, in DIR")] = None,
+    takes: Annotated[
+        str,
+        typer.Option(
+            "--input",
+            help=f"what the file takes: {_one_of(INPUTS)}; the last two are images as in the data, normalized inside",
+        ),
+    ] = INPUTS[0],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the file that is there")] = False,
+) -> None:
+    """Write the saved network in another format, once its outputs are known to be the same."""
+    made = export_run(folder, to, out=out, input=takes, overwrite=overwrite)
+    print(f"wrote {' and '.join(str(file) for file in reversed(made.files))}: {made.size:,} bytes")
+    print(f"{made.params:,} parameters; takes {made.images}, any n")
+    print(f"largest difference from the network {made.difference:.2g}, of outputs up to {made.largest:.3g}")
+
+
 def _given(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
     """The settings that stand on the command line, as against those left at their defaults."""
     sources = {name: context.get_parameter_source(name) for name in values if name in context.params}
@@ -287,7 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), EXIT_INTERRUPTED)
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
-    except (InputError, DivergedError, RunsFailedError) as error:
+    except (InputError, DivergedError, ExportError, RunsFailedError) as error:
         return _fail(str(error), EXIT_FAILED)
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), EXIT_FAILED)

@@ -55,7 +55,7 @@ from flatprune import report
 from flatprune.checkpoint import load_checkpoint, save_atomically, write_json, write_json_lines
 from flatprune.data import Dataset, load_dataset
 from flatprune.errors import DivergedError, InputError, Interrupted
-from flatprune.export import MODEL_FILE, save_model
+from flatprune.export import EXPORT_FILES, MODEL_FILE, save_model
 from flatprune.settings import Settings
 from flatprune.trainer import Observer, Trainer
 
@@ -164,7 +164,8 @@ def check_free(folder: Path, overwrite: bool) -> None:
 
 
 def _run_files() -> list[str]:
-    return [*RUN_FILES, *(f"{DENSE_FOLDER}/{name}" for name in RUN_FILES)]
+    names = (*RUN_FILES, *EXPORT_FILES)  # exports of another run's network must not outlive it
+    return [*names, *(f"{DENSE_FOLDER}/{name}" for name in names)]
 
 
 def load(settings: Settings) -> Dataset:
