@@ -132,7 +132,7 @@ def _joined(matrices: Sequence[Tensor], sizes: Sequence[int], vectors: Sequence[
     for i, (n, vector) in enumerate(zip(sizes, vectors)):
         if vector.shape != (n,) or vector.dtype != dtype or vector.device != device:  # which takes longer to find out
             _check_vector(operation, f"vectors[{i}]", vector, n, dtype, device)
-    return torch.cat(vectors)
+    return torch.cat(list(vectors))
 
 
 def power_iteration_(

@@ -203,7 +203,7 @@ def test_vectors_in_place_of_any_strides(device):
 @pytest.mark.parametrize("starts", [[0], [0, 4, 8], [-1, 4], [0, 5]])
 def test_starts_that_do_not_fit(starts):
     vectors = torch.ones(8)
-    with pytest.raises(ValueError, match="^power_iteration: starts"):
+    with pytest.raises(ValueError, match=r"^power_iteration: starts"):
         torch.ops.kfac_ext.power_iteration_.default([spd(4), spd(4)], vectors, starts, 1e-3, 5)
     assert bool((vectors == 1).all())
 
