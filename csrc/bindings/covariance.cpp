@@ -72,6 +72,11 @@ void register_covariance(py::module_& m) {
     const kfac::CovarianceCosts costs = kfac::covariance_costs(conv_shape(shape));
     return py::make_tuple(costs.shift, costs.patches);
   });
+  m.def("covariance_work", [](const ConvShapeNumbers& shape) {
+    const kfac::CovarianceWork work = kfac::covariance_work(conv_shape(shape));
+    return py::make_tuple(work.shift, work.patches);
+  });
+  m.attr("covariance_weights") = py::make_tuple(kfac::kCovarianceWeights.shift, kfac::kCovarianceWeights.patches);
   py::class_<kfac::CovarianceGroup>(m, "CovarianceGroup")
       .def(py::init(&covariance_group))
       .def_property_readonly("workspace_bytes", &kfac::CovarianceGroup::workspace_bytes)
