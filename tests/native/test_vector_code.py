@@ -1,4 +1,7 @@
-"""The compiled hot loops are made of vector instructions, and only the files that may use newer ones do."""
+"""The compiled hot loops are made of vector instructions, and only the files that may use newer ones do.
+
+Where there is a cross compiler (Debian's g++-aarch64-linux-gnu), the loops are also compiled for arm64.
+"""
 
 import platform
 import re
@@ -12,8 +15,10 @@ from kfac_ext import _C
 
 FOLDER = Path(_C.build_directory()) / "csrc" / "CMakeFiles"
 X86 = platform.machine() in ("x86_64", "AMD64")
-SETS = ["baseline", "avx2", "avx512"] if X86 else ["baseline"]
-REGISTER = {"baseline": "%xmm", "avx2": "%ymm", "avx512": "%zmm"}
+SETS = ["baseline", "avx2", "avx512", "arm64"] if X86 else ["arm64"]
+REGISTER = {"avx2": "%ymm", "avx512": "%zmm"}
+SOURCES = Path(__file__).parents[2] / "csrc"
+CROSS = "aarch64-linux-gnu-"
 PRODUCTS = ["gram", "gram_diagonal", "left_product", "lower_product", "row_products", "filter", "filter_gradient"]
 PRODUCTS += ["invert_factor", "lane_dots", "rayleigh", "lane_traces", "blend_tile"]
 SUMS = ["column_sums", "sum_lines"]
@@ -25,8 +30,8 @@ pytestmark = [
 ]
 
 
-def disassemble(*paths):
-    command = ["objdump", "-d", "--demangle", "--no-show-raw-insn", *map(str, paths)]
+def disassemble(*paths, prefix=""):
+    command = [f"{prefix}objdump", "-d", "--demangle", "--no-show-raw-insn", *map(str, paths)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -51,7 +56,7 @@ def loops(lines):
 
 def packed(simd, element, product):
     """A pattern of full-width vector arithmetic."""
-    if not X86:
+    if simd == "arm64":
         lanes = {"s": "4s", "d": "2d"}[element]
         return re.compile(rf"{'fml[as]' if product else 'fadd'}\s+v\d+\.{lanes}")
     if simd == "baseline":
@@ -59,9 +64,24 @@ def packed(simd, element, product):
     return re.compile(rf"{'vfn?m(add|sub)[0-9]+' if product else 'vadd'}p{element}\s.*{REGISTER[simd]}")
 
 
+def cross_compiled(folder):
+    """The hot loops, and what chooses among their copies, compiled for arm64."""
+    if not shutil.which(f"{CROSS}g++"):
+        pytest.skip(f"needs {CROSS}g++")
+    options = ["-O3", "-std=c++17", "-ffp-contract=fast", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+    for name in ("simd_kernels", "simd_linalg", "simd"):
+        command = [f"{CROSS}g++", *options, "-DKFAC_SIMD=baseline", "-I", SOURCES / "include", "-c"]
+        subprocess.run([*command, SOURCES / "cpu" / f"{name}.cpp", "-o", folder / f"{name}.o"], check=True)
+    return disassemble(folder / "simd_kernels.o", folder / "simd_linalg.o", prefix=CROSS)
+
+
 @pytest.fixture(scope="module", params=SETS)
-def compiled(request):
-    objects = sorted((FOLDER / f"kfac_simd_{request.param}.dir" / "cpu").glob("*.o"))
+def compiled(request, tmp_path_factory):
+    """The instruction set, and the loops of every function of the files that are compiled for it."""
+    if request.param == "arm64" and X86:
+        return "arm64", functions(cross_compiled(tmp_path_factory.mktemp("arm64")))
+    simd = "baseline" if request.param == "arm64" else request.param
+    objects = sorted((FOLDER / f"kfac_simd_{simd}.dir" / "cpu").glob("*.o"))
     assert [path.name for path in objects] == ["simd_kernels.cpp.o", "simd_linalg.cpp.o"]
     return request.param, functions(disassemble(*objects))
 
