@@ -49,9 +49,9 @@ struct CovarianceWork {
 };
 CovarianceWork covariance_work(const ConvShape& shape);
 
-// What each of them takes, in units of the first: the fit to the newest bench/results/crossover-*.json, rounded, as
-// `python -m bench.crossover --fit <that file>` prints it.
-constexpr CovarianceWork kCovarianceWeights = {{1, 0.7, 500, 20}, {1.4, 6, 1000}};
+// What each of them takes, in units of the first: the fit to bench/results/crossover-amd-epyc-1t.json,
+// rounded, as `python -m bench.crossover --fit <that file>` prints it.
+constexpr CovarianceWork kCovarianceWeights = {{1, 0.79, 440, 12}, {1.2, 6.4, 1800}};
 
 // Predicted costs: work times weights.
 struct CovarianceCosts {
