@@ -31,15 +31,16 @@ def empty_results(count: int, like: Tensor) -> Results:
 
 def run_cpu(matrices: Sequence[Tensor], vectors: Tensor, starts: Sequence[int], tol: float, max_iter: int) -> Results:
     """Iterate matrices on the CPU; what `vectors` holds from each start on becomes the eigenvector."""
-    copies, problems = [], []  # what a tensor is asked takes longer than iterating a small matrix: nothing twice
+    copies: list[Tensor] = []
+    problems: list[int] = []  # what a tensor is asked takes longer than iterating a small matrix: nothing twice
     first, width = vectors.data_ptr(), vectors.element_size()
     for matrix, start in zip(matrices, starts):
         n, (row, column) = matrix.shape[0], matrix.stride()
         if column != 1 or row < n:
             matrix, row = matrix.contiguous(), n
             copies.append(matrix)
-        problems.append((matrix.data_ptr(), n, row, first + start * width))
-    results = empty_results(len(problems), vectors)
+        problems += (matrix.data_ptr(), n, row, first + start * width)
+    results = empty_results(len(matrices), vectors)
     places = [result.data_ptr() for result in results]
     _C.power_iteration_cpu(problems, DTYPE_CODES[vectors.dtype], tol, max_iter, torch.get_num_threads(), places)
     return results
