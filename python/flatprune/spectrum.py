@@ -66,7 +66,8 @@ class Flatness:
         total_steps: calls of `penalty` in the whole training.
         strength: alpha; None: forward 0.1 without convolutions, 0.02 with; double_backward 0.2.
         kappa: floor as a part of the radius after warm-up; None: 0.5 without convolutions, 0 with.
-        every: the penalty is computed on every so many calls, with so many times the weight.
+        every: the penalty is computed on every so many calls, with so many times the weight; None: 4 without
+            convolutions, 8 with.
         start: warm-up, a part (< 1) of `total_steps` or a number of calls (int).
         mode: "forward" or "double_backward".
         fade_below: see above; 0: never fades.
@@ -88,20 +89,20 @@ class Flatness:
         total_steps: int | None = None,
         strength: float | None = None,
         kappa: float | None = None,
-        every: int = 4,
+        every: int | None = None,
         start: float | int = 0.1,
         mode: str = "forward",
         fade_below: float = 0.05,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"Flatness: mode is {mode!r}, expected 'forward' or 'double_backward'")
-        if every < 1:
+        if every is not None and every < 1:
             raise ValueError(f"Flatness: every is {every}, expected >= 1")
         for name, value in (("strength", strength), ("kappa", kappa), ("fade_below", fade_below), ("start", start)):
             if value is not None and value < 0:
                 raise ValueError(f"Flatness: {name} is {value}, expected >= 0")
-        self.curvature, self.mode, self.every, self.fade_below = curvature, mode, every, fade_below
-        self._strength, self._kappa = strength, kappa
+        self.curvature, self.mode, self.fade_below = curvature, mode, fade_below
+        self._strength, self._kappa, self._every = strength, kappa, every
         self.warmup_steps = _warmup_steps(start, total_steps)
         self.step_count = 0
         self.floors: dict[str, Tensor] | None = None  # K_l, from the end of warm-up on
@@ -126,6 +127,13 @@ class Flatness:
         if self._kappa is not None:
             return self._kappa
         return 0.0 if self.curvature.has_convolutions else 0.5
+
+    @property
+    def every(self) -> int:
+        """The calls from one penalty to the next."""
+        if self._every is not None:
+            return self._every
+        return 8 if self.curvature.has_convolutions else 4
 
     def penalty(self, x: Tensor | tuple[Tensor, ...], logits: Tensor, loss: Tensor) -> Tensor:
         """A 0-d tensor to add to the loss before `backward()`: 0 in warm-up and between the steps it acts on.

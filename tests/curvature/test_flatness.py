@@ -16,7 +16,7 @@ from torch import nn
 from flatprune import spectrum
 from flatprune.spectrum import Flatness, hessian_lambda_max
 from kfac_ext import Curvature
-from kfac_ext.curvature.fisher import sample_targets
+from kfac_ext.curvature.fisher import projected_inputs, sample_targets
 
 
 def zs(curvature):
@@ -124,6 +124,21 @@ def test_every_kind_of_layer(name, approx, mode):
         assert value.item() > 0 and all(p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", list(curvature_nets.NETS))
+def test_mean_projection_is_the_mean_over_positions_and_calls(name):
+    model, x = curvature_nets.make(name)
+    curvature = Curvature(model)
+    capture = curvature.observe(x)
+    for layer in curvature.layers.values():
+        inputs = [a.detach().double().requires_grad_() for a in capture.inputs(layer.name)]
+        unit = torch.randn(layer.groups, layer.patch_size + layer.constant, dtype=torch.float64)
+        rows = [projected_inputs(layer, [a], unit, "expand").view(len(a), -1, layer.groups) for a in inputs]
+        expected, found = torch.cat(rows, dim=1).mean(dim=1), projected_inputs(layer, inputs, unit, "reduce")
+        torch.testing.assert_close(found, expected)
+        for values in zip(*(torch.autograd.grad(v.square().sum(), inputs) for v in (found, expected))):
+            torch.testing.assert_close(*values)
+
+
 def penalties(flatness, model, x, steps, y=None):
     values = []
     for _ in range(steps):
@@ -157,11 +172,12 @@ def test_weight_is_every_times_the_capped_mean_loss():
 
 
 def test_defaults_differ_for_convolutions():
-    for name, strength, kappa in (("mlp", 0.1, 0.5), ("conv_grouped", 0.02, 0.0)):
+    for name, *expected in (("mlp", 0.1, 0.5, 4), ("conv_grouped", 0.02, 0.0, 8)):
         model, x = curvature_nets.make(name)
         curvature = Curvature(model)
         curvature.trace(x)
-        assert (Flatness(curvature, start=0).strength, Flatness(curvature, start=0).kappa) == (strength, kappa)
+        flatness = Flatness(curvature, start=0)
+        assert [flatness.strength, flatness.kappa, flatness.every] == expected
         assert Flatness(curvature, start=0, mode="double_backward").strength == 0.2
     assert Flatness(curvature, start=0, strength=0.3).strength == 0.3
 
