@@ -16,7 +16,15 @@ import typer
 
 from flatprune import models
 from flatprune.errors import DivergedError, InputError, Interrupted, RunsFailedError
-from flatprune.settings import COMPENSATE, CRITERIA, FLATNESS, FLATNESS_MODES, OPTIMUM_SHIFT, SELECTIONS, Settings
+from flatprune.settings import Settings
+from flatprune.settings_checks import (
+    COMPENSATE,
+    CRITERIA,
+    FLATNESS,
+    FLATNESS_MODES,
+    OPTIMUM_SHIFT,
+    SELECTIONS,
+)
 
 EXIT_FAILED = 2
 EXIT_INTERRUPTED = 130
@@ -217,8 +225,8 @@ def eval_command(
 
     from flatprune import runs
     from flatprune.data import read_images
+    from flatprune.evaluation import evaluate
     from flatprune.export import load
-    from flatprune.trainer import evaluate
 
     where = Settings(device=device).torch_device()
     if not folder.is_dir():

@@ -14,9 +14,9 @@ from torch import nn
 
 from flatprune import runs
 from flatprune.errors import Interrupted
+from flatprune.observer import Observer
 from flatprune.sam import SAM
 from flatprune.settings import Settings
-from flatprune.trainer import Observer
 from kfac_ext import Curvature
 
 
