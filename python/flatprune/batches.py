@@ -81,7 +81,7 @@ def mixed(x: Tensor, y: Tensor, classes: int, alpha: float, generator: torch.Gen
         alpha: above 0.
         generator: a CPU generator.
     """
-    seed = int(torch.randint(2**63 - 1, (), generator=generator))
+    seed = torch.randint(2**63 - 1, (1,), generator=generator).numpy()
     drawn = float(np.random.default_rng(seed).beta(alpha, alpha))
     share = max(drawn, 1.0 - drawn)
     other = sent(torch.randperm(len(x), generator=generator), x.device)

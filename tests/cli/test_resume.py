@@ -175,11 +175,16 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, data, whole, monkeypatc
         ["--flatness", "sam", "--disout", 0.2],
         ["--flatness-every", 2, "--disout", 0.2, "--optimum-shift", "after_pruning"],
         ["--flatness-mode", "double_backward", "--flatness-strength", 0.1, "--flatness-fade-below", 0],
+        ["--optimizer", "adamw", "--ema", 0.9, "--momentum", 0.8, "--optimum-shift", "after_pruning"],
+        ["--mixup", 0.4, "--label-smoothing", 0.1],
+        ["--accumulate", 4, "--optimizer", "adam", "--weight-decay", 1e-4],
+        ["--amp", "bf16", "--channels-last"],
+        ["--amp", "fp16", "--ema", 0.9, "--flatness", "sam", "--accumulate", 2],
     ],
-    ids=lambda options: options[1],
+    ids=lambda options: f"{options[0]} {options[1]}",
 )
 @pytest.mark.parametrize("model", ["mlp", "convnet"])
-def test_every_way_to_flatness_resumes(tmp_path, data, whole, flatprune, options, model):
+def test_every_way_to_train_resumes(tmp_path, data, whole, flatprune, options, model):
     given = [
         "run", "--data", data, "--model", model, "--epochs", 10, "--batch-size", 16, "--target-params", 0.3,
         "--seed", 4, "--label-noise", 0.1, "--augment", "on", *options, "--out",
