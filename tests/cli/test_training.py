@@ -140,8 +140,8 @@ def test_the_average_loses_the_same_neurons(trainer, options):
     assert run.result is not run.model and run.params <= 0.3 * run.params_before
     assert {name: value.shape for name, value in own.items()} == {name: v.shape for name, v in average.items()}
     for name, value in own.items():
-        if value.is_floating_point():
-            assert (average[name] - value).norm() < 0.5 * value.norm()
+        if value.dim() > 1:
+            assert 0 < (average[name] - value).norm() < 0.5 * value.norm()
 
 
 # a batch in parts
@@ -215,13 +215,18 @@ def test_forwards_in_mixed_precision(trainer, amp, dtype):
 
 
 def test_fp16_scales_the_loss_and_skips_a_step_that_overflows(trainer):
-    run = trainer(amp="fp16", epochs=1, target_params=1.0)
-    run.scaler = run.gradients._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
-    before, after_first = [p.detach().clone() for p in run.model.parameters()], []
-    run.train(EachStep(lambda trainer: after_first.append([p.detach().clone() for p in run.model.parameters()])))
-    assert all(torch.equal(p, q) for p, q in zip(before, after_first[0]))
-    assert not torch.equal(before[0], after_first[-1][0])
+    run, after = trainer(amp="fp16", epochs=5, target_params=1.0), []
+    run.scaler.load_state_dict({**run.scaler.state_dict(), "scale": 2.0**30})
+    before = [p.detach().clone() for p in run.model.parameters()]
+    run.train(EachStep(lambda trainer: after.append([p.detach().clone() for p in trainer.model.parameters()])))
+    assert all(torch.equal(p, q) for p, q in zip(before, after[0]))
+    assert not torch.equal(before[0], after[-1][0])
     assert run.scaler.get_scale() < 2.0**30
+
+
+def strides(tensor):
+    """Those that count: a dimension of size 1 may have any."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape) if size > 1]
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -241,7 +246,7 @@ def test_channels_last_outlives_a_removal(trainer, optimizer):
         if parameter.dim() == 4:
             assert parameter.is_contiguous(memory_format=torch.channels_last)
         for state in run.optimizer.state[parameter].values():  # fused optimizers want the same strides
-            assert state is None or state.dim() == 0 or state.stride() == parameter.stride()
+            assert state is None or state.dim() == 0 or strides(state) == strides(parameter)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -288,6 +293,8 @@ def as_on_a_gpu(monkeypatch):
     for module in (run_state, flatprune.sam, flatprune.spectrum, kfac_ext.curvature.curvature):
         monkeypatch.setattr(module, "reading_is_free", lambda device: False)
     monkeypatch.setattr(parts, "fused_optimizer", lambda device: True)
+    # on the CPU alone torch's looks whether the labels are in range
+    monkeypatch.setattr(F, "one_hot", lambda labels, classes: (labels[..., None] == torch.arange(classes)).long())
 
 
 @pytest.mark.parametrize(

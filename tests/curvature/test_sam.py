@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import signal
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from flatprune import runs
+from flatprune import sam as sam_module
 from flatprune.errors import Interrupted
 from flatprune.observer import Observer
 from flatprune.sam import SAM
@@ -56,6 +58,27 @@ def test_gradient_is_that_at_the_moved_point():
         torch.testing.assert_close(found, p.grad, rtol=1e-10, atol=1e-13)
         assert (found - before).norm() > 1e-4 * before.norm()  # the move matters
     assert float(value) == pytest.approx(F.cross_entropy(twin(x), y).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0, math.inf])
+def test_without_looking_at_the_device_it_does_the_same(monkeypatch, scale):
+    """On a GPU: the same gradients, and those at hand where there is no direction."""
+    found = []
+    for look in (True, False):
+        monkeypatch.setattr(sam_module, "reading_is_free", lambda device, look=look: look)
+        model, (x, y) = network(norm=True), batch()
+        sam = SAM(model, radius=0.3)
+        backward(model, x, y)
+        for p in model.parameters():
+            p.grad.mul_(scale)
+        value = sam.replace_gradients(lambda: F.cross_entropy(model(x), y))
+        found.append((gradients(model), value))
+        still = F.cross_entropy(model(x), y)
+    for plain, other in zip(found[0][0], found[1][0]):
+        torch.testing.assert_close(other, plain, rtol=0, atol=0, equal_nan=True)
+    expected = found[0][1]
+    torch.testing.assert_close(found[1][1], still.detach() if expected is None else expected)
+    assert (expected is None) == (scale != 1.0)
 
 
 def test_parameters_are_restored_and_gradients_written_in_place():
