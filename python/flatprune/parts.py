@@ -152,14 +152,17 @@ def make_pruner(
 
 
 class Compiled:
-    """The forward of a model through `torch.compile`.
+    """The forward of a model through `torch.compile`, but for those that the curvature looks into.
+
+    Code that was compiled without hooks does not see those that come later.
 
     Args:
-        model: the network, with its hooks on: curvature and pruner look at the plain one.
+        model: the network.
+        curvature: of the plain model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, curvature: Curvature) -> None:
+        self._model, self._curvature = model, curvature
         self._forward: Callable[[Tensor], Tensor] = torch.compile(model)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -168,6 +171,8 @@ class Compiled:
         Raises:
             InputError: nothing can be compiled here.
         """
+        if self._curvature.observes_next:
+            return self._model(x)
         try:
             return self._forward(x)
         except torch._dynamo.exc.TorchDynamoException as error:

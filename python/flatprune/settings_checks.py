@@ -121,6 +121,9 @@ def _check_training(settings: Settings) -> None:
         raise InputError(f"sam_every is {settings.sam_every}, but msam costs nothing and acts on every step")
     if settings.flatness == "msam" and settings.momentum == 0.0:
         raise InputError("momentum is 0.0, but flatness msam moves along the momentum, expected above 0")
+    if settings.compile and (settings.disout > 0.0 or settings.flatness == "sam"):
+        other = "flatness sam" if settings.flatness == "sam" else f"disout {settings.disout:g}"
+        raise InputError(f"compile and {other}: expected one of them, compiled code would draw other masks")
     size, parts = settings.batch_size, settings.accumulate
     if size % parts or size // parts < 2:
         raise InputError(

@@ -122,7 +122,7 @@ class Trainer:
         if settings.disout > 0.0:
             self.disout = disout(model, probability=settings.disout, steps=self.total_steps)
         if settings.compile:
-            self.compiled = parts.Compiled(model)
+            self.compiled = parts.Compiled(model, self.curvature)
         self.gradients = Gradients(
             self.compiled or model,
             nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing),

@@ -63,22 +63,22 @@ def test_gradient_is_that_at_the_moved_point():
 @pytest.mark.parametrize("scale", [1.0, 0.0, math.inf])
 def test_without_looking_at_the_device_it_does_the_same(monkeypatch, scale):
     """On a GPU: the same gradients, and those at hand where there is no direction."""
-    found = []
-    for look in (True, False):
-        monkeypatch.setattr(sam_module, "reading_is_free", lambda device, look=look: look)
+
+    def replaced(look):
+        monkeypatch.setattr(sam_module, "reading_is_free", lambda device: look)
         model, (x, y) = network(norm=True), batch()
         sam = SAM(model, radius=0.3)
         backward(model, x, y)
         for p in model.parameters():
             p.grad.mul_(scale)
         value = sam.replace_gradients(lambda: F.cross_entropy(model(x), y))
-        found.append((gradients(model), value))
-        still = F.cross_entropy(model(x), y)
-    for plain, other in zip(found[0][0], found[1][0]):
-        torch.testing.assert_close(other, plain, rtol=0, atol=0, equal_nan=True)
-    expected = found[0][1]
-    torch.testing.assert_close(found[1][1], still.detach() if expected is None else expected)
-    assert (expected is None) == (scale != 1.0)
+        return gradients(model), value, F.cross_entropy(model(x), y).detach()
+
+    (plain, value, still), (others, other_value, _) = replaced(True), replaced(False)
+    for gradient, other in zip(plain, others):
+        torch.testing.assert_close(other, gradient, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(other_value, still if value is None else value)
+    assert (value is None) == (scale != 1.0)
 
 
 def test_parameters_are_restored_and_gradients_written_in_place():
