@@ -27,8 +27,8 @@ Each file is written atomically, so that it is whole at any time.
     dense_*                                the same of the network trained without pruning, where that was wanted
     settings, versions                     everything needed to do it again
 
-With the setting `ema`, accuracies, calibration, Hessian and `model.pt` are those of the averaged weights; K-FAC's factors
-are measured where the training is. Losses of epochs in training are those of its targets, smoothed or mixed.
+With the setting `ema`, accuracies, calibration, Hessian and `model.pt` are those of the averaged weights; K-FAC's
+factors are measured where the training is. An epoch's training loss is that of its targets, smoothed or mixed.
 With the setting `validation`, "test" means the held-out part of the training images everywhere.
 
 `history.jsonl`, by `kind`: "epoch" (losses, accuracies in percent, params, radii, seconds so far), "removal" (fields of

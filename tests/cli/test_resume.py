@@ -204,6 +204,20 @@ def test_every_way_to_train_resumes(tmp_path, data, whole, flatprune, options, m
         assert_same(whole(model), tmp_path / "out")
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_run_resumes(tmp_path, data, monkeypatch):
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: real(model, backend="aot_eager"))
+    settings = Settings(data=data, compile=True, widths=(12, 8), **SETTINGS)
+    runs.run(settings, tmp_path / "whole")
+    out = tmp_path / "out"
+    with pytest.raises(Interrupted):
+        runs.run(settings, out, observer=lambda _: At(17, press_ctrl_c))
+    torch.compiler.reset()  # as in a new process
+    runs.resume(out)
+    assert_same(tmp_path / "whole", out)
+
+
 def stopping_at(step):
     """`Trainer._train_step` with a Ctrl-C in one step."""
     real = Trainer._train_step
