@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from flatprune.data import augmented
+from flatprune.errors import InputError
+from flatprune.settings import Settings
 from kfac_ext.curvature.layers import sent
 
 
@@ -87,3 +89,16 @@ def mixed(x: Tensor, y: Tensor, classes: int, alpha: float, generator: torch.Gen
     other = sent(torch.randperm(len(x), generator=generator), x.device)
     onehot = (y[:, None] == torch.arange(classes, device=y.device)).to(x.dtype)
     return Batch(share * x + (1.0 - share) * x[other], share * onehot + (1.0 - share) * onehot[other], y)
+
+
+def whole_batch(settings: Settings, images: int) -> int:
+    """Images a step: a multiple of the parts it is split into, and no more than there are.
+
+    Raises:
+        InputError: the parts would have fewer than 2 images.
+    """
+    count = settings.accumulate
+    size = min(settings.batch_size, images // count * count)
+    if size < 2 * count and count > 1:
+        raise InputError(f"accumulate is {count}, expected {images // 2} or less for {images} training images")
+    return size

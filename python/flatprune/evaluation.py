@@ -56,8 +56,11 @@ def hessian_radius(model: nn.Module, dataset: Dataset, seed: int) -> float:
     return float(hessian_lambda_max(model, x, y, criterion, iterations=_HESSIAN_ITERATIONS, generator=generator))
 
 
-def tracked_radii(trainer: Trainer) -> dict[str, float]:
-    """The true radius, and K-FAC radii of both kinds, as `history.jsonl` has them where they are asked for."""
+def tracked_radii(trainer: Trainer, epoch: int) -> dict[str, float]:
+    """The true radius and K-FAC radii of both kinds, for `history.jsonl`; empty after epochs that do not ask for it."""
+    every = trainer.settings.track_hessian
+    if every is None or (epoch % every and epoch != trainer.settings.epochs):
+        return {}
     model, dataset, seed = trainer.result, trainer.dataset, trainer.settings.seed
     radii = radii_of_both_kinds(model, trainer.curvature, dataset.x_train[:_HESSIAN_SAMPLES], seed)
     return {"hessian_lambda_max": hessian_radius(model, dataset, seed), **radii}

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from flatprune import models, parts
 from flatprune.averaging import AveragedWeights
-from flatprune.batches import Batches
+from flatprune.batches import Batches, whole_batch
 from flatprune.data import Dataset, batch_indices
 from flatprune.distortion import disout
-from flatprune.errors import DivergedError, InputError, Interrupted
+from flatprune.errors import DivergedError, Interrupted
 from flatprune.evaluation import evaluate, tracked_radii
 from flatprune.export import take_tensors
 from flatprune.followers import named_tensors
@@ -61,7 +61,7 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.device = settings.torch_device()
         self.sums, self.watch = EpochSums(self.device), LossWatch(self.device)
-        self.batch_size = _batch_size(settings, len(dataset.x_train))
+        self.batch_size = whole_batch(settings, len(dataset.x_train))
         self.steps_per_epoch = len(dataset.x_train) // self.batch_size
         self.total_steps = settings.epochs * self.steps_per_epoch
         torch.manual_seed(settings.seed)
@@ -295,27 +295,9 @@ class Trainer:
             "spectral_radius": float(self.curvature.spectral_radius()),
             "spectral_radius_geometric_mean": float(self.curvature.geometric_mean_radius()),
             "seconds": progress.seconds,
-            **(tracked_radii(self) if self._tracks(progress.epoch) else {}),
+            **tracked_radii(self, progress.epoch),
         }
         self.history.append(record)
         progress.order, progress.batch = None, 0
         self.sums.reset()
         return record
-
-    def _tracks(self, epoch: int) -> bool:
-        """Whether the true radius is asked for after this epoch."""
-        every = self.settings.track_hessian
-        return every is not None and (epoch % every == 0 or epoch == self.settings.epochs)
-
-
-def _batch_size(settings: Settings, images: int) -> int:
-    """Images a step: a multiple of the parts it is split into, and no more than there are.
-
-    Raises:
-        InputError: the parts would have fewer than 2 images.
-    """
-    count = settings.accumulate
-    size = min(settings.batch_size, images // count * count)
-    if size < 2 * count and count > 1:
-        raise InputError(f"accumulate is {count}, expected {images // 2} or less for {images} training images")
-    return size
