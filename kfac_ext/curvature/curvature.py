@@ -276,6 +276,14 @@ class Curvature:
         """Keep what the next training forward shows, for `take_record`."""
         self._record_next = True
 
+    @property
+    def observes_next(self) -> bool:
+        """Whether the next training forward gets hooks on the layers, which compiled code may not see.
+
+        Call the plain model then, and the compiled one otherwise.
+        """
+        return self._layers is None or self._updates_next() or self._record_next
+
     def take_record(self, output: Tensor) -> Capture | None:
         """The record of the forward that gave this very tensor; None if there is none, or if it ran in autocast."""
         record, self._record = self._record, None
@@ -382,9 +390,9 @@ class Curvature:
         if args and all(isinstance(x, Tensor) and x.dim() > 0 for x in args):
             self._remember(args)
         self.finish_update()
-        update = self.step_count % self._update_steps() == 0
+        update, observe = self._updates_next(), self.observes_next
         self.step_count += 1
-        if update or self._record_next:
+        if observe:
             self._observe_forward(update)
 
     def _remember(self, args: tuple[Tensor, ...]) -> None:
@@ -392,6 +400,9 @@ class Curvature:
         self._recent_count += len(args[0])
         while self._recent_count - len(self._recent[0][0]) >= _RECENT_SAMPLES:
             self._recent_count -= len(self._recent.popleft()[0])
+
+    def _updates_next(self) -> bool:
+        return self.step_count % self._update_steps() == 0
 
     def _update_steps(self) -> int:
         steps = self.factor_update_steps
@@ -436,7 +447,7 @@ class Curvature:
         if not capture.names:
             raise RuntimeError(
                 f"Curvature: the forward called none of {', '.join(self.layers)} through its module; a model that is "
-                "compiled hides its layers: make Curvature(model) on the plain model and train that one"
+                "compiled hides its layers: call the plain model wherever `observes_next` says so"
             )
         if record:
             self._record = capture

@@ -22,6 +22,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flatprune.averaging import AveragedWeights
     from flatprune.data import Normalization
     from flatprune.distortion import Disout, disout
     from flatprune.errors import DivergedError, InputError, Interrupted
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "SAM": "flatprune.sam",
+    "AveragedWeights": "flatprune.averaging",
     "CubicSchedule": "flatprune.schedule",
     "Curvature": "kfac_ext.curvature",
     "Disout": "flatprune.distortion",
@@ -61,6 +63,7 @@ _HOMES = {
 }
 __all__ = [
     "SAM",
+    "AveragedWeights",
     "CubicSchedule",
     "Curvature",
     "Disout",

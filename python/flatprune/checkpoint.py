@@ -4,7 +4,8 @@
 
     format "flatprune-checkpoint", version, settings, data_digest,
     progress (epoch, step, order of the samples, sums of the running epoch, seconds, best accuracy), history,
-    model, optimizer, curvature, flatness, sam, disout, pruner (their state dicts), rng (states of all generators).
+    model, ema, optimizer, scaler, curvature, flatness, sam, disout, pruner (their state dicts, None where there is
+    none), rng (states of all generators).
 
 The learning rate is a function of the step, so that there is no scheduler state besides `progress`.
 """

@@ -17,7 +17,17 @@ import typer
 from flatprune import models
 from flatprune.errors import DivergedError, ExportError, InputError, Interrupted, RunsFailedError
 from flatprune.export import FORMATS, INPUTS, export_run
-from flatprune.settings import COMPENSATE, CRITERIA, FLATNESS, FLATNESS_MODES, OPTIMUM_SHIFT, SELECTIONS, Settings
+from flatprune.settings import Settings
+from flatprune.settings_checks import (
+    AMP,
+    COMPENSATE,
+    CRITERIA,
+    FLATNESS,
+    FLATNESS_MODES,
+    OPTIMIZERS,
+    OPTIMUM_SHIFT,
+    SELECTIONS,
+)
 
 EXIT_FAILED = 2
 EXIT_INTERRUPTED = 130
@@ -104,7 +114,34 @@ def run_command(
     ] = Settings.compensate,
     exclude: Annotated[str | None, typer.Option(help="layers that keep their neurons: names as in 3,5")] = None,
     batch_size: Annotated[int, typer.Option(help="images a step")] = Settings.batch_size,
-    lr: Annotated[float | None, typer.Option(help="learning rate; default 0.1 with batch norm, 0.05 without")] = None,
+    optimizer: Annotated[str, typer.Option(help=_one_of(OPTIMIZERS))] = Settings.optimizer,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="learning rate; default 0.1 with batch norm, 0.05 without; adam and adamw 0.001"),
+    ] = None,
+    momentum: Annotated[
+        float, typer.Option(help="of sgd; the first of the betas of adam and adamw")
+    ] = Settings.momentum,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="of weights, not biases and norms; default 5e-4, adamw 0.01")
+    ] = None,
+    label_smoothing: Annotated[
+        float, typer.Option(help="share of each training label that is spread over all classes")
+    ] = Settings.label_smoothing,
+    mixup: Annotated[
+        float, typer.Option(help="alpha of the Beta distribution that training images are mixed by; 0 does not")
+    ] = Settings.mixup,
+    ema: Annotated[
+        float | None, typer.Option(help="test and save an exponential moving average of the weights with this decay")
+    ] = None,
+    accumulate: Annotated[
+        int, typer.Option(help="parts that a step's images go through the network in, for less memory")
+    ] = Settings.accumulate,
+    amp: Annotated[str, typer.Option(help=f"{_one_of(AMP)}: mixed precision of the forwards")] = Settings.amp,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="memory format of images and convolutions")
+    ] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="train through torch.compile")] = False,
     schedule: Annotated[
         str,
         typer.Option(
@@ -215,40 +252,11 @@ def eval_command(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:INDEX")] = Settings.device,
 ) -> None:
     """Print the accuracy of the saved network on the test images."""
-    import json
+    from flatprune.saved import accuracy_of_saved
 
-    from flatprune import runs
-    from flatprune.data import read_images
-    from flatprune.export import load
-    from flatprune.trainer import evaluate
-
-    where = Settings(device=device).torch_device()
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
-    network = load(folder, where)
-    if data is None:
-        summary = folder / runs.SUMMARY_FILE
-        if not summary.is_file():
-            raise InputError(f"{folder}: has no {runs.SUMMARY_FILE}; name the data with --data")
-        data = json.loads(summary.read_text())["data"]
-    x, y = _test_tensors(data, network, read_images(str(data)))
-    accuracy, loss = evaluate(network, x.to(where), y.to(where))
-    correct = round(accuracy * len(y) / 100.0)
-    print(f"test accuracy {accuracy!r} % ({correct} of {len(y)}), loss {loss:.4f}")
-
-
-def _test_tensors(data: str, network: Any, images: Any) -> tuple[Any, Any]:
-    """The test images as the network takes them, and their labels, once both are known to fit it."""
-    import torch
-
-    channels, height, width = network.image_shape
-    x = network.normalization(images.x_test)
-    if tuple(x.shape[1:]) != (channels, height, width):
-        shape = "x".join(str(side) for side in images.x_test.shape[1:])
-        raise InputError(f"{data}: x_test has images of {shape}, the network takes {height}x{width}x{channels}")
-    if images.y_test.max() >= network.classes:
-        raise InputError(f"{data}: y_test has label {images.y_test.max()}, the network knows {network.classes} classes")
-    return x, torch.from_numpy(images.y_test)
+    accuracy, loss, images = accuracy_of_saved(folder, data, Settings(device=device).torch_device())
+    correct = round(accuracy * images / 100.0)
+    print(f"test accuracy {accuracy!r} % ({correct} of {images}), loss {loss:.4f}")
 
 
 @app.command(name="export")

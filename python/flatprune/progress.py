@@ -12,8 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from flatprune.observer import Observer
 from flatprune.targets import UNITS, amount
-from flatprune.trainer import Observer
 from flatprune.trust import in_words
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _SPARKS = "▁▂▃▄▅▆▇█"
 _SPARK_LENGTH = 48
 _REFRESH_SECONDS = 0.1
+_DEVICE_REFRESH_SECONDS = 1.0  # where the figures have to come from a GPU, which has to finish what is queued first
 _FIGURE_STYLE = "bold"
 
 
@@ -108,10 +109,11 @@ class LiveDisplay(Observer):
         self._live.start()
 
     def step(self, trainer: Trainer) -> None:
-        """Draw again, ten times a second at most."""
+        """Draw again, ten times a second at most, on a GPU once a second."""
         left = self._clock.left(trainer.progress.step, trainer.total_steps)
         now = time.monotonic()
-        if self._live is not None and now - self._shown > _REFRESH_SECONDS:
+        pause = _REFRESH_SECONDS if trainer.watch.is_free else _DEVICE_REFRESH_SECONDS
+        if self._live is not None and now - self._shown > pause:
             self._shown = now
             self._live.update(self._view(trainer, left), refresh=True)
 
@@ -156,10 +158,11 @@ class LiveDisplay(Observer):
         return Group(head, rows)
 
     def _rows(self, trainer: Trainer) -> list[tuple[str, Text, Text, Text]]:
-        progress, params = trainer.progress, trainer.params
+        params = trainer.params
         last = self._records[-1] if self._records else {}
-        loss = progress.loss_sum / progress.seen if progress.seen else last.get("train_loss")
-        train = 100.0 * progress.correct / progress.seen if progress.seen else last.get("train_accuracy")
+        loss, train = last.get("train_loss"), last.get("train_accuracy")
+        if trainer.sums.seen:
+            loss, train = trainer.sums.figures()
         share = 100.0 * params / trainer.params_before
         return [
             ("loss", _figure(loss, ".4f"), _note(""), self._curve("train_loss", "yellow")),

@@ -27,6 +27,8 @@ Each file is written atomically, so that it is whole at any time.
     dense_*                                the same of the network trained without pruning, where that was wanted
     settings, versions                     everything needed to do it again
 
+With the setting `ema`, accuracies, calibration, Hessian and `model.pt` are those of the averaged weights; K-FAC's
+factors are measured where the training is. An epoch's training loss is that of its targets, smoothed or mixed.
 With the setting `validation`, "test" means the held-out part of the training images everywhere.
 
 `history.jsonl`, by `kind`: "epoch" (losses, accuracies in percent, params, radii, seconds so far), "removal" (fields of
@@ -55,9 +57,12 @@ from flatprune import report
 from flatprune.checkpoint import load_checkpoint, save_atomically, write_json, write_json_lines
 from flatprune.data import Dataset, load_dataset
 from flatprune.errors import DivergedError, InputError, Interrupted
+from flatprune.evaluation import results
 from flatprune.export import EXPORT_FILES, MODEL_FILE, save_model
+from flatprune.observer import Observer
 from flatprune.settings import Settings
-from flatprune.trainer import Observer, Trainer
+from flatprune.trainer import Trainer
+from flatprune.training_state import state_of
 
 CHECKPOINT_FILE = "checkpoint.pt"
 HISTORY_FILE = "history.jsonl"
@@ -235,7 +240,7 @@ def _train(
 ) -> dict[str, Any]:
     trainer.train(observer, lambda: _save(trainer, folder), stop_requested)
     summary = _summary(trainer, dense)
-    save_model(folder / MODEL_FILE, trainer.model, trainer.arguments, trainer.dataset.normalization)
+    save_model(folder / MODEL_FILE, trainer.result, trainer.arguments, trainer.dataset.normalization)
     dense_history = read_history(folder / DENSE_FOLDER / HISTORY_FILE) if dense else []
     report.write_report(folder, summary, trainer.history, dense_history)
     write_json(folder / SUMMARY_FILE, summary)
@@ -243,7 +248,7 @@ def _train(
 
 
 def _save(trainer: Trainer, folder: Path) -> None:
-    save_atomically(folder / CHECKPOINT_FILE, trainer.state_dict())
+    save_atomically(folder / CHECKPOINT_FILE, state_of(trainer))
     write_json_lines(folder / HISTORY_FILE, trainer.history)
 
 
@@ -266,11 +271,15 @@ def _summary(trainer: Trainer, dense: dict[str, Any] | None) -> dict[str, Any]:
         "test_images": len(trainer.dataset.x_test),
         "image_shape": list(trainer.dataset.image_shape),
         "classes": trainer.dataset.classes,
-        **trainer.results(),
+        **results(trainer),
     }
     for key in _DENSE_KEYS if dense else ():
         summary[f"dense_{key.removesuffix('_after')}"] = dense[key]  # type: ignore[index]
-    summary["settings"] = {**settings.as_dict(), "lr": trainer.peak_lr}
+    summary["settings"] = {
+        **settings.as_dict(),
+        "lr": trainer.peak_lr,
+        "weight_decay": settings.decay_in_use,
+    }
     summary["versions"] = versions()
     return summary
 

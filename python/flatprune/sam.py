@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kfac_ext.curvature import Curvature
 from kfac_ext.curvature.capture import ForwardHook
-from kfac_ext.curvature.layers import RngState, device_of, undisturbed
+from kfac_ext.curvature.layers import RngState, device_of, reading_is_free, undisturbed
 
 _MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
 _moved_models: WeakSet[nn.Module] = WeakSet()
@@ -66,7 +66,8 @@ class SAM:
 
         Returns:
             The loss at the moved point, detached; None on the steps between. Where the gradients at hand are all
-            zero or not finite there is no direction to move in: they stay, and the result is None too.
+            zero or not finite there is no direction to move in: they stay, and the result is None too; on a GPU, which
+            is not waited for, it is the loss where the parameters are.
 
         Raises:
             RuntimeError: no parameter has a gradient. Parameters and gradients are as before whatever is raised,
@@ -101,16 +102,19 @@ class SAM:
             raise RuntimeError("SAM: no parameter has a gradient, call backward() of the loss before")
         gradients = [p.grad for p in moving if p.grad is not None]
         norm = _length(gradients)
-        if not 0 < float(norm) < math.inf:
+        usable = (norm > 0) & norm.isfinite()
+        look = reading_is_free(norm.device)
+        if look and not bool(usable):
             return None
+        directions = gradients if look else [torch.where(usable.to(g.device), g, 0.0) for g in gradients]
         paused = nullcontext() if self.curvature is None else self.curvature.paused()
-        moved = _moved(self.model, moving, gradients, self.radius / norm)
+        moved = _moved(self.model, moving, directions, self.radius / torch.where(usable, norm, 1.0))
         with paused, undisturbed(self.model, rng), moved, torch.enable_grad():
             loss = closure()
             found = torch.autograd.grad(loss, moving, allow_unused=True, materialize_grads=True)
         with torch.no_grad():
-            for gradient, new in zip(gradients, found):
-                gradient.copy_(new)  # in place: gradients may be views of one buffer
+            for gradient, new in zip(gradients, found):  # in place: gradients may be views of one buffer
+                gradient.copy_(new if look else torch.where(usable.to(new.device), new, gradient))
         return loss.detach()
 
 

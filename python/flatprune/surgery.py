@@ -225,6 +225,8 @@ def _checked(name: str, tensor: Tensor, value: Tensor) -> Tensor:
 def _plan_tensor(
     result: Plan, name: str, tensor: Tensor, value: Tensor, cut: Cut, optimizer: torch.optim.Optimizer | None
 ) -> None:
+    if value is not tensor:  # laid out alike, as fused optimizers want parameter, gradient and states
+        value = torch.empty_like(tensor).copy_(value)
     data = cut.apply(value.detach())
     if not isinstance(tensor, nn.Parameter):
         result.buffers.append((tensor, data))

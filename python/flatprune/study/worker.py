@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 
 from flatprune import runs
 from flatprune.errors import DivergedError, InputError, Interrupted
+from flatprune.observer import Observer
 from flatprune.settings import Settings
 from flatprune.study.lock import locked
 from flatprune.study.plan import SETTINGS_FILE
-from flatprune.trainer import Observer
 
 if TYPE_CHECKING:
     from flatprune.trainer import Trainer
