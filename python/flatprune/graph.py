@@ -41,9 +41,13 @@ from flatprune.neurons import (
 )
 from flatprune.trial import Trial
 
+_LOOKED_UP = "an embedding is left alone: its rows are looked up, so there are no factors to judge them by"
+_RECURRENT = "a recurrent layer is left alone: its units feed themselves through stacked gates"
 _NEVER = {
-    nn.Embedding: "an embedding is left alone: its rows are looked up, so there are no factors to judge them by",
-    nn.EmbeddingBag: "an embedding is left alone: its rows are looked up, so there are no factors to judge them by",
+    nn.Embedding: _LOOKED_UP,
+    nn.EmbeddingBag: _LOOKED_UP,
+    nn.RNNBase: _RECURRENT,
+    nn.RNNCellBase: _RECURRENT,
     nn.MultiheadAttention: "nn.MultiheadAttention cannot lose heads, its embed_dim is num_heads times head_dim and the "
     "width of its inputs at once",
 }
@@ -59,7 +63,7 @@ def neuron_groups(model: nn.Module, example_inputs: Any, exclude: Sequence[str |
 
     Returns:
         The prunable groups in forward order, and the reason for every other Linear and convolution of the graph, and
-        for embeddings and `nn.MultiheadAttention`.
+        for embeddings, recurrent layers and `nn.MultiheadAttention`.
 
     Raises:
         KeyError: `exclude` names a module that the model does not have.
@@ -301,10 +305,7 @@ class _Graph:
             seen.update(new)
             for dep in node.dependencies if new else ():
                 if dep.is_triggered_by(handler):
-                    mapped = new
-                    for mapping in dep.index_mapping:
-                        mapped = mapped if mapping is None else mapping(mapped)
-                    todo.append((dep.target, dep.handler, mapped))
+                    todo.append((dep.target, dep.handler, _mapped(dep.index_mapping, new)))
         return [(node, handler, indices) for (node, handler), indices in found.items()]
 
     def _classify(self, node: Any, handler: Any) -> tuple[nn.Module, str] | None:
@@ -340,6 +341,15 @@ class _Graph:
         if any({key: len(found) for key, found in unit.items()} != shape for unit in units):
             raise Refused("its neurons do not all feed the same layers")
         return sorted(first, key=lambda key: self.order[key[0]])
+
+
+def _mapped(mappings: Sequence[Any], indices: list[_Index]) -> list[_Index]:
+    try:
+        for mapping in mappings:
+            indices = indices if mapping is None else mapping(indices)
+    except (IndexError, KeyError, TypeError) as error:  # a split of a recurrent cell's gates, for one
+        raise Refused(f"torch-pruning cannot follow its channels ({type(error).__name__}: {error})") from error
+    return indices
 
 
 def _is_float(value: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -132,13 +132,13 @@ class Pruner:
         inputs = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
         curvature.trace(*inputs)
         self.coupling = neuron_groups(model, inputs, exclude)
-        self._refuse_unscored()
+        self._refuse_unscored(inputs)
         choose_layers(self.coupling, model, layers)
         self.groups = self.coupling.groups
         if not self.groups:
             raise ValueError(f"Pruner: no layer can be pruned: {_reasons(self.coupling.refused)}")
         if self.criterion.check is not None:
-            self.criterion.check(self.groups)
+            self.criterion.check(Evidence(model, self.groups, curvature, seed=seed))
         self.refused = dict(self.coupling.refused)
         loud = {name: reason for name, reason in self.refused.items() if name not in self.coupling.expected}
         if loud:
@@ -313,25 +313,29 @@ class Pruner:
             return self.criterion.uncompensated
         return self.criterion
 
-    def _refuse_unscored(self) -> None:
+    def _refuse_unscored(self, inputs: tuple[Any, ...]) -> None:
         """Refuse groups with a layer without factors, for everything that needs them."""
         roles = {self.criterion.role} if "factors" in self.criterion.needs else set()
         updates = self.compensate is True or (self.compensate == "auto" and self.criterion.compensates != "never")
         if updates and self.criterion.compensation is consumer_compensation:
             roles.add(CONSUMER)
+        if not roles:
+            return
+        reached = self.curvature.reached_layers(*inputs)
         for role in sorted(roles):
-            self._refuse_without_factors(role)
+            self._refuse_without_factors(role, reached)
 
-    def _refuse_without_factors(self, role: str) -> None:
+    def _refuse_without_factors(self, role: str, reached: Set[str]) -> None:
         verb = "reads" if role == CONSUMER else "makes"
         kept = []
         for group in self.coupling.groups:
-            blind = [m.name for m in group.of_role(role) if m.name not in self.curvature.layers]
+            blind = [m.name for m in group.of_role(role) if m.name not in reached]
             if not blind:
                 kept.append(group)
                 continue
+            why = "gets no gradient (frozen, or cut off)" if blind[0] in self.curvature.layers else "has no factors"
             for member in group.of_role(PRODUCER):
-                self.coupling.refused[member.name] = f"layer {blind[0]!r}, which {verb} it, has no factors"
+                self.coupling.refused[member.name] = f"layer {blind[0]!r}, which {verb} it, {why}"
         self.coupling.groups[:] = kept
 
     def state_dict(self) -> dict[str, Any]:
