@@ -14,7 +14,7 @@ from tests.curvature import curvature_nets, curvature_oracles
 
 
 def as_matrix(module, weight):
-    """[O, d] in the order of the patches: entry by entry for transposed convolutions, whose weight is [in, out/g, k]."""
+    """[O, d] in the order of the patches; entry by entry for transposed convolutions, [in, out/groups, kernel]."""
     if not isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d)):
         return weight.flatten(1)
     inputs, outputs = module.in_channels // module.groups, module.out_channels // module.groups
