@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -13,12 +13,10 @@ from torch import nn
 from flatprune.choice import choose
 from flatprune.costs import ParameterCount
 from flatprune.criteria import Criterion, Evidence, Scores, as_criterion
-from flatprune.criteria.base import consumer_compensation
 from flatprune.followers import checked_followers
 from flatprune.graph import neuron_groups
 from flatprune.loss_change import LossChange
 from flatprune.meter import CostMeter
-from flatprune.neurons import CONSUMER, PRODUCER
 from flatprune.pruner_arguments import (
     check_arguments,
     check_loss_budget,
@@ -26,6 +24,7 @@ from flatprune.pruner_arguments import (
     check_selection,
     check_selections,
     choose_layers,
+    refuse_unscored,
 )
 from flatprune.removals import Removal, loss_budget_note, removal_records, shortfall_note
 from flatprune.saliency import has_convolution
@@ -132,7 +131,7 @@ class Pruner:
         inputs = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
         curvature.trace(*inputs)
         self.coupling = neuron_groups(model, inputs, exclude)
-        self._refuse_unscored(inputs)
+        refuse_unscored(self.coupling, curvature, self.criterion, compensate, inputs)
         choose_layers(self.coupling, model, layers)
         self.groups = self.coupling.groups
         if not self.groups:
@@ -312,31 +311,6 @@ class Pruner:
         if self.compensate == "auto" and not compensate and self.criterion.uncompensated is not None:
             return self.criterion.uncompensated
         return self.criterion
-
-    def _refuse_unscored(self, inputs: tuple[Any, ...]) -> None:
-        """Refuse groups with a layer without factors, for everything that needs them."""
-        roles = {self.criterion.role} if "factors" in self.criterion.needs else set()
-        updates = self.compensate is True or (self.compensate == "auto" and self.criterion.compensates != "never")
-        if updates and self.criterion.compensation is consumer_compensation:
-            roles.add(CONSUMER)
-        if not roles:
-            return
-        reached = self.curvature.reached_layers(*inputs)
-        for role in sorted(roles):
-            self._refuse_without_factors(role, reached)
-
-    def _refuse_without_factors(self, role: str, reached: Set[str]) -> None:
-        verb = "reads" if role == CONSUMER else "makes"
-        kept = []
-        for group in self.coupling.groups:
-            blind = [m.name for m in group.of_role(role) if m.name not in reached]
-            if not blind:
-                kept.append(group)
-                continue
-            why = "gets no gradient (frozen, or cut off)" if blind[0] in self.curvature.layers else "has no factors"
-            for member in group.of_role(PRODUCER):
-                self.coupling.refused[member.name] = f"layer {blind[0]!r}, which {verb} it, {why}"
-        self.coupling.groups[:] = kept
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and containers: counters, sizes, settings and the history."""

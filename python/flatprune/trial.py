@@ -46,7 +46,7 @@ class Trial:
         self._model, self._inputs, self._tensors = model, inputs, {}
         try:
             self._tensors = _in_double(model)
-            self._inputs = tuple(value.double() if _is_float(value) else value for value in inputs)
+            self._inputs = tuple(value.double() if is_float(value) else value for value in inputs)
             self._full = self._outputs({})
         except Exception:  # a dtype is written into the model, or the device has no float64
             self._tensors, self._inputs = {}, inputs
@@ -87,7 +87,7 @@ def _in_double(model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for layer, module in model.named_modules():
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and _is_float(tensor):
+            if tensor is not None and is_float(tensor):
                 found[tensor_name(layer, key)] = copies.setdefault(id(tensor), tensor.detach().double())
     return found
 
@@ -203,5 +203,6 @@ def _leaves(value: Any) -> list[Tensor]:
     return [tensor for item in value for tensor in _leaves(item)] if isinstance(value, Iterable) else []
 
 
-def _is_float(value: Any) -> bool:
+def is_float(value: Any) -> bool:
+    """Whether something is a tensor of floating-point numbers."""
     return isinstance(value, Tensor) and value.is_floating_point()
