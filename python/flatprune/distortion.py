@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flatprune.neurons import MATRICES
+
 
 class Disout(nn.Module):
     """Replaces random places of a feature map by noise of the map's own spread (Tang et al. 2020, arXiv 2002.11022).
@@ -145,8 +147,8 @@ def disout(
 
     Args:
         model: the network.
-        layers: names of modules whose output is one tensor; None: every Linear and Conv2d but the last, in the order
-            of `model.named_modules()`.
+        layers: names of modules whose output is one tensor; None: every Linear and convolution but the last, in the
+            order of `model.named_modules()`.
         probability: of `Disout`, once `steps` are done.
         block_size, alpha: of `Disout`.
         steps: the probability rises linearly from 0 over so many calls of `DisoutHandle.step`; 0: it is there at once.
@@ -169,11 +171,11 @@ def disout(
         raise ValueError(f"disout: steps is {steps}, expected >= 0")
     known = dict(model.named_modules())
     if layers is None:
-        layers = [name for name, module in known.items() if isinstance(module, (nn.Linear, nn.Conv2d))][:-1]
+        layers = [name for name, module in known.items() if isinstance(module, MATRICES)][:-1]
     names = list(layers)
     for name in names:
         if name not in known:
             raise KeyError(f"disout: the model has no module named {name!r}; it has {', '.join(filter(None, known))}")
     if not names:
-        raise ValueError("disout: no layer to distort; the default is every Linear and Conv2d but the last")
+        raise ValueError("disout: no layer to distort; the default is every Linear and convolution but the last")
     return DisoutHandle({name: known[name] for name in names}, Disout(probability, block_size, alpha), steps)

@@ -13,12 +13,10 @@ from torch import nn
 from flatprune.choice import choose
 from flatprune.costs import ParameterCount
 from flatprune.criteria import Criterion, Evidence, Scores, as_criterion
-from flatprune.criteria.base import consumer_compensation
 from flatprune.followers import checked_followers
 from flatprune.graph import neuron_groups
 from flatprune.loss_change import LossChange
 from flatprune.meter import CostMeter
-from flatprune.neurons import CONSUMER, PRODUCER
 from flatprune.pruner_arguments import (
     check_arguments,
     check_loss_budget,
@@ -26,6 +24,7 @@ from flatprune.pruner_arguments import (
     check_selection,
     check_selections,
     choose_layers,
+    refuse_unscored,
 )
 from flatprune.removals import Removal, loss_budget_note, removal_records, shortfall_note
 from flatprune.saliency import has_convolution
@@ -132,13 +131,13 @@ class Pruner:
         inputs = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
         curvature.trace(*inputs)
         self.coupling = neuron_groups(model, inputs, exclude)
-        self._refuse_unscored()
+        refuse_unscored(self.coupling, curvature, self.criterion, compensate, inputs)
         choose_layers(self.coupling, model, layers)
         self.groups = self.coupling.groups
         if not self.groups:
             raise ValueError(f"Pruner: no layer can be pruned: {_reasons(self.coupling.refused)}")
         if self.criterion.check is not None:
-            self.criterion.check(self.groups)
+            self.criterion.check(Evidence(model, self.groups, curvature, seed=seed))
         self.refused = dict(self.coupling.refused)
         loud = {name: reason for name, reason in self.refused.items() if name not in self.coupling.expected}
         if loud:
@@ -312,27 +311,6 @@ class Pruner:
         if self.compensate == "auto" and not compensate and self.criterion.uncompensated is not None:
             return self.criterion.uncompensated
         return self.criterion
-
-    def _refuse_unscored(self) -> None:
-        """Refuse groups with a layer without factors, for everything that needs them."""
-        roles = {self.criterion.role} if "factors" in self.criterion.needs else set()
-        updates = self.compensate is True or (self.compensate == "auto" and self.criterion.compensates != "never")
-        if updates and self.criterion.compensation is consumer_compensation:
-            roles.add(CONSUMER)
-        for role in sorted(roles):
-            self._refuse_without_factors(role)
-
-    def _refuse_without_factors(self, role: str) -> None:
-        verb = "reads" if role == CONSUMER else "makes"
-        kept = []
-        for group in self.coupling.groups:
-            blind = [m.name for m in group.of_role(role) if m.name not in self.curvature.layers]
-            if not blind:
-                kept.append(group)
-                continue
-            for member in group.of_role(PRODUCER):
-                self.coupling.refused[member.name] = f"layer {blind[0]!r}, which {verb} it, has no factors"
-        self.coupling.groups[:] = kept
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and containers: counters, sizes, settings and the history."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from typing import Any
 
 import torch
 from torch import nn
 
 from flatprune.criteria import CRITERIA, Criterion
-from flatprune.neurons import PRODUCER, Coupling, NeuronGroup
+from flatprune.criteria.base import consumer_compensation
+from flatprune.neurons import CONSUMER, PRODUCER, Coupling, NeuronGroup
 from flatprune.selection import SELECTIONS
 from flatprune.targets import Target
+from kfac_ext.curvature import Curvature
 
 
 def check_arguments(compensate: str | bool, round_to: int, min_width: int, max_layer_fraction: float) -> None:
@@ -79,3 +82,32 @@ def choose_layers(coupling: Coupling, model: nn.Module, layers: Sequence[str] | 
             raise ValueError(f"Pruner: layer {name!r} cannot be pruned: {reason}")
         chosen += [group for group in found if all(group is not other for other in chosen)]
     coupling.groups[:] = [group for group in coupling.groups if any(group is other for other in chosen)]
+
+
+def refuse_unscored(
+    coupling: Coupling, curvature: Curvature, criterion: Criterion, compensate: str | bool, inputs: tuple[Any, ...]
+) -> None:
+    """Refuse groups with a layer without factors, or that no gradient reaches, for everything that needs factors."""
+    roles = {criterion.role} if "factors" in criterion.needs else set()
+    updates = compensate is True or (compensate == "auto" and criterion.compensates != "never")
+    if updates and criterion.compensation is consumer_compensation:
+        roles.add(CONSUMER)
+    if not roles:
+        return
+    reached = curvature.reached_layers(*inputs)
+    for role in sorted(roles):
+        _refuse_without_factors(coupling, role, curvature, reached)
+
+
+def _refuse_without_factors(coupling: Coupling, role: str, curvature: Curvature, reached: Set[str]) -> None:
+    verb = "reads" if role == CONSUMER else "makes"
+    kept = []
+    for group in coupling.groups:
+        blind = [member.name for member in group.of_role(role) if member.name not in reached]
+        if not blind:
+            kept.append(group)
+            continue
+        why = "gets no gradient (frozen, or cut off)" if blind[0] in curvature.layers else "has no factors"
+        for member in group.of_role(PRODUCER):
+            coupling.refused[member.name] = f"layer {blind[0]!r}, which {verb} it, {why}"
+    coupling.groups[:] = kept

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatprune.hessian import hessian_lambda_max
 from kfac_ext.curvature import Curvature
 from kfac_ext.curvature.capture import Capture
+from kfac_ext.curvature.curvature import ROUNDING
 from kfac_ext.curvature.fisher import (
     output_gradient,
     output_variance,
@@ -58,8 +60,8 @@ class Flatness:
 
     The extra forward draws the same dropout masks as the user's and leaves running statistics and random streams as
     they are. `K_l = kappa rho_l` at the end of warm-up; a kappa below 1e-4 acts as 1e-4, so that no block is driven
-    to nothing. Where the network has shrunk below `fade_below` of its parameters the strength falls, to nothing at
-    half of that.
+    to nothing, and blocks below 1e-10 of the largest radius, which are rounding, are left alone. Where the network has
+    shrunk below `fade_below` of its parameters the strength falls, to nothing at half of that.
 
     Args:
         curvature: of the model that is trained.
@@ -140,7 +142,8 @@ class Flatness:
 
         Its gradient is what counts: it is that of strength Lbar (1/B) sum log rho_l; its value is not that sum's.
         Under gradient accumulation call it for every batch with the batch's mean loss, and divide the sum of both.
-        If `logits` is not the very tensor the model returned (or the forward ran in autocast), the forward is repeated.
+        If `logits` is not the very tensor the model returned (or the forward ran in autocast, or in mode
+        "double_backward" through a fused attention, which has no second derivative), the forward is repeated.
 
         Args:
             x: what the model was given, a tensor or the tuple of its positional inputs.
@@ -224,7 +227,7 @@ class Flatness:
         if not blocks:
             return None
         inputs = x if isinstance(x, tuple) else (x,)
-        capture = self.curvature.take_record(logits) or self.curvature.observe(*inputs)
+        capture = self._capture(inputs, logits)
         blocks = [block for block in blocks if block.layer.name in capture.names]
         mode = self.curvature.kfac_approx
         with torch.autocast(logits.device.type, enabled=False):
@@ -237,11 +240,22 @@ class Flatness:
             second = self._forward_part if self.mode == "forward" else self._double_backward_part
             return weight * (total + second(blocks, capture, inputs))
 
+    def _capture(self, inputs: tuple[Tensor, ...], logits: Tensor) -> Capture:
+        """The user's forward if it was recorded and can be differentiated as often as it must be, else one more."""
+        record = self.curvature.take_record(logits)
+        if self.mode == "forward":
+            return record or self.curvature.observe(*inputs)
+        if record is not None and not _has_fused_attention(logits):
+            return record
+        with sdpa_kernel(SDPBackend.MATH):
+            return self.curvature.observe(*inputs)
+
     def _blocks(self) -> list[_Block]:
         """The blocks above their floor; on a GPU all, those below with weight 0, so that the host need not wait."""
         radii, factors, floors = self.curvature.spectral_radii(), self.curvature.factors, self.floors
         assert floors is not None
-        above = {name: radii[name] > floors[name] for name in radii if name in floors}
+        noise = ROUNDING * torch.stack(list(radii.values())).max()
+        above = {name: radii[name] > torch.maximum(floors[name], noise) for name in radii if name in floors}
         look = reading_is_free(factors.buffer.device)
         blocks = []
         for name in (name for name in above if not look or bool(above[name])):
@@ -306,6 +320,21 @@ class Flatness:
         generator = self.curvature.generator
         bits = torch.randint(0, 2, shape, generator=generator, device=generator.device, dtype=torch.int8)
         return (sent(bits, like.device) * 2 - 1).to(like.dtype)
+
+
+def _has_fused_attention(output: Tensor) -> bool:
+    """Whether a fused `scaled_dot_product_attention`, which has no second derivative, is in the graph of `output`."""
+    seen: set[Any] = set()
+    todo = [output.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        if node.name().startswith("ScaledDotProduct"):
+            return True
+        seen.add(node)
+        todo += [source for source, _ in node.next_functions]
+    return False
 
 
 def _warmup_steps(start: float | int, total_steps: int | None) -> int:

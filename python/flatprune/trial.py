@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -28,7 +27,9 @@ from flatprune.neurons import (
     weight_of,
 )
 
-_TOLERANCE = 1e-3  # of the effect that masking has; a wrong channel is off by about 1
+# Of the effect that masking has: a wrong channel is off by about 1, a norm over neighbouring channels by 1e-5.
+_TOLERANCES = {torch.float64: 1e-6}
+_TOLERANCE = 1e-3  # in all other dtypes
 _ROUNDING = 100  # sums in another order differ by some units in the last place of the largest output
 
 
@@ -45,7 +46,7 @@ class Trial:
         self._model, self._inputs, self._tensors = model, inputs, {}
         try:
             self._tensors = _in_double(model)
-            self._inputs = tuple(value.double() if _is_float(value) else value for value in inputs)
+            self._inputs = tuple(value.double() if is_float(value) else value for value in inputs)
             self._full = self._outputs({})
         except Exception:  # a dtype is written into the model, or the device has no float64
             self._tensors, self._inputs = {}, inputs
@@ -86,7 +87,7 @@ def _in_double(model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for layer, module in model.named_modules():
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and _is_float(tensor):
+            if tensor is not None and is_float(tensor):
                 found[tensor_name(layer, key)] = copies.setdefault(id(tensor), tensor.detach().double())
     return found
 
@@ -105,7 +106,8 @@ def _compare(full: Tensor, masked: Tensor, cut: Tensor) -> None:
     if masked.numel() == 0:
         return
     rounding = _ROUNDING * torch.finfo(masked.dtype).eps * float(masked.abs().max())
-    tolerance = max(_TOLERANCE * float((masked - full).abs().max()), rounding)
+    share = _TOLERANCES.get(masked.dtype, _TOLERANCE)
+    tolerance = max(share * float((masked - full).abs().max()), rounding)
     if not torch.allclose(masked, cut, rtol=0, atol=tolerance, equal_nan=True):
         raise Refused("a trial cut changed the function of the other neurons (an operation mixes channels)")
 
@@ -157,22 +159,26 @@ def survivors_only(cuts: Iterable[LayerCut]) -> Iterator[None]:
 
 
 def _survivor_norm(norm: nn.LayerNorm | nn.GroupNorm, kept: Tensor) -> Callable[..., Tensor]:
-    axis = -1 if isinstance(norm, nn.LayerNorm) else 1
-
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        index = kept.to(output.device)
-        if len(index) == 0:
-            return torch.zeros_like(output)
-        x = args[0].index_select(axis, index)
-        weight, bias = (t if t is None else t[index] for t in (module.weight, module.bias))  # type: ignore[index]
-        if isinstance(norm, nn.LayerNorm):
-            values = F.layer_norm(x, (len(index),), weight, bias, norm.eps)
-        else:
-            groups = len(index) if norm.num_groups == output.shape[1] else norm.num_groups
-            values = F.group_norm(x, groups, weight, bias, norm.eps)
-        return torch.zeros_like(output).index_copy(axis, index, values)
+        x, axis = args[0], (output.dim() - 1 if isinstance(norm, nn.LayerNorm) else 1)
+        shape = [-1 if d == axis else 1 for d in range(x.dim())]
+        stay = torch.zeros(x.shape[axis], dtype=x.dtype, device=x.device)
+        stay = stay.index_fill(0, kept.to(x.device), 1.0).view(shape)
+        rows, alive = _statistics_rows(norm, x), _statistics_rows(norm, stay.expand_as(x))
+        count = alive.sum(dim=-1, keepdim=True).clamp_min(1)
+        mean = (alive * rows).sum(dim=-1, keepdim=True) / count
+        variance = (alive * (rows - mean).square()).sum(dim=-1, keepdim=True) / count
+        values = ((rows - mean) * (variance + norm.eps).rsqrt()).view(x.shape)
+        weight, bias = (t if t is None else t.view(shape) for t in (module.weight, module.bias))  # type: ignore[operator]
+        values = values if weight is None else values * weight
+        return stay * (values if bias is None else values + bias)
 
     return hook
+
+
+def _statistics_rows(norm: nn.LayerNorm | nn.GroupNorm, x: Tensor) -> Tensor:
+    """x [..., entries that share a mean and a variance]."""
+    return x if isinstance(norm, nn.LayerNorm) else x.reshape(len(x), norm.num_groups, -1)
 
 
 @contextmanager
@@ -197,5 +203,6 @@ def _leaves(value: Any) -> list[Tensor]:
     return [tensor for item in value for tensor in _leaves(item)] if isinstance(value, Iterable) else []
 
 
-def _is_float(value: Any) -> bool:
+def is_float(value: Any) -> bool:
+    """Whether something is a tensor of floating-point numbers."""
     return isinstance(value, Tensor) and value.is_floating_point()

@@ -72,7 +72,10 @@ def in_words(figures: Mapping[str, Any]) -> str:
     if not figures["cuts"]:
         return "no cut has both a predicted and a measured change of the loss"
     predicted, measured = figures["predicted_sum"], figures["measured_sum"]
-    sums = f"{figures['cuts']} cuts: loss predicted {predicted:+.3g}, measured {measured:+.3g}"
+    count = "1 cut" if figures["cuts"] == 1 else f"{figures['cuts']} cuts"
+    sums = f"{count}: loss predicted {predicted:+.3g}, measured {measured:+.3g}"
+    if predicted > 0 and measured > 0:
+        sums += f" ({measured / predicted:.2g} times as much)"
     rank = figures["spearman"]
     if rank is None or figures["pearson"] is None:
         return f"{sums}; too few for a correlation"

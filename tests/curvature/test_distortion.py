@@ -214,7 +214,7 @@ def test_pruning_goes_on_under_the_hooks():
     assert curvature.layers["0"].norm is model[1]  # seen behind the distortion too
 
 
-@pytest.mark.parametrize("name", ["residual", "called_twice", "conv_grouped"])
+@pytest.mark.parametrize("name", ["residual", "called_twice", "conv_grouped", "sequence_conv"])
 def test_other_networks(name):
     model, x = curvature_nets.make(name)
     disout(model, probability=0.2)

@@ -68,6 +68,9 @@ def test_too_few_or_constant_changes_have_no_correlation():
     assert flat["cuts"] == 5 and flat["pearson"] is None and flat["spearman"] is None
     assert "too few" in in_words(flat)
     assert "no cut" in in_words(trust([]))
+    assert in_words(trust([removal(0.01, 0.12)])).startswith(
+        "1 cut: loss predicted +0.01, measured +0.12 (12 times as much)"
+    )
     assert "hardly alike (Spearman -1.00" in in_words(trust([removal(s, -s, step=s) for s in (1, 2, 3)]))
 
 

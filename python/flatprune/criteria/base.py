@@ -87,6 +87,8 @@ class Evidence:
         Raises:
             RuntimeError: there is none.
         """
+        if not parameter.requires_grad:
+            raise RuntimeError(f"{name} is frozen and has no gradient: exclude the layer, or take another criterion")
         if parameter.grad is None:
             raise RuntimeError(
                 f"{name} has no gradient: score neurons (`Pruner.step`) between `backward` and `zero_grad`"
@@ -138,7 +140,7 @@ class Criterion:
         compensation: from evidence and the neurons gone to new values of the survivors' tensors.
         uncompensated: the criterion that stands in where "auto" decides against compensation.
         joint: scores that take into account which neurons went before, for `selection="greedy"`.
-        check: raises ValueError for groups it cannot judge.
+        check: raises ValueError for groups of the evidence it cannot judge; factors may not have been measured yet.
 
     Raises:
         ValueError: `needs`, `role` or `compensates` is none of the above.
@@ -163,7 +165,7 @@ class Criterion:
     compensation: Callable[[Evidence, Mapping[int, Tensor]], dict[str, Tensor]] = consumer_compensation
     uncompensated: Criterion | None = None
     joint: Callable[[Evidence], JointScores] | None = None
-    check: Callable[[Sequence[NeuronGroup]], None] | None = None
+    check: Callable[[Evidence], None] | None = None
 
     def __post_init__(self) -> None:
         choices = (

@@ -40,6 +40,18 @@ def _first_order(evidence: Evidence, group: NeuronGroup) -> Tensor:
     return total
 
 
+def check_gradients(evidence: Evidence) -> None:
+    """Raise ValueError, naming the layer, for neurons behind parameters that are frozen."""
+    for group in evidence.groups:
+        for member in group.of_role(PRODUCER):
+            for name, parameter in _affine_map(evidence, member):
+                if not parameter.requires_grad:
+                    raise ValueError(
+                        f"criterion taylor: {name} of layer {member.name!r} is frozen and gets no gradient; choose "
+                        "another criterion, or exclude the layer"
+                    )
+
+
 def _affine_map(evidence: Evidence, member: Member) -> list[tuple[str, nn.Parameter]]:
     """The parameters of the map to z, by name."""
     layer = evidence.curvature.layers.get(member.name)
@@ -93,7 +105,15 @@ def _over_positions(layer: Layer, product: Tensor) -> Tensor:
 
 
 _MOLCHANOV = "Molchanov et al. 2019, Importance estimation for neural network pruning, arXiv 1906.10771"
-TAYLOR = Criterion("taylor", taylor_scores, _MOLCHANOV, needs=("gradients",), role=PRODUCER, per_cost=True)
+TAYLOR = Criterion(
+    "taylor",
+    taylor_scores,
+    _MOLCHANOV,
+    needs=("gradients",),
+    role=PRODUCER,
+    per_cost=True,
+    check=check_gradients,
+)
 GATE_FISHER = Criterion(
     "gate_fisher",
     gate_scores,
