@@ -154,8 +154,9 @@ class RngState(NamedTuple):
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter."""
-    return next(model.parameters()).device
+    """The device of the model's first parameter; the CPU if it has none."""
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def reading_is_free(device: torch.device) -> bool:
