@@ -8,7 +8,7 @@ import flatprune
 import kfac_ext
 from bench import baselines, peers, worksets
 from flatprune import models
-from flatprune.schedule import CubicSchedule
+from flatprune.pruning.schedule import CubicSchedule
 
 LR = 0.01
 CYCLE = 40  # steps: four updates of a conv net's factors, five flatness terms, one removal

@@ -70,7 +70,7 @@ def _steps(
     """A call that trains on for so many steps, none of which removes neurons; the warm-up is over."""
     from flatprune.data import load_dataset
     from flatprune.settings import Settings
-    from flatprune.trainer import Trainer
+    from flatprune.training.trainer import Trainer
 
     size = 8 if quick else 128
     path = _images(folder, *NETWORKS[name], size)

@@ -190,7 +190,8 @@ def run_command(
 def _run(out: Path, values: dict[str, Any], given: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
     from rich.console import Console
 
-    from flatprune import progress, runs
+    from flatprune import runs
+    from flatprune.reporting import progress
 
     console = Console()
 

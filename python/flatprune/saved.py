@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from flatprune.data import Images, read_images
 from flatprune.errors import InputError
-from flatprune.evaluation import evaluate
 from flatprune.export import load
 from flatprune.runs import SUMMARY_FILE
+from flatprune.training.evaluation import evaluate
 
 
 def accuracy_of_saved(folder: Path, data: str | None, device: torch.device) -> tuple[float, float, int]:

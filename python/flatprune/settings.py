@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from flatprune.errors import InputError
+from flatprune.pruning.targets import Target
 from flatprune.settings_checks import NEED_PRUNING, SECOND_PEAKS, TARGETS, check_settings
-from flatprune.targets import Target
 
 _DEFAULT_TARGET_PARAMS = 0.1
 _WEIGHT_DECAY = {"sgd": 5e-4, "adam": 5e-4, "adamw": 0.01}
@@ -77,7 +77,7 @@ class Settings:
         factor_update_steps: steps between measurements of the curvature, or None for 5 (10 with convolutions).
         validation: share of the training images that are held out and tested on instead of the test images.
         architecture_of: folder of a finished run whose final network is trained from fresh weights, instead of `model`.
-        corruptions: test the final network on corrupted test images too (see `flatprune.corruptions`).
+        corruptions: test the final network on corrupted test images too (see `flatprune.training.corruptions`).
         measure_latency: time inference before and after.
         track_hessian: measure the largest Hessian eigenvalue, and K-FAC radii of both kinds, every so many epochs.
 

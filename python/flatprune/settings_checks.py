@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from flatprune import models
 from flatprune.criteria import CRITERIA
 from flatprune.errors import InputError
-from flatprune.selection import SELECTIONS
-from flatprune.spectrum import MODES as FLATNESS_MODES
-from flatprune.targets import UNITS
+from flatprune.flatness.spectrum import MODES as FLATNESS_MODES
+from flatprune.pruning.selection import SELECTIONS
+from flatprune.pruning.targets import UNITS
 
 if TYPE_CHECKING:
     from flatprune.settings import Settings

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from flatprune.corruptions import KINDS, corrupted
 from flatprune.data import Normalization, load_dataset
 from flatprune.errors import InputError
 from flatprune.export import fresh_network
-from flatprune.measurements import calibration, latency, radii_of_both_kinds
 from flatprune.settings import Settings
+from flatprune.training.corruptions import KINDS, corrupted
+from flatprune.training.measurements import calibration, latency, radii_of_both_kinds
 from kfac_ext.curvature import Curvature
 
 PLAIN = Normalization(torch.tensor([0.25]), torch.tensor([0.5]))
@@ -68,7 +68,7 @@ def test_radii_differ_where_positions_do_and_leave_the_model_alone():
 
 def test_latency_is_an_image_s(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("flatprune.latency._clock", lambda: now[0])
+    monkeypatch.setattr("flatprune.pruning.latency._clock", lambda: now[0])
 
     class Slow(nn.Module):
         def forward(self, x):

@@ -9,12 +9,12 @@ import torch
 
 from flatprune.data import load_dataset
 from flatprune.errors import InputError
-from flatprune.evaluation import results as figures
-from flatprune.progress import phase, remarks
+from flatprune.pruning.trust import trust
+from flatprune.reporting.progress import phase, remarks
 from flatprune.settings import Settings
-from flatprune.stopping import AccuracyGuard, hold_out
-from flatprune.trainer import Trainer
-from flatprune.trust import trust
+from flatprune.training.evaluation import results as figures
+from flatprune.training.stopping import AccuracyGuard, hold_out
+from flatprune.training.trainer import Trainer
 
 
 def test_held_out_images_are_not_trained_on(npz):

@@ -10,21 +10,21 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import flatprune.sam
-import flatprune.spectrum
+import flatprune.flatness.sam
+import flatprune.flatness.spectrum
 import kfac_ext.curvature.curvature
-from flatprune import parts, run_state
-from flatprune.batches import Batch, mixed
 from flatprune.data import load_dataset
 from flatprune.errors import DivergedError
-from flatprune.evaluation import evaluate
 from flatprune.export import load
-from flatprune.gradients import Gradients
-from flatprune.observer import Observer
-from flatprune.run_state import EpochSums
 from flatprune.runs import run
 from flatprune.settings import Settings
-from flatprune.trainer import Trainer
+from flatprune.training import parts, run_state
+from flatprune.training.batches import Batch, mixed
+from flatprune.training.evaluation import evaluate
+from flatprune.training.gradients import Gradients
+from flatprune.training.observer import Observer
+from flatprune.training.run_state import EpochSums
+from flatprune.training.trainer import Trainer
 from kfac_ext import Curvature
 
 CPU = torch.device("cpu")
@@ -290,7 +290,7 @@ class NoWaiting(TorchDispatchMode):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    for module in (run_state, flatprune.sam, flatprune.spectrum, kfac_ext.curvature.curvature):
+    for module in (run_state, flatprune.flatness.sam, flatprune.flatness.spectrum, kfac_ext.curvature.curvature):
         monkeypatch.setattr(module, "reading_is_free", lambda device: False)
     monkeypatch.setattr(parts, "fused_optimizer", lambda device: True)
     # on the CPU alone torch's looks whether the labels are in range

@@ -10,7 +10,7 @@ import torch
 import kfac_ext
 from flatprune.data import load_dataset
 from flatprune.settings import Settings
-from flatprune.trainer import Trainer
+from flatprune.training.trainer import Trainer
 
 READY = torch.cuda.is_available() and bool(kfac_ext.build_info()["cuda_architectures"])
 pytestmark = pytest.mark.skipif(
@@ -70,7 +70,7 @@ def test_no_step_waits(npz, options):
 
 
 def test_a_checkpoint_goes_from_device_to_device(npz, tmp_path):
-    from flatprune.training_state import state_of
+    from flatprune.training.training_state import state_of
 
     data = str(npz())
     values = {"data": data, "batch_size": 16, "epochs": 2, "optimizer": "adamw", "amp": "bf16", "ema": 0.9}

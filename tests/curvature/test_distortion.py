@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flatprune.distortion import Disout, disout
-from flatprune.pruner import Pruner
-from flatprune.sam import SAM
-from flatprune.spectrum import Flatness
-from flatprune.targets import Target
+from flatprune.flatness.distortion import Disout, disout
+from flatprune.flatness.sam import SAM
+from flatprune.flatness.spectrum import Flatness
+from flatprune.pruning.pruner import Pruner
+from flatprune.pruning.targets import Target
 from kfac_ext import Curvature
 
 

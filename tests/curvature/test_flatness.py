@@ -15,8 +15,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flatprune import spectrum
-from flatprune.spectrum import Flatness, hessian_lambda_max
+from flatprune.flatness import spectrum
+from flatprune.flatness.spectrum import Flatness, hessian_lambda_max
 from kfac_ext import Curvature
 from kfac_ext.curvature.fisher import projected_inputs, sample_targets
 

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatprune import models
-from flatprune.hessian import _lanczos, _power, hessian_eigenvalues, hessian_lambda_max
+from flatprune.flatness.hessian import _lanczos, _power, hessian_eigenvalues, hessian_lambda_max
 
 EXACT = {"iterations": 300, "tol": 1e-9}
 POWER = {"method": "power", "iterations": 5000, "tol": 1e-7}

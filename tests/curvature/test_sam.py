@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from flatprune import runs
-from flatprune import sam as sam_module
 from flatprune.errors import Interrupted
-from flatprune.observer import Observer
-from flatprune.sam import SAM
+from flatprune.flatness import sam as sam_module
+from flatprune.flatness.sam import SAM
 from flatprune.settings import Settings
+from flatprune.training.observer import Observer
 from kfac_ext import Curvature
 
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from flatprune.sam import MomentumSAM
-from flatprune.shifting import optimum_shift
+from flatprune.flatness.sam import MomentumSAM
+from flatprune.flatness.shifting import optimum_shift
 from kfac_ext import Curvature
 from kfac_ext.curvature.layers import LAYER_TYPES
 

@@ -10,9 +10,9 @@ from pruning_networks import Run, chain, digits, mlp
 from scipy.stats import spearmanr
 from torch import nn
 
-from flatprune import surgery
 from flatprune.criteria import CRITERIA, Criterion, Evidence, as_criterion, banzhaf, shapley
-from flatprune.graph import neuron_groups
+from flatprune.cutting import surgery
+from flatprune.cutting.graph import neuron_groups
 
 QUICK = {**CRITERIA, "shapley": shapley(80), "banzhaf": banzhaf(80)}
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from flatprune.criteria import CRITERIA, Evidence, banzhaf, shapley
 from flatprune.criteria.game import MaskedNetwork
-from flatprune.graph import neuron_groups
-from flatprune.neurons import CONSUMER, PRODUCER
-from flatprune.saliency import weight_columns
+from flatprune.criteria.saliency import weight_columns
+from flatprune.cutting.graph import neuron_groups
+from flatprune.cutting.neurons import CONSUMER, PRODUCER
 from kfac_ext.curvature.fisher import sample_targets
 
 pytestmark = pytest.mark.filterwarnings("ignore:Curvature")

@@ -13,12 +13,13 @@ import torch
 from shipped_networks import CLASSES, SHAPE, WIDTHS, arguments, build, image_batch
 
 import flatprune
-from flatprune import models, surgery
-from flatprune.costs import ParameterCount
+from flatprune import models
+from flatprune.cutting import surgery
+from flatprune.cutting.graph import neuron_groups
 from flatprune.data import Normalization
 from flatprune.export import export_run, save_model
-from flatprune.graph import neuron_groups
-from flatprune.selection import Limits, select
+from flatprune.pruning.costs import ParameterCount
+from flatprune.pruning.selection import Limits, select
 
 ONE_OF_A_FAMILY = ("mlp", "lenet5", "convnet", "vgg11_bn", "resnet20", "mobilenetv2", "densenet40", "vit_tiny")
 NORMALIZATION = Normalization(torch.tensor([0.4, 0.3]), torch.tensor([0.2, 0.5]))

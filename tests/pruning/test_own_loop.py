@@ -11,9 +11,9 @@ from pruning_networks import Run, chain, digits, mlp, sgd
 from torch import Tensor, nn
 
 import flatprune
-from flatprune.pruner import Pruner
-from flatprune.spectrum import Flatness
-from flatprune.targets import Target
+from flatprune.flatness.spectrum import Flatness
+from flatprune.pruning.pruner import Pruner
+from flatprune.pruning.targets import Target
 from kfac_ext import Curvature
 
 STEPS = 60

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from pruning_networks import zeroed_inputs
 from shipped_networks import WIDTHS, arguments, build, image_batch
 
-from flatprune import export, models, surgery
-from flatprune.costs import ParameterCount
-from flatprune.graph import neuron_groups
-from flatprune.selection import Limits, select
+from flatprune import export, models
+from flatprune.cutting import surgery
+from flatprune.cutting.graph import neuron_groups
+from flatprune.pruning.costs import ParameterCount
+from flatprune.pruning.selection import Limits, select
 
 
 def test_every_model_is_tested():

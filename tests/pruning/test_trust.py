@@ -11,12 +11,12 @@ import torch
 from pruning_networks import NETWORKS, Run, chain, mlp
 from torch import Tensor, nn
 
-from flatprune.loss_change import LossChange, divergence
-from flatprune.schedule import CubicSchedule
-from flatprune.selection import LossBudget
-from flatprune.surgery import plan
-from flatprune.targets import Target
-from flatprune.trust import Cut, cuts, in_words, pearson, ranks, trust
+from flatprune.criteria.loss_change import LossChange, divergence
+from flatprune.cutting.surgery import plan
+from flatprune.pruning.schedule import CubicSchedule
+from flatprune.pruning.selection import LossBudget
+from flatprune.pruning.targets import Target
+from flatprune.pruning.trust import Cut, cuts, in_words, pearson, ranks, trust
 
 
 def removal(predicted: float | None, measured: float | None, step: int = 1, number: int = 0) -> dict:

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from pruning_networks import sgd, zeroed_inputs
 from unseen_networks import CASES, inputs_of
 
-import flatprune.pruner
-from flatprune import surgery
-from flatprune.pruner import Pruner
-from flatprune.targets import Target
+import flatprune.pruning.pruner
+from flatprune.cutting import surgery
+from flatprune.pruning.pruner import Pruner
+from flatprune.pruning.targets import Target
 from kfac_ext import Curvature, KFACPreconditioner
 
 pytestmark = pytest.mark.filterwarnings("ignore:Pruner|Curvature|KFACPreconditioner")
@@ -55,7 +55,7 @@ def test_pruned_equals_masked_and_trains(name, monkeypatch):
         monkeypatch.setattr(result, "commit", checked_commit)
         return result
 
-    monkeypatch.setattr(flatprune.pruner, "plan", checking_plan)
+    monkeypatch.setattr(flatprune.pruning.pruner, "plan", checking_plan)
     optimizer = sgd(model, 0.02)
     pruner = Pruner(
         model, optimizer, curvature, tuple(v[:2] for v in x), target=Target(0.3), total_steps=STEPS, compensate=False

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flatprune.criteria.base import Criterion, Evidence, Scores
-from flatprune.neurons import PRODUCER, Member, NeuronGroup
+from flatprune.cutting.neurons import PRODUCER, Member, NeuronGroup
 from kfac_ext.curvature.capture import Capture
 from kfac_ext.curvature.convolution import weight_matrix
 from kfac_ext.curvature.fisher import checked_output, output_gradient, prediction_count, sample_targets

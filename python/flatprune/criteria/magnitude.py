@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flatprune.criteria.base import Criterion, Evidence, Scores, mean_over_producers, ranks
-from flatprune.neurons import FOLLOWER, NORMS, PRODUCER, Member, NeuronGroup
+from flatprune.cutting.neurons import FOLLOWER, NORMS, PRODUCER, Member, NeuronGroup
 from kfac_ext.curvature.convolution import weight_matrix
 
 

@@ -52,7 +52,7 @@ def rebuild(arguments: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.M
 
 def take_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Replace every parameter and buffer of `model` by a copy of the tensor of that name, whatever its shape."""
-    from flatprune.surgery import sync_attributes
+    from flatprune.cutting.surgery import sync_attributes
 
     own = model.state_dict(keep_vars=True)
     for name in [*own, *tensors]:
