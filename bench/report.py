@@ -49,7 +49,7 @@ _NOTES = {
         "backward, backpack extends it, curvlinops and nngeometry make passes of their own. `K-FAC every k steps` "
         "renews factors (expand) and inverses that often and preconditions every step; `hooks + unfold` there is "
         "kfac-pytorch's recipe, layer by layer. `defaults` and "
-        "`with pruning` are means over 20 steps of `Curvature`, `Flatness` and `Pruner` with their defaults."
+        "`with pruning` are means over 40 steps of `Curvature`, `Flatness` and `Pruner` with their defaults."
     ),
     "memory": (
         "Growth of the resident set's high-water mark in a process of its own, results included, inputs not. The "
