@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from bench.gpu.checks import build, sanitizer, tests
-from bench.gpu.run import ROOT, Run
+from bench.gpu.run import LIMITS, ROOT, Run
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def main() -> None:
     device = torch.device("cpu" if arguments.dry else "cuda", None if arguments.dry else 0)
     name = "dry" if arguments.dry else re.sub(r"\W+", "-", torch.cuda.get_device_name().lower())
     folder = Path(os.environ.get("OUT") or ROOT / ("build" if arguments.dry else "bench/results"))
-    run = Run(arguments.out or folder / f"gpu-{name}.json", arguments.minutes)
+    run = Run(arguments.out or folder / f"gpu-{name}.json", arguments.minutes, {} if arguments.dry else LIMITS)
     skipped = set(arguments.skip.split(",")) | ({"build", "tests", "sanitizer"} if arguments.dry else set())
     if "build" not in skipped:
         run.begin("build")

@@ -13,8 +13,8 @@ import torch
 from bench.gpu.measure import alternate, precision
 from bench.gpu.run import Run
 
-STEPS = 20  # a turn: two updates of the factors of a network with convolutions, five steps of the flatness term
-ROUNDS = 9
+STEPS = 40  # a turn: four updates of the factors of a network with convolutions, five steps of the flatness term
+ROUNDS = 7
 # precision -> settings; float32 in both is without tf32
 KINDS: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -73,7 +73,8 @@ def _steps(
     from flatprune.training.trainer import Trainer
 
     size = 8 if quick else 128
-    path = _images(folder, *NETWORKS[name], size)
+    side, channels = NETWORKS[name]
+    path = _images(folder, 8 if quick and name == "resnet20" else side, channels, size)
     widths = (8,) * 16 if quick and name == "vgg19_bn" else None
     options = {"data": str(path), "model": name, "widths": widths, "batch_size": size, "device": str(device)}
     schedule = {"epochs": 10**6, "prune_start": 0.9, "prune_end": 0.9}
