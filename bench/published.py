@@ -11,11 +11,8 @@ done yet.
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
 import tempfile
-import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,28 +82,17 @@ def _quick_study(folder: Path) -> Path:
     return path
 
 
-def _stop_after(minutes: float) -> threading.Timer:
-    timer = threading.Timer(60.0 * minutes, os.kill, (os.getpid(), signal.SIGINT))
-    timer.daemon = True
-    timer.start()
-    return timer
-
-
 def make(study_file: Path, data_dir: Path | None, out: Path, minutes: float | None, jobs: int | None) -> int:
     """Go on with the runs for so many minutes; print the table once all are there."""
-    console = Console()
-    timer = _stop_after(minutes) if minutes is not None else None
+    study = read_study(study_file, data_dir)
     try:
-        plan, failed = run_study(read_study(study_file, data_dir), out, jobs=jobs, console=console)
-    except (Interrupted, KeyboardInterrupt) as stopped:
+        plan, failed = run_study(study, out, jobs=jobs, minutes=minutes, console=Console())
+    except Interrupted as stopped:
         print(f"not done yet: {stopped}")
         return NOT_DONE
     except (InputError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    finally:
-        if timer is not None:
-            timer.cancel()
     print(table(write_report(plan)))
     for name in failed:
         print(f"failed: {name}", file=sys.stderr)

@@ -174,6 +174,7 @@ def study_command(
     file: Annotated[Path | None, typer.Argument(metavar="[FILE.yaml]", help="the grid")] = None,
     out: Annotated[Path | None, typer.Option(help="folder for runs and report; default runs/NAME-OF-FILE")] = None,
     jobs: Annotated[int | None, typer.Option(help="runs at once; default as many as cores or GPUs")] = None,
+    minutes: Annotated[float | None, typer.Option(help="stop after so many; the same command goes on")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="folder of data files; default the current one")] = None,
     report_only: Annotated[
         Path | None, typer.Option("--report-only", metavar="DIR", help="only write the report of the study in DIR")
@@ -192,7 +193,7 @@ def study_command(
     failed: list[str] = []
     if file is not None:
         folder = out or Path("runs") / file.stem
-        plan, failed = run_study(read_study(file, data_dir), folder, jobs=jobs, console=console)
+        plan, failed = run_study(read_study(file, data_dir), folder, jobs=jobs, minutes=minutes, console=console)
     else:
         plan = open_study(Path(str(report_only)))
     for table in overview(write_report(plan)):

@@ -19,5 +19,5 @@ def test_quick(capfd):
 
 
 def test_stopped_in_pieces(capfd):
-    assert main(["--quick", "--jobs", "1", "--minutes", "0.03"]) == 3
+    assert main(["--quick", "--jobs", "1", "--minutes", "1e-9"]) == 3
     assert "not done yet" in capfd.readouterr().out

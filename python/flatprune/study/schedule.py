@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -67,7 +68,12 @@ class Child:
 
 
 def run_study(
-    study: Study, folder: Path, *, jobs: int | None = None, console: Console | None = None
+    study: Study,
+    folder: Path,
+    *,
+    jobs: int | None = None,
+    minutes: float | None = None,
+    console: Console | None = None,
 ) -> tuple[Plan, list[str]]:
     """Make all runs of a study that are not there.
 
@@ -75,6 +81,7 @@ def run_study(
         study: what to do.
         folder: of the study, made if it is not there.
         jobs: runs at once; default as many as there are GPUs (runs on "cuda") or cores.
+        minutes: stop after so many, as if interrupted; default never.
         console: where the progress is shown.
 
     Returns:
@@ -82,12 +89,15 @@ def run_study(
 
     Raises:
         InputError: an entry cannot be used, or another study is going on in the folder; no run has been started.
-        Interrupted: SIGINT or SIGTERM came; all runs have saved checkpoints, and the same call goes on.
+        Interrupted: SIGINT, SIGTERM or the end of the time; all runs have saved checkpoints, the same call goes on.
         OSError: a run could not write its files; the others have been stopped with checkpoints.
     """
     console = console or Console()
     if jobs is not None and jobs < 1:
         raise InputError(f"jobs is {jobs}, expected 1 or more")
+    if minutes is not None and not minutes > 0:
+        raise InputError(f"minutes is {minutes:g}, expected a number above 0")
+    deadline = math.inf if minutes is None else time.monotonic() + 60.0 * minutes
     data_ids = {data: data_id(data) for data in dict.fromkeys(settings.data for _, settings in study.runs())}
     steps = check_study(study, lambda text: console.print(f"warning: {text}", markup=False, soft_wrap=True))
     runs.check_free(folder, overwrite=True)
@@ -98,7 +108,8 @@ def run_study(
         write_json(folder / DATA_FILE, {"data_dir": data_dir, "digests": data_ids})
         plan = Plan(study, folder, data_ids)
         with runs.stop_signals() as stop_requested:
-            _Executor(plan, steps, jobs or _default_jobs(study), display_for(console, study.title)).run(stop_requested)
+            executor = _Executor(plan, steps, jobs or _default_jobs(study), display_for(console, study.title))
+            executor.run(lambda: stop_requested() or time.monotonic() > deadline)
     failed = [cell.name for cell in study.cells if (end := plan.final(cell)) is not None and end.kind == FAILED]
     return plan, failed
 
