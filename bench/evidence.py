@@ -35,8 +35,7 @@ STUDIES = {  # what is shown of each
     "q2_corruption_calibration": CALIBRATION,
     "q3_radius": tuple(key for key in BY_KEY if key.startswith("spearman_")),
 }
-PLOTTED = ("q1_size_digits", "q1_size_fashion", "q1_size_cifar_small", "q2_noise")
-_DOTS_PER_INCH = 80
+_DOTS_PER_INCH = 70
 
 
 def section(results: Results, name: str) -> str:
@@ -48,9 +47,8 @@ def section(results: Results, name: str) -> str:
     chosen = _chosen(results)
     if chosen:
         lines += [f"Chosen by the tuning: {chosen}.", ""]
-    if name in PLOTTED:
-        lines += [f"![{results.study.title}]({name}.png)", ""]
-    return "\n".join(lines).rstrip()
+    lines += [f"![{results.study.title}]({name}.png)"]
+    return "\n".join(lines)
 
 
 def _tables(results: Results, keys: Sequence[str]) -> list[Table]:
@@ -101,8 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not any(group.summaries for group in results.groups):
             continue
         replace_between(given.page, name, section(results, name))
-        if name in PLOTTED:
-            write_plot(results, given.page.parent / f"{name}.png")
+        write_plot(results, given.page.parent / f"{name}.png")
     return 0
 
 
