@@ -58,12 +58,12 @@ def _tables(results: Results, keys: Sequence[str]) -> list[Table]:
 
 
 def _only_run(table: Table) -> Table:
-    """The table without rows and columns in which nothing was run."""
+    """The table without columns in which nothing was run."""
     rows = [[cell if " (" in cell or "±" in cell else _unless_missing(cell) for cell in row] for row in table.rows]
-    rows = [row for row in rows if any(row[table.left :])]
-    kept = [place for place in range(len(table.head)) if place < table.left or any(row[place] for row in rows)]
+    kept = [place for place in range(len(table.head)) if place == 0 or any(row[place] for row in rows)]
     picked = tuple(tuple(row[place] for place in kept) for row in rows)
-    return Table(table.title, tuple(table.head[place] for place in kept), picked, table.left)
+    words = sum(place < table.left for place in kept)
+    return Table(table.title, tuple(table.head[place] for place in kept), picked, words)
 
 
 def _unless_missing(cell: str) -> str:
@@ -81,10 +81,9 @@ def _chosen(results: Results) -> str:
 
 def write_plot(results: Results, path: Path) -> None:
     """The plot of the variants that were run at more than one point, small."""
-    groups = [group for group in results.groups if group.summaries]
-    variants = [group.variant for group in groups]
-    shown = [group for group in groups if variants.count(group.variant) > 1]
-    write_atomically(path, png(figure(results, shown or groups, results.study.title), _DOTS_PER_INCH))
+    variants = [group.variant for group in results.groups]
+    shown = [group for group in results.groups if variants.count(group.variant) > 1] or results.groups
+    write_atomically(path, png(figure(results, shown, results.study.title), _DOTS_PER_INCH))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not (given.folder / name).is_dir():
             continue
         results = Results(open_study(given.folder / name))
-        if not any(group.summaries for group in results.groups):
+        results.groups = [group for group in results.groups if group.summaries]
+        if not results.groups:
             continue
         replace_between(given.page, name, section(results, name))
         write_plot(results, given.page.parent / f"{name}.png")
