@@ -1,6 +1,6 @@
 """Plots of a study: accuracy against size, work, latency and radius, and the gap between training and test.
 
-Where the first axis of the grid is no size, figures along that axis instead.
+Where the first axis of the grid is no size, figures along that axis instead: rank correlations if they were measured.
 """
 
 from __future__ import annotations
@@ -23,10 +23,8 @@ _PANELS = (
     ("spectral_radius_kfac", "test_accuracy_last"),
     ("params_after", "gap"),
 )
-_ALONG = (
-    *("test_accuracy_last", "gap", "test_nll", "test_ece", "corrupted_accuracy_mean", "hessian_lambda_max"),
-    *(key for key in BY_KEY if key.startswith("spearman_")),
-)
+_ALONG = ("test_accuracy_last", "gap", "test_nll", "test_ece", "corrupted_accuracy_mean", "hessian_lambda_max")
+_CORRELATIONS = tuple(key for key in BY_KEY if key.startswith("spearman_"))
 _SIZES = "target_"
 _COLORS = (BLUE, ROSE, TEAL, INK, "#e08a1e", "#7b4fd6", "#4aa3df", "#8c6d46", GREY, "#b8c21a")
 _MARKERS = "osD^vP*X<>"
@@ -48,7 +46,8 @@ def figure(results: Results, groups: Sequence[Group], title: str) -> Figure:
     if axis_name.startswith(_SIZES):
         panels = [(x, y) for x, y in _PANELS if any(group.values(x) for group in groups)]
     else:
-        panels = [(None, y) for y in _ALONG if any(group.values(y) for group in groups)]
+        along = results.present(_CORRELATIONS) or results.present(_ALONG)
+        panels = [(None, metric.key) for metric in along]
     columns = 2
     lines = -(-len(panels) // columns) or 1
     plot = Figure(figsize=(10.5, 1.1 + 3.5 * lines), facecolor="white")
@@ -57,7 +56,7 @@ def figure(results: Results, groups: Sequence[Group], title: str) -> Figure:
     plot.subplots_adjust(left=0.07, right=0.76, top=1 - 0.85 / height, bottom=0.6 / height, hspace=0.42, wspace=0.22)
     for axis, (x, y) in zip(axes, panels):
         if x is None:
-            _along(axis, groups, axis_name, results.study.axes[axis_name], y)
+            _along(axis, groups, axis_name, y)
         else:
             _panel(axis, groups, x, y)
     for axis in axes[len(panels) :]:
@@ -70,9 +69,10 @@ def figure(results: Results, groups: Sequence[Group], title: str) -> Figure:
     return plot
 
 
-def _along(axis: Axes, groups: Sequence[Group], name: str, labels: Sequence[str], y: str) -> None:
+def _along(axis: Axes, groups: Sequence[Group], name: str, y: str) -> None:
     """One figure at each value of an axis of the grid, in its order."""
-    style_axis(axis, f"{BY_KEY[y].title} by {name.replace('_', ' ')}")
+    style_axis(axis, BY_KEY[y].title if y in _CORRELATIONS else f"{BY_KEY[y].title} by {name.replace('_', ' ')}")
+    labels = list(dict.fromkeys(group.point[0][1] for group in groups))
     variants = list(dict.fromkeys(group.variant for group in groups))
     for place, variant in enumerate(variants):
         found = [(group, group.statistic(y)) for group in groups if group.variant == variant]
@@ -87,6 +87,8 @@ def _along(axis: Axes, groups: Sequence[Group], name: str, labels: Sequence[str]
         )
     axis.set_xticks(range(len(labels)), labels)
     axis.set_xlim(-0.4, len(labels) - 0.6)
+    if y in _CORRELATIONS:
+        axis.set_ylim(-1.05, 1.05)
 
 
 def _style(place: int) -> dict[str, Any]:
