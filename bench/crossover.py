@@ -1,91 +1,182 @@
-"""Measure where multiplying shifted images beats gathering patches, and how well the built-in rule predicts it.
+"""Measure where multiplying shifted images beats gathering patches, and fit the rule that chooses between them.
 
-    python bench/crossover.py [--threads 1] [--out results.json]
+    python -m bench.crossover [--threads 1] [--out bench/results/crossover-<cpu>-1t.json]
+    python -m bench.crossover --fit bench/results/crossover-<cpu>-1t.json
 
 For each shape: time of both algorithms, their ratio, the ratio that the rule's cost model predicts, and the time lost
-where the rule picks the slower one. The constants of the model (csrc/cpu/covariance.cpp) were fitted to this table.
+where the rule picks the slower one. --fit measures nothing: from a result it computes the weights of the cost model
+(least squares of the relative errors, rounded) and says whether they are those that are built in
+(`kCovarianceWeights` in csrc/include/kfac/covariance.h); exit code 1 if not.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
+import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from scipy.optimize import nnls
 
+from bench.results import RESULTS, cpu_slug, machine
 from kfac_ext import _C
 
 SHIFT, PATCHES = 1, 2
 KERNELS = [(3, 1), (3, 2), (5, 1), (7, 2), (2, 2)]  # kernel size, stride
 SIZES = [2, 4, 8, 16, 32]
 CHANNELS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64]
+ROUNDS = 7
+MIN_SAMPLE = 1e-3  # seconds: shorter calls are repeated within one sample
+Row = Mapping[str, Any]
 
 
-def shape_of(x, kernel, stride):
+class Weights(NamedTuple):
+    """What each kind of work of the two algorithms takes, in units of shift's first."""
+
+    shift: list[float]
+    patches: list[float]
+
+
+BUILT_IN = Weights(*map(list, _C.covariance_weights))
+
+
+def shape_of(image: Sequence[int], kernel: int, stride: int) -> list[int]:
+    """The numbers that the kernels take for images [N, C, H, W] and a square kernel, padded by half of it."""
     padding = kernel // 2
-    out = [(size + 2 * padding - kernel) // stride + 1 for size in x.shape[2:]]
-    return [*x.shape, kernel, kernel, stride, stride, padding, padding, 1, 1, *out, 1]
+    out = [(size + 2 * padding - kernel) // stride + 1 for size in image[2:]]
+    return [*image, kernel, kernel, stride, stride, padding, padding, 1, 1, *out, 1]
 
 
-def seconds(x, shape, out, algorithm, threads):
-    start = time.perf_counter()
-    _C.covariance_cpu(
-        x.data_ptr(), 0, list(x.stride()), shape, False, algorithm, False, 0.0, 1.0, out.data_ptr(), threads
-    )
-    return time.perf_counter() - start
+# ---- measuring ----
 
 
-def measure(samples, channels, size, kernel, stride, threads, rounds=7):
-    x = torch.randn(samples, channels, size, size)
-    out = torch.zeros(channels * kernel * kernel, channels * kernel * kernel)
-    shape = shape_of(x, kernel, stride)
-    times = {SHIFT: [], PATCHES: []}
-    for round_number in range(rounds + 1):
+def sample(x: torch.Tensor, shape: list[int], out: torch.Tensor, algorithm: int, threads: int, repeats: int) -> float:
+    """Seconds of a call; of one thread its CPU time, which does not count what else the machine does."""
+    clock = time.thread_time if threads == 1 else time.perf_counter
+    start = clock()
+    for _ in range(repeats):
+        _C.covariance_cpu(
+            x.data_ptr(), 0, list(x.stride()), shape, False, algorithm, False, 0.0, 1.0, out.data_ptr(), threads
+        )
+    return (clock() - start) / repeats
+
+
+def measure(image: Sequence[int], kernel: int, stride: int, threads: int) -> dict[str, Any]:
+    """Median milliseconds of both algorithms, one after the other in every round."""
+    x, shape = torch.randn(*image), shape_of(image, kernel, stride)
+    out = torch.zeros(image[1] * kernel * kernel, image[1] * kernel * kernel)
+    times: dict[int, list[float]] = {SHIFT: [], PATCHES: []}
+    repeats = {}
+    for algorithm in times:
+        first = min(sample(x, shape, out, algorithm, threads, 1) for _ in range(2))
+        repeats[algorithm] = max(1, math.ceil(MIN_SAMPLE / max(first, 1e-7)))
+    for _ in range(ROUNDS):
         for algorithm, values in times.items():
-            value = seconds(x, shape, out, algorithm, threads)
-            if round_number:
-                values.append(value)
-    shift, patches = (statistics.median(times[a]) for a in (SHIFT, PATCHES))
-    cost_shift, cost_patches = _C.covariance_costs(shape)
-    chosen = shift if cost_shift <= cost_patches else patches
-    return {
-        "shape": list(x.shape),
-        "kernel": kernel,
-        "stride": stride,
-        "shift_ms": 1e3 * shift,
-        "patches_ms": 1e3 * patches,
-        "ratio": patches / shift,
-        "predicted": cost_patches / cost_shift,
-        "lost": chosen / min(shift, patches) - 1,
-    }
+            values.append(sample(x, shape, out, algorithm, threads, repeats[algorithm]))
+    shift, patches = (float(f"{1e3 * statistics.median(times[a]):.4g}") for a in (SHIFT, PATCHES))
+    return {"image": list(image), "kernel": kernel, "stride": stride, "shift_ms": shift, "patches_ms": patches}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", help="write the table as JSON")
-    arguments = parser.parse_args()
+# ---- the rule ----
+
+
+def fit(rows: Sequence[Row]) -> Weights:
+    """The weights, none negative, that predict the measured times with the least squares of relative errors.
+
+    Rounded to two digits.
+    """
+    solved = []
+    for i, key in enumerate(("shift_ms", "patches_ms")):
+        times = np.array([row[key] for row in rows])
+        work = np.array([_C.covariance_work(_shape(row))[i] for row in rows])
+        solved.append(nnls(work / times[:, None], np.ones(len(rows)))[0])
+    unit = solved[0][0]
+    return Weights(*([float(f"{value / unit:.2g}") for value in values] for values in solved))
+
+
+def judge(rows: Sequence[Row], weights: Weights = BUILT_IN) -> Iterator[tuple[float, float, float]]:
+    """For each row: patches / shift as measured and as predicted, and the part of the time lost by a wrong choice."""
+    for row in rows:
+        times = row["shift_ms"], row["patches_ms"]
+        costs = [sum(map(lambda a, b: a * b, *pair)) for pair in zip(_C.covariance_work(_shape(row)), weights)]
+        chosen = times[0] if costs[0] <= costs[1] else times[1]
+        yield times[1] / times[0], costs[1] / costs[0], chosen / min(times) - 1
+
+
+def always(rows: Sequence[Row], key: str) -> float:
+    """The mean part of the time that is lost by one algorithm for all, that of "shift_ms" or "patches_ms"."""
+    return statistics.fmean(row[key] / min(row["shift_ms"], row["patches_ms"]) - 1 for row in rows)
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """How often the built-in rule is right, and what one algorithm for all would lose."""
+    lost = [value for _, _, value in judge(rows)]
+    return (
+        f"rule right in {sum(value == 0 for value in lost)} of {len(lost)} shapes, mean time lost "
+        f"{statistics.fmean(lost):.1%} (by shifts always {always(rows, 'shift_ms'):.0%}, by patches always "
+        f"{always(rows, 'patches_ms'):.0%})"
+    )
+
+
+def _shape(row: Row) -> list[int]:
+    return shape_of(row["image"], row["kernel"], row["stride"])
+
+
+# ---- the command ----
+
+
+def write(path: Path, document: Mapping[str, Any]) -> None:
+    """JSON with one line a shape."""
+    head = json.dumps({key: value for key, value in document.items() if key != "rows"}, indent=1).removesuffix("\n}")
+    rows = ",\n".join(json.dumps(row) for row in document["rows"])
+    path.write_text(f'{head},\n "rows": [\n{rows}\n ]\n}}\n')
+
+
+def run(samples: int, threads: int) -> dict[str, Any]:
+    """Measure every shape and print a line for each."""
     rows = []
     print("kernel stride  size channels  shift ms  patches ms  ratio  predicted  lost")
     for kernel, stride in KERNELS:
         for size in SIZES:
             for channels in CHANNELS:
-                row = measure(arguments.samples, channels, size, kernel, stride, arguments.threads)
+                row = measure((samples, channels, size, size), kernel, stride, threads)
+                ((ratio, predicted, lost),) = judge([row])
                 rows.append(row)
                 print(
                     f"{kernel:6} {stride:6} {size:5} {channels:8} {row['shift_ms']:9.3f} {row['patches_ms']:11.3f}"
-                    f" {row['ratio']:6.2f} {row['predicted']:10.2f} {row['lost']:5.0%}",
+                    f" {ratio:6.2f} {predicted:10.2f} {lost:5.0%}",
                     flush=True,
                 )
-    lost = [row["lost"] for row in rows]
-    print(
-        f"rule right in {sum(v == 0 for v in lost)} of {len(lost)} shapes, mean time lost {statistics.mean(lost):.1%}"
-    )
-    if arguments.out:
-        with open(arguments.out, "w") as file:
-            json.dump({"threads": arguments.threads, "machine": _C.cpu_info(), "rows": rows}, file, indent=1)
+    return {"machine": machine(), "threads": threads, "rows": rows}
+
+
+def main() -> int:
+    """Measure, or fit what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="default: bench/results/crossover-<cpu>-<threads>t.json")
+    parser.add_argument("--fit", type=Path, metavar="FILE", help="fit the rule to this result instead of measuring")
+    arguments = parser.parse_args()
+    if arguments.fit:
+        document = json.loads(arguments.fit.read_text())
+    else:
+        document = run(arguments.samples, arguments.threads)
+        out = arguments.out or RESULTS / f"crossover-{cpu_slug()}-{arguments.threads}t.json"
+        write(out, document)
+        print(f"written: {out}")
+    print(verdict(document["rows"]))
+    fitted = fit(document["rows"])
+    print(f"fit: {fitted}\nbuilt in: {BUILT_IN}")
+    return int(bool(arguments.fit) and fitted != BUILT_IN)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

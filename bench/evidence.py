@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bench.documents import replace_between
 from flatprune.checkpoint import write_atomically
-from flatprune.drawing import png
+from flatprune.reporting.drawing import png
 from flatprune.study import Results
 from flatprune.study.plots import figure
 from flatprune.study.report import open_study

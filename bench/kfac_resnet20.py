@@ -30,7 +30,7 @@ from flatprune.data import to_pixels
 BATCH, MOMENTUM = 128, 0.9
 UPDATE_STEPS = {"factor_update_steps": 5, "inv_update_steps": 10}
 GRIDS: dict[str, list[dict[str, float]]] = {
-    "SGD": [{"lr": lr} for lr in (0.01, 0.02, 0.05, 0.1)],
+    "SGD": [{"lr": lr} for lr in (0.005, 0.01, 0.02, 0.05)],
     "K-FAC": [
         {"lr": lr, "damping": damping, "kl_clip": clip}
         for lr, damping, clip in ((0.05, 0.01, 0.01), (0.05, 0.1, 0.01), (0.1, 0.1, 0.01), (0.1, 0.3, 0.1))

@@ -49,7 +49,7 @@ _NOTES = {
         "backward, backpack extends it, curvlinops and nngeometry make passes of their own. `K-FAC every k steps` "
         "renews factors (expand) and inverses that often and preconditions every step; `hooks + unfold` there is "
         "kfac-pytorch's recipe, layer by layer. `defaults` and "
-        "`with pruning` are means over 20 steps of `Curvature`, `Flatness` and `Pruner` with their defaults."
+        "`with pruning` are means over 40 steps of `Curvature`, `Flatness` and `Pruner` with their defaults."
     ),
     "memory": (
         "Growth of the resident set's high-water mark in a process of its own, results included, inputs not. The "
@@ -205,8 +205,9 @@ def plot(document: Mapping[str, Any], path: Path) -> None:
 
 
 def newest(folder: Path = RESULTS) -> Path:
-    """The full result file written last, or a quick one if there is no other."""
-    files = sorted(folder.glob("*.json"), key=lambda p: p.stat().st_mtime)
+    """The full result file of this suite written last, or a quick one if there is no other."""
+    suite = [path for path in folder.glob("*.json") if not path.name.startswith(("crossover-", "gpu-"))]
+    files = sorted(suite, key=lambda p: p.stat().st_mtime)
     full = [path for path in files if "quick" not in path.stem]
     if not files:
         raise SystemExit(f"no results in {folder}: run `make bench` first")

@@ -96,10 +96,14 @@ def machine() -> dict[str, Any]:
     }
 
 
+def cpu_slug() -> str:
+    """The processor's name in a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
+
+
 def default_path(quick: bool) -> Path:
     """bench/results/<cpu>-<threads>t[-quick].json."""
-    slug = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
-    return RESULTS / f"{slug}-{torch.get_num_threads()}t{'-quick' if quick else ''}.json"
+    return RESULTS / f"{cpu_slug()}-{torch.get_num_threads()}t{'-quick' if quick else ''}.json"
 
 
 class Results:

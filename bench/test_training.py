@@ -8,10 +8,10 @@ import flatprune
 import kfac_ext
 from bench import baselines, peers, worksets
 from flatprune import models
-from flatprune.schedule import CubicSchedule
+from flatprune.pruning.schedule import CubicSchedule
 
 LR = 0.01
-CYCLE = 20  # steps: two updates of a conv net's factors, five flatness terms, one removal
+CYCLE = 40  # steps: four updates of a conv net's factors, five flatness terms, one removal
 NETWORKS = {
     "VGG-small b64": (worksets.vgg_small, 64, (3, 32, 32)),
     "VGG-small with batch norm b64": (lambda: worksets.vgg_small(norm=True), 64, (3, 32, 32)),
@@ -110,7 +110,7 @@ def test_factors_every_step(measure, network):
 
 
 def test_defaults(measure, network):
-    """Factors every few steps, radius and flatness as `Curvature` and `Flatness` do by default; mean of 20 steps."""
+    """Factors every few steps, radius and flatness as `Curvature` and `Flatness` do by default; mean of CYCLE steps."""
     factors = Training(network, **defaults())
     flat = Training(network, **defaults()).with_flatness()
     for training in (factors, flat):
@@ -142,7 +142,7 @@ def test_kfac(measure, network, every):
 
 
 def test_pruning(measure, quick, network):
-    """The same with a removal at the end of 20 steps, on a fresh network each time."""
+    """The same with a removal at the end of CYCLE steps, on a fresh network each time."""
     if quick:
         pytest.skip("full runs only; the removal itself is in the quick ones")
     schedule = CubicSchedule(CYCLE, start=0.0, end=1.0, every=CYCLE)

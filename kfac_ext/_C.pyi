@@ -17,7 +17,9 @@ def covariance_cpu(
     out: int,
     threads: int,
 ) -> None: ...
-def covariance_costs(shape: list[int]) -> tuple[float, float]: ...
+def covariance_work(shape: list[int]) -> tuple[list[float], list[float]]: ...
+
+covariance_weights: tuple[list[float], list[float]]
 
 class CovarianceGroup:
     workspace_bytes: int

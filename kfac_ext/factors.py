@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kfac_ext.ops.covariance_group import CovarianceUpdate, covariance_group_
 from kfac_ext.ops.inverse import damped_inverse_ex
-from kfac_ext.ops.power import PowerIteration, power_iteration_
+from kfac_ext.ops.power import PowerIteration, power_iteration_at_
 from kfac_ext.reference.power import start_vector
 
 Size: TypeAlias = "int | tuple[int, int]"
@@ -132,12 +132,14 @@ class FactorSet:
     ) -> PowerIteration:
         """Update eigenvalue and eigenvector of the factors named (default: all) from where they stand.
 
-        One call of `kfac_ext.power_iteration_` over all blocks; returns its result, blocks in the order of the keys.
+        As `kfac_ext.power_iteration_` over all blocks in one call; returns its result, blocks in the order of the keys.
         """
         names = list(self.sizes if keys is None else keys)
         matrices = [block for key in names for block in _blocks(self[key], 3)]
         vectors = [block for key in names for block in _blocks(self.vector(key), 2)]
-        result = power_iteration_(matrices, vectors, tol=tol, max_iter=max_iter)
+        starts = [start for key in names for start in self._vector_starts(key)]
+        found = power_iteration_at_(matrices, self.vectors, starts, tol=tol, max_iter=max_iter)
+        result = PowerIteration(found[0], vectors, *found[1:])
         if keys is None:
             self.eigenvalues.copy_(result.eigenvalues)
         else:
@@ -147,6 +149,12 @@ class FactorSet:
                 value.copy_(result.eigenvalues[start : start + value.numel()].view_as(value))
                 start += value.numel()
         return result
+
+    def _vector_starts(self, key: str) -> range:
+        """Where in `vectors` the eigenvector of each block of `key` begins."""
+        start = self._slots[key][1]
+        groups, n = _groups_and_n(self.sizes[key])
+        return range(start, start + groups * n, n)
 
     def damped_inverse(
         self, damping: float, keys: Sequence[str] | None = None, *, pi: Sequence[tuple[str, str]] | None = None

@@ -1,6 +1,6 @@
 """Everything a machine with a GPU can tell about the CUDA kernels, in one JSON: build, tests, sanitizers, benchmarks.
 
-    python -m bench.gpu [--out FILE] [--minutes 9] [--skip build,tests,bench,sanitizer]
+    python -m bench.gpu [--out FILE] [--minutes 9] [--skip build,tests,bench,training,sanitizer]
     python -m bench.gpu --dry          # tries the script without a GPU: tiny sizes on the CPU, no build, no sanitizer
     python -m bench.gpu --table FILE   # writes the tables of docs/kernels.md from a JSON
 
@@ -71,7 +71,12 @@ def main() -> None:
         run.begin("build")
         build(run)  # before kfac_ext is imported
     run.keep("machine", machine(device))
-    steps = {"tests": tests, "bench": lambda run: _bench(run, device, arguments.dry), "sanitizer": sanitizer}
+    steps = {
+        "tests": tests,
+        "bench": lambda run: _bench(run, device, arguments.dry),
+        "training": lambda run: _training(run, device, arguments.dry),
+        "sanitizer": sanitizer,
+    }
     for step, work in steps.items():
         if step not in skipped:
             run.begin(step)
@@ -94,6 +99,12 @@ def _bench(run: Run, device: torch.device, quick: bool) -> None:
     from bench.gpu.suite import bench  # imports kfac_ext, which has to be built first
 
     bench(run, device, quick)
+
+
+def _training(run: Run, device: torch.device, quick: bool) -> None:
+    from bench.gpu.training import bench_training  # likewise
+
+    bench_training(run, device, quick)
 
 
 def _exits(outcome: dict[str, Any] | None) -> list[tuple[str, int | None]]:

@@ -18,10 +18,8 @@ SANITIZED = {  # program of tests/native -> its small cases
     "inverse_emulation": ("small", "failing", "failing_large", "pi"),
     "saliency_emulation": ("failing", "sizes"),
 }
-TESTS = tuple(
-    f"tests/ops/test_{name}.py"
-    for name in ("covariance", "covariance_group", "covariance_cuda", "factors_cuda", "power", "inverse", "saliency")
-)
+_OPERATIONS = ("covariance", "covariance_group", "covariance_cuda", "factors_cuda", "power", "inverse", "saliency")
+TESTS = (*(f"tests/ops/test_{name}.py" for name in _OPERATIONS), "tests/cli/test_training_cuda.py")
 
 
 def build(run: Run) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 FORMAT = 2
 SHORTEST = 5.0  # seconds that a command may take, however late it is
-LIMITS = {"build": 180, "tests": 100, "bench": 180, "sanitizer": 150}  # seconds
+LIMITS = {"build": 180, "tests": 110, "bench": 150, "training": 60, "sanitizer": 120}  # seconds
 
 
 class Run:

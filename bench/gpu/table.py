@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bench.gpu.measure import PRECISIONS
+from bench.gpu.training import training_table
 
 # at least so many times as fast as this variant, PyTorch in tf32, on an H100
 GOALS = {
@@ -29,6 +30,8 @@ def results_table(document: dict[str, Any]) -> str:
         lines += ["", f"Left out for lack of time: {', '.join(document['left_out'])}."]
     for family, networks in document["results"].items():
         lines += _family(family, networks)
+    if "training" in document:
+        lines += ["", training_table(document)]
     return "\n".join(lines)
 
 

@@ -68,10 +68,12 @@ void register_covariance(py::module_& m) {
                                static_cast<kfac::CovarianceAlgorithm>(algorithm), bias, decay, scale,
                                reinterpret_cast<void*>(out), threads);
         });
-  m.def("covariance_costs", [](const ConvShapeNumbers& shape) {
-    const kfac::CovarianceCosts costs = kfac::covariance_costs(conv_shape(shape));
-    return py::make_tuple(costs.shift, costs.patches);
+  // kinds of work of the two algorithms, and what each takes
+  m.def("covariance_work", [](const ConvShapeNumbers& shape) {
+    const kfac::CovarianceWork work = kfac::covariance_work(conv_shape(shape));
+    return py::make_tuple(work.shift, work.patches);
   });
+  m.attr("covariance_weights") = py::make_tuple(kfac::kCovarianceWeights.shift, kfac::kCovarianceWeights.patches);
   py::class_<kfac::CovarianceGroup>(m, "CovarianceGroup")
       .def(py::init(&covariance_group))
       .def_property_readonly("workspace_bytes", &kfac::CovarianceGroup::workspace_bytes)

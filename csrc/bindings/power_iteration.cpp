@@ -27,6 +27,16 @@ Result result_of(const kfac::Eigenpair& pair) {
   return {pair.value, pair.residual, pair.iterations};
 }
 
+template <class T>
+void write_results(const std::vector<kfac::EigenProblem>& problems, const std::array<uintptr_t, 3>& results) {
+  for (size_t i = 0; i < problems.size(); ++i) {
+    const kfac::Eigenpair& pair = problems[i].result;
+    reinterpret_cast<T*>(results[0])[i] = static_cast<T>(pair.value);
+    reinterpret_cast<T*>(results[1])[i] = static_cast<T>(pair.residual);
+    reinterpret_cast<int32_t*>(results[2])[i] = pair.iterations;
+  }
+}
+
 // shapes: (n, row stride), for a device that holds `blocks` blocks of `shared_bytes` at once
 kfac::PowerGroup power_group(const std::vector<std::array<int64_t, 2>>& shapes, int64_t blocks, int64_t shared_bytes) {
   std::vector<kfac::MatrixShape> list;
@@ -90,22 +100,19 @@ void covariance_power_iteration_cuda(const kfac::CovariancePowerGroup& group, ui
 }  // namespace
 
 void register_power_iteration(py::module_& m) {
-  // problems: (matrix, n, row stride, vector)
-  m.def("power_iteration_cpu",
-        [](const std::vector<std::array<int64_t, 4>>& problems, int dtype, double tol, int max_iter, int threads) {
-          std::vector<kfac::EigenProblem> list;
-          for (const auto& p : problems) {
-            list.push_back({reinterpret_cast<const void*>(p[0]), p[1], p[2], reinterpret_cast<void*>(p[3]), {}});
-          }
-          {
-            const py::gil_scoped_release no_gil;
-            kfac::power_iteration_cpu(list.data(), int64_t(list.size()), static_cast<kfac::DType>(dtype),
-                                      {tol, max_iter}, threads);
-          }
-          std::vector<Result> results;
-          for (const kfac::EigenProblem& problem : list) results.push_back(result_of(problem.result));
-          return results;
-        });
+  // problems: matrix, n, row stride and vector of one after the other, which pybind11 reads faster than lists in a
+  // list; results: eigenvalues and residuals [L] of `dtype`, iterations [L] int32
+  m.def("power_iteration_cpu", [](const std::vector<int64_t>& problems, int dtype, double tol, int max_iter,
+                                  int threads, const std::array<uintptr_t, 3>& results) {
+    const py::gil_scoped_release no_gil;
+    std::vector<kfac::EigenProblem> list;
+    for (auto p = problems.begin(); p != problems.end(); p += 4) {
+      list.push_back({reinterpret_cast<const void*>(p[0]), p[1], p[2], reinterpret_cast<void*>(p[3]), {}});
+    }
+    const auto type = static_cast<kfac::DType>(dtype);
+    kfac::power_iteration_cpu(list.data(), int64_t(list.size()), type, {tol, max_iter}, threads);
+    (type == kfac::DType::kFloat64 ? write_results<double> : write_results<float>)(list, results);
+  });
   // rows: number, columns, row stride, column stride
   m.def("row_covariance_power_iteration_cpu", [](uintptr_t x, int dtype, const std::array<int64_t, 4>& rows, bool bias,
                                                  uintptr_t vector, double tol, int max_iter, int threads) {

@@ -301,55 +301,6 @@ void covariance(const ImageView& image, const ConvShape& shape, CovarianceMode m
 
 }  // namespace
 
-namespace {
-
-// Costs in units of one multiply-add of a panel-wide vector (about 0.35 ns on the machine of the fit). The constants
-// are the least-squares fit to what bench/crossover.py measures; it also prints how often the rule is right.
-constexpr double kShiftTile = 500;  // one tile of one region: calling the inner loop, turning the tile around
-constexpr double kShiftLine = 20;   // one panel-wide vector of one term, or of the result
-constexpr double kShiftPackedValue = 0.7;
-constexpr double kPatchFma = 1.4;  // its panels come from farther away
-constexpr double kPatchTile = 1000;
-constexpr double kPatchPixel = 6;  // of one padded channel: copied once, gathered once a tap
-
-// Tile rows summed for all pairs of panels of `channels` channels, or for half of them.
-double tile_rows(int64_t channels, bool half) {
-  const int64_t panels = divide_up(channels, int64_t(kPanel));
-  double rows = 0;
-  for (int64_t i = 0; i < panels; ++i) {
-    rows += double(std::min<int64_t>(kPanel, divide_up(channels - i * kPanel, 4) * 4)) * double(half ? i + 1 : panels);
-  }
-  return rows;
-}
-
-}  // namespace
-
-CovarianceCosts covariance_costs(const ConvShape& shape) {
-  const ShiftPlan& plan = shift_plan(shape);
-  const int64_t channels = shape.group_channels(), panels = divide_up(channels, int64_t(kPanel));
-  const int64_t patch_panels = divide_up(shape.patch_size(), int64_t(kPanel));
-  const double lines = double(plan.terms.size()) + double(shape.taps() * shape.taps());
-  double fma = 0;
-  for (const Region& r : plan.regions) fma += double(r.ny * r.nx) * tile_rows(channels, r.symmetric());
-  const double samples = double(shape.samples), pixels = double(shape.height * shape.width);
-  const double padded = double((shape.out_h - 1) * shape.stride_h + (shape.kernel_h - 1) * shape.dilation_h + 1) *
-                        double((shape.out_w - 1) * shape.stride_w + (shape.kernel_w - 1) * shape.dilation_w + 1);
-  const double positions = double(shape.out_h * shape.out_w);
-  return {samples * (fma + kShiftPackedValue * pixels * double(panels * kPanel)) +
-              double(panels * panels) * kShiftTile * double(plan.regions.size()) +
-              double(channels * panels) * kShiftLine * lines,
-          samples * (kPatchFma * positions * tile_rows(shape.patch_size(), true) +
-                     kPatchPixel * padded * double(channels)) +
-              kPatchTile * double(patch_panels * (patch_panels + 1) / 2)};
-}
-
-CovarianceAlgorithm covariance_algorithm(const ConvShape& shape) {
-  const bool depthwise = shape.groups > 1 && shape.group_channels() == 1;
-  if (shape.taps() == 1 || depthwise) return CovarianceAlgorithm::kShift;
-  const CovarianceCosts costs = covariance_costs(shape);
-  return costs.shift <= costs.patches ? CovarianceAlgorithm::kShift : CovarianceAlgorithm::kPatches;
-}
-
 void covariance_cpu(const ImageView& image, const ConvShape& shape, CovarianceMode mode, CovarianceAlgorithm algorithm,
                     bool bias, double decay, double scale, void* out, int threads) {
   if (algorithm == CovarianceAlgorithm::kAuto) algorithm = covariance_algorithm(shape);

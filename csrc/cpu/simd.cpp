@@ -29,10 +29,12 @@ struct Variant {
   const LinalgSimd& linalg;
 };
 
+#ifdef KFAC_X86
 bool allowed(const char* name) {
   const char* wanted = std::getenv("KFAC_SIMD");
   return !wanted || !*wanted || std::strcmp(wanted, name) == 0;
 }
+#endif
 
 Variant choose() {
 #ifdef KFAC_X86

@@ -281,12 +281,15 @@ void blend_tile(const T* tile, int rows, int columns, T decay, T scale, T* out, 
 
 template <class T>
 void sum_lines(const T* const* lines, const int64_t* first, int count, int64_t offset, T* sums) {
+  using V = typename Vector<T>::type;
+  constexpr int kVectors = Vector<T>::kPerPanel, kLanes = Vector<T>::kLanes;
   for (int q = 0; q < count; ++q, sums += kPanel) {
-    T total[kPanel] = {};
+    V total[kVectors] = {};
     for (int64_t l = first[q]; l < first[q + 1]; ++l) {
-      for (int i = 0; i < kPanel; ++i) total[i] += lines[l][offset + i];
+      const T* line = lines[l] + offset;
+      for (int v = 0; v < kVectors; ++v) total[v] += *reinterpret_cast<const V*>(line + v * kLanes);
     }
-    for (int i = 0; i < kPanel; ++i) sums[i] = total[i];
+    for (int v = 0; v < kVectors; ++v) *reinterpret_cast<V*>(sums + v * kLanes) = total[v];
   }
 }
 

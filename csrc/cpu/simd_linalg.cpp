@@ -47,14 +47,17 @@ KFAC_INLINE void lower_product_rows(int64_t block, const T* a, int64_t stride, c
                                     int64_t diagonal_stride, const T* v, const T* v_rows, T* y, T* y_rows) {
   using V = typename Vector<T>::type;
   constexpr int kLanes = Vector<T>::kLanes;
-  V sum[R] = {};
+  V sum[R] = {}, factor[R];
+  for (int r = 0; r < R; ++r) factor[r] = V{} + v_rows[r];
   for (int64_t j = 0; j < block; j += kLanes) {
     const V vj = load(v + j);
     V even = load(y + j), odd = {};  // two chains: their additions overlap
     for (int r = 0; r < R; ++r) {
-      const V entry = load(a + r * stride + j);
+      __builtin_prefetch(a + (r + R) * stride + j);  // the hardware follows rows to their end, not to the next ones
+      V entry = load(a + r * stride + j);
+      in_register(entry);
       sum[r] += entry * vj;
-      (r % 2 ? odd : even) += v_rows[r] * entry;
+      (r % 2 ? odd : even) += factor[r] * entry;
     }
     store(y + j, even + odd);
   }

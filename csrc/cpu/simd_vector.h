@@ -39,6 +39,18 @@ KFAC_INLINE void store(T* to, typename Vector<T>::type value) {
   *reinterpret_cast<typename Vector<T>::type*>(to) = value;
 }
 
+// Keeps the compiler from loading `value` again at each of its uses.
+template <class V>
+KFAC_INLINE void in_register(V& value) {
+#if defined(__x86_64__)
+  asm("" : "+v"(value));
+#elif defined(__aarch64__)
+  asm("" : "+w"(value));
+#else
+  (void)value;
+#endif
+}
+
 // Sum of the lanes, halving.
 template <class T, int bytes = kVectorBytes>
 KFAC_INLINE T lane_sum(const T* lanes) {

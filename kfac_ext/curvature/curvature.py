@@ -29,12 +29,14 @@ from kfac_ext.curvature.layers import (
     call_hooks,
     check_model,
     device_of,
+    module_modes,
     reading_is_free,
     trace_layers,
     undisturbed,
 )
 from kfac_ext.factors import FactorSet
 
+ROUNDING = 1e-10  # of the largest radius: less is rounding, as of the keys of a softmax, whose sum has no gradient
 _RECENT_SAMPLES = 256
 _FIRST_POWER_STEPS, _POWER_STEPS, _REMOVAL_POWER_STEPS = 20, 3, 10
 
@@ -177,6 +179,20 @@ class Curvature:
             self._factors = empty_factors(layers)
             self._layers = layers
 
+    def reached_layers(self, *args: Any) -> frozenset[str]:
+        """The layers whose z a gradient of the output reaches, as parameters are frozen now; others get no factors.
+
+        Args:
+            args: positional inputs of the model for one forward in evaluation mode, which disturbs nothing.
+        """
+        self.trace(*args)
+        with module_modes(dict.fromkeys(self.model.modules(), False)):
+            capture = self.observe(*args)
+        if not capture.output.requires_grad:
+            return frozenset()
+        gradients = capture.gradients_of(capture.output, torch.ones_like(capture.output))
+        return frozenset(name for name, calls in gradients.items() if any(g is not None for g in calls))
+
     def folded_weight(self, name: str) -> Tensor:
         """V of a layer, see `Layer.folded_weight`."""
         return self._layer(name).folded_weight()
@@ -233,9 +249,13 @@ class Curvature:
         return float(torch.stack(list(self.spectral_radii().values())).max())
 
     def geometric_mean_radius(self) -> float:
-        """(prod over l of rho_l)^(1/B): follows the true lambda_max of the Hessian better than the maximum."""
+        """(prod over l of rho_l)^(1/B): follows the true lambda_max of the Hessian better than the maximum.
+
+        Blocks below 1e-10 of the largest are rounding and left out.
+        """
         self._warn_of_left_out()
         radii = torch.stack(list(self.spectral_radii().values()))
+        radii = radii[radii >= ROUNDING * radii.max()]
         return float(radii.clamp_min(torch.finfo(radii.dtype).tiny).log().mean().exp())
 
     # control
@@ -275,6 +295,14 @@ class Curvature:
     def record_next_forward(self) -> None:
         """Keep what the next training forward shows, for `take_record`."""
         self._record_next = True
+
+    @property
+    def observes_next(self) -> bool:
+        """Whether the next training forward gets hooks on the layers, which compiled code may not see.
+
+        Call the plain model then, and the compiled one otherwise.
+        """
+        return self._layers is None or self._updates_next() or self._record_next
 
     def take_record(self, output: Tensor) -> Capture | None:
         """The record of the forward that gave this very tensor; None if there is none, or if it ran in autocast."""
@@ -382,9 +410,9 @@ class Curvature:
         if args and all(isinstance(x, Tensor) and x.dim() > 0 for x in args):
             self._remember(args)
         self.finish_update()
-        update = self.step_count % self._update_steps() == 0
+        update, observe = self._updates_next(), self.observes_next
         self.step_count += 1
-        if update or self._record_next:
+        if observe:
             self._observe_forward(update)
 
     def _remember(self, args: tuple[Tensor, ...]) -> None:
@@ -392,6 +420,9 @@ class Curvature:
         self._recent_count += len(args[0])
         while self._recent_count - len(self._recent[0][0]) >= _RECENT_SAMPLES:
             self._recent_count -= len(self._recent.popleft()[0])
+
+    def _updates_next(self) -> bool:
+        return self.step_count % self._update_steps() == 0
 
     def _update_steps(self) -> int:
         steps = self.factor_update_steps
@@ -436,7 +467,7 @@ class Curvature:
         if not capture.names:
             raise RuntimeError(
                 f"Curvature: the forward called none of {', '.join(self.layers)} through its module; a model that is "
-                "compiled hides its layers: make Curvature(model) on the plain model and train that one"
+                "compiled hides its layers: call the plain model wherever `observes_next` says so"
             )
         if record:
             self._record = capture

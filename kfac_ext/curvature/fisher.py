@@ -220,11 +220,11 @@ def gradient_updates(
 
 def projected_inputs(layer: Layer, inputs: Sequence[Tensor], unit: Tensor, mode: str) -> Tensor:
     """u.a of every row that A averages over: [rows, groups], so that its mean square is u^T A u of this batch."""
-    values = [_project_input(layer, x, unit) for x in inputs]  # [N, positions, groups]
     if mode == "expand":
-        return torch.cat([v.flatten(0, 1) for v in values])
-    _same_batch(layer, values)
-    return torch.cat(values, dim=1).mean(dim=1)
+        return torch.cat([_project_input(layer, x, unit).flatten(0, 1) for x in inputs])
+    sums, counts = zip(*(_projected_sum(layer, x, unit) for x in inputs))
+    _same_batch(layer, sums)
+    return torch.stack(sums).sum(dim=0) / sum(counts)
 
 
 def projected_gradients(layer: Layer, grads: Sequence[Tensor], unit: Tensor, mode: str) -> Tensor:
@@ -242,17 +242,45 @@ def projected_gradients(layer: Layer, grads: Sequence[Tensor], unit: Tensor, mod
 
 
 def _project_input(layer: Layer, x: Tensor, unit: Tensor) -> Tensor:
+    """u.a at every position: [N, positions, groups]."""
     module, d = layer.module, layer.patch_size
     filters = unit.view(layer.groups, -1)
     if isinstance(module, CONVOLUTIONS):
         image, padding = padded_input(module, _batched(layer, x))
-        options = geometry_options(module)
-        kernel = filters[:, :d].reshape(layer.groups, -1, *options.pop("kernel_size")).to(image.dtype)
-        values = F.conv2d(image, kernel, padding=padding, **options)
-        values = values.flatten(2).mT
+        values = _filtered(module, image, padding, filters[:, :d].to(image.dtype)).flatten(2).mT
     else:
         values = F.linear(x.reshape(len(x), -1, d), filters[:, :d].to(x.dtype))
     return values + filters[:, d] if layer.constant else values
+
+
+def _projected_sum(layer: Layer, x: Tensor, unit: Tensor) -> tuple[Tensor, int]:
+    """The sum over positions of u.a, [N, groups], and how many positions there are.
+
+    That of a convolution is linear in the image: one weight a pixel, the sum of what the filter's taps give it.
+    """
+    module, d = layer.module, layer.patch_size
+    filters = unit.view(layer.groups, -1)
+    if isinstance(module, CONVOLUTIONS):
+        image, padding = padded_input(module, _batched(layer, x))
+        probe = filters.new_zeros(1, *image.shape[1:], requires_grad=True)
+        with torch.enable_grad():
+            response = _filtered(module, probe, padding, filters[:, :d])
+            (weights,) = torch.autograd.grad(response.sum(), probe)
+        count = response[0, 0].numel()
+        apart = image.to(weights.dtype).unflatten(1, (layer.groups, -1))
+        total = torch.einsum("ngchw,gchw->ng", apart, weights[0].unflatten(0, (layer.groups, -1)))
+    else:
+        rows = x.reshape(len(x), -1, d)
+        count = rows.shape[1]
+        total = F.linear(rows.sum(dim=1), filters[:, :d].to(x.dtype))
+    return (total + count * filters[:, d] if layer.constant else total), count
+
+
+def _filtered(module: Convolution, image: Tensor, padding: Any, filters: Tensor) -> Tensor:
+    """The convolution with one filter [d] a group: [N, groups, H, W]."""
+    options = geometry_options(module)
+    kernel = filters.reshape(len(filters), -1, *options.pop("kernel_size"))
+    return F.conv2d(image, kernel, padding=padding, **options)
 
 
 def _geometry(module: Convolution, padding: object) -> dict:

@@ -154,8 +154,9 @@ class RngState(NamedTuple):
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter."""
-    return next(model.parameters()).device
+    """The device of the model's first parameter; the CPU if it has none."""
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def reading_is_free(device: torch.device) -> bool:
@@ -339,7 +340,7 @@ def _warn_left_out(names: Mapping[str, nn.Module], unused: list[str]) -> None:
     if unused:
         warnings.warn(f"Curvature: skipped, the forward never calls {', '.join(map(repr, unused))}", stacklevel=4)
     other = [
-        f"{name!r} ({type(module).__name__})"
+        f"{name!r} ({type(module).__name__})" if name else f"the model's own parameters ({type(module).__name__})"
         for name, module in names.items()
         if not isinstance(module, LAYER_TYPES)
         and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))

@@ -45,6 +45,8 @@ def check_matrix(operation: str, name: str, tensor: Tensor, like: Tensor) -> Non
 def check_squares(operation: str, name: str, tensors: Sequence[Tensor], like: Tensor) -> None:
     """Raise unless `tensors` are square matrices of float32 or float64, of the dtype and on the device of `like`."""
     dtype, device = like.dtype, like.device
+    if dtype not in FACTOR_DTYPES:
+        check_square(operation, f"{name}[0]", like, like)
     for i, tensor in enumerate(tensors):
         shape = tensor.shape
         if (
@@ -52,7 +54,6 @@ def check_squares(operation: str, name: str, tensors: Sequence[Tensor], like: Te
             or shape[0] != shape[1]
             or shape[0] == 0
             or tensor.dtype != dtype
-            or dtype not in FACTOR_DTYPES
             or tensor.device != device
             or tensor.layout != torch.strided
         ):  # which of these it is takes longer to find out

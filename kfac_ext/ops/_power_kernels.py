@@ -29,17 +29,21 @@ def empty_results(count: int, like: Tensor) -> Results:
     return like.new_empty(count), like.new_empty(count), like.new_empty(count, dtype=torch.int32)
 
 
-def run_cpu(matrices: Sequence[Tensor], vectors: Sequence[Tensor], tol: float, max_iter: int) -> Results:
-    """Iterate matrices on the CPU; the vectors become the eigenvectors."""
-    rows, problems = [], []  # what a tensor is asked takes longer than iterating a small matrix: nothing twice
-    for matrix, vector in zip(matrices, vectors):
+def run_cpu(matrices: Sequence[Tensor], vectors: Tensor, starts: Sequence[int], tol: float, max_iter: int) -> Results:
+    """Iterate matrices on the CPU; what `vectors` holds from each start on becomes the eigenvector."""
+    copies: list[Tensor] = []
+    problems: list[int] = []  # what a tensor is asked takes longer than iterating a small matrix: nothing twice
+    first, width = vectors.data_ptr(), vectors.element_size()
+    for matrix, start in zip(matrices, starts):
         n, (row, column) = matrix.shape[0], matrix.stride()
         if column != 1 or row < n:
             matrix, row = matrix.contiguous(), n
-        rows.append(matrix)
-        problems.append((matrix.data_ptr(), n, row, vector.data_ptr()))
-    dtype = DTYPE_CODES[rows[0].dtype]
-    return to_tensors(_C.power_iteration_cpu(problems, dtype, tol, max_iter, torch.get_num_threads()), rows[0])
+            copies.append(matrix)
+        problems += (matrix.data_ptr(), n, row, first + start * width)
+    results = empty_results(len(matrices), vectors)
+    places = [result.data_ptr() for result in results]
+    _C.power_iteration_cpu(problems, DTYPE_CODES[vectors.dtype], tol, max_iter, torch.get_num_threads(), places)
+    return results
 
 
 # ---- CUDA ----
@@ -63,10 +67,11 @@ def fits_cuda(matrices: Sequence[Tensor]) -> bool:
     return _C.power_fits(max(matrix.shape[0] for matrix in matrices), _device(matrices[0].device)[1])
 
 
-def run_cuda(matrices: Sequence[Tensor], vectors: Sequence[Tensor], tol: float, max_iter: int) -> Results:
+def run_cuda(matrices: Sequence[Tensor], vectors: Tensor, starts: Sequence[int], tol: float, max_iter: int) -> Results:
     """Iterate matrices of one device in one launch (for each 224 of them) on its current stream, without waiting."""
     device = matrices[0].device
     results = empty_results(len(matrices), matrices[0])
+    begin, width = vectors.data_ptr(), vectors.element_size()
     for first in range(0, len(matrices), _C.max_power_matrices):
         part = slice(first, first + _C.max_power_matrices)
         rows = [row_major(matrix) for matrix in matrices[part]]
@@ -77,7 +82,7 @@ def run_cuda(matrices: Sequence[Tensor], vectors: Sequence[Tensor], tol: float, 
             descriptors.data_ptr(),
             workspace.data_ptr(),
             [m.data_ptr() for m in rows],
-            [v.data_ptr() for v in vectors[part]],
+            [begin + start * width for start in starts[part]],
             tol,
             max_iter,
             [result[first:].data_ptr() for result in results],
@@ -92,10 +97,10 @@ def _check_error(device: torch.device) -> float:
     rows = torch.sin(torch.arange(12 * 317, dtype=torch.float64, device=device).square() / 7).view(12, 317) + 0.5
     exact_matrices = [x.mT @ x for x in (rows[:, :17], rows[:, 17:])]
     exact = reference.power_iteration(exact_matrices, tol=1e-5)
-    vectors = [torch.zeros(len(m), device=device) for m in exact_matrices]
-    values, _, steps = run_cuda([m.float() for m in exact_matrices], vectors, 1e-5, 100)
+    vectors = torch.zeros(317, device=device)
+    values, _, steps = run_cuda([m.float() for m in exact_matrices], vectors, (0, 17), 1e-5, 100)
     errors = [(values / exact.eigenvalues - 1).abs().max(), (steps.cpu() - exact.iterations).abs().max() - 1.0]
-    errors += [(v - unit).norm() for v, unit in zip(vectors, exact.eigenvectors)]
+    errors += [(v - unit).norm() for v, unit in zip(vectors.split((17, 300)), exact.eigenvectors)]
     return max(float(error.nan_to_num(nan=torch.inf)) for error in errors)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -50,42 +51,88 @@ def _take_over(result: PowerIteration, vectors: Sequence[Tensor]) -> Results:
 # ---- matrices ----
 
 
-def _check_matrices(matrices: Sequence[Tensor], vectors: Sequence[Tensor]) -> None:
-    operation = "power_iteration"
-    check_count(operation, "vectors", len(vectors), len(matrices), "matrices")
-    check_squares(operation, "matrices", matrices, matrices[0])
-    dtype, device = matrices[0].dtype, matrices[0].device
-    for i, (matrix, vector) in enumerate(zip(matrices, vectors)):
-        n = matrix.shape[0]
-        if vector.shape != (n,) or vector.dtype != dtype or vector.device != device or not vector.is_contiguous():
-            _check_vector(operation, f"vectors[{i}]", vector, n, dtype, device)  # which of these it is
+def _check_problems(matrices: Sequence[Tensor], vectors: Tensor, starts: Sequence[int]) -> None:
+    operation, like = "power_iteration", matrices[0]
+    check_squares(operation, "matrices", matrices, like)
+    check_count(operation, "starts", len(starts), len(matrices), "matrices")
+    size = vectors.numel()
+    _check_vector(operation, "vectors", vectors, size, like.dtype, like.device)
+    for i, (matrix, start) in enumerate(zip(matrices, starts)):
+        if not 0 <= start <= size - matrix.shape[0]:
+            raise ValueError(f"{operation}: starts[{i}] is {start}, vectors has {size} entries")
 
 
-def _power(matrices: list[Tensor], vectors: list[Tensor], tol: float, max_iter: int) -> Results:
-    _check_matrices(matrices, vectors)
+def _power(matrices: list[Tensor], vectors: Tensor, starts: list[int], tol: float, max_iter: int) -> Results:
+    _check_problems(matrices, vectors, starts)
     if not native_device("power_iteration", matrices[0], _FAMILY):
-        return _take_over(reference.power_iteration(matrices, vectors, tol=tol, max_iter=max_iter), vectors)
-    return _run(matrices, vectors, tol, max_iter)
+        return _run_reference(matrices, vectors, starts, tol, max_iter)
+    return _run(matrices, vectors, starts, tol, max_iter)
 
 
-def _run(matrices: list[Tensor], vectors: list[Tensor], tol: float, max_iter: int) -> Results:
+def _run_reference(matrices: list[Tensor], vectors: Tensor, starts: list[int], tol: float, max_iter: int) -> Results:
+    units = [vectors[start : start + matrix.shape[0]] for matrix, start in zip(matrices, starts)]
+    return _take_over(reference.power_iteration(matrices, units, tol=tol, max_iter=max_iter), units)
+
+
+def _run(matrices: list[Tensor], vectors: Tensor, starts: list[int], tol: float, max_iter: int) -> Results:
     if matrices[0].is_cpu:
-        return run_cpu(matrices, vectors, tol, max_iter)
+        return run_cpu(matrices, vectors, starts, tol, max_iter)
     if not fits_cuda(matrices):
-        return _take_over(reference.power_iteration(matrices, vectors, tol=tol, max_iter=max_iter), vectors)
-    return run_cuda(matrices, vectors, tol, max_iter)
+        return _run_reference(matrices, vectors, starts, tol, max_iter)
+    return run_cuda(matrices, vectors, starts, tol, max_iter)
 
 
-def _power_fake(matrices: list[Tensor], vectors: list[Tensor], tol: float, max_iter: int) -> Results:
-    _check_matrices(matrices, vectors)
+def _power_fake(matrices: list[Tensor], vectors: Tensor, starts: list[int], tol: float, max_iter: int) -> Results:
+    _check_problems(matrices, vectors, starts)
     return empty_results(len(matrices), matrices[0])
 
 
 _power_op = define(
-    "power_iteration_(Tensor[] matrices, Tensor(a!)[] vectors, float tol, int max_iter) -> (Tensor, Tensor, Tensor)",
+    "power_iteration_(Tensor[] matrices, Tensor(a!) vectors, SymInt[] starts, float tol, int max_iter) "
+    "-> (Tensor, Tensor, Tensor)",
     _power,
     _power_fake,
 )
+
+
+def power_iteration_at_(
+    matrices: Sequence[Tensor], vectors: Tensor, starts: Sequence[int], *, tol: float, max_iter: int
+) -> Results:
+    """`power_iteration_` with all vectors in one tensor [n], that of matrix i from starts[i] on; mutated.
+
+    Returns:
+        Eigenvalues, residuals, iterations.
+    """
+    _check_method("power_iteration", tol, max_iter)
+    if not matrices:
+        return torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.int32)
+    return _power_op(matrices, vectors, starts, tol, max_iter)
+
+
+def _starts(sizes: Sequence[int]) -> list[int]:
+    """Where each of these begins, one after the other."""
+    return [0, *accumulate(sizes)][:-1]
+
+
+def _sizes(matrices: Sequence[Tensor]) -> list[int]:
+    try:
+        return [matrix.shape[0] for matrix in matrices]
+    except IndexError:  # no dimensions
+        check_squares("power_iteration", "matrices", matrices, matrices[0])
+        raise
+
+
+def _joined(matrices: Sequence[Tensor], sizes: Sequence[int], vectors: Sequence[Tensor]) -> Tensor:
+    """Copies of the vectors, one after the other; raise unless each goes with its matrix."""
+    operation = "power_iteration"
+    check_count(operation, "vectors", len(vectors), len(matrices), "matrices")
+    if not vectors:
+        return torch.zeros(0)
+    dtype, device = matrices[0].dtype, matrices[0].device
+    for i, (n, vector) in enumerate(zip(sizes, vectors)):
+        if vector.shape != (n,) or vector.dtype != dtype or vector.device != device:  # which takes longer to find out
+            _check_vector(operation, f"vectors[{i}]", vector, n, dtype, device)
+    return torch.cat(list(vectors))
 
 
 def power_iteration_(
@@ -95,7 +142,7 @@ def power_iteration_(
 
     Args:
         matrices, tol, max_iter: as for `power_iteration`.
-        vectors: one [n_i] a matrix, contiguous, of its dtype and device; mutated.
+        vectors: one [n_i] a matrix, of its dtype and device; mutated.
 
     Returns:
         PowerIteration, whose `eigenvectors` are `vectors`.
@@ -108,13 +155,12 @@ def power_iteration_(
         >>> kfac_ext.power_iteration_([A], [v]).eigenvalues
         tensor([1.0000])
     """
-    operation = "power_iteration"
-    _check_method(operation, tol, max_iter)
-    symmetric, units = as_list(operation, "matrices", matrices), as_list(operation, "vectors", vectors)
-    if not symmetric:
-        check_count(operation, "vectors", len(units), 0, "matrices")
-        return PowerIteration(torch.zeros(0), [], torch.zeros(0), torch.zeros(0, dtype=torch.int32))
-    values, residuals, iterations = _power_op(symmetric, units, tol, max_iter)
+    symmetric, units = as_list("power_iteration", "matrices", matrices), as_list("power_iteration", "vectors", vectors)
+    sizes = _sizes(symmetric)
+    flat = _joined(symmetric, sizes, units)
+    values, residuals, iterations = power_iteration_at_(symmetric, flat, _starts(sizes), tol=tol, max_iter=max_iter)
+    if units:
+        torch._foreach_copy_(units, list(flat.split(sizes)))
     return PowerIteration(values, list(vectors), residuals, iterations)
 
 
@@ -153,23 +199,14 @@ def power_iteration(
         >>> kfac_ext.power_iteration([torch.diag(torch.tensor([3.0, 1.0]))], tol=1e-6).eigenvalues
         tensor([3.])
     """
-    operation = "power_iteration"
-    symmetric = as_list(operation, "matrices", matrices)
-    if vectors is None:
-        if symmetric:
-            check_squares(operation, "matrices", symmetric, symmetric[0])
-        units = [matrix.new_zeros(matrix.shape[0]) for matrix in symmetric]  # zero: replaced by the default start
-    else:
-        units = _copies(as_list(operation, "vectors", vectors))
-    return power_iteration_(symmetric, units, tol=tol, max_iter=max_iter)
-
-
-def _copies(vectors: list[Tensor]) -> list[Tensor]:
-    """Copies in one piece of memory, which takes half the time that one by one does."""
-    kinds = {(vector.dim(), vector.dtype, vector.device) for vector in vectors}
-    if len(kinds) != 1 or vectors[0].dim() != 1:
-        return vectors  # to be refused as they are
-    return list(torch.unsafe_split_with_sizes(torch.cat(vectors), [vector.shape[0] for vector in vectors]))
+    symmetric = as_list("power_iteration", "matrices", matrices)
+    sizes = _sizes(symmetric)
+    if vectors is not None:
+        flat = _joined(symmetric, sizes, as_list("power_iteration", "vectors", vectors))
+    else:  # zero: replaced by the default start
+        flat = symmetric[0].new_zeros(sum(sizes)) if symmetric else torch.zeros(0)
+    values, residuals, iterations = power_iteration_at_(symmetric, flat, _starts(sizes), tol=tol, max_iter=max_iter)
+    return PowerIteration(values, list(torch.unsafe_split_with_sizes(flat, sizes)), residuals, iterations)
 
 
 # ---- covariances ----

@@ -23,44 +23,47 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flatprune.data import Normalization
-    from flatprune.distortion import Disout, disout
     from flatprune.errors import DivergedError, InputError, Interrupted
     from flatprune.export import load
-    from flatprune.hessian import hessian_eigenvalues
-    from flatprune.pruner import Pruner
+    from flatprune.flatness.distortion import Disout, disout
+    from flatprune.flatness.hessian import hessian_eigenvalues
+    from flatprune.flatness.sam import SAM, MomentumSAM
+    from flatprune.flatness.shifting import optimum_shift
+    from flatprune.flatness.spectrum import Flatness, hessian_lambda_max
+    from flatprune.pruning.pruner import Pruner
+    from flatprune.pruning.schedule import CubicSchedule
+    from flatprune.pruning.targets import Target
     from flatprune.runs import resume, run
-    from flatprune.sam import SAM, MomentumSAM
-    from flatprune.schedule import CubicSchedule
     from flatprune.settings import Settings
-    from flatprune.shifting import optimum_shift
-    from flatprune.spectrum import Flatness, hessian_lambda_max
-    from flatprune.targets import Target
+    from flatprune.training.averaging import AveragedWeights
     from kfac_ext import Curvature
 
 _HOMES = {
-    "SAM": "flatprune.sam",
-    "CubicSchedule": "flatprune.schedule",
+    "SAM": "flatprune.flatness.sam",
+    "AveragedWeights": "flatprune.training.averaging",
+    "CubicSchedule": "flatprune.pruning.schedule",
     "Curvature": "kfac_ext.curvature",
-    "Disout": "flatprune.distortion",
+    "Disout": "flatprune.flatness.distortion",
     "DivergedError": "flatprune.errors",
-    "Flatness": "flatprune.spectrum",
+    "Flatness": "flatprune.flatness.spectrum",
     "InputError": "flatprune.errors",
     "Interrupted": "flatprune.errors",
-    "MomentumSAM": "flatprune.sam",
+    "MomentumSAM": "flatprune.flatness.sam",
     "Normalization": "flatprune.data",
-    "Pruner": "flatprune.pruner",
+    "Pruner": "flatprune.pruning.pruner",
     "Settings": "flatprune.settings",
-    "Target": "flatprune.targets",
-    "disout": "flatprune.distortion",
-    "hessian_eigenvalues": "flatprune.hessian",
-    "hessian_lambda_max": "flatprune.spectrum",
+    "Target": "flatprune.pruning.targets",
+    "disout": "flatprune.flatness.distortion",
+    "hessian_eigenvalues": "flatprune.flatness.hessian",
+    "hessian_lambda_max": "flatprune.flatness.spectrum",
     "load": "flatprune.export",
-    "optimum_shift": "flatprune.shifting",
+    "optimum_shift": "flatprune.flatness.shifting",
     "resume": "flatprune.runs",
     "run": "flatprune.runs",
 }
 __all__ = [
     "SAM",
+    "AveragedWeights",
     "CubicSchedule",
     "Curvature",
     "Disout",

@@ -4,7 +4,8 @@
 
     format "flatprune-checkpoint", version, settings, data_digest,
     progress (epoch, step, order of the samples, sums of the running epoch, seconds, best accuracy), history,
-    model, optimizer, curvature, flatness, sam, disout, pruner (their state dicts), rng (states of all generators).
+    model, ema, optimizer, scaler, curvature, flatness, sam, disout, pruner (their state dicts, None where there is
+    none), rng (states of all generators).
 
 The learning rate is a function of the step, so that there is no scheduler state besides `progress`.
 """
@@ -51,12 +52,12 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None
             reason = f"cannot be saved ({error.strerror}); what was there before is kept"
             raise OSError(error.errno, reason, str(path)) from error
         raise
-    _sync_folder(path.parent)
+    sync(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    # The rename itself must reach the disk; file systems that cannot sync a folder say so with an OSError.
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: str | os.PathLike[str]) -> None:
+    """Flush a file, or the names in a folder, to the disk where the file system can."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
             os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""The command `flatprune`: `run` trains and prunes, `study` makes a grid of runs, `eval` tests what was saved.
+"""The command `flatprune`: `run` trains and prunes, `study` makes a grid of runs, `eval` and `export` use the result.
 
 Exit codes: 0 done; 2 something given cannot be used, the loss diverged, or a file could not be written (one line on
 stderr says which); 130 interrupted, with a checkpoint to resume from.
@@ -15,8 +15,19 @@ from typing import Annotated, Any
 import typer
 
 from flatprune import models
-from flatprune.errors import DivergedError, InputError, Interrupted, RunsFailedError
-from flatprune.settings import COMPENSATE, CRITERIA, FLATNESS, FLATNESS_MODES, OPTIMUM_SHIFT, SELECTIONS, Settings
+from flatprune.errors import DivergedError, ExportError, InputError, Interrupted, RunsFailedError
+from flatprune.export import FORMATS, INPUTS, export_run
+from flatprune.settings import Settings
+from flatprune.settings_checks import (
+    AMP,
+    COMPENSATE,
+    CRITERIA,
+    FLATNESS,
+    FLATNESS_MODES,
+    OPTIMIZERS,
+    OPTIMUM_SHIFT,
+    SELECTIONS,
+)
 
 EXIT_FAILED = 2
 EXIT_INTERRUPTED = 130
@@ -103,7 +114,34 @@ def run_command(
     ] = Settings.compensate,
     exclude: Annotated[str | None, typer.Option(help="layers that keep their neurons: names as in 3,5")] = None,
     batch_size: Annotated[int, typer.Option(help="images a step")] = Settings.batch_size,
-    lr: Annotated[float | None, typer.Option(help="learning rate; default 0.1 with batch norm, 0.05 without")] = None,
+    optimizer: Annotated[str, typer.Option(help=_one_of(OPTIMIZERS))] = Settings.optimizer,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="learning rate; default 0.1 with batch norm, 0.05 without; adam and adamw 0.001"),
+    ] = None,
+    momentum: Annotated[
+        float, typer.Option(help="of sgd; the first of the betas of adam and adamw")
+    ] = Settings.momentum,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="of weights, not biases and norms; default 5e-4, adamw 0.01")
+    ] = None,
+    label_smoothing: Annotated[
+        float, typer.Option(help="share of each training label that is spread over all classes")
+    ] = Settings.label_smoothing,
+    mixup: Annotated[
+        float, typer.Option(help="alpha of the Beta distribution that training images are mixed by; 0 does not")
+    ] = Settings.mixup,
+    ema: Annotated[
+        float | None, typer.Option(help="test and save an exponential moving average of the weights with this decay")
+    ] = None,
+    accumulate: Annotated[
+        int, typer.Option(help="parts that a step's images go through the network in, for less memory")
+    ] = Settings.accumulate,
+    amp: Annotated[str, typer.Option(help=f"{_one_of(AMP)}: mixed precision of the forwards")] = Settings.amp,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="memory format of images and convolutions")
+    ] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="train through torch.compile")] = False,
     schedule: Annotated[
         str,
         typer.Option(
@@ -152,7 +190,8 @@ def run_command(
 def _run(out: Path, values: dict[str, Any], given: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
     from rich.console import Console
 
-    from flatprune import progress, runs
+    from flatprune import runs
+    from flatprune.reporting import progress
 
     console = Console()
 
@@ -214,40 +253,32 @@ def eval_command(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:INDEX")] = Settings.device,
 ) -> None:
     """Print the accuracy of the saved network on the test images."""
-    import json
+    from flatprune.saved import accuracy_of_saved
 
-    from flatprune import runs
-    from flatprune.data import read_images
-    from flatprune.export import load
-    from flatprune.trainer import evaluate
-
-    where = Settings(device=device).torch_device()
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
-    network = load(folder, where)
-    if data is None:
-        summary = folder / runs.SUMMARY_FILE
-        if not summary.is_file():
-            raise InputError(f"{folder}: has no {runs.SUMMARY_FILE}; name the data with --data")
-        data = json.loads(summary.read_text())["data"]
-    x, y = _test_tensors(data, network, read_images(str(data)))
-    accuracy, loss = evaluate(network, x.to(where), y.to(where))
-    correct = round(accuracy * len(y) / 100.0)
-    print(f"test accuracy {accuracy!r} % ({correct} of {len(y)}), loss {loss:.4f}")
+    accuracy, loss, images = accuracy_of_saved(folder, data, Settings(device=device).torch_device())
+    correct = round(accuracy * images / 100.0)
+    print(f"test accuracy {accuracy!r} % ({correct} of {images}), loss {loss:.4f}")
 
 
-def _test_tensors(data: str, network: Any, images: Any) -> tuple[Any, Any]:
-    """The test images as the network takes them, and their labels, once both are known to fit it."""
-    import torch
-
-    channels, height, width = network.image_shape
-    x = network.normalization(images.x_test)
-    if tuple(x.shape[1:]) != (channels, height, width):
-        shape = "x".join(str(side) for side in images.x_test.shape[1:])
-        raise InputError(f"{data}: x_test has images of {shape}, the network takes {height}x{width}x{channels}")
-    if images.y_test.max() >= network.classes:
-        raise InputError(f"{data}: y_test has label {images.y_test.max()}, the network knows {network.classes} classes")
-    return x, torch.from_numpy(images.y_test)
+@app.command(name="export")
+def export_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a finished run")],
+    to: Annotated[str, typer.Option(help=f"{_one_of(tuple(FORMATS))} (Python source and weights)")],
+    out: Annotated[Path | None, typer.Option(help="file to write; default one named for the format, in DIR")] = None,
+    takes: Annotated[
+        str,
+        typer.Option(
+            "--input",
+            help=f"what the file takes: {_one_of(INPUTS)}; the last two are images as in the data, normalized inside",
+        ),
+    ] = INPUTS[0],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the file that is there")] = False,
+) -> None:
+    """Write the saved network in another format, once its outputs are known to be the same."""
+    made = export_run(folder, to, out=out, input=takes, overwrite=overwrite)
+    print(f"wrote {' and '.join(str(file) for file in reversed(made.files))}: {made.size:,} bytes")
+    print(f"{made.params:,} parameters; takes {made.images}, any n")
+    print(f"largest difference from the network {made.difference:.2g}, of outputs up to {made.largest:.3g}")
 
 
 def _given(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
@@ -287,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), EXIT_INTERRUPTED)
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
-    except (InputError, DivergedError, RunsFailedError) as error:
+    except (InputError, DivergedError, ExportError, RunsFailedError) as error:
         return _fail(str(error), EXIT_FAILED)
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), EXIT_FAILED)

@@ -15,5 +15,9 @@ class Interrupted(RuntimeError):  # noqa: N818 - the user asked for it, nothing 
     """Training was asked to stop; everything needed to go on is in the checkpoint."""
 
 
+class ExportError(RuntimeError):
+    """A network cannot be written in the format asked for, or what was written computes something else."""
+
+
 class RunsFailedError(RuntimeError):
     """Runs of a study ended by a failure that is not their own result, such as a killed process."""

@@ -14,7 +14,7 @@ Each file is written atomically, so that it is whole at any time.
     flops_before, flops_after              multiply-accumulates of linear and convolution layers for one image
     test_accuracy_last, test_accuracy_best percent, after the last epoch and after the best one (of the test set)
     train_accuracy_last                    percent, of the final network on its training images and (noisy) labels
-    test_nll, test_ece                     calibration of the final network, see `flatprune.measurements`
+    test_nll, test_ece                     calibration of the final network, see `flatprune.training.measurements`
     corrupted_accuracy                     kind -> percent at strengths 1 to 5, with _mean beside it; where asked for
     latency_before_1, latency_after_1      ms an image, median, at batch size 1, and likewise at 128; where asked for
     spectral_radius_kfac                   max over layers of lambda_1(A) lambda_1(G); with _geometric_mean beside it
@@ -22,17 +22,19 @@ Each file is written atomically, so that it is whole at any time.
     widths_before, widths_after            layer name -> output channels or features
     cost_before, cost_after                of the network in the target's unit (latency: measured seconds)
     pruning_stopped                        why pruning ended before its time, null if it did not
-    trust                                  predicted against measured change of the loss, see `flatprune.trust`
+    trust                                  predicted against measured change of the loss, see `flatprune.pruning.trust`
     seconds                                of training and testing, without start-up
     dense_*                                the same of the network trained without pruning, where that was wanted
     settings, versions                     everything needed to do it again
 
+With the setting `ema`, accuracies, calibration, Hessian and `model.pt` are those of the averaged weights; K-FAC's
+factors are measured where the training is. An epoch's training loss is that of its targets, smoothed or mixed.
 With the setting `validation`, "test" means the held-out part of the training images everywhere.
 
 `history.jsonl`, by `kind`: "epoch" (losses, accuracies in percent, params, radii, seconds so far), "removal" (fields of
-`flatprune.removals.Removal` without the neurons' indices; width and params are those after it), "event" (one at which
-nothing was removed; the reason is its note), "stop" (the end of pruning before its time, likewise), "optimum_shift" (a
-layer after the last removal: rank and number of its inputs, norm of its weight before and after).
+`flatprune.pruning.removals.Removal` without the neurons' indices; width and params are those after it), "event" (one at
+which nothing was removed; the reason is its note), "stop" (the end of pruning before its time, likewise),
+"optimum_shift" (a layer after the last removal: rank and number of its inputs, norm of its weight before and after).
 """
 
 from __future__ import annotations
@@ -51,13 +53,16 @@ from typing import Any
 
 import torch
 
-from flatprune import report
 from flatprune.checkpoint import load_checkpoint, save_atomically, write_json, write_json_lines
 from flatprune.data import Dataset, load_dataset
 from flatprune.errors import DivergedError, InputError, Interrupted
-from flatprune.export import MODEL_FILE, save_model
+from flatprune.export import EXPORT_FILES, MODEL_FILE, save_model
+from flatprune.reporting import report
 from flatprune.settings import Settings
-from flatprune.trainer import Observer, Trainer
+from flatprune.training.evaluation import results
+from flatprune.training.observer import Observer
+from flatprune.training.trainer import Trainer
+from flatprune.training.training_state import state_of
 
 CHECKPOINT_FILE = "checkpoint.pt"
 HISTORY_FILE = "history.jsonl"
@@ -164,7 +169,8 @@ def check_free(folder: Path, overwrite: bool) -> None:
 
 
 def _run_files() -> list[str]:
-    return [*RUN_FILES, *(f"{DENSE_FOLDER}/{name}" for name in RUN_FILES)]
+    names = (*RUN_FILES, *EXPORT_FILES)  # exports of another run's network must not outlive it
+    return [*names, *(f"{DENSE_FOLDER}/{name}" for name in names)]
 
 
 def load(settings: Settings) -> Dataset:
@@ -234,7 +240,7 @@ def _train(
 ) -> dict[str, Any]:
     trainer.train(observer, lambda: _save(trainer, folder), stop_requested)
     summary = _summary(trainer, dense)
-    save_model(folder / MODEL_FILE, trainer.model, trainer.arguments, trainer.dataset.normalization)
+    save_model(folder / MODEL_FILE, trainer.result, trainer.arguments, trainer.dataset.normalization)
     dense_history = read_history(folder / DENSE_FOLDER / HISTORY_FILE) if dense else []
     report.write_report(folder, summary, trainer.history, dense_history)
     write_json(folder / SUMMARY_FILE, summary)
@@ -242,7 +248,7 @@ def _train(
 
 
 def _save(trainer: Trainer, folder: Path) -> None:
-    save_atomically(folder / CHECKPOINT_FILE, trainer.state_dict())
+    save_atomically(folder / CHECKPOINT_FILE, state_of(trainer))
     write_json_lines(folder / HISTORY_FILE, trainer.history)
 
 
@@ -265,11 +271,15 @@ def _summary(trainer: Trainer, dense: dict[str, Any] | None) -> dict[str, Any]:
         "test_images": len(trainer.dataset.x_test),
         "image_shape": list(trainer.dataset.image_shape),
         "classes": trainer.dataset.classes,
-        **trainer.results(),
+        **results(trainer),
     }
     for key in _DENSE_KEYS if dense else ():
         summary[f"dense_{key.removesuffix('_after')}"] = dense[key]  # type: ignore[index]
-    summary["settings"] = {**settings.as_dict(), "lr": trainer.peak_lr}
+    summary["settings"] = {
+        **settings.as_dict(),
+        "lr": trainer.peak_lr,
+        "weight_decay": settings.decay_in_use,
+    }
     summary["versions"] = versions()
     return summary
 

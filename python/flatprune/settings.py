@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 
-from flatprune import models
-from flatprune.criteria import CRITERIA
 from flatprune.errors import InputError
-from flatprune.selection import SELECTIONS
-from flatprune.spectrum import MODES as FLATNESS_MODES
-from flatprune.targets import UNITS, Target
+from flatprune.pruning.targets import Target
+from flatprune.settings_checks import NEED_PRUNING, SECOND_PEAKS, TARGETS, check_settings
 
-FLATNESS = ("on", "off", "sam", "msam")
-OPTIMUM_SHIFT = ("off", "after_pruning")
-COMPENSATE = ("auto", "on", "off")
-SECOND_PEAKS = {"restart": 1.0, "finetune": 0.1}  # of the learning rate, in training after one-shot pruning
-SCHEDULES = ("fc", "cosine", *SECOND_PEAKS)
-_CHOICES = {
-    "flatness": FLATNESS,
-    "flatness_mode": FLATNESS_MODES,
-    "optimum_shift": OPTIMUM_SHIFT,
-    "criterion": tuple(CRITERIA),
-    "selection": SELECTIONS,
-    "compensate": COMPENSATE,
-    "schedule": SCHEDULES,
-}
-_TARGETS = {f"target_{unit}": unit for unit in UNITS}
 _DEFAULT_TARGET_PARAMS = 0.1
-_NEED_PRUNING = ("max_predicted_loss", "stop_accuracy_drop")
-MOMENTUM = 0.9
-WEIGHT_DECAY = 5e-4
+_WEIGHT_DECAY = {"sgd": 5e-4, "adam": 5e-4, "adamw": 0.01}
+_ADAM_RATE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -58,7 +38,18 @@ class Settings:
         stop_accuracy_drop: percentage points by which the accuracy may fall below its best before pruning ends early,
             or None. It is taken before each removal event on a tenth of the training images, which are not trained on.
         epochs, batch_size, seed: as their names say.
-        lr: learning rate before the schedule, or None for 0.1 with batch norm and 0.05 without.
+        optimizer: "sgd", "adam" or "adamw".
+        lr: learning rate before the schedule, or None: 0.1 with batch norm and 0.05 without for sgd, else 0.001.
+        momentum: of sgd; the first of the betas of adam and adamw.
+        weight_decay: of weights, not of biases and norms; None: 5e-4, for adamw (where it is decoupled) 0.01.
+        label_smoothing: share of each training label that is spread over all classes.
+        mixup: alpha of Beta(alpha, alpha), from which the share of the second image in each mixture is drawn (Zhang
+            et al. 2018, arXiv 1710.09412); 0 does not mix.
+        ema: decay of an exponential moving average of the weights, which is tested and saved; None: no average.
+        accumulate: parts that the images of a step are split into, one forward and backward after the other.
+        amp: forwards in mixed precision: "off", "bf16", or "fp16" with a scaled loss.
+        channels_last: keep images and convolutions in the memory format channels_last.
+        compile: train through `torch.compile`, anew after each removal.
         schedule: "fc" (constant until pruning ends, then a cosine to 0), "cosine" throughout, or one of the classic
             pipeline's: a cosine to 0 until pruning ends and another after it, from the full learning rate ("restart")
             or from a tenth of it ("finetune").
@@ -86,7 +77,7 @@ class Settings:
         factor_update_steps: steps between measurements of the curvature, or None for 5 (10 with convolutions).
         validation: share of the training images that are held out and tested on instead of the test images.
         architecture_of: folder of a finished run whose final network is trained from fresh weights, instead of `model`.
-        corruptions: test the final network on corrupted test images too (see `flatprune.corruptions`).
+        corruptions: test the final network on corrupted test images too (see `flatprune.training.corruptions`).
         measure_latency: time inference before and after.
         track_hessian: measure the largest Hessian eigenvalue, and K-FAC radii of both kinds, every so many epochs.
 
@@ -111,7 +102,17 @@ class Settings:
     epochs: int = 60
     batch_size: int = 128
     seed: int = 0
+    optimizer: str = "sgd"
     lr: float | None = None
+    momentum: float = 0.9
+    weight_decay: float | None = None
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    ema: float | None = None
+    accumulate: int = 1
+    amp: str = "off"
+    channels_last: bool = False
+    compile: bool = False
     schedule: str = "fc"
     device: str = "cpu"
     threads: int | None = None
@@ -143,89 +144,21 @@ class Settings:
     track_hessian: int | None = None
 
     def __post_init__(self) -> None:
-        models.check_name(self.model)
-        self._check_target()
-        for name, least in (
-            ("epochs", 1),
-            ("batch_size", 2),
-            ("seed", 0),
-            ("image_size", 1),
-            ("threads", 1),
-            ("sam_every", 1),
-            ("flatness_every", 1),
-            ("latency_batch", 1),
-            ("round_to", 1),
-            ("min_width", 1),
-            ("prune_every", 1),
-            ("factor_update_steps", 1),
-            ("track_hessian", 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"{name} is {value}, expected {least} or more")
-        if self.seed >= 2**63:
-            raise InputError(f"seed is {self.seed}, expected less than 2^63")
-        for name in ("lr", "sam_radius", "max_predicted_loss", "stop_accuracy_drop"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0.0 and math.isfinite(value)):
-                raise InputError(f"{name} is {value}, expected a number above 0")
-        for name in ("flatness_strength", "flatness_fade_below"):
-            value = getattr(self, name)
-            if value is not None and not (value >= 0.0 and math.isfinite(value)):
-                raise InputError(f"{name} is {value}, expected a number of 0 or more")
-        if not 0.0 <= self.disout < 1.0:
-            raise InputError(f"disout is {self.disout}, expected 0 or more and below 1")
-        if self.flatness == "msam" and self.sam_every != 1:
-            raise InputError(f"sam_every is {self.sam_every}, but msam costs nothing and acts on every step")
-        if not 0.0 <= self.label_noise <= 1.0:
-            raise InputError(f"label_noise is {self.label_noise}, expected 0 to 1")
-        for name, choices in _CHOICES.items():
-            _check_choice(name, getattr(self, name), choices)
-        criterion = CRITERIA[self.criterion]
-        if self.max_predicted_loss is not None and not criterion.predicts_loss:
-            raise InputError(
-                f"max_predicted_loss is {self.max_predicted_loss:g}, but criterion {self.criterion} predicts no loss"
-            )
-        if self.selection == "greedy" and criterion.joint is None:
-            raise InputError(f"selection is 'greedy', which criterion {self.criterion} does not know")
-        self._check_shares()
-
-    def _check_target(self) -> None:
-        given = {name: getattr(self, name) for name in _TARGETS if getattr(self, name) is not None}
-        if len(given) > 1:
-            raise InputError(f"{' and '.join(given)}: expected one of them")
-        if not given:
+        if all(getattr(self, name) is None for name in TARGETS):
             object.__setattr__(self, "target_params", _DEFAULT_TARGET_PARAMS)
-        for name, share in given.items():
-            if not 0.0 < share <= 1.0:
-                raise InputError(f"{name} is {share}, expected above 0 and at most 1")
-            if share == 1.0 and any(getattr(self, other) is not None for other in _NEED_PRUNING):
-                raise InputError(f"{name} is 1, which does not prune: {' and '.join(_NEED_PRUNING)} need a smaller one")
-
-    def _check_shares(self) -> None:
-        size = self.train_size
-        if size is not None and not (0.0 < size < 1.0 or (size >= 1 and float(size).is_integer())):
-            raise InputError(f"train_size is {size}, expected a whole number from 1 or a share between 0 and 1")
-        if size is not None and size >= 1:
-            object.__setattr__(self, "train_size", int(size))
-        if not 0.0 <= self.prune_start <= self.prune_end <= 1.0:
-            raise InputError(
-                f"prune_start is {self.prune_start} and prune_end {self.prune_end}, expected 0 to 1, the end not before"
-            )
-        if self.validation is not None and not 0.0 < self.validation < 1.0:
-            raise InputError(f"validation is {self.validation}, expected a share between 0 and 1")
-        if self.architecture_of is not None and self.widths is not None:
-            raise InputError("architecture_of and widths: expected one of them")
+        check_settings(self)
+        if self.train_size is not None and self.train_size >= 1:
+            object.__setattr__(self, "train_size", int(self.train_size))
 
     @property
     def target(self) -> Target:
         """The size to reach."""
-        shares = {unit: getattr(self, name) for name, unit in _TARGETS.items()}
+        shares = {unit: getattr(self, name) for name, unit in TARGETS.items()}
         return Target(**shares, latency_batch=self.latency_batch)
 
     def dense(self) -> Settings:
         """The same training without pruning."""
-        values = {**self.as_dict(), **dict.fromkeys([*_TARGETS, *_NEED_PRUNING]), "target_params": 1.0}
+        values = {**self.as_dict(), **dict.fromkeys([*TARGETS, *NEED_PRUNING]), "target_params": 1.0}
         return Settings.from_dict({**values, "compare_dense": False})
 
     def as_dict(self) -> dict[str, Any]:
@@ -255,6 +188,17 @@ class Settings:
             raise InputError(f"device {self.device} cannot be used: there are {torch.cuda.device_count()} GPUs, from 0")
         return torch.device(self.device)
 
+    def peak_lr(self, batch_norm: bool) -> float:
+        """Learning rate before the schedule, for a network with or without batch norms."""
+        if self.lr is not None:
+            return self.lr
+        return _ADAM_RATE if self.optimizer != "sgd" else 0.1 if batch_norm else 0.05
+
+    @property
+    def decay_in_use(self) -> float:
+        """Weight decay as given, or that of the optimizer."""
+        return _WEIGHT_DECAY[self.optimizer] if self.weight_decay is None else self.weight_decay
+
     def learning_rate(self, step: int, total_steps: int, peak: float) -> float:
         """Learning rate of step 0 .. total_steps - 1.
 
@@ -271,10 +215,3 @@ class Settings:
 
 def _half_cosine(part: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * part))
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        near = difflib.get_close_matches(value.lower(), choices, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(choices)}"
-        raise InputError(f"{name} is {value!r}; {hint}")

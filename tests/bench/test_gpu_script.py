@@ -8,7 +8,7 @@ import torch
 
 from bench import worksets
 from bench.gpu import __main__ as script
-from bench.gpu import checks, compiled, counts, linear_algebra, suite
+from bench.gpu import checks, compiled, counts, linear_algebra, suite, training
 from bench.gpu import run as runs
 from bench.gpu.networks import work_sets
 from bench.gpu.table import GOALS, results_table
@@ -34,7 +34,13 @@ def test_a_dry_run_writes_all_of_the_document(tmp_path, monkeypatch):
                 assert all(share > 0 for share in entry["shares"][name].values())
                 ratio = entry["ratios"][f"{list(times)[1]} {name} / native {name}"]
                 assert ratio == list(times.values())[1]["median"] / times["native"]["median"]
+    assert set(document["training"]) == set(training.NETWORKS)
+    for kinds in document["training"].values():
+        assert set(kinds) == set(training.KINDS)
+        for entry in kinds.values():
+            assert entry["ratio"] == entry["ms"]["flatprune"]["median"] / entry["ms"]["bare"]["median"] > 0
     table = results_table(document)
+    assert all(f"| {name} |" in table for name in training.NETWORKS)
     assert all(family.capitalize() in table for family in suite.families())
     assert all(name in table for name in ("VGG19 b128", "ResNet32 b128", "ResNet50 b32", "MLP b256"))
 
@@ -50,6 +56,7 @@ def test_what_fails_is_said_and_the_rest_is_kept(tmp_path, monkeypatch):
         raise RuntimeError("out of memory\nand more")
 
     monkeypatch.setattr(linear_algebra.Inverses, "variants", fail)
+    monkeypatch.setattr(training, "NETWORKS", {})
     monkeypatch.setattr(suite, "work_sets", lambda quick: {"MLP b256": [worksets.LayerShape("fc", 4, 5, 6)]})
     monkeypatch.setenv("OUT", str(tmp_path))
     monkeypatch.setattr("sys.argv", ["gpu", "--dry"])
@@ -66,6 +73,10 @@ def test_a_command_that_takes_too_long_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "SHORTEST", 0.2)
     outcome = run.command("sleep", "bash", "-c", "echo begun; sleep 60 & wait")
     assert outcome["exit"] == 124 and outcome["seconds"] < 20 and outcome["output"] == "begun\n"
+
+
+def test_every_test_that_is_run_is_there():
+    assert all((runs.ROOT / name).is_file() for name in checks.TESTS)
 
 
 def test_every_program_that_is_sanitized_is_built():

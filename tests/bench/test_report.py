@@ -1,9 +1,11 @@
 """The page and the chart say what the JSON says."""
 
+import os
+
 import pytest
 
 from bench.goals import MISSED, REACHED, UNKNOWN, verdicts
-from bench.report import markdown, plot
+from bench.report import markdown, newest, plot
 from bench.table import noise_line, print_summary
 from tests.bench.documents import case, document, growth, memory
 
@@ -85,3 +87,11 @@ def test_wide_spread_is_said():
     assert "WIDE" not in noise_line(FULL)
     noisy = document(case("covariance", "A, net", 1.0, half_width=0.2, unfold=7.0))
     assert "WIDE" in noise_line(noisy)
+
+
+def test_the_newest_result_is_one_of_this_suite(tmp_path):
+    for age, name in enumerate(("cpu-2t", "cpu-2t-quick", "crossover-cpu-1t", "gpu-h100")):
+        path = tmp_path / f"{name}.json"
+        path.write_text("{}")
+        os.utime(path, (age, age))
+    assert newest(tmp_path).name == "cpu-2t.json"

@@ -6,8 +6,9 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from flatprune import progress, runs
-from flatprune.drawing import spread
+from flatprune import runs
+from flatprune.reporting import progress
+from flatprune.reporting.drawing import spread
 from flatprune.settings import Settings
 
 

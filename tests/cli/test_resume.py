@@ -13,7 +13,8 @@ import torch
 from flatprune import runs
 from flatprune.errors import InputError, Interrupted
 from flatprune.settings import Settings
-from flatprune.trainer import Observer, Trainer
+from flatprune.training.observer import Observer
+from flatprune.training.trainer import Trainer
 
 STEPS_PER_EPOCH = 6
 SETTINGS = {"epochs": 10, "batch_size": 16, "target_params": 0.3, "seed": 4, "label_noise": 0.1, "augment": True}
@@ -174,11 +175,16 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, data, whole, monkeypatc
         ["--flatness", "sam", "--disout", 0.2],
         ["--flatness-every", 2, "--disout", 0.2, "--optimum-shift", "after_pruning"],
         ["--flatness-mode", "double_backward", "--flatness-strength", 0.1, "--flatness-fade-below", 0],
+        ["--optimizer", "adamw", "--ema", 0.9, "--momentum", 0.8, "--optimum-shift", "after_pruning"],
+        ["--mixup", 0.4, "--label-smoothing", 0.1],
+        ["--accumulate", 4, "--optimizer", "adam", "--weight-decay", 1e-4],
+        ["--amp", "bf16", "--channels-last"],
+        ["--amp", "fp16", "--ema", 0.9, "--flatness", "sam", "--accumulate", 2],
     ],
-    ids=lambda options: options[1],
+    ids=lambda options: f"{options[0]} {options[1]}",
 )
 @pytest.mark.parametrize("model", ["mlp", "convnet"])
-def test_every_way_to_flatness_resumes(tmp_path, data, whole, flatprune, options, model):
+def test_every_way_to_train_resumes(tmp_path, data, whole, flatprune, options, model):
     given = [
         "run", "--data", data, "--model", model, "--epochs", 10, "--batch-size", 16, "--target-params", 0.3,
         "--seed", 4, "--label-noise", 0.1, "--augment", "on", *options, "--out",
@@ -196,6 +202,20 @@ def test_every_way_to_flatness_resumes(tmp_path, data, whole, flatprune, options
     assert_same(tmp_path / "whole", tmp_path / "out")
     with pytest.raises(AssertionError):  # the options count for something
         assert_same(whole(model), tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_run_resumes(tmp_path, data, monkeypatch):
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: real(model, backend="aot_eager"))
+    settings = Settings(data=data, compile=True, widths=(12, 8), **SETTINGS)
+    runs.run(settings, tmp_path / "whole")
+    out = tmp_path / "out"
+    with pytest.raises(Interrupted):
+        runs.run(settings, out, observer=lambda _: At(17, press_ctrl_c))
+    torch.compiler.reset()  # as in a new process
+    runs.resume(out)
+    assert_same(tmp_path / "whole", out)
 
 
 def stopping_at(step):

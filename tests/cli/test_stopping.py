@@ -9,11 +9,12 @@ import torch
 
 from flatprune.data import load_dataset
 from flatprune.errors import InputError
-from flatprune.progress import phase, remarks
+from flatprune.pruning.trust import trust
+from flatprune.reporting.progress import phase, remarks
 from flatprune.settings import Settings
-from flatprune.stopping import AccuracyGuard, hold_out
-from flatprune.trainer import Trainer
-from flatprune.trust import trust
+from flatprune.training.evaluation import results as figures
+from flatprune.training.stopping import AccuracyGuard, hold_out
+from flatprune.training.trainer import Trainer
 
 
 def test_held_out_images_are_not_trained_on(npz):
@@ -61,7 +62,7 @@ def test_a_stop_ends_pruning_and_training_goes_on(npz, monkeypatch):
     assert (records[-1]["kind"], records[-1]["note"]) == ("stop", "pruning stopped: it fell")
     assert trainer.progress.step == trainer.total_steps
     assert phase(trainer) == "pruning stopped"
-    results = trainer.results()
+    results = figures(trainer)
     assert results["pruning_stopped"] == "it fell" and results["cost_after"] == results["params_after"]
     assert remarks(results)[0] == "pruning stopped: it fell"
 

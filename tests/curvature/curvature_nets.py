@@ -132,7 +132,7 @@ NETS = {
     "sequence_conv_circular": (lambda: sequence_conv(padding=2, padding_mode="circular"), SEQUENCE),
     "sequence_conv_reflect": (lambda: sequence_conv(padding=2, padding_mode="reflect"), SEQUENCE),
     "transposed": (lambda: transposed(stride=2, padding=1, output_padding=(1, 0)), IMAGE),
-    "transposed_cropped": (lambda: transposed(stride=(4, 2), padding=(3, 2), dilation=(1, 2), bias=False), IMAGE),
+    "transposed_cropped": (lambda: transposed(stride=(4, 2), padding=2, dilation=(1, 2), bias=False), IMAGE),
     "transposed_grouped": (lambda: transposed(groups=2), IMAGE),
     "transposed_sequence": (lambda: transposed(nn.ConvTranspose1d, stride=2, output_padding=1), SEQUENCE),
 }

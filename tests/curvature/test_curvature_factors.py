@@ -282,3 +282,13 @@ def test_recent_inputs_hold_256_samples():
         model(torch.randn(100, 4, dtype=torch.float64))
     assert [len(batch) for batch in curvature.recent_inputs] == [100, 100, 100]
     assert not any(batch.requires_grad for batch in curvature.recent_inputs)
+
+
+@pytest.mark.parametrize("name", list(curvature_nets.NETS))
+def test_no_network_of_these_tests_is_degenerate(name):
+    """A crop that leaves nothing of the input, say, would let every comparison above pass on zeros."""
+    model, x = curvature_nets.make(name)
+    output = model(x)
+    F.cross_entropy(output, torch.zeros(len(x), *output.shape[2:], dtype=torch.long)).backward()
+    matrices = {key: p.grad for key, p in model.named_parameters() if p.dim() > 1}
+    assert all(bool(grad.count_nonzero()) for grad in matrices.values()), matrices.keys()

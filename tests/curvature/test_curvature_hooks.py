@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flatprune.spectrum import Flatness
+from flatprune.flatness.spectrum import Flatness
 from kfac_ext import Curvature
 
 

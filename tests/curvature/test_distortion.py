@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flatprune.distortion import Disout, disout
-from flatprune.pruner import Pruner
-from flatprune.sam import SAM
-from flatprune.spectrum import Flatness
-from flatprune.targets import Target
+from flatprune.flatness.distortion import Disout, disout
+from flatprune.flatness.sam import SAM
+from flatprune.flatness.spectrum import Flatness
+from flatprune.pruning.pruner import Pruner
+from flatprune.pruning.targets import Target
 from kfac_ext import Curvature
 
 
@@ -214,7 +214,7 @@ def test_pruning_goes_on_under_the_hooks():
     assert curvature.layers["0"].norm is model[1]  # seen behind the distortion too
 
 
-@pytest.mark.parametrize("name", ["residual", "called_twice", "conv_grouped"])
+@pytest.mark.parametrize("name", ["residual", "called_twice", "conv_grouped", "sequence_conv"])
 def test_other_networks(name):
     model, x = curvature_nets.make(name)
     disout(model, probability=0.2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 
 import curvature_nets
 import curvature_oracles
@@ -12,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flatprune import spectrum
-from flatprune.spectrum import Flatness, hessian_lambda_max
+from flatprune.flatness import spectrum
+from flatprune.flatness.spectrum import Flatness, hessian_lambda_max
 from kfac_ext import Curvature
-from kfac_ext.curvature.fisher import sample_targets
+from kfac_ext.curvature.fisher import projected_inputs, sample_targets
 
 
 def zs(curvature):
@@ -124,6 +126,21 @@ def test_every_kind_of_layer(name, approx, mode):
         assert value.item() > 0 and all(p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", list(curvature_nets.NETS))
+def test_mean_projection_is_the_mean_over_positions_and_calls(name):
+    model, x = curvature_nets.make(name)
+    curvature = Curvature(model)
+    capture = curvature.observe(x)
+    for layer in curvature.layers.values():
+        inputs = [a.detach().double().requires_grad_() for a in capture.inputs(layer.name)]
+        unit = torch.randn(layer.groups, layer.patch_size + layer.constant, dtype=torch.float64)
+        rows = [projected_inputs(layer, [a], unit, "expand").view(len(a), -1, layer.groups) for a in inputs]
+        expected, found = torch.cat(rows, dim=1).mean(dim=1), projected_inputs(layer, inputs, unit, "reduce")
+        torch.testing.assert_close(found, expected)
+        for values in zip(*(torch.autograd.grad(v.square().sum(), inputs) for v in (found, expected))):
+            torch.testing.assert_close(*values)
+
+
 def penalties(flatness, model, x, steps, y=None):
     values = []
     for _ in range(steps):
@@ -157,11 +174,12 @@ def test_weight_is_every_times_the_capped_mean_loss():
 
 
 def test_defaults_differ_for_convolutions():
-    for name, strength, kappa in (("mlp", 0.1, 0.5), ("conv_grouped", 0.02, 0.0)):
+    for name, *expected in (("mlp", 0.1, 0.5, 4), ("conv_grouped", 0.02, 0.0, 8)):
         model, x = curvature_nets.make(name)
         curvature = Curvature(model)
         curvature.trace(x)
-        assert (Flatness(curvature, start=0).strength, Flatness(curvature, start=0).kappa) == (strength, kappa)
+        flatness = Flatness(curvature, start=0)
+        assert [flatness.strength, flatness.kappa, flatness.every] == expected
         assert Flatness(curvature, start=0, mode="double_backward").strength == 0.2
     assert Flatness(curvature, start=0, strength=0.3).strength == 0.3
 
@@ -326,3 +344,69 @@ def test_the_penalty_flattens():
         found[strength] = hessian_lambda_max(model, x, y, nn.CrossEntropyLoss()), curvature.geometric_mean_radius()
     assert found[0.1][0] < 0.6 * found[0.0][0]
     assert found[0.1][1] < 0.6 * found[0.0][1]
+
+
+class _Attends(nn.Module):
+    """Attention with layers of its own for queries, keys and values, by `scaled_dot_product_attention`."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value, self.head = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (layer(x)[:, None] for layer in (self.query, self.key, self.value))
+        return self.head(F.scaled_dot_product_attention(q, k, v)[:, 0]).mean(1)
+
+
+def attending(backend, approx):
+    """Gradients of the penalty on a step of which the factors are known, and the forwards that it took."""
+    torch.manual_seed(1)
+    model, x, y = _Attends().double(), torch.randn(6, 5, 4, dtype=torch.float64), torch.arange(6) % 4
+    calls = []
+    model.head.register_forward_hook(lambda *_: calls.append(1))
+    curvature = Curvature(model, kfac_approx=approx, generator=torch.Generator().manual_seed(3))
+    flatness = Flatness(curvature, start=0, every=1, strength=1.0, kappa=0.0, mode="double_backward")
+    curvature.trace(x)
+    calls.clear()
+    with sdpa_kernel(backend):
+        output = model(x)
+    curvature.generator.manual_seed(9)  # the labels of a repeated forward are those of the first
+    capture = curvature._record
+    capture.targets = None
+    penalty = flatness.penalty(x, output, F.cross_entropy(output, y))
+    return torch.autograd.grad(penalty, list(model.parameters()), allow_unused=True), len(calls)
+
+
+@pytest.mark.parametrize("approx", ["reduce", "expand"])
+def test_double_backward_goes_through_fused_attention(approx):
+    """It has no second derivative: the forward is repeated with the one written out, and the gradient is the same."""
+    exact, forwards = attending(SDPBackend.MATH, approx)
+    assert forwards == 1  # the recorded one
+    found, forwards = attending([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION], approx)
+    assert forwards == 2
+    for a, b in zip(found, exact):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", ["forward", "double_backward"])
+def test_blocks_that_are_rounding_are_left_alone(mode):
+    """Keys in a softmax have no gradient when it is summed over positions: their radius is rounding, its log noise."""
+    torch.manual_seed(1)
+    model, x, y = _Attends(), torch.randn(32, 5, 4), torch.arange(32) % 4
+    curvature = Curvature(model, kfac_approx="reduce", factor_update_steps=1)
+    flatness = Flatness(curvature, start=0, every=1, kappa=0.0, mode=mode)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for _ in range(10):
+        output = model(x)
+        loss = F.cross_entropy(output, y)
+        penalty = flatness.penalty(x, output, loss)
+        optimizer.zero_grad()
+        (loss + penalty).backward()
+        assert float(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()) < 10
+        optimizer.step()
+    radii = {name: float(rho) for name, rho in curvature.spectral_radii().items()}
+    assert radii["key"] < 1e-10 * max(radii.values())
+    rest = [rho for name, rho in radii.items() if name != "key"]
+    assert curvature.geometric_mean_radius() == pytest.approx(math.prod(rest) ** (1 / 3), rel=1e-5)

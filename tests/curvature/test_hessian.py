@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatprune import models
-from flatprune.hessian import _lanczos, _power, hessian_eigenvalues, hessian_lambda_max
+from flatprune.flatness.hessian import _lanczos, _power, hessian_eigenvalues, hessian_lambda_max
 
 EXACT = {"iterations": 300, "tol": 1e-9}
 POWER = {"method": "power", "iterations": 5000, "tol": 1e-7}
@@ -195,3 +195,37 @@ def test_attention_has_a_second_derivative():
         vector = [p / size for p in product]
     assert abs(value) <= size * 1.001  # power iteration finds the eigenvalue of largest magnitude
     assert value == pytest.approx(size, rel=1e-2)
+
+
+class _Tied(nn.Module):
+    """A layer under two names, two layers with one weight, and a batch norm behind one of those."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(4, 4) for _ in range(3))
+        self.alias, self.third.weight = self.first, self.second.weight
+        self.norm, self.head = nn.BatchNorm1d(4) if norm else nn.Identity(), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = torch.tanh(self.alias(torch.tanh(self.first(x))))
+        return self.head(torch.tanh(self.third(torch.tanh(self.norm(self.second(x))))))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_shared_weights_count_once_and_are_not_folded(norm):
+    torch.manual_seed(4)
+    model, x, y = _Tied(norm).double(), torch.randn(9, 4, dtype=torch.float64), torch.arange(9) % 3
+    model(x)
+    expected = dense_lambda_max(copy.deepcopy(model).eval(), x, y)
+    assert hessian_lambda_max(model, x, y, F.cross_entropy, **EXACT) == pytest.approx(expected, rel=1e-7)
+    assert model.third.weight is model.second.weight
+
+
+def test_a_norm_that_serves_two_layers_is_not_folded():
+    torch.manual_seed(5)
+    norm = nn.BatchNorm1d(4)
+    model = nn.Sequential(nn.Linear(4, 4), norm, nn.Tanh(), nn.Linear(4, 4), norm, nn.Tanh(), nn.Linear(4, 3)).double()
+    x, y = torch.randn(9, 4, dtype=torch.float64), torch.arange(9) % 3
+    model(x)
+    expected = dense_lambda_max(copy.deepcopy(model).eval(), x, y)
+    assert hessian_lambda_max(model, x, y, F.cross_entropy, **EXACT) == pytest.approx(expected, rel=1e-7)

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flatprune.pruner import Pruner
-from flatprune.sam import MomentumSAM
-from flatprune.schedule import CubicSchedule
-from flatprune.targets import Target
+from flatprune.flatness.sam import MomentumSAM
+from flatprune.pruning.pruner import Pruner
+from flatprune.pruning.schedule import CubicSchedule
+from flatprune.pruning.targets import Target
 from kfac_ext import Curvature
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import signal
 from dataclasses import replace
@@ -14,9 +15,10 @@ from torch import nn
 
 from flatprune import runs
 from flatprune.errors import Interrupted
-from flatprune.sam import SAM
+from flatprune.flatness import sam as sam_module
+from flatprune.flatness.sam import SAM
 from flatprune.settings import Settings
-from flatprune.trainer import Observer
+from flatprune.training.observer import Observer
 from kfac_ext import Curvature
 
 
@@ -56,6 +58,27 @@ def test_gradient_is_that_at_the_moved_point():
         torch.testing.assert_close(found, p.grad, rtol=1e-10, atol=1e-13)
         assert (found - before).norm() > 1e-4 * before.norm()  # the move matters
     assert float(value) == pytest.approx(F.cross_entropy(twin(x), y).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0, math.inf])
+def test_without_looking_at_the_device_it_does_the_same(monkeypatch, scale):
+    """On a GPU: the same gradients, and those at hand where there is no direction."""
+
+    def replaced(look):
+        monkeypatch.setattr(sam_module, "reading_is_free", lambda device: look)
+        model, (x, y) = network(norm=True), batch()
+        sam = SAM(model, radius=0.3)
+        backward(model, x, y)
+        for p in model.parameters():
+            p.grad.mul_(scale)
+        value = sam.replace_gradients(lambda: F.cross_entropy(model(x), y))
+        return gradients(model), value, F.cross_entropy(model(x), y).detach()
+
+    (plain, value, still), (others, other_value, _) = replaced(True), replaced(False)
+    for gradient, other in zip(plain, others):
+        torch.testing.assert_close(other, gradient, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(other_value, still if value is None else value)
+    assert (value is None) == (scale != 1.0)
 
 
 def test_parameters_are_restored_and_gradients_written_in_place():

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from flatprune.sam import MomentumSAM
-from flatprune.shifting import optimum_shift
+from flatprune.flatness.sam import MomentumSAM
+from flatprune.flatness.shifting import optimum_shift
 from kfac_ext import Curvature
 from kfac_ext.curvature.layers import LAYER_TYPES
 
@@ -56,7 +56,7 @@ def test_equals_the_minimum_norm_solution():
 def test_every_kind_of_layer_computes_the_same_on_the_batch(name, training):
     model, x = curvature_nets.make(name)
     model.train(training)
-    x = x[:2]
+    x = x[: 1 if x.dim() > 2 else 2]  # few enough vectors that a layer has room
     names = [key for key, m in model.named_modules() if isinstance(m, LAYER_TYPES)]
     before, weights = outputs_of(model, names, x), {key: p.clone() for key, p in model.named_parameters()}
     shifts = optimum_shift(model, x)

@@ -191,10 +191,21 @@ def test_bad_calls(name, native):
         kfac_ext.power_iteration(matrices, **options)
 
 
-def test_vectors_in_place_must_be_contiguous():
-    apart = torch.ones(3, 2)[:, 0]
-    with pytest.raises(ValueError, match=r"vectors\[0\] is not contiguous, its strides are \(2,\)"):
-        kfac_ext.power_iteration_([EYE], [apart])
+def test_vectors_in_place_of_any_strides(device):
+    matrices = [spd(n, torch.float32, device=device) for n in (3, 40)]
+    columns = torch.ones(40, 2, device=device)
+    kfac_ext.power_iteration_(matrices, [columns[:3, 0], columns[:, 1]])
+    expected = kfac_ext.power_iteration(matrices, [torch.ones(n, device=device) for n in (3, 40)]).eigenvectors
+    assert torch.equal(columns[:3, 0], expected[0]) and torch.equal(columns[:, 1], expected[1])
+    assert bool((columns[3:, 0] == 1).all())
+
+
+@pytest.mark.parametrize("starts", [[0], [0, 4, 8], [-1, 4], [0, 5]])
+def test_starts_that_do_not_fit(starts):
+    vectors = torch.ones(8)
+    with pytest.raises(ValueError, match=r"^power_iteration: starts"):
+        torch.ops.kfac_ext.power_iteration_.default([spd(4), spd(4)], vectors, starts, 1e-3, 5)
+    assert bool((vectors == 1).all())
 
 
 # ---- covariances ----
@@ -312,8 +323,7 @@ def test_bad_matrix_free_calls(message, x, lead, options):
 
 def test_opcheck():
     ops = torch.ops.kfac_ext
-    vectors = [torch.ones(4), torch.ones(20)]
-    torch.library.opcheck(ops.power_iteration_.default, ([spd(4), spd(20)], vectors, 1e-3, 5))
+    torch.library.opcheck(ops.power_iteration_.default, ([spd(4), spd(20)], torch.ones(25), [21, 0], 1e-3, 5))
     x = torch.randn(2, 3, 5, 5)
     arguments = (x, torch.ones(28), [3, 3], [1, 1], [1, 1, 1, 1], [1, 1], True, 1e-3, 5)
     torch.library.opcheck(ops.covariance_power_iteration_.default, arguments)

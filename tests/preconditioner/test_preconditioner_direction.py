@@ -13,9 +13,21 @@ from kfac_ext import KFACPreconditioner
 from tests.curvature import curvature_nets, curvature_oracles
 
 
-def dense_direction(layer, A, G, weight, bias):
+def as_matrix(module, weight):
+    """[O, d] in the order of the patches; entry by entry for transposed convolutions, [in, out/groups, kernel]."""
+    if not isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d)):
+        return weight.flatten(1)
+    inputs, outputs = module.in_channels // module.groups, module.out_channels // module.groups
+    rows = []
+    for o in range(module.out_channels):
+        share = o // outputs * inputs
+        rows.append(torch.cat([weight[share + c, o % outputs].flatten().flip(0) for c in range(inputs)]))
+    return torch.stack(rows)
+
+
+def dense_direction(A, G, matrix, bias):
     """V by one solve with the explicit Kronecker product of every group, column-major vec of [W, b]."""
-    matrix = weight.flatten(1) if bias is None else torch.cat([weight.flatten(1), bias[:, None]], dim=1)
+    matrix = matrix if bias is None else torch.cat([matrix, bias[:, None]], dim=1)
     blocks = []
     for block, a, g in zip(matrix.view(len(A), -1, matrix.shape[1]), A, G):
         pi = (a.diagonal().mean() / g.diagonal().mean()).sqrt()
@@ -38,6 +50,13 @@ NETS = {
     "conv_same": "0 2 6",
     "conv_grouped": "0 2 6",
     "conv_circular": "0 2 6",
+    "sequence_conv": "0 3 7",
+    "sequence_conv_grouped": "0 3 7",
+    "sequence_conv_circular": "0 3 7",
+    "transposed": "0 2 5",
+    "transposed_cropped": "0 2 5",
+    "transposed_grouped": "0 2 5",
+    "transposed_sequence": "0 2 5",
 }  # fmt: skip
 
 
@@ -46,7 +65,7 @@ NETS = {
 def test_direction_is_that_of_the_dense_blocks(name, mode):
     # factors of every layer's own output (also where a norm follows), outer product by outer product; empirical Fisher
     model, x = curvature_nets.make(name)
-    y = classes(x)
+    y = classes(x, *copy.deepcopy(model)(x).shape[2:])
     modules = {layer: (model.get_submodule(layer),) * 2 for layer in NETS[name].split()}
     inputs, grads = curvature_oracles.observe(
         copy_of := copy.deepcopy(model),
@@ -58,10 +77,11 @@ def test_direction_is_that_of_the_dense_blocks(name, mode):
     touched = set()
     for layer, (module, _) in modules.items():
         bias = before.get(f"{layer}.bias")
-        A, G = curvature_oracles.factors(module, inputs[layer], grads[layer], mode, bias is not None, len(x))
-        V = dense_direction(layer, A, G, before[f"{layer}.weight"], bias)
-        d = module.weight[0].numel()
-        torch.testing.assert_close(after[f"{layer}.weight"].flatten(1), V[:, :d], rtol=1e-8, atol=1e-10)
+        A, G = curvature_oracles.factors(module, inputs[layer], grads[layer], mode, bias is not None, y.numel())
+        V = dense_direction(A, G, as_matrix(module, before[f"{layer}.weight"]), bias)
+        found = as_matrix(module, after[f"{layer}.weight"])
+        d = found.shape[1]
+        torch.testing.assert_close(found, V[:, :d], rtol=1e-8, atol=1e-10)
         if bias is not None:
             torch.testing.assert_close(after[f"{layer}.bias"], V[:, d], rtol=1e-8, atol=1e-10)
         touched |= {f"{layer}.weight", f"{layer}.bias"}

@@ -10,9 +10,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from flatprune import models
-from flatprune.neurons import CONSUMER, NeuronGroup
-from flatprune.pruner import Pruner
-from flatprune.targets import Target
+from flatprune.cutting.neurons import CONSUMER, NeuronGroup
+from flatprune.pruning.pruner import Pruner
+from flatprune.pruning.targets import Target
 from kfac_ext import Curvature
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from flatprune.criteria import CRITERIA, Evidence, banzhaf, shapley
 from flatprune.criteria.game import MaskedNetwork
-from flatprune.graph import neuron_groups
-from flatprune.neurons import CONSUMER, PRODUCER
-from flatprune.saliency import weight_columns
+from flatprune.criteria.saliency import weight_columns
+from flatprune.cutting.graph import neuron_groups
+from flatprune.cutting.neurons import CONSUMER, PRODUCER
+from kfac_ext.curvature.fisher import sample_targets
 
 pytestmark = pytest.mark.filterwarnings("ignore:Curvature")
 
@@ -176,6 +177,25 @@ def test_taylor_is_the_squared_derivative_of_a_gate(double_nets, name, position,
         for parameter, gradient in zip(parameters, kept):
             parameter.grad = gradient
     torch.testing.assert_close(found, slope.square(), rtol=1e-6, atol=1e-14)
+
+
+@pytest.mark.parametrize(("name", "position", "place"), [("mlp", 0, 1), ("chain", 0, 1)])
+def test_gate_fisher_is_the_mean_square_of_each_samples_gate_derivative(double_nets, name, position, place):
+    """A gate of its own for every sample: its derivative, squared, averaged; labels as the criterion draws them."""
+    evidence = evidence_of(double_nets[name])
+    x = torch.cat(evidence.curvature.recent_inputs).double()
+    gate = torch.ones(len(x), evidence.groups[position].width, dtype=torch.float64, requires_grad=True)
+    shape = (*gate.shape, 1, 1) if name == "chain" else gate.shape
+    handle = evidence.model[place].register_forward_hook(lambda _m, _a, out: out * gate.view(shape))
+    try:
+        with evidence.probing():
+            logits = evidence.model(x)
+    finally:
+        handle.remove()
+    labels = sample_targets(logits, "cross_entropy", evidence_of(double_nets[name]).generator)
+    (slopes,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), gate)
+    found = CRITERIA["gate_fisher"].scores(evidence)[position]
+    torch.testing.assert_close(found, 0.5 * slopes.square().mean(dim=0), rtol=1e-6, atol=1e-14)
 
 
 def tiny_game() -> tuple[Evidence, dict[frozenset, float]]:

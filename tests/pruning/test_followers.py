@@ -10,10 +10,10 @@ from pruning_networks import NETWORKS, Run, chain, digits, mlp, sgd
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from flatprune import surgery
-from flatprune.graph import neuron_groups
-from flatprune.pruner import Pruner
-from flatprune.targets import Target
+from flatprune.cutting import surgery
+from flatprune.cutting.graph import neuron_groups
+from flatprune.pruning.pruner import Pruner
+from flatprune.pruning.targets import Target
 from kfac_ext import Curvature
 
 

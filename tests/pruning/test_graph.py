@@ -6,8 +6,8 @@ from pruning_networks import NETWORKS, Concat, Grouped, chain, digits, mlp, resn
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from flatprune.graph import neuron_groups
-from flatprune.neurons import CONSUMER, FOLLOWER, PRODUCER
+from flatprune.cutting.graph import neuron_groups
+from flatprune.cutting.neurons import CONSUMER, FOLLOWER, PRODUCER
 
 
 def groups_of(model: nn.Module, x: Tensor | None = None, **options: object) -> dict:

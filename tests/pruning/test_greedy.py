@@ -5,11 +5,12 @@ import torch
 from pruning_networks import Run, chain, digits, mlp
 from torch import Tensor
 
-from flatprune.costs import ParameterCount
 from flatprune.criteria import CRITERIA, Evidence
-from flatprune.graph import neuron_groups
-from flatprune.greedy import JointObs, JointOutgoing, select_greedily
-from flatprune.selection import Limits, LossBudget, select
+from flatprune.criteria.joint import JointObs, JointOutgoing
+from flatprune.cutting.graph import neuron_groups
+from flatprune.pruning.costs import ParameterCount
+from flatprune.pruning.greedy import select_greedily
+from flatprune.pruning.selection import Limits, LossBudget, select
 
 
 def evidence_of(run: Run) -> Evidence:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from pruning_networks import Run, chain, digits, mlp, sgd
 from torch import Tensor, nn
 
-from flatprune.pruner import Pruner
-from flatprune.spectrum import Flatness
-from flatprune.targets import Target
+import flatprune
+from flatprune.flatness.spectrum import Flatness
+from flatprune.pruning.pruner import Pruner
+from flatprune.pruning.targets import Target
 from kfac_ext import Curvature
 
 STEPS = 60
@@ -77,6 +80,33 @@ def test_float16_with_a_grad_scaler_that_skips_steps(fused):
         loop.pruner.step()
     assert scaler.get_scale() < scales[0]  # a step was skipped, and the removals happened all the same
     loop.end()
+
+
+def test_the_loop_of_the_documentation():
+    page = (Path(__file__).parents[2] / "docs/training.md").read_text()
+    code = page.split("```python")[1].split("```")[0]
+    for written, here in (("steps = 2, 1000", "steps = 2, 60"), ("lr=1e-3", "lr=1e-2"), ("params=0.1", "params=0.5")):
+        assert written in code
+        code = code.replace(written, here)
+    model, x, y = mlp(), *digits()
+    orders = [torch.randperm(len(x), generator=torch.Generator().manual_seed(step))[:64] for step in range(STEPS)]
+    names = {
+        "torch": torch,
+        "flatprune": flatprune,
+        "device": "cpu",
+        "criterion": nn.CrossEntropyLoss(),
+        "model": model,
+        "x": x,
+        "loader": [(x[order], y[order]) for order in orders],
+    }
+    exec(code, names)
+    pruner, average = names["pruner"], names["average"].module
+    assert pruner.params <= 0.5 * pruner.params_start and pruner.step_count == STEPS
+    assert names["curvature"].step_count == 2 * STEPS and names["scheduler"].last_epoch == STEPS
+    for found, own in zip(average.parameters(), model.parameters()):
+        assert found.shape == own.shape and bool(found.isfinite().all())
+    right = (average(x).argmax(1) == y).double().mean()
+    assert float(right) > 0.6  # of ten classes, after 60 steps
 
 
 def test_grad_scale_leaves_empirical_factors_as_they_are():

@@ -7,9 +7,9 @@ import torch
 from pruning_networks import NETWORKS, Concat, Run, chain, digits, mlp, sgd
 from torch import nn
 
-from flatprune.pruner import Pruner
-from flatprune.surgery import sync_attributes
-from flatprune.targets import Target
+from flatprune.cutting.surgery import sync_attributes
+from flatprune.pruning.pruner import Pruner
+from flatprune.pruning.targets import Target
 from kfac_ext import Curvature
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from pruning_networks import zeroed_inputs
 from torch import Tensor, nn
 
-from flatprune import surgery
-from flatprune.graph import neuron_groups
+from flatprune.cutting import surgery
+from flatprune.cutting.graph import neuron_groups
 
 IMAGE = (3, 6, 6)
 

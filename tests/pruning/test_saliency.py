@@ -10,10 +10,11 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 import kfac_ext
-from flatprune import saliency, surgery
-from flatprune.costs import ParameterCount
-from flatprune.graph import neuron_groups
-from flatprune.neurons import CONSUMER, PRODUCER
+from flatprune.criteria import saliency
+from flatprune.cutting import surgery
+from flatprune.cutting.graph import neuron_groups
+from flatprune.cutting.neurons import CONSUMER, PRODUCER
+from flatprune.pruning.costs import ParameterCount
 
 
 def trained(name: str, steps: int = 120) -> Run:

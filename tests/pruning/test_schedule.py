@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from flatprune.schedule import CubicSchedule
-from flatprune.targets import Target
+from flatprune.pruning.schedule import CubicSchedule
+from flatprune.pruning.targets import Target
 
 
 def test_events_end_at_the_end_and_keep_their_distance():

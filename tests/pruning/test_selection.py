@@ -7,10 +7,11 @@ import torch
 from pruning_networks import NETWORKS, Grouped, digits, mlp
 from torch import Tensor, nn
 
-from flatprune import selection, surgery
-from flatprune.costs import ParameterCount
-from flatprune.graph import neuron_groups
-from flatprune.selection import Limits
+from flatprune.cutting import surgery
+from flatprune.cutting.graph import neuron_groups
+from flatprune.pruning import selection
+from flatprune.pruning.costs import ParameterCount
+from flatprune.pruning.selection import Limits
 
 
 def params_of(model: nn.Module) -> int:

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from pruning_networks import NETWORKS, Run, chain, digits, mlp, zeroed_inputs
 from torch import Tensor, nn
 
-import flatprune.pruner
-from flatprune import cuts, saliency, surgery
-from flatprune.graph import neuron_groups
-from flatprune.neurons import PRODUCER
+import flatprune.pruning.pruner
+from flatprune.criteria import saliency
+from flatprune.cutting import cuts, surgery
+from flatprune.cutting.graph import neuron_groups
+from flatprune.cutting.neurons import PRODUCER
 
 
 def outputs(model: nn.Module) -> Tensor:
@@ -46,7 +47,7 @@ def test_without_compensation_removal_equals_zeroed_neurons_at_every_removal(nam
         monkeypatch.setattr(result, "commit", checked_commit)
         return result
 
-    monkeypatch.setattr(flatprune.pruner, "plan", checking_plan)
+    monkeypatch.setattr(flatprune.pruning.pruner, "plan", checking_plan)
     torch.manual_seed(0)
     run = Run(NETWORKS[name]())
     run.train(10)

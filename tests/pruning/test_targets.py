@@ -10,14 +10,15 @@ import torch
 from pruning_networks import NETWORKS, Run, digits, mlp, sgd
 from torch import Tensor, nn
 
-from flatprune import latency, surgery
-from flatprune.costs import FlopCount, NeuronCount, ParameterCount, output_positions
-from flatprune.graph import neuron_groups
-from flatprune.neurons import Member, NeuronGroup
-from flatprune.pruner import Pruner
-from flatprune.schedule import CubicSchedule
-from flatprune.selection import Limits
-from flatprune.targets import Target, amount
+from flatprune.cutting import surgery
+from flatprune.cutting.graph import neuron_groups
+from flatprune.cutting.neurons import Member, NeuronGroup
+from flatprune.pruning import latency
+from flatprune.pruning.costs import FlopCount, NeuronCount, ParameterCount, output_positions
+from flatprune.pruning.pruner import Pruner
+from flatprune.pruning.schedule import CubicSchedule
+from flatprune.pruning.selection import Limits
+from flatprune.pruning.targets import Target, amount
 from kfac_ext import Curvature
 from kfac_ext.curvature.convolution import TRANSPOSED
 from kfac_ext.curvature.layers import LAYER_TYPES

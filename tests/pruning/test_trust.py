@@ -11,12 +11,12 @@ import torch
 from pruning_networks import NETWORKS, Run, chain, mlp
 from torch import Tensor, nn
 
-from flatprune.loss_change import LossChange, divergence
-from flatprune.schedule import CubicSchedule
-from flatprune.selection import LossBudget
-from flatprune.surgery import plan
-from flatprune.targets import Target
-from flatprune.trust import Cut, cuts, in_words, pearson, ranks, trust
+from flatprune.criteria.loss_change import LossChange, divergence
+from flatprune.cutting.surgery import plan
+from flatprune.pruning.schedule import CubicSchedule
+from flatprune.pruning.selection import LossBudget
+from flatprune.pruning.targets import Target
+from flatprune.pruning.trust import Cut, cuts, in_words, pearson, ranks, trust
 
 
 def removal(predicted: float | None, measured: float | None, step: int = 1, number: int = 0) -> dict:
@@ -68,6 +68,9 @@ def test_too_few_or_constant_changes_have_no_correlation():
     assert flat["cuts"] == 5 and flat["pearson"] is None and flat["spearman"] is None
     assert "too few" in in_words(flat)
     assert "no cut" in in_words(trust([]))
+    assert in_words(trust([removal(0.01, 0.12)])).startswith(
+        "1 cut: loss predicted +0.01, measured +0.12 (12 times as much)"
+    )
     assert "hardly alike (Spearman -1.00" in in_words(trust([removal(s, -s, step=s) for s in (1, 2, 3)]))
 
 

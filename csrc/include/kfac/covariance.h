@@ -1,6 +1,7 @@
 // Covariances of layer inputs and output gradients: out <- decay out + scale sum over samples and positions of a a^T.
 #pragma once
 
+#include <array>
 #include <vector>
 
 #include "kfac/types.h"
@@ -39,7 +40,20 @@ enum class CovarianceAlgorithm : int { kAuto = 0, kShift = 1, kPatches = 2 };
 void covariance_cpu(const ImageView& image, const ConvShape& shape, CovarianceMode mode, CovarianceAlgorithm algorithm,
                     bool bias, double decay, double scale, void* out, int threads);
 
-// Predicted costs of the two algorithms for one group, in one unit.
+// How often the two algorithms do what takes time, for one group. Shift: multiply-adds of a panel-wide vector, values
+// packed, tiles of a region (calling the inner loop, turning the tile around), panel-wide vectors of a term or of the
+// result. Patches: multiply-adds, values copied and gathered, tiles.
+struct CovarianceWork {
+  std::array<double, 4> shift;
+  std::array<double, 3> patches;
+};
+CovarianceWork covariance_work(const ConvShape& shape);
+
+// What each of them takes, in units of the first: the fit to bench/results/crossover-amd-epyc-1t.json,
+// rounded, as `python -m bench.crossover --fit <that file>` prints it.
+constexpr CovarianceWork kCovarianceWeights = {{1, 0.79, 440, 12}, {1.2, 6.4, 1800}};
+
+// Predicted costs: work times weights.
 struct CovarianceCosts {
   double shift, patches;
 };

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from flatprune.neurons import CONSUMER, PRODUCER, NeuronGroup
-from flatprune.saliency import (
+from flatprune.criteria.saliency import (
     InputStatistics,
     compensation,
     damped_inverses,
@@ -19,13 +18,11 @@ from flatprune.saliency import (
     input_statistics,
     relative_damping,
 )
+from flatprune.cutting.neurons import CONSUMER, PRODUCER, NeuronGroup
 from kfac_ext.curvature import Curvature
 from kfac_ext.curvature.convolution import weight_matrix
 from kfac_ext.curvature.fisher import joined_inputs
 from kfac_ext.curvature.layers import batch_statistics, undisturbed
-
-if TYPE_CHECKING:
-    from flatprune.greedy import JointScores
 
 Scores = list[Tensor]  # one tensor [neurons] a group
 Inverses = dict[str, tuple[Tensor, ...]]
@@ -87,6 +84,8 @@ class Evidence:
         Raises:
             RuntimeError: there is none.
         """
+        if not parameter.requires_grad:
+            raise RuntimeError(f"{name} is frozen and has no gradient: exclude the layer, or take another criterion")
         if parameter.grad is None:
             raise RuntimeError(
                 f"{name} has no gradient: score neurons (`Pruner.step`) between `backward` and `zero_grad`"
@@ -112,12 +111,31 @@ def member_names(groups: Sequence[NeuronGroup], role: str) -> list[str]:
 
 
 def consumer_compensation(evidence: Evidence, gone: Mapping[int, Tensor]) -> dict[str, Tensor]:
-    """The layers that read the neurons make up for them; see `flatprune.saliency.compensation`."""
+    """The layers that read the neurons make up for them; see `flatprune.criteria.saliency.compensation`."""
     return compensation(evidence.curvature, evidence.groups, gone, evidence.inverses(CONSUMER))
 
 
 NEEDS = ("factors", "inverses", "gradients", "forwards")
 COMPENSATES = ("method", "always", "never")
+
+
+class JointScores(Protocol):
+    """Scores of the neurons that are left, given those that went.
+
+    Attributes:
+        scores: float64 [neurons] a group, on the CPU; those of neurons gone mean nothing.
+        total: the predicted change of the loss of everything that went.
+    """
+
+    total: float
+
+    @property
+    def scores(self) -> Sequence[Tensor]:
+        """As they are now."""
+        ...
+
+    def remove(self, position: int, neuron: int) -> None:
+        """Let one neuron of the group at `position` go."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +156,7 @@ class Criterion:
         compensation: from evidence and the neurons gone to new values of the survivors' tensors.
         uncompensated: the criterion that stands in where "auto" decides against compensation.
         joint: scores that take into account which neurons went before, for `selection="greedy"`.
-        check: raises ValueError for groups it cannot judge.
+        check: raises ValueError for groups of the evidence it cannot judge; factors may not have been measured yet.
 
     Raises:
         ValueError: `needs`, `role` or `compensates` is none of the above.
@@ -163,7 +181,7 @@ class Criterion:
     compensation: Callable[[Evidence, Mapping[int, Tensor]], dict[str, Tensor]] = consumer_compensation
     uncompensated: Criterion | None = None
     joint: Callable[[Evidence], JointScores] | None = None
-    check: Callable[[Sequence[NeuronGroup]], None] | None = None
+    check: Callable[[Evidence], None] | None = None
 
     def __post_init__(self) -> None:
         choices = (

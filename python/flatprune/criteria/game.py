@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 from flatprune.criteria.base import Criterion, Evidence, Scores
-from flatprune.cuts import layer_cuts
-from flatprune.loss_change import divergence
-from flatprune.trial import masked_weights, survivors_only
+from flatprune.criteria.loss_change import divergence
+from flatprune.cutting.cuts import layer_cuts
+from flatprune.cutting.trial import masked_weights, survivors_only
 
 _SOURCE = "Diaz-Ortiz et al. 2023, GTAP, arXiv 2311.10468"
 _RIDGE = 0.01  # of a mask's variance; a regression with more neurons than samples needs one

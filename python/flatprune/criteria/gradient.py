@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flatprune.criteria.base import Criterion, Evidence, Scores
-from flatprune.neurons import PRODUCER, Member, NeuronGroup
+from flatprune.cutting.neurons import PRODUCER, Member, NeuronGroup
 from kfac_ext.curvature.capture import Capture
 from kfac_ext.curvature.convolution import weight_matrix
 from kfac_ext.curvature.fisher import checked_output, output_gradient, prediction_count, sample_targets
@@ -38,6 +38,18 @@ def _first_order(evidence: Evidence, group: NeuronGroup) -> Tensor:
                 rows = weight_matrix(member.module, rows).sum(dim=1)
             total += rows.cpu()[member.index].sum(dim=1)
     return total
+
+
+def check_gradients(evidence: Evidence) -> None:
+    """Raise ValueError, naming the layer, for neurons behind parameters that are frozen."""
+    for group in evidence.groups:
+        for member in group.of_role(PRODUCER):
+            for name, parameter in _affine_map(evidence, member):
+                if not parameter.requires_grad:
+                    raise ValueError(
+                        f"criterion taylor: {name} of layer {member.name!r} is frozen and gets no gradient; choose "
+                        "another criterion, or exclude the layer"
+                    )
 
 
 def _affine_map(evidence: Evidence, member: Member) -> list[tuple[str, nn.Parameter]]:
@@ -93,7 +105,15 @@ def _over_positions(layer: Layer, product: Tensor) -> Tensor:
 
 
 _MOLCHANOV = "Molchanov et al. 2019, Importance estimation for neural network pruning, arXiv 1906.10771"
-TAYLOR = Criterion("taylor", taylor_scores, _MOLCHANOV, needs=("gradients",), role=PRODUCER, per_cost=True)
+TAYLOR = Criterion(
+    "taylor",
+    taylor_scores,
+    _MOLCHANOV,
+    needs=("gradients",),
+    role=PRODUCER,
+    per_cost=True,
+    check=check_gradients,
+)
 GATE_FISHER = Criterion(
     "gate_fisher",
     gate_scores,

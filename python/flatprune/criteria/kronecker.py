@@ -22,9 +22,9 @@ from torch import Tensor
 
 import kfac_ext
 from flatprune.criteria.base import Criterion, Evidence, Scores
-from flatprune.cuts import layer_cuts, tensor_name
-from flatprune.neurons import PRODUCER, channels, shares_of
-from flatprune.saliency import Reading, ordered, readings, summed
+from flatprune.criteria.saliency import Reading, ordered, readings, summed
+from flatprune.cutting.cuts import layer_cuts, tensor_name
+from flatprune.cutting.neurons import PRODUCER, channels, shares_of
 from kfac_ext.curvature.convolution import weight_like, weight_matrix
 from kfac_ext.curvature.layers import Layer
 

@@ -5,13 +5,13 @@ A neuron that several layers produce, or several rows of one, has the mean over 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from flatprune.criteria.base import Criterion, Evidence, Scores, mean_over_producers, ranks
-from flatprune.neurons import FOLLOWER, NORMS, PRODUCER, Member, NeuronGroup
+from flatprune.cutting.neurons import FOLLOWER, NORMS, PRODUCER, Member, NeuronGroup
 from kfac_ext.curvature.convolution import weight_matrix
 
 
@@ -55,7 +55,7 @@ def _distances(group: NeuronGroup) -> Tensor:
 
 def norm_scales(evidence: Evidence) -> Scores:
     """S_j = mean |gamma| over the entries of all batch norms that belong to neuron j."""
-    check_norms(evidence.groups)
+    check_norms(evidence)
     scores = []
     for group in evidence.groups:
         gammas = [_scale(member).detach().abs().cpu().double()[member.index].mean(dim=1) for member in _norms(group)]
@@ -63,9 +63,9 @@ def norm_scales(evidence: Evidence) -> Scores:
     return scores
 
 
-def check_norms(groups: Sequence[NeuronGroup]) -> None:
+def check_norms(evidence: Evidence) -> None:
     """Raise ValueError, naming the layer, for neurons without a norm that scales them."""
-    for group in groups:
+    for group in evidence.groups:
         if not _norms(group):
             raise ValueError(
                 f"criterion bn_scale: no norm with a scale (gamma) follows layer {group.name!r}; choose another "

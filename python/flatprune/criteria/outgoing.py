@@ -1,11 +1,11 @@
-"""The method's own criteria: a neuron is judged by the layers that read it (see `flatprune.saliency`)."""
+"""The method's own criteria: a neuron is judged by the layers that read it (see `flatprune.criteria.saliency`)."""
 
 from __future__ import annotations
 
 from flatprune.criteria.base import Criterion, Evidence, Scores
-from flatprune.greedy import JointObs, JointOutgoing
-from flatprune.neurons import CONSUMER
-from flatprune.saliency import curvature_scores
+from flatprune.criteria.joint import JointObs, JointOutgoing
+from flatprune.criteria.saliency import curvature_scores
+from flatprune.cutting.neurons import CONSUMER
 
 _OBS = "Hassibi & Stork 1993 for a block of columns, with the Kronecker factors of Martens & Grosse 2015; ours"
 

@@ -14,12 +14,13 @@ from torch import nn
 
 from flatprune.errors import InputError
 from flatprune.models.dense import densenet40
-from flatprune.models.measures import has_batch_norm, layer_widths, multiply_accumulates, parameter_count
+from flatprune.models.measures import LAYERS, has_batch_norm, layer_widths, multiply_accumulates, parameter_count
 from flatprune.models.plain import VGG_WIDTHS, convnet, lenet5, mlp, vgg
 from flatprune.models.residual import RESNETS, ResNet, mobilenetv2, resnet
 from flatprune.models.vit import vit_tiny
 
 __all__ = [
+    "LAYERS",
     "MODELS",
     "ResNet",
     "build",

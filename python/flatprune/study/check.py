@@ -12,7 +12,7 @@ from flatprune.errors import InputError
 from flatprune.runs import load
 from flatprune.settings import Settings
 from flatprune.study.grid import Study
-from flatprune.trainer import Trainer
+from flatprune.training.trainer import Trainer
 
 _OF_THE_DATA = ("data", "seed", "train_size", "validation", "label_noise", "image_size", "classes")
 

@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from flatprune.progress import duration
+from flatprune.reporting.progress import duration
 from flatprune.study.plan import DIVERGED, Outcome
 
 _REFRESH_SECONDS = 0.2

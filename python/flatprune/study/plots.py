@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from flatprune.drawing import BLUE, GREY, INK, ROSE, TEAL, style_axis
+from flatprune.reporting.drawing import BLUE, GREY, INK, ROSE, TEAL, style_axis
 from flatprune.study.results import BY_KEY, Group, Results
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flatprune.checkpoint import write_atomically
-from flatprune.drawing import png
 from flatprune.errors import InputError
-from flatprune.page import card, document, duration, figure_of, value_rows
+from flatprune.reporting.drawing import png
+from flatprune.reporting.page import card, document, duration, figure_of, value_rows
 from flatprune.study.grid import Study, read_study
 from flatprune.study.plan import DATA_FILE, Plan
 from flatprune.study.plots import figure

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flatprune import runs
-from flatprune.corruptions import KINDS
 from flatprune.study.grid import Cell, Point
 from flatprune.study.plan import DIVERGED, Plan
+from flatprune.training.corruptions import KINDS
 
 Summary = dict[str, Any]
 TRACKED = (

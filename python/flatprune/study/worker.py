@@ -22,10 +22,10 @@ from flatprune.errors import DivergedError, InputError, Interrupted
 from flatprune.settings import Settings
 from flatprune.study.lock import locked
 from flatprune.study.plan import SETTINGS_FILE
-from flatprune.trainer import Observer
+from flatprune.training.observer import Observer
 
 if TYPE_CHECKING:
-    from flatprune.trainer import Trainer
+    from flatprune.training.trainer import Trainer
 
 EXIT_INPUT, EXIT_DIVERGED, EXIT_FILE, EXIT_INTERRUPTED = 2, 3, 4, 130
 _REPORT_SECONDS = 0.5

@@ -1,0 +1,128 @@
+"""A training step on a GPU: the bare one against one with all defaults of `flatprune run`, in three precisions."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.gpu.measure import alternate, precision
+from bench.gpu.run import Run
+
+STEPS = 20  # a turn: two updates of the factors of a network with convolutions, five steps of the flatness term
+ROUNDS = 9
+# precision -> settings; float32 in both is without tf32
+KINDS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bf16": {"amp": "bf16"},
+    "bf16, channels_last": {"amp": "bf16", "channels_last": True},
+}
+NETWORKS = {"resnet20": (32, 3), "vgg19_bn": (32, 3), "mlp": (28, 1)}  # side and channels of the images
+
+
+def bench_training(run: Run, device: torch.device, quick: bool) -> None:
+    """Milliseconds of a step of each network and precision, bare and with curvature, flatness and pruner."""
+    results: dict[str, Any] = {}
+    waiting = [(name, kind) for name in NETWORKS for kind in KINDS]
+    with tempfile.TemporaryDirectory() as folder:
+        for place, (name, kind) in enumerate(waiting):
+            if run.seconds_left() < 5:
+                run.document["left_out"].append(f"training, {name} {kind}")
+                continue
+            print(f"[{run.seconds_left():4.0f} s left] training, {name} {kind}", flush=True)
+            seconds = run.seconds_left() / (len(waiting) - place)
+            try:
+                entry = _measured(Path(folder), name, KINDS[kind], device, quick, seconds)
+            except RuntimeError as error:  # out of memory: the rest is still of use
+                failure = f"training, {name} {kind}: {str(error).splitlines()[0]}"
+                run.document.setdefault("failed", []).append(failure)
+                continue
+            results.setdefault(name, {})[kind] = entry
+            run.keep("training", results)
+
+
+def _measured(
+    folder: Path, name: str, kind: dict[str, Any], device: torch.device, quick: bool, seconds: float
+) -> dict[str, Any]:
+    """Milliseconds a step of both variants, which take turns, and the ratio of their medians."""
+    steps, rounds = (2, 3) if quick else (STEPS, ROUNDS)
+    bare, full = {"flatness": "off", "target_params": 1.0, "factor_update_steps": 2**40}, {}
+    with precision("float32"):
+        calls = {
+            label: _steps(folder, name, {**kind, **more}, device, quick, steps)
+            for label, more in (("bare", bare), ("flatprune", full))
+        }
+        times = alternate(calls, device, rounds, seconds)
+    per_step = {
+        label: {key: value if key == "rounds" else value / steps for key, value in found.items()}
+        for label, found in times.items()
+    }
+    return {"ms": per_step, "ratio": per_step["flatprune"]["median"] / per_step["bare"]["median"]}
+
+
+def _steps(
+    folder: Path, name: str, changes: dict[str, Any], device: torch.device, quick: bool, steps: int
+) -> Callable[[], None]:
+    """A call that trains on for so many steps, none of which removes neurons; the warm-up is over."""
+    from flatprune.data import load_dataset
+    from flatprune.settings import Settings
+    from flatprune.training.trainer import Trainer
+
+    size = 8 if quick else 128
+    path = _images(folder, *NETWORKS[name], size)
+    widths = (8,) * 16 if quick and name == "vgg19_bn" else None
+    options = {"data": str(path), "model": name, "widths": widths, "batch_size": size, "device": str(device)}
+    schedule = {"epochs": 10**6, "prune_start": 0.9, "prune_end": 0.9}
+    settings = Settings(**{**options, **schedule, **changes})
+    trainer = Trainer(settings, load_dataset(str(path), device=device))
+    trainer.model.train()
+    indices = _endless(torch.arange(len(trainer.dataset.x_train), device=device), size)
+    for _ in range(10 if quick else 30):
+        trainer._train_step(next(indices))
+    if trainer.flatness is not None:
+        trainer.flatness.end_warmup()
+
+    def train() -> None:
+        for _ in range(steps):
+            trainer._train_step(next(indices))
+
+    return train
+
+
+def _images(folder: Path, side: int, channels: int, batch: int) -> Path:
+    """An .npz of random images: what a step costs does not depend on what they show."""
+    path = folder / f"{side}x{channels}.npz"
+    if not path.exists():
+        rng = np.random.default_rng(0)
+        count = 4 * batch
+        images = rng.integers(0, 256, (count, side, side, channels), dtype=np.uint8)
+        labels = np.arange(count) % 10
+        np.savez(path, x_train=images, y_train=labels, x_test=images[:batch], y_test=labels[:batch])
+    return path
+
+
+def _endless(order: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
+    while True:
+        yield from order.split(size)
+
+
+def training_table(document: dict[str, Any]) -> str:
+    """A Markdown table of milliseconds a step."""
+    lines = [
+        "Training step, batch 128, milliseconds (median): bare, and with the defaults of `flatprune run`",
+        "",
+        f"| | {' | '.join(f'{kind}: bare | flatprune | ratio' for kind in KINDS)} |",
+        f"| --- |{' ---: |' * 3 * len(KINDS)}",
+    ]
+    for name, kinds in document["training"].items():
+        cells = []
+        for kind in KINDS:
+            entry = kinds.get(kind)
+            times = [] if entry is None else [f"{entry['ms'][v]['median']:.3g}" for v in ("bare", "flatprune")]
+            cells += ["-"] * 3 if entry is None else [*times, f"{entry['ratio']:.2f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)

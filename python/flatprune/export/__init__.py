@@ -1,0 +1,21 @@
+"""The pruned network as a file, and back: `model.pt` of a run, and what other programs read."""
+
+from flatprune.export.exporting import EXPORT_FILES, FORMATS, Export, export_run
+from flatprune.export.loading import fresh_network, load
+from flatprune.export.model_file import MODEL_FILE, save_model
+from flatprune.export.saved import rebuild, take_tensors
+from flatprune.export.subject import INPUTS
+
+__all__ = [
+    "EXPORT_FILES",
+    "FORMATS",
+    "INPUTS",
+    "MODEL_FILE",
+    "Export",
+    "export_run",
+    "fresh_network",
+    "load",
+    "rebuild",
+    "save_model",
+    "take_tensors",
+]

@@ -1,0 +1,72 @@
+"""From a file or the folder of a run to a network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flatprune.errors import InputError
+from flatprune.export import safetensors_file
+from flatprune.export.model_file import MODEL_FILE, read_model
+from flatprune.export.saved import SavedNetwork
+
+
+def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn.Module:
+    """The network of a finished run, in evaluation mode.
+
+    Args:
+        path: folder of the run, a `model.pt`, or a `.safetensors` that `flatprune export` made.
+        device: where its tensors go.
+
+    Returns:
+        An ordinary `nn.Module` in its pruned shapes. `model.normalization` maps images to its input,
+        `model.image_shape` is (channels, height, width) of that input, `model.classes` the number of its outputs.
+
+    Raises:
+        InputError: there is no such file, or it holds something else.
+
+    Example:
+        >>> model = flatprune.load("runs/demo")
+        >>> classes = model(model.normalization(images)).argmax(1)  # uint8 images [n, height, width, channels]
+    """
+    saved = read_saved(path, device)
+    model = saved.network().to(device)
+    model.normalization = saved.normalization  # type: ignore[assignment]
+    model.image_shape = saved.image_shape  # type: ignore[assignment]
+    model.classes = saved.arguments["classes"]  # type: ignore[assignment]
+    return model
+
+
+def read_saved(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> SavedNetwork:
+    """What `load` makes a network of; arguments and errors are the same."""
+    file = Path(path) / MODEL_FILE if Path(path).is_dir() else Path(path)
+    reader = safetensors_file.read if file.suffix == safetensors_file.SUFFIX else read_model
+    return reader(file, device)
+
+
+def fresh_network(path: str | os.PathLike[str], arguments: Mapping[str, Any]) -> nn.Module:
+    """The architecture of a finished run with fresh initial values, as its modules draw them.
+
+    Args:
+        path: folder of the run, or a `model.pt`.
+        arguments: image_shape and classes it is to be used with.
+
+    Raises:
+        InputError: there is no such file, it is for other images, or a parameter cannot be drawn afresh.
+    """
+    model = load(path).train()
+    for name in ("image_shape", "classes"):
+        wanted, found = arguments[name], getattr(model, name)
+        if (list(found) if name == "image_shape" else found) != wanted:
+            raise InputError(f"architecture_of {path}: its {name} is {found}, expected {wanted}")
+    for name, module in model.named_modules():
+        if callable(getattr(module, "reset_parameters", None)):
+            module.reset_parameters()  # type: ignore[operator]
+        elif module._parameters:
+            raise InputError(f"architecture_of {path}: {name or 'the network'} has parameters that only it can draw")
+    return model

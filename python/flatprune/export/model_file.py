@@ -1,0 +1,65 @@
+"""`model.pt`, the pruned network as a run leaves it.
+
+A dict of plain values and tensors (`torch.load(weights_only=True)` reads it):
+
+    format          "flatprune-model"
+    version         1
+    model           name and arguments of `flatprune.models.build`
+    widths          layer name -> output channels or features, after pruning
+    normalization   mean, std [channels], image_size: what to do to images first
+    state_dict      the tensors, in their pruned shapes
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flatprune import models
+from flatprune.checkpoint import read_torch_file, save_atomically
+from flatprune.data import Normalization
+from flatprune.errors import InputError
+from flatprune.export.saved import SavedNetwork
+
+MODEL_FILE = "model.pt"
+MODEL_FORMAT = "flatprune-model"
+MODEL_VERSION = 1
+
+
+def save_model(
+    path: str | os.PathLike[str], model: nn.Module, arguments: Mapping[str, Any], normalization: Normalization
+) -> None:
+    """Write `model` to `path`, atomically.
+
+    Args:
+        path: of the file.
+        model: a network made by `flatprune.models.build(**arguments)`, of any widths since.
+        arguments: name, image_shape, classes and widths it was built with.
+        normalization: what its images go through first.
+    """
+    state = {
+        "format": MODEL_FORMAT,
+        "version": MODEL_VERSION,
+        "model": dict(arguments),
+        "widths": models.layer_widths(model),
+        "normalization": normalization.state_dict(),
+        "state_dict": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
+    }
+    save_atomically(path, state)
+
+
+def read_model(path: Path, device: torch.device | str) -> SavedNetwork:
+    """The content of a `model.pt`.
+
+    Raises:
+        InputError: there is no such file, or it holds something else.
+    """
+    state = read_torch_file(path, MODEL_FORMAT, device)
+    if state["version"] != MODEL_VERSION:
+        raise InputError(f"{path}: model version {state['version']}, this package reads {MODEL_VERSION}")
+    return SavedNetwork(state["model"], Normalization(**state["normalization"]), state["state_dict"])

@@ -1,0 +1,65 @@
+"""A pruned network as plain values and tensors, which is what files hold, and a network from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from flatprune import models
+from flatprune.data import Normalization
+from flatprune.errors import InputError
+
+
+class SavedNetwork(NamedTuple):
+    """What a network is rebuilt from.
+
+    Attributes:
+        arguments: name, image_shape, classes and widths that `flatprune.models.build` made it with.
+        normalization: what its images go through first.
+        tensors: its state dict, in the pruned shapes.
+    """
+
+    arguments: Mapping[str, Any]
+    normalization: Normalization
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the network's input."""
+        channels, height, width = self.arguments["image_shape"]
+        return channels, height, width
+
+    def network(self) -> nn.Module:
+        """The network in evaluation mode; its tensors are copies."""
+        return rebuild(self.arguments, self.tensors).eval()
+
+
+def rebuild(arguments: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Build a network and give it the tensors of a pruned one of the same kind.
+
+    Raises:
+        InputError: names of tensors differ.
+    """
+    rng = torch.get_rng_state()
+    model = models.build(arguments["name"], tuple(arguments["image_shape"]), arguments["classes"], arguments["widths"])
+    torch.set_rng_state(rng)  # the initial values are thrown away, so they must not cost random numbers
+    take_tensors(model, tensors)
+    return model
+
+
+def take_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Replace every parameter and buffer of `model` by a copy of the tensor of that name, whatever its shape."""
+    from flatprune.cutting.surgery import sync_attributes
+
+    own = model.state_dict(keep_vars=True)
+    for name in [*own, *tensors]:
+        if (name in own) != (name in tensors):
+            where = "the network" if name in own else "the file"
+            raise InputError(f"tensor {name!r} is only in {where}; is it a network of another kind?")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.data = tensors[name].detach().clone().to(tensor.device)
+    sync_attributes(model)

@@ -1,0 +1,349 @@
+"""The flatness term: the gradient of the blocks' spectral radii, added to the loss.
+
+J = L + strength Lbar (1/B) sum over the B layers of max(0, log(rho_l / K_l)), rho_l = lambda_1(A_l) lambda_1(G_l).
+After Sandler, Klabjan, Luo (arXiv 2102.11210: f + mu max(0, rho - K), gradient v^T (dH) v with the eigenvector held);
+the logarithm, the sum over blocks, the scale by the loss and the one-forward estimate are this package's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flatprune.flatness.hessian import hessian_lambda_max
+from kfac_ext.curvature import Curvature
+from kfac_ext.curvature.capture import Capture
+from kfac_ext.curvature.curvature import ROUNDING
+from kfac_ext.curvature.fisher import (
+    output_gradient,
+    output_variance,
+    prediction_count,
+    projected_gradients,
+    projected_inputs,
+    sample_targets,
+)
+from kfac_ext.curvature.layers import Layer, call_hooks, device_of, reading_is_free, sent, undisturbed
+
+__all__ = ["Flatness", "hessian_lambda_max"]
+
+MODES = ("forward", "double_backward")
+_LOSS_DECAY = 0.98
+_STEP_SIZE = 0.1  # length of the largest shift of a z in mode "forward", as a part of the root mean square of |z|
+_LEAST_KAPPA = 1e-4  # no block is pressed below this part of its radius, also with kappa 0: rho -> 0 is a dead network
+
+
+class _Block(NamedTuple):
+    """One layer's share: unit vectors (zero but in the group of the largest radius), weights c lambda; all constant."""
+
+    layer: Layer
+    u: Tensor
+    s: Tensor
+    input_weight: Tensor  # c_l lambda(G_l) = 1 / (B lambda(A_l)), 0 below the floor
+    gradient_weight: Tensor  # c_l lambda(A_l) = 1 / (B lambda(G_l)), 0 below the floor
+
+
+class Flatness:
+    """Penalises the spectral radii of the curvature blocks while the model trains.
+
+    With c_l = 1/(B rho_l) for blocks above their floor, u_l and s_l the top eigenvectors of A_l and G_l, the gradient
+    is that of sum over l of c_l lambda(G_l) mean (u.a)^2 + c_l lambda(A_l) mean (s.g)^2, times strength Lbar, Lbar the
+    running mean of the loss (0.98) capped at its value at the end of warm-up. The second part is computed by
+
+    - "forward" (default): one more forward with every z_l moved by eps r sqrt(c_l lambda(A_l)) s_l, r = +-1 drawn per
+      sample and block; t = (change of the output) / eps; mean[sum p t^2 - (sum p t)^2], p the softmax. Its mean over r
+      is sum c_l lambda(A_l) s^T G s with G the exact Fisher (GGN) factor of the batch, up to O(eps^2);
+    - "double_backward": gradients g of a sampled loss that can be differentiated again, exact for these labels.
+
+    The extra forward draws the same dropout masks as the user's and leaves running statistics and random streams as
+    they are. `K_l = kappa rho_l` at the end of warm-up; a kappa below 1e-4 acts as 1e-4, so that no block is driven
+    to nothing, and blocks below 1e-10 of the largest radius, which are rounding, are left alone. Where the network has
+    shrunk below `fade_below` of its parameters the strength falls, to nothing at half of that.
+
+    Args:
+        curvature: of the model that is trained.
+        total_steps: calls of `penalty` in the whole training.
+        strength: alpha; None: forward 0.1 without convolutions, 0.02 with; double_backward 0.2.
+        kappa: floor as a part of the radius after warm-up; None: 0.5 without convolutions, 0 with.
+        every: the penalty is computed on every so many calls, with so many times the weight; None: 4 without
+            convolutions, 8 with.
+        start: warm-up, a part (< 1) of `total_steps` or a number of calls (int).
+        mode: "forward" or "double_backward".
+        fade_below: see above; 0: never fades.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Example:
+        >>> flatness = Flatness(curvature, total_steps=1000)
+        >>> logits = model(x)
+        >>> loss = criterion(logits, y)
+        >>> (loss + flatness.penalty(x, logits, loss)).backward()
+    """
+
+    def __init__(
+        self,
+        curvature: Curvature,
+        *,
+        total_steps: int | None = None,
+        strength: float | None = None,
+        kappa: float | None = None,
+        every: int | None = None,
+        start: float | int = 0.1,
+        mode: str = "forward",
+        fade_below: float = 0.05,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"Flatness: mode is {mode!r}, expected 'forward' or 'double_backward'")
+        if every is not None and every < 1:
+            raise ValueError(f"Flatness: every is {every}, expected >= 1")
+        for name, value in (("strength", strength), ("kappa", kappa), ("fade_below", fade_below), ("start", start)):
+            if value is not None and value < 0:
+                raise ValueError(f"Flatness: {name} is {value}, expected >= 0")
+        self.curvature, self.mode, self.fade_below = curvature, mode, fade_below
+        self._strength, self._kappa, self._every = strength, kappa, every
+        self.warmup_steps = _warmup_steps(start, total_steps)
+        self.step_count = 0
+        self.floors: dict[str, Tensor] | None = None  # K_l, from the end of warm-up on
+        self._start_step = 0
+        self._mean_loss: Tensor | None = None
+        self._cap: Tensor | None = None
+        self._full_size = self._size()
+        self._ask_for_record()
+
+    @property
+    def strength(self) -> float:
+        """alpha."""
+        if self._strength is not None:
+            return self._strength
+        if self.mode == "double_backward":
+            return 0.2
+        return 0.02 if self.curvature.has_convolutions else 0.1
+
+    @property
+    def kappa(self) -> float:
+        """K_l = kappa rho_l(end of warm-up)."""
+        if self._kappa is not None:
+            return self._kappa
+        return 0.0 if self.curvature.has_convolutions else 0.5
+
+    @property
+    def every(self) -> int:
+        """The calls from one penalty to the next."""
+        if self._every is not None:
+            return self._every
+        return 8 if self.curvature.has_convolutions else 4
+
+    def penalty(self, x: Tensor | tuple[Tensor, ...], logits: Tensor, loss: Tensor) -> Tensor:
+        """A 0-d tensor to add to the loss before `backward()`: 0 in warm-up and between the steps it acts on.
+
+        Its gradient is what counts: it is that of strength Lbar (1/B) sum log rho_l; its value is not that sum's.
+        Under gradient accumulation call it for every batch with the batch's mean loss, and divide the sum of both.
+        If `logits` is not the very tensor the model returned (or the forward ran in autocast, or in mode
+        "double_backward" through a fused attention, which has no second derivative), the forward is repeated.
+
+        Args:
+            x: what the model was given, a tensor or the tuple of its positional inputs.
+            logits: what it returned.
+            loss: the mean loss of these, with its graph.
+        """
+        self.curvature.settle(loss)
+        self._follow_loss(loss)
+        if self.floors is None and self.step_count >= self.warmup_steps and self.curvature.is_updated:
+            self.end_warmup()
+        value = self._value(x, logits) if self._acts() else None
+        self.step_count += 1
+        self._ask_for_record()
+        return loss.new_zeros(()) if value is None else value.to(loss.dtype)
+
+    def end_warmup(self) -> None:
+        """Fix the floors K_l and the cap of the running mean of the loss as they stand; the next step is penalised.
+
+        Raises:
+            RuntimeError: before the first factors.
+        """
+        kappa = max(self.kappa, _LEAST_KAPPA)
+        self.floors = {name: kappa * rho for name, rho in self.curvature.spectral_radii().items()}
+        self._cap = self._mean_loss
+        self._start_step = self.step_count
+        self._ask_for_record()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and numbers."""
+        return {
+            "step_count": self.step_count,
+            "start_step": self._start_step,
+            "full_size": self._full_size,
+            "floors": None if self.floors is None else {name: k.clone() for name, k in self.floors.items()},
+            "mean_loss": self._mean_loss,
+            "cap": self._cap,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`, bit for bit."""
+        device = device_of(self.curvature.model)
+        floors = state["floors"]
+        self.floors = None if floors is None else {name: k.to(device) for name, k in floors.items()}
+        self._mean_loss, self._cap = (None if t is None else t.to(device) for t in (state["mean_loss"], state["cap"]))
+        self.step_count, self._start_step = state["step_count"], state["start_step"]
+        self._full_size = state["full_size"]
+        self._ask_for_record()
+
+    def _ask_for_record(self) -> None:
+        """Have the next training forward recorded if the next call of `penalty` acts (or may act) on it."""
+        if self._acts() or (self.floors is None and self.step_count >= self.warmup_steps):
+            self.curvature.record_next_forward()
+
+    def _acts(self) -> bool:
+        return self.floors is not None and (self.step_count - self._start_step) % self.every == 0
+
+    def _follow_loss(self, loss: Tensor) -> None:
+        value = loss.detach().clone()
+        mean = self._mean_loss
+        self._mean_loss = value if mean is None else _LOSS_DECAY * mean + (1 - _LOSS_DECAY) * value
+
+    def _weight(self) -> Tensor:
+        """strength Lbar every, faded."""
+        assert self._mean_loss is not None
+        mean = self._mean_loss if self._cap is None else torch.minimum(self._mean_loss, self._cap)
+        return self.strength * self.every * self._fade() * mean
+
+    def _fade(self) -> float:
+        """1 down to `fade_below` of the parameters, 0 from half of that on."""
+        if self.fade_below == 0:
+            return 1.0
+        return min(max(2 * self._size() / self._full_size / self.fade_below - 1, 0.0), 1.0)
+
+    def _size(self) -> int:
+        return sum(p.numel() for p in self.curvature.model.parameters())
+
+    def _value(self, x: Tensor | tuple[Tensor, ...], logits: Tensor) -> Tensor | None:
+        if self.strength * self._fade() == 0:
+            return None
+        weight, blocks = self._weight(), self._blocks()
+        if not blocks:
+            return None
+        inputs = x if isinstance(x, tuple) else (x,)
+        capture = self._capture(inputs, logits)
+        blocks = [block for block in blocks if block.layer.name in capture.names]
+        mode = self.curvature.kfac_approx
+        with torch.autocast(logits.device.type, enabled=False):
+            total = logits.new_zeros(())
+            for block in blocks:
+                seen = capture.inputs(block.layer.name)
+                if any(a.requires_grad for a in seen):  # the data themselves have no gradient
+                    values = projected_inputs(block.layer, seen, block.u, mode)
+                    total = total + block.input_weight * values.square().mean(dim=0).sum()
+            second = self._forward_part if self.mode == "forward" else self._double_backward_part
+            return weight * (total + second(blocks, capture, inputs))
+
+    def _capture(self, inputs: tuple[Tensor, ...], logits: Tensor) -> Capture:
+        """The user's forward if it was recorded and can be differentiated as often as it must be, else one more."""
+        record = self.curvature.take_record(logits)
+        if self.mode == "forward":
+            return record or self.curvature.observe(*inputs)
+        if record is not None and not _has_fused_attention(logits):
+            return record
+        with sdpa_kernel(SDPBackend.MATH):
+            return self.curvature.observe(*inputs)
+
+    def _blocks(self) -> list[_Block]:
+        """The blocks above their floor; on a GPU all, those below with weight 0, so that the host need not wait."""
+        radii, factors, floors = self.curvature.spectral_radii(), self.curvature.factors, self.floors
+        assert floors is not None
+        noise = ROUNDING * torch.stack(list(radii.values())).max()
+        above = {name: radii[name] > torch.maximum(floors[name], noise) for name in radii if name in floors}
+        look = reading_is_free(factors.buffer.device)
+        blocks = []
+        for name in (name for name in above if not look or bool(above[name])):
+            u, s = factors.vector(f"{name}.A"), factors.vector(f"{name}.G")
+            value_a, value_g = factors.eigenvalue(f"{name}.A"), factors.eigenvalue(f"{name}.G")
+            if value_a.dim():
+                best = (value_a * value_g).argmax() == torch.arange(len(value_a), device=value_a.device)
+                best = best.to(value_a.dtype)
+                u, s = best[:, None] * u, best[:, None] * s
+                value_a, value_g = best @ value_a, best @ value_g
+            layer = self.curvature.layers[name]
+            weights = [1 / (len(radii) * value) for value in (value_a, value_g)]
+            if not look:
+                weights = [torch.where(above[name], weight, 0.0) for weight in weights]
+            # copies: the factors' views may be overwritten before backward is called
+            blocks.append(_Block(layer, u.clone(), s.clone(), *weights))
+        return blocks
+
+    def _double_backward_part(self, blocks: list[_Block], capture: Capture, _inputs: Any) -> Tensor:
+        """Sum over blocks of c lambda(A) mean (s.g)^2, g from labels drawn from the model's prediction."""
+        curvature, output = self.curvature, capture.output
+        if capture.targets is None:
+            capture.targets = sample_targets(output, curvature.loss, curvature.generator)
+        # the label's gradient depends on the output too, through the softmax
+        seed = output_gradient(output, capture.targets, curvature.loss)
+        loss_gradients = capture.gradients_of(output, seed, create_graph=True)
+        count, total = prediction_count(output, curvature.loss), output.new_zeros(())
+        for block in blocks:
+            grads = [g for g in loss_gradients[block.layer.name] if g is not None]
+            if grads:
+                values = projected_gradients(block.layer, grads, block.s, curvature.kfac_approx)
+                total = total + block.gradient_weight * values.square().sum() / count
+        return total
+
+    def _forward_part(self, blocks: list[_Block], capture: Capture, inputs: tuple[Tensor, ...]) -> Tensor:
+        """The same, its expectation over labels, from the change of the output in one forward with moved z."""
+        curvature, output = self.curvature, capture.output
+        lengths = torch.stack([block.gradient_weight for block in blocks]).sqrt()
+        sizes = torch.stack([capture.z_squares[block.layer.name] for block in blocks]).sqrt()
+        longest = (lengths / sizes).max()
+        step = _STEP_SIZE / torch.where(longest > 0, longest, 1.0)  # 0: no block is above its floor
+        shifts = {block.layer.name: (length * step) * block.s.flatten() for block, length in zip(blocks, lengths)}
+        signs: dict[str, Tensor] = {}
+
+        def move(layer: Layer, _x: Tensor, z: Tensor) -> Tensor:
+            axis = 1 if layer.is_convolution else z.dim() - 1
+            shift = shifts[layer.name].to(z.dtype).view([-1 if d == axis else 1 for d in range(z.dim())])
+            if curvature.kfac_approx == "expand":  # positions and calls apart
+                shape = [1 if d == axis else n for d, n in enumerate(z.shape)]
+                return z + self._signs(shape, z) * shift
+            sign = signs.get(layer.name)
+            if sign is None:
+                sign = signs[layer.name] = self._signs([len(z)], z)
+            return z + sign.view([-1, *[1] * (z.dim() - 1)]) * shift
+
+        layers = [block.layer for block in blocks]
+        with curvature.paused(), undisturbed(curvature.model, capture.rng), call_hooks(layers, move):
+            moved = curvature.model(*inputs)
+        return output_variance(output, (moved - output) / step, curvature.loss)
+
+    def _signs(self, shape: list[int], like: Tensor) -> Tensor:
+        generator = self.curvature.generator
+        bits = torch.randint(0, 2, shape, generator=generator, device=generator.device, dtype=torch.int8)
+        return (sent(bits, like.device) * 2 - 1).to(like.dtype)
+
+
+def _has_fused_attention(output: Tensor) -> bool:
+    """Whether a fused `scaled_dot_product_attention`, which has no second derivative, is in the graph of `output`."""
+    seen: set[Any] = set()
+    todo = [output.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        if node.name().startswith("ScaledDotProduct"):
+            return True
+        seen.add(node)
+        todo += [source for source, _ in node.next_functions]
+    return False
+
+
+def _warmup_steps(start: float | int, total_steps: int | None) -> int:
+    if isinstance(start, int):
+        return start
+    if start >= 1:
+        raise ValueError(f"Flatness: start is {start}, expected a part < 1 of total_steps or an int number of steps")
+    if total_steps is None:
+        raise ValueError(f"Flatness: start={start} is a part of total_steps, which is missing")
+    if total_steps < 1:
+        raise ValueError(f"Flatness: total_steps is {total_steps}, expected >= 1")
+    return round(start * total_steps)

@@ -1,0 +1,1 @@
+"""Which neurons go, when, and what that is worth."""

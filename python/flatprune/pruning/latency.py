@@ -1,0 +1,268 @@
+"""The latency of a network, measured, and a model of it that predicts what removing neurons gives.
+
+Before training, the network is timed at its full widths and in copies cut to a half, a quarter and the least the limits
+allow: each as a whole, and each linear and convolution layer inside it. A layer's seconds are then a curve over its
+multiply-accumulates, the rest (norms, activations, poolings, the interpreter) one over the number of outputs, both
+linear between the points and made ascending. During selection the latency of a network is the sum of its curves.
+This table decides every event but the last, so that a run which goes on from a state that holds it removes the same
+neurons. At the last event the network itself is timed, before choosing and after every cut: the curves are scaled to
+what was found, and removal goes on until the measured latency meets the target. Two runs differ as their timings do.
+"""
+
+from __future__ import annotations
+
+import bisect
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatprune.cutting.neurons import PRODUCER, Member, NeuronGroup, channels, weight_of
+from flatprune.cutting.surgery import plan
+from flatprune.pruning.costs import CostModel
+from flatprune.pruning.selection import Limits
+from kfac_ext.curvature.layers import device_of, module_modes, undisturbed
+
+_SHARES = (1.0, 0.5, 0.25, 0.0)  # of every width, for the networks that are timed
+_WARM_UP, _LEAST_REPEATS, _MOST_REPEATS = 2, 5, 50
+_SECONDS = 0.25  # for the repetitions of one network
+_REST = ""  # key of the curve of all that is no layer
+
+_clock = time.perf_counter
+Curve = list[tuple[float, float]]  # (work, seconds), ascending
+
+
+@dataclass
+class LatencyTable:
+    """What was measured; plain values in a `state_dict`.
+
+    Attributes:
+        curves: layer -> its curve; "" for all the rest.
+        scale: by how much the curves were off when the network was last timed.
+    """
+
+    curves: dict[str, Curve] = field(default_factory=dict)
+    scale: float = 1.0
+
+    def seconds(self, work: Mapping[str, float]) -> float:
+        """Latency of a network whose layers do this much work."""
+        return self.scale * sum(_interpolate(curve, work[name]) for name, curve in self.curves.items())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers."""
+        return {"curves": {name: [list(point) for point in c] for name, c in self.curves.items()}, "scale": self.scale}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> LatencyTable:
+        """The inverse of `state_dict`."""
+        return cls({name: [(x, y) for x, y in curve] for name, curve in state["curves"].items()}, state["scale"])
+
+
+class LatencyModel(CostModel):
+    """Predicted latency in seconds while neurons are removed on paper.
+
+    Args:
+        model: the network.
+        groups: its neuron groups, as they stand.
+        positions: what `flatprune.pruning.costs.output_positions` found.
+        table: what was measured.
+    """
+
+    def __init__(
+        self, model: nn.Module, groups: Sequence[NeuronGroup], positions: Mapping[str, int], table: LatencyTable
+    ) -> None:
+        super().__init__(model, groups)
+        modules = dict(model.named_modules())
+        self._positions, self._table = positions, table
+        self._fixed = {name: modules[name] for name in positions if name not in self._layers}
+
+    def work(self) -> dict[str, float]:
+        """Multiply-accumulates of every layer, and under "" the outputs of all of them, for one sample."""
+        work = {name: float(self._positions[name] * weight_of(module).numel()) for name, module in self._fixed.items()}
+        outputs = sum(self._positions[name] * channels(module, PRODUCER) for name, module in self._fixed.items())
+        for name, layer in self._layers.items():
+            if name in self._positions:
+                work[name] = float(self._positions[name] * layer.weights)
+                outputs += self._positions[name] * layer.outputs
+        work[_REST] = float(outputs)
+        return work
+
+    @property
+    def cost(self) -> float:
+        """Predicted latency now, in seconds."""
+        return self._table.seconds(self.work())
+
+    def neuron_costs(self) -> list[float]:
+        """Seconds that go with one neuron: the mean over half of its group, since single steps drown in the noise.
+
+        Where even that gives nothing, a thousandth of the mean over all groups, so that scores stay comparable.
+        """
+        now = self.cost
+        halves = [max(p, w // 2 // p * p) for w, p in zip(self._widths, self._partitions)]
+        costs = [(now - self.cost_without(position, half)) / half for position, half in enumerate(halves)]
+        least = 1e-3 * sum(costs) / len(costs) or 1.0
+        return [max(cost, least) for cost in costs]
+
+
+def measure_table(
+    model: nn.Module,
+    groups: Sequence[NeuronGroup],
+    inputs: tuple[Any, ...],
+    positions: Mapping[str, int],
+    limits: Limits,
+) -> LatencyTable:
+    """Time the network and copies of it that are cut to shares of their widths.
+
+    Args:
+        model: the network; nothing of it changes.
+        groups: its neuron groups.
+        inputs: what it is called with (see `batch_of`).
+        positions: what `flatprune.pruning.costs.output_positions` found.
+        limits: how narrow the narrowest copy is.
+    """
+    points: dict[str, Curve] = {}
+    for share in _SHARES:
+        network, own = _cut_copy(model, groups, limits, share)
+        whole = measure(network, inputs)
+        layers = _layer_seconds(network, inputs, list(positions))
+        inside = sum(layers.values())
+        fit = min(1.0, whole / inside) if inside > 0.0 else 1.0  # looking at every layer costs time too
+        seconds = {name: fit * value for name, value in layers.items()}
+        seconds[_REST] = whole - sum(seconds.values())
+        for name, work in LatencyModel(network, own, positions, LatencyTable()).work().items():
+            points.setdefault(name, []).append((work, seconds[name]))
+    return LatencyTable({name: _ascending(curve) for name, curve in points.items()})
+
+
+def measure(model: nn.Module, inputs: tuple[Any, ...]) -> float:
+    """Seconds of one forward in evaluation mode without gradients: the median over repeats, after a warm-up."""
+    device = device_of(model)
+
+    def once() -> float:
+        start = _now(device)
+        model(*inputs)
+        return _now(device) - start
+
+    with _inference(model):
+        return statistics.median(once() for _ in range(_warm_up(once)))
+
+
+def _layer_seconds(model: nn.Module, inputs: tuple[Any, ...], names: Sequence[str]) -> dict[str, float]:
+    """Seconds of each layer in one forward, summed over its calls; medians over repeats."""
+    device = device_of(model)
+    modules = dict(model.named_modules())
+    spent = dict.fromkeys(names, 0.0)
+    runs: list[dict[str, float]] = []
+
+    def start(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            spent[name] -= _now(device)
+
+        return hook
+
+    def stop(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            spent[name] += _now(device)
+
+        return hook
+
+    def once() -> float:
+        spent.update(dict.fromkeys(names, 0.0))
+        begun = _now(device)
+        model(*inputs)
+        runs.append(dict(spent))
+        return _now(device) - begun
+
+    handles = [modules[name].register_forward_pre_hook(start(name)) for name in names]
+    handles += [modules[name].register_forward_hook(stop(name)) for name in names]
+    try:
+        with _inference(model):
+            repeats = _warm_up(once)
+            runs.clear()
+            for _ in range(repeats):
+                once()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: statistics.median(run[name] for run in runs) for name in names}
+
+
+def _warm_up(once: Callable[[], float]) -> int:
+    """Run a few times, and say how many repetitions the time allows."""
+    seconds = [once() for _ in range(_WARM_UP)][-1]
+    return min(_MOST_REPEATS, max(_LEAST_REPEATS, int(_SECONDS / max(seconds, 1e-9))))
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return _clock()
+
+
+@contextmanager
+def _inference(model: nn.Module) -> Iterator[None]:
+    with module_modes(dict.fromkeys(model.modules(), False)), undisturbed(model), torch.no_grad():
+        yield
+
+
+def batch_of(inputs: tuple[Any, ...], size: int) -> tuple[Any, ...]:
+    """Example inputs repeated to `size` samples; tensors without the first one's first dimension stay as they are."""
+    samples = len(inputs[0])
+    index = torch.arange(size) % samples
+
+    def repeated(value: Any) -> Any:
+        is_batch = isinstance(value, Tensor) and value.dim() > 0 and len(value) == samples
+        return value[index.to(value.device)] if is_batch else value
+
+    return tuple(repeated(value) for value in inputs)
+
+
+def _cut_copy(
+    model: nn.Module, groups: Sequence[NeuronGroup], limits: Limits, share: float
+) -> tuple[nn.Module, list[NeuronGroup]]:
+    """A copy of the network with this share of every group's neurons, or as many as the limits demand; its groups."""
+    network = copy.deepcopy(model)
+    modules = dict(network.named_modules())
+    own = [
+        NeuronGroup(
+            group.name,
+            [Member(m.name, modules[m.name], m.role, m.index) for m in group.members],
+            group.partitions,
+            group.partition,
+        )
+        for group in groups
+    ]
+    gone = {}
+    for position, group in enumerate(own):
+        rounds = (group.width - max(limits.floor(group), round(share * group.width))) // group.partitions
+        if rounds > 0:
+            parts = [(group.partition == part).nonzero().flatten()[:rounds] for part in range(group.partitions)]
+            gone[position] = torch.cat(parts)
+    if gone:
+        plan(network, own, gone).commit()
+    return network, own
+
+
+def _ascending(points: Curve) -> Curve:
+    """Points by work, each at least as slow as those before it; of equal work the slowest."""
+    slowest: dict[float, float] = {}
+    for work, seconds in sorted(points):
+        slowest[work] = max(seconds, 0.0, *slowest.values())
+    return list(slowest.items())
+
+
+def _interpolate(curve: Curve, work: float) -> float:
+    """Seconds at `work`, linear between the points and flat beyond them."""
+    right = bisect.bisect_left(curve, (work, -1.0))
+    if right == 0:
+        return curve[0][1]
+    if right == len(curve):
+        return curve[-1][1]
+    (x0, y0), (x1, y1) = curve[right - 1], curve[right]
+    return y0 + (y1 - y0) * (work - x0) / (x1 - x0)

@@ -1,0 +1,355 @@
+"""The pruner: removes neurons at the events of a schedule while the network trains."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from flatprune.criteria import Criterion, Evidence, Scores, as_criterion
+from flatprune.criteria.loss_change import LossChange
+from flatprune.criteria.saliency import has_convolution
+from flatprune.cutting.followers import checked_followers
+from flatprune.cutting.graph import neuron_groups
+from flatprune.cutting.surgery import check_states, plan
+from flatprune.pruning.choice import choose
+from flatprune.pruning.costs import ParameterCount
+from flatprune.pruning.meter import CostMeter
+from flatprune.pruning.pruner_arguments import (
+    check_arguments,
+    check_loss_budget,
+    check_optimizer,
+    check_selection,
+    check_selections,
+    choose_layers,
+    refuse_unscored,
+)
+from flatprune.pruning.removals import Removal, loss_budget_note, removal_records, shortfall_note
+from flatprune.pruning.schedule import CubicSchedule
+from flatprune.pruning.selection import Limits, LossBudget, smallest_cost
+from flatprune.pruning.targets import Target
+from kfac_ext.curvature import Curvature
+
+MLP_COMPENSATION_BELOW = 0.04  # share of the parameters; above, compensating an MLP gains nothing
+
+
+class Pruner:
+    """Removes neurons from a network while it trains, at events whose budgets follow a cubic.
+
+    At an event all neurons are scored (see `flatprune.criteria`); what predicts a change of the loss is divided by what
+    goes with the neuron in the unit of the target (its parameters, say). The lowest go, over all layers, until the
+    budget is met: at most half of a layer at once, at least `min_width` neurons stay. The survivors are updated to make
+    up for the loss, and everything that belongs to the neurons is removed from model, optimizer and curvature (see
+    `flatprune.cutting.surgery`).
+
+    At the last event the target is reached: if the limits stop a removal short of it, neurons are scored and removed
+    again at once. A target below what the limits allow gives one warning with the figure that can be reached.
+
+    Args:
+        model: the network; its parameters stay the same objects.
+        optimizer: holds the model's parameters; or None.
+        curvature: the model's running factors.
+        example_inputs: a tensor or tuple of tensors the model can be called with; one or two samples do.
+        target: the size to reach, in parameters, multiply-accumulates, neurons or latency.
+        total_steps: optimizer steps of the whole training.
+        criterion: a name of `flatprune.criteria.CRITERIA` (see there), a `Criterion`, or a function from `Evidence` to
+            one tensor of scores a group.
+        compensate: update the survivors; "auto": as the criterion wants it. "obs" and "outgoing": always with
+            convolutions, without them below 4 % of the parameters; "kron_obs" and "c_obs": always; others never. Where
+            "auto" does not compensate, "obs" means the plain outgoing score, which is as good there and needs no
+            inverse; with True or False it always is the obs score.
+        selection: "independent" takes the lowest scores as they are; "greedy" takes one neuron after the other, each
+            score knowing which went before ("obs" and "outgoing" only, see `flatprune.pruning.greedy`).
+        seed: of what a criterion draws.
+        schedule: when to prune; default `CubicSchedule(total_steps)`.
+        round_to: widths of groups that lose neurons become multiples of this.
+        min_width: neurons that stay in each group at least.
+        max_layer_fraction: largest share of a group that goes at once.
+        max_predicted_loss: at an event, neurons go only as long as the sum of their predicted changes of the loss does
+            not exceed this; the record says where it bound. None: no such limit.
+        measure: take down what each cut made of the loss beside what was predicted (`flatprune.criteria.loss_change`),
+            for two forwards on 256 samples an event.
+        exclude: layers whose outputs stay: names of modules, or types.
+        layers: names of the layers to prune; default all that can be.
+        followers: copies of the model, such as `torch.optim.swa_utils.AveragedModel(model)`, that lose the same
+            neurons at the same time; see `flatprune.cutting.followers`.
+
+    Raises:
+        TypeError: `target` is no Target; `exclude`, `layers` or `followers` is no list; a follower is no module;
+            `criterion` is none.
+        ValueError: an argument out of range; `max_predicted_loss` with a criterion that predicts no loss; a layer that
+            the criterion cannot judge; a layer of `layers` that cannot be pruned, with the reason; an optimizer that
+            holds parameters which are not the model's; a follower that is no copy of the model; no layer can be pruned.
+        KeyError: `exclude` or `layers` names a module that the model does not have.
+
+    Example:
+        >>> pruner = Pruner(model, optimizer, curvature, x[:2], target=Target(params=0.1), total_steps=1000)
+        >>> loss.backward(); optimizer.step(); removals = pruner.step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        curvature: Curvature,
+        example_inputs: Any,
+        *,
+        target: Target,
+        total_steps: int,
+        criterion: str | Criterion | Callable[[Evidence], Scores] = "obs",
+        compensate: str | bool = "auto",
+        selection: str = "independent",
+        seed: int = 0,
+        schedule: CubicSchedule | None = None,
+        round_to: int = 1,
+        min_width: int = 2,
+        max_layer_fraction: float = 0.5,
+        max_predicted_loss: float | None = None,
+        measure: bool = True,
+        exclude: Sequence[str | type] = (),
+        layers: Sequence[str] | None = None,
+        followers: Sequence[nn.Module] = (),
+    ) -> None:
+        self.criterion = as_criterion(criterion)
+        check_arguments(compensate, round_to, min_width, max_layer_fraction)
+        check_selection(selection, self.criterion)
+        check_loss_budget(max_predicted_loss, self.criterion)
+        check_selections(target, exclude=exclude, layers=layers)
+        check_optimizer(model, optimizer)
+        if curvature.model is not model:
+            raise ValueError("Pruner: the curvature belongs to another model")
+        self.model, self.optimizer, self.curvature = model, optimizer, curvature
+        self.followers = checked_followers(model, followers)
+        self.target, self.compensate, self.selection, self.seed = target, compensate, selection, seed
+        self.schedule = schedule or CubicSchedule(total_steps)
+        self.limits = Limits(round_to, min_width, max_layer_fraction)
+        self.max_predicted_loss, self.measure = max_predicted_loss, measure
+        inputs = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
+        curvature.trace(*inputs)
+        self.coupling = neuron_groups(model, inputs, exclude)
+        refuse_unscored(self.coupling, curvature, self.criterion, compensate, inputs)
+        choose_layers(self.coupling, model, layers)
+        self.groups = self.coupling.groups
+        if not self.groups:
+            raise ValueError(f"Pruner: no layer can be pruned: {_reasons(self.coupling.refused)}")
+        if self.criterion.check is not None:
+            self.criterion.check(Evidence(model, self.groups, curvature, seed=seed))
+        self.refused = dict(self.coupling.refused)
+        loud = {name: reason for name, reason in self.refused.items() if name not in self.coupling.expected}
+        if loud:
+            warnings.warn(f"Pruner: not pruned: {_reasons(loud)}", stacklevel=2)
+        self.history: list[Removal] = []
+        self.step_count = 0
+        self.stopped = ""  # why pruning ended before its time
+        self._meter = CostMeter(target, model, self.groups, inputs, self.limits)
+        self.params_start, self.cost_start = self.params, self.cost
+
+    @property
+    def params(self) -> int:
+        """Parameters of the network now."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def cost(self) -> float:
+        """What the network costs now, in the unit of the target; latency is predicted, in seconds."""
+        return self._meter.cost
+
+    @property
+    def goal(self) -> float:
+        """The cost that meets the target."""
+        return self.target.goal(self.cost_start)
+
+    def widths(self) -> dict[str, int]:
+        """Group name -> neurons left."""
+        return {group.name: group.width for group in self.groups}
+
+    def reachable_params(self) -> int:
+        """Parameters that are left when every group is as narrow as the limits allow."""
+        return int(smallest_cost(ParameterCount(self.model, self.groups), self.groups, self.limits))
+
+    def reachable(self) -> float:
+        """The same in the unit of the target; latency is predicted, in seconds."""
+        return self._meter.smallest()
+
+    def measured_latency(self) -> float:
+        """Seconds of one forward as the target counts it, measured now; only for a latency target."""
+        return self._meter.measured_latency()
+
+    def is_event(self) -> bool:
+        """Whether the next `step` is a removal event."""
+        return not self.stopped and self.step_count + 1 in self.schedule.events
+
+    def stop(self, reason: str) -> Removal:
+        """End pruning for good: the events that are left remove nothing. Training can go on.
+
+        Returns:
+            The record, which is in the history too.
+
+        Raises:
+            ValueError: `reason` is empty.
+            RuntimeError: pruning was stopped before.
+        """
+        if not reason:
+            raise ValueError("Pruner.stop: reason is empty, expected a text for the records")
+        if self.stopped:
+            raise RuntimeError(f"Pruner.stop: stopped already ({self.stopped})")
+        self.stopped = reason
+        record = self._nothing(self.step_count, self.goal, f"pruning stopped: {reason}", "stop")
+        self.history.append(record)
+        return record
+
+    def step(self) -> list[Removal]:
+        """Count one optimizer step and, at an event, remove neurons.
+
+        Returns:
+            One record for each group that lost neurons; at an event that removes nothing, one record with the reason;
+            between events nothing.
+
+        Raises:
+            ValueError: factors or scores are not finite; the optimizer's state cannot be cut (said at the first call
+                already). Model, optimizer and factors are as before, and the step is not counted.
+            RuntimeError: the model has made no training forward yet.
+        """
+        step = self.step_count + 1
+        if step == 1:  # not only at the first event, which may be hours away
+            check_states(self.model, self.optimizer)
+        budget = None if self.stopped else self.schedule.budget(step, self.cost_start, self.goal)
+        removals = [] if budget is None else self._event(step, budget)
+        self.step_count = step
+        self.history += removals
+        return removals
+
+    def _event(self, step: int, budget: float) -> list[Removal]:
+        last = self.schedule.is_last(step)
+        losses = LossBudget(self.max_predicted_loss)
+        removals: list[Removal] = []
+        if last:
+            self._meter.calibrate()
+        while self.cost > budget:
+            found = self._remove(step, budget, last, losses, removals[-1].round + 1 if removals else 0)
+            removals += found
+            if not found or not last or losses.exceeded:
+                break
+            self._meter.calibrate()
+        note = self._note(budget, last, losses, nothing=not removals)
+        if not removals:
+            return [self._nothing(step, budget, note)]
+        return [*removals[:-1], replace(removals[-1], note=note)]
+
+    def _note(self, budget: float, last: bool, losses: LossBudget, *, nothing: bool) -> str:
+        """What is out of the ordinary about an event; a warning too where the target is missed."""
+        missed = self.cost > budget
+        if missed and losses.exceeded:
+            note = loss_budget_note(self.target.unit, self.cost, budget, losses.limit)
+        elif missed and last:
+            limits = f"min_width={self.limits.min_width}, round_to={self.limits.round_to}"
+            limits += f" and {len(self.refused)} layers that stay"
+            note = shortfall_note(self.target.unit, self.cost, budget, limits)
+        else:
+            note = "the limits let no group lose neurons" if missed else "the budget is met already"
+            return f"nothing removed: {note}" if nothing else ""
+        if last:
+            warnings.warn(f"Pruner: {note}", stacklevel=4)
+        return f"nothing removed: {note}" if nothing and losses.exceeded else note
+
+    def _nothing(self, step: int, budget: float, note: str, kind: str = "event") -> Removal:
+        return Removal.nothing(step, self.params, budget, self.target.unit, self.cost, note, kind)
+
+    def _remove(self, step: int, budget: float, last: bool, losses: LossBudget, number: int) -> list[Removal]:
+        """One round: score, choose, compensate, cut."""
+        compensate = self._compensates(budget)
+        evidence = Evidence(self.model, self.groups, self.curvature, seed=self.seed, step=step)
+        criterion, paper = self._criterion_in_use(compensate), self._meter.on_paper()
+        choice = choose(evidence, criterion, self.selection, paper, budget, self.limits, losses, closely=last)
+        gone = choice.gone
+        if not gone:
+            return []
+        replacements = self.criterion.compensation(evidence, gone) if compensate else None
+        loss_change = LossChange(self.curvature) if self.measure and self.curvature.recent_inputs else None
+        params, cost, widths = self.params, self.cost, [group.width for group in self.groups]
+        plan(
+            self.model,
+            self.groups,
+            gone,
+            optimizer=self.optimizer,
+            curvature=self.curvature,
+            replacements=replacements,
+            followers=self.followers,
+        ).commit()
+        return removal_records(
+            self.groups,
+            gone,
+            widths,
+            choice.scores,
+            choice.costs,
+            step=step,
+            params_before=params,
+            params_after=self.params,
+            budget=budget,
+            compensated=compensate,
+            round=number,
+            unit=self.target.unit,
+            cost_before=cost,
+            cost_after=self.cost,
+            predicted_change=choice.predicted_change,
+            measured_change=None if loss_change is None else loss_change.measure(),
+        )
+
+    def _compensates(self, budget: float) -> bool:
+        if self.compensate != "auto":
+            return bool(self.compensate)
+        if self.criterion.compensates != "method":
+            return self.criterion.compensates == "always"
+        left = budget if self.target.unit == "params" else self.params
+        return has_convolution(self.curvature) or left < MLP_COMPENSATION_BELOW * self.params_start
+
+    def _criterion_in_use(self, compensate: bool) -> Criterion:
+        if self.compensate == "auto" and not compensate and self.criterion.uncompensated is not None:
+            return self.criterion.uncompensated
+        return self.criterion
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and containers: counters, sizes, settings and the history."""
+        return {
+            "step_count": self.step_count,
+            "params_start": self.params_start,
+            "target": asdict(self.target),
+            "events": list(self.schedule.events),
+            "criterion": self.criterion.name,
+            "selection": self.selection,
+            "widths": self.widths(),
+            "cost_start": self.cost_start,
+            "latency": self._meter.state_dict(),
+            "stopped": self.stopped,
+            "history": [record.state() for record in self.history],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict` with a pruner of the same settings, on the model as it was then.
+
+        Raises:
+            ValueError: naming the first setting or width that differs; nothing is changed then.
+        """
+        own, state = self.state_dict(), {**state, "target": asdict(Target(**state["target"]))}
+        for key in ("target", "events", "criterion", "selection"):
+            if state[key] != own[key]:
+                raise ValueError(f"Pruner.load_state_dict: {key} is {state[key]!r} in the state, expected {own[key]!r}")
+        for name in [*own["widths"], *state["widths"]]:
+            if state["widths"].get(name) != own["widths"].get(name):
+                raise ValueError(
+                    f"Pruner.load_state_dict: {name!r} has {state['widths'].get(name)} neurons in the state, "
+                    f"{own['widths'].get(name)} in the model; load the pruned model first"
+                )
+        self.history = [Removal.from_state(record) for record in state["history"]]
+        self.step_count, self.params_start = state["step_count"], state["params_start"]
+        self.cost_start = state.get("cost_start", self.params_start)  # older states have a target in parameters
+        self.stopped = state.get("stopped", "")
+        self._meter.load_state_dict(state.get("latency"))
+
+
+def _reasons(refused: Mapping[str, str]) -> str:
+    return "; ".join(f"{name!r}: {reason}" for name, reason in refused.items())

@@ -1,0 +1,84 @@
+"""Whether the criterion can be trusted: the predicted change of the loss at each cut against the measured one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+_LEAST_CUTS = 3  # two points always lie on a line
+
+
+class Cut(NamedTuple):
+    """What one cut was predicted to make of the loss, and what it made of it."""
+
+    step: int
+    predicted: float
+    measured: float
+
+
+def cuts(history: Iterable[Mapping[str, Any]]) -> list[Cut]:
+    """Every cut of a `history.jsonl` of which both changes are known and finite, in order."""
+    found: dict[tuple[int, int], Cut] = {}
+    for record in history:
+        predicted, measured = record.get("predicted_change"), record.get("measured_change")
+        if predicted is not None and measured is not None and math.isfinite(predicted - measured):
+            found[record["step"], record["round"]] = Cut(record["step"], predicted, measured)
+    return list(found.values())
+
+
+def trust(history: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """How well predicted and measured changes of the loss agree over the cuts of a run.
+
+    Returns:
+        cuts: how many both are known of; predicted_sum, measured_sum: over them; pearson, spearman: correlation over
+        them, None below 3 cuts or where one side never varies.
+
+    Example:
+        >>> trust([])
+        {'cuts': 0, 'predicted_sum': 0.0, 'measured_sum': 0.0, 'pearson': None, 'spearman': None}
+    """
+    pairs = cuts(history)
+    predicted, measured = [cut.predicted for cut in pairs], [cut.measured for cut in pairs]
+    return {
+        "cuts": len(pairs),
+        "predicted_sum": math.fsum(predicted),
+        "measured_sum": math.fsum(measured),
+        "pearson": pearson(predicted, measured),
+        "spearman": pearson(ranks(predicted), ranks(measured)),
+    }
+
+
+def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Correlation of two equally long sequences; None below 3 values or where one is constant."""
+    if len(x) < _LEAST_CUTS:
+        return None
+    dx, dy = ([value - math.fsum(values) / len(values) for value in values] for values in (x, y))
+    scale = math.sqrt(math.fsum(d * d for d in dx)) * math.sqrt(math.fsum(d * d for d in dy))
+    if min(max(x) - min(x), max(y) - min(y), scale) == 0.0:
+        return None
+    return max(-1.0, min(1.0, math.fsum(a * b for a, b in zip(dx, dy)) / scale))
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """Rank of each value from 1; equal values share the mean of their ranks."""
+    return [
+        (sum(other < value for other in values) + sum(other <= value for other in values) + 1) / 2 for value in values
+    ]
+
+
+def in_words(figures: Mapping[str, Any]) -> str:
+    """What `trust` found, for people."""
+    if not figures["cuts"]:
+        return "no cut has both a predicted and a measured change of the loss"
+    predicted, measured = figures["predicted_sum"], figures["measured_sum"]
+    count = "1 cut" if figures["cuts"] == 1 else f"{figures['cuts']} cuts"
+    sums = f"{count}: loss predicted {predicted:+.3g}, measured {measured:+.3g}"
+    if predicted > 0 and measured > 0:
+        sums += f" ({measured / predicted:.2g} times as much)"
+    rank = figures["spearman"]
+    if rank is None or figures["pearson"] is None:
+        return f"{sums}; too few for a correlation"
+    rank = round(rank, 2)
+    kind = "closely" if rank >= 0.9 else "well" if rank >= 0.7 else "roughly" if rank >= 0.4 else "hardly"
+    return f"{sums}; ranked {kind} alike (Spearman {rank:.2f}, Pearson {figures['pearson']:.2f})"

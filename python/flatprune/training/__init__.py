@@ -1,0 +1,1 @@
+"""The training loop of `flatprune run`: its parts, its state, what it measures."""

@@ -1,0 +1,304 @@
+"""The training loop: curvature, flatness and pruning along the way, and a state that continues bit for bit."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatprune import models
+from flatprune.cutting.followers import named_tensors
+from flatprune.data import Dataset, batch_indices
+from flatprune.errors import DivergedError, Interrupted
+from flatprune.export import take_tensors
+from flatprune.flatness.distortion import disout
+from flatprune.flatness.sam import SAM, MomentumSAM
+from flatprune.flatness.shifting import optimum_shift
+from flatprune.pruning.pruner import Pruner
+from flatprune.pruning.removals import Removal
+from flatprune.settings import Settings
+from flatprune.training import parts
+from flatprune.training.averaging import AveragedWeights
+from flatprune.training.batches import Batches, whole_batch
+from flatprune.training.evaluation import evaluate, tracked_radii
+from flatprune.training.goals import check_reachable
+from flatprune.training.gradients import Gradients
+from flatprune.training.observer import Observer
+from flatprune.training.run_state import EpochSums, LossWatch, Progress
+from flatprune.training.stopping import AccuracyGuard, hold_out
+from flatprune.training.training_state import load_state
+
+_CHECK_STEPS = 100  # between looks at the loss where looking costs a wait
+
+
+class Trainer:
+    """Trains one network and prunes it on the way.
+
+    Args:
+        settings: what to do.
+        dataset: what to train and test on, on the device of the settings.
+        state: a checkpoint (`flatprune.checkpoint`) to go on from; everything then continues as if never interrupted.
+
+    Attributes:
+        model: the network that is trained; `result`: the one that is tested and saved, its average where there is one.
+        history: the records of `history.jsonl`.
+
+    Raises:
+        InputError: the network does not fit the images, or the checkpoint does not belong to settings and data.
+    """
+
+    def __init__(self, settings: Settings, dataset: Dataset, state: dict[str, Any] | None = None) -> None:
+        self.settings = settings
+        self.guard = None
+        if settings.stop_accuracy_drop is not None:
+            dataset, x, y = hold_out(dataset, settings.seed)
+            self.guard = AccuracyGuard(x, y, settings.stop_accuracy_drop, evaluate)
+        self.dataset = dataset
+        self.progress = Progress()
+        self.history: list[dict[str, Any]] = []
+        self.device = settings.torch_device()
+        self.sums, self.watch = EpochSums(self.device), LossWatch(self.device)
+        self.batch_size = whole_batch(settings, len(dataset.x_train))
+        self.steps_per_epoch = len(dataset.x_train) // self.batch_size
+        self.total_steps = settings.epochs * self.steps_per_epoch
+        torch.manual_seed(settings.seed)
+        self._make_model(state)
+        self._make_parts()
+        if state is not None:
+            load_state(self, state)
+        elif self.pruner is not None:
+            check_reachable(self.pruner, settings.model)
+
+    def _make_model(self, state: dict[str, Any] | None) -> None:
+        settings, dataset = self.settings, self.dataset
+        self.arguments = {
+            "name": settings.model,
+            "image_shape": list(dataset.image_shape),
+            "classes": dataset.classes,
+            "widths": None if settings.widths is None else list(settings.widths),
+        }
+        self.model = self.untrained().to(self.device)
+        self.params_before = models.parameter_count(self.model)
+        self.flops_before = models.multiply_accumulates(self.model, dataset.image_shape)
+        self.widths_before = models.layer_widths(self.model)
+        if settings.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if state is not None:
+            take_tensors(self.model, state["model"])
+
+    def _make_parts(self) -> None:
+        """Everything that acts on the model."""
+        settings, model, dataset = self.settings, self.model, self.dataset
+        self.peak_lr = settings.peak_lr(models.has_batch_norm(model))
+        self.optimizer = parts.make_optimizer(settings, model, self.peak_lr)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
+        self.order_generator = torch.Generator().manual_seed(settings.seed)
+        self.batches = Batches(
+            dataset.x_train,
+            dataset.y_train,
+            dataset.classes,
+            self.order_generator,
+            augment=settings.augment,
+            mixup=settings.mixup,
+            channels_last=settings.channels_last,
+            parts=settings.accumulate,
+        )
+        self.average = None if settings.ema is None else AveragedWeights(model, settings.ema)
+        self.curvature = parts.make_curvature(settings, model)
+        self.flatness = self.msam = self.sam = self.pruner = self.disout = self.compiled = None
+        if settings.flatness == "on":
+            self.flatness = parts.make_flatness(settings, self.curvature, self.total_steps)
+        if settings.flatness == "msam":
+            self.msam = MomentumSAM(model, self.optimizer, radius=settings.sam_radius)
+        if settings.flatness == "sam":
+            self.sam = SAM(model, radius=settings.sam_radius, every=settings.sam_every, curvature=self.curvature)
+        if settings.target.share < 1.0:
+            self.pruner = parts.make_pruner(
+                settings, model, self.optimizer, self.curvature, dataset, self.total_steps, self.average
+            )
+        if settings.disout > 0.0:
+            self.disout = disout(model, probability=settings.disout, steps=self.total_steps)
+        if settings.compile:
+            self.compiled = parts.Compiled(model, self.curvature)
+        self.gradients = Gradients(
+            self.compiled or model,
+            nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing),
+            self.device,
+            settings.amp,
+            self.scaler,
+            self.flatness,
+            self.sam,
+            self.msam,
+            self._check_loss,
+        )
+
+    def untrained(self) -> nn.Module:
+        """The network before its first step, on the CPU."""
+        return parts.untrained(self.settings, self.arguments)
+
+    @property
+    def result(self) -> nn.Module:
+        """The network that is tested and saved."""
+        return self.model if self.average is None else self.average.module
+
+    @property
+    def params(self) -> int:
+        """Parameters of the network as it is now."""
+        return models.parameter_count(self.model)
+
+    def train(
+        self,
+        observer: Observer | None = None,
+        save: Callable[[], None] = lambda: None,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Train until all epochs are done.
+
+        Args:
+            observer: told about each step, removal and epoch.
+            save: called after every epoch and before stopping early.
+            stop_requested: asked after every step.
+
+        Raises:
+            Interrupted: `stop_requested` said so; `save` has been called.
+            DivergedError: the loss is not finite any more; `save` has not been called since it was. On a GPU this is
+                noticed within 100 steps, so that no step waits for it.
+        """
+        observer = observer or Observer()
+        observer.start(self)
+        try:
+            while self.progress.epoch < self.settings.epochs:
+                self._train_epoch(observer, save, stop_requested)
+                observer.epoch(self._close_epoch())
+                save()
+        finally:
+            observer.stop()
+
+    def _train_epoch(self, observer: Observer, save: Callable[[], None], stop_requested: Callable[[], bool]) -> None:
+        progress = self.progress
+        if progress.order is None:
+            progress.order = torch.randperm(len(self.dataset.x_train), generator=self.order_generator)
+        self.model.train()
+        clock = time.perf_counter()
+        for index in batch_indices(progress.order.to(self.device), self.batch_size, progress.batch):
+            for record in self._train_step(index):
+                observer.removal(record)
+            if progress.step % _CHECK_STEPS == 0:
+                self._refuse_bad_loss()
+            now = time.perf_counter()
+            progress.seconds += now - clock
+            clock = now
+            observer.step(self)
+            if stop_requested():
+                self._refuse_bad_loss()
+                save()
+                raise Interrupted(f"stopped at step {progress.step} of {self.total_steps}")
+
+    def _train_step(self, index: Tensor) -> list[dict[str, Any]]:
+        progress = self.progress
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate(progress.step, self.total_steps, self.peak_lr)
+        self.optimizer.zero_grad()
+        self.gradients.compute(self.batches.of(index), self.sums)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update(self.model, progress.step)
+        removals = self._prune()
+        if self.disout is not None:
+            self.disout.step()
+        progress.step += 1
+        progress.batch += 1
+        records = [self._log_removal(removal) for removal in removals]
+        self._shift_optimum()
+        return records
+
+    def _shift_optimum(self) -> None:
+        """Once, after the last removal; without pruning at the same step."""
+        schedule = parts.make_schedule(self.settings, self.total_steps)
+        if self.settings.optimum_shift == "off" or not schedule.is_last(self.progress.step):
+            return
+        where = {"kind": "optimum_shift", "epoch": self.progress.epoch + 1, "step": self.progress.step}
+        before = {name: tensor.detach().clone() for name, tensor in named_tensors(self.model).items()}
+        shifts = optimum_shift(self.model, torch.cat(self.curvature.recent_inputs))
+        if self.average is not None:
+            self.average.move_along(before, self.model)
+        self.history += [{**where, **shift._asdict()} for shift in shifts]
+
+    def _check_loss(self, loss: Tensor) -> None:
+        """Refuse a loss that is not finite: at once where looking at it is free."""
+        self.watch.add(loss)
+        if self.watch.is_free:
+            self._refuse_bad_loss()
+
+    def _refuse_bad_loss(self) -> None:
+        value = self.watch.value()
+        if not math.isfinite(value):
+            step = f"at step {self.progress.step + 1}" if self.watch.is_free else f"by step {self.progress.step}"
+            raise DivergedError(
+                f"the loss became {value} {step} (epoch {self.progress.epoch + 1}); "
+                f"a lower learning rate than {self.peak_lr:g} may help"
+            )
+
+    def _prune(self) -> list[Removal]:
+        try:
+            removals = [] if self.pruner is None else [*self._stopped(self.pruner), *self.pruner.step()]
+        except ValueError as error:  # factors or scores that are not finite
+            raise DivergedError(f"{error} (step {self.progress.step + 1})") from error
+        if self.compiled is not None and any(removal.kind == "removal" for removal in removals):
+            self.compiled.renew()
+        return removals
+
+    def _stopped(self, pruner: Pruner) -> list[Removal]:
+        """Before a removal event, end pruning if the held-out images demand it."""
+        if self.guard is None or not pruner.is_event():
+            return []
+        reason = self.guard.objection(self.result)
+        self.progress.best_held_out = self.guard.best
+        return [pruner.stop(reason)] if reason else []
+
+    def _log_removal(self, removal: Removal) -> dict[str, Any]:
+        record = {
+            "epoch": self.progress.epoch + 1,
+            **removal.explanation(),
+            "width": removal.width_after,
+            "params": removal.params_after,
+        }
+        self.history.append(record)
+        return record
+
+    def _close_epoch(self) -> dict[str, Any]:
+        progress = self.progress
+        clock = time.perf_counter()
+        self._refuse_bad_loss()
+        accuracy, loss = evaluate(self.result, self.dataset.x_test, self.dataset.y_test)
+        if not math.isfinite(loss):
+            raise DivergedError(f"the test loss became {loss} after epoch {progress.epoch + 1}")
+        progress.best_accuracy = max(progress.best_accuracy, accuracy)
+        progress.epoch += 1
+        progress.seconds += time.perf_counter() - clock
+        train_loss, train_accuracy = self.sums.figures()
+        record = {
+            "kind": "epoch",
+            "epoch": progress.epoch,
+            "step": progress.step,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "train_loss": train_loss,
+            "train_accuracy": train_accuracy,
+            "test_loss": loss,
+            "test_accuracy": accuracy,
+            "params": self.params,
+            "params_fraction": self.params / self.params_before,
+            "spectral_radius": float(self.curvature.spectral_radius()),
+            "spectral_radius_geometric_mean": float(self.curvature.geometric_mean_radius()),
+            "seconds": progress.seconds,
+            **tracked_radii(self, progress.epoch),
+        }
+        self.history.append(record)
+        progress.order, progress.batch = None, 0
+        self.sums.reset()
+        return record
