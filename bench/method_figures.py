@@ -1,6 +1,6 @@
-"""Measures what the method gives: accuracies and paired differences over five seeds, as a table for docs/results.md.
+"""Measures what the method gives: accuracies and paired differences over five seeds, as a table for docs/figures.md.
 
-    python -m bench.method_figures --data fashion-mnist.npz --out runs/figures --write docs/results.md
+    python -m bench.method_figures --data fashion-mnist.npz --out runs/figures --write docs/figures.md
 
 Every run is a `flatprune run` in a process of its own with one thread, two at a time. Runs that are in --out already,
 with the same command, are not made again; use another folder after a change to the code.

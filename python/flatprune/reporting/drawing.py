@@ -14,10 +14,10 @@ BLUE, TEAL, ROSE = "#2f5bea", "#0f9b8e", "#d6456b"
 _DPI = 200
 
 
-def png(plot: Figure) -> bytes:
+def png(plot: Figure, dots_per_inch: int = _DPI) -> bytes:
     """The figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
-    plot.savefig(buffer, format="png", dpi=_DPI)
+    plot.savefig(buffer, format="png", dpi=dots_per_inch)
     return buffer.getvalue()
 
 

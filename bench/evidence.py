@@ -1,0 +1,107 @@
+"""Puts the tables and plots of finished studies into docs/results.md.
+
+    flatprune study bench/studies/q1_size_digits.yaml --data-dir data --out runs/q1_size_digits     # and the others
+    python -m bench.evidence runs
+
+Replaces what stands between the lines `<!-- NAME -->` for every study NAME that has a folder there, and its plot.
+Entries without a finished run are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.documents import replace_between
+from flatprune.checkpoint import write_atomically
+from flatprune.reporting.drawing import png
+from flatprune.study import Results
+from flatprune.study.plots import figure
+from flatprune.study.report import open_study
+from flatprune.study.results import BY_KEY
+from flatprune.study.tables import Table, details, overview
+
+PAGE = Path(__file__).parents[1] / "docs" / "results.md"
+ACCURACY = ("test_accuracy_last",)
+CALIBRATION = (*ACCURACY, "test_nll", "test_ece", "corrupted_accuracy_mean", "hessian_lambda_max")
+STUDIES = {  # what is shown of each
+    "q1_size_digits": ACCURACY,
+    "q1_size_fashion": ACCURACY,
+    "q1_size_cifar_small": ACCURACY,
+    "q2_noise": CALIBRATION,
+    "q2_small_data": CALIBRATION,
+    "q2_corruption_calibration": CALIBRATION,
+    "q3_radius": tuple(key for key in BY_KEY if key.startswith("spearman_")),
+}
+_DOTS_PER_INCH = 70
+
+
+def section(results: Results, name: str) -> str:
+    """Command, versions and tables of a study, Markdown."""
+    versions = ", ".join(f"{package} {version}" for package, version in results.versions.items())
+    lines = [f"    flatprune study bench/studies/{name}.yaml --data-dir data --out runs/{name}", "", f"{versions}.", ""]
+    for table in _tables(results, STUDIES[name]):
+        lines += [f"**{table.title}**", "", table.markdown(), ""]
+    chosen = _chosen(results)
+    if chosen:
+        lines += [f"Chosen by the tuning: {chosen}.", ""]
+    lines += [f"![{results.study.title}]({name}.png)"]
+    return "\n".join(lines)
+
+
+def _tables(results: Results, keys: Sequence[str]) -> list[Table]:
+    if keys[0].startswith("spearman_"):
+        return [_only_run(details(results, keys))]
+    return [_only_run(table) for key in keys if results.present([key]) for table in overview(results, key)]
+
+
+def _only_run(table: Table) -> Table:
+    """The table without columns in which nothing was run."""
+    rows = [[cell if " (" in cell or "±" in cell else _unless_missing(cell) for cell in row] for row in table.rows]
+    kept = [place for place in range(len(table.head)) if place == 0 or any(row[place] for row in rows)]
+    picked = tuple(tuple(row[place] for place in kept) for row in rows)
+    words = sum(place < table.left for place in kept)
+    return Table(table.title, tuple(table.head[place] for place in kept), picked, words)
+
+
+def _unless_missing(cell: str) -> str:
+    return "" if cell.startswith("not run") else cell
+
+
+def _chosen(results: Results) -> str:
+    places: dict[str, list[str]] = {}
+    for group in results.groups:
+        if group.chosen:
+            value = group.chosen.rsplit(" ", 1)[-1]
+            places.setdefault(group.variant, []).append(value)
+    return "; ".join(f"{variant} {', '.join(values)}" for variant, values in places.items())
+
+
+def write_plot(results: Results, path: Path) -> None:
+    """The plot of the variants that were run at more than one point, small."""
+    variants = [group.variant for group in results.groups]
+    shown = [group for group in results.groups if variants.count(group.variant) > 1] or results.groups
+    write_atomically(path, png(figure(results, shown, results.study.title), _DOTS_PER_INCH))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of the studies' folders")
+    parser.add_argument("--page", type=Path, default=PAGE, help="default docs/results.md; plots go beside it")
+    given = parser.parse_args(arguments)
+    for name in STUDIES:
+        if not (given.folder / name).is_dir():
+            continue
+        results = Results(open_study(given.folder / name))
+        results.groups = [group for group in results.groups if group.summaries]
+        if not results.groups:
+            continue
+        replace_between(given.page, name, section(results, name))
+        write_plot(results, given.page.parent / f"{name}.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""Tables and plots of studies in the page of results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from bench.evidence import PAGE, STUDIES, main
+from flatprune.study import read_study, run_study
+from flatprune.study.plan import RUNS_FOLDER
+
+STUDY = """
+base: {data: digits, model: mlp, epochs: 1, widths: [8, 8], flatness: off}
+grid: {target_params: [0.5, 0.6], seed: [1]}
+variants:
+  run: {only: {target_params: [0.5]}}
+  left out: {criterion: l1, only: {target_params: [0.6]}}
+"""
+GRIDS = Path(__file__).parents[2] / "bench" / "studies"
+
+
+def test_every_study_has_a_grid_and_a_place_on_the_page():
+    for name in STUDIES:
+        assert (GRIDS / f"{name}.yaml").is_file()
+        assert PAGE.read_text().count(f"<!-- {name} -->") == 2
+
+
+def test_only_what_was_run_is_shown(tmp_path):
+    name = "q1_size_digits"
+    path, page = tmp_path / "study.yaml", tmp_path / "page.md"
+    path.write_text(STUDY)
+    page.write_text(f"before\n<!-- {name} -->\nold\n<!-- {name} -->\nafter\n")
+    plan, failed = run_study(read_study(path), tmp_path / name, jobs=1, console=Console(quiet=True))
+    assert not failed
+    left_out = next(cell for cell in plan.study.cells if cell.variant == "left out")
+    summary = tmp_path / name / RUNS_FOLDER / plan.key(left_out.settings) / "summary.json"
+    summary.unlink()
+    assert main([str(tmp_path), "--page", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith("before") and text.endswith("after\n") and "old" not in text
+    assert "|  | target_params 0.5 |" in text and "| run |" in text and "left out" not in text
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

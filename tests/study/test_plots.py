@@ -1,0 +1,53 @@
+"""What the plots of a study show, by the first axis of its grid."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from flatprune.study.plots import figure
+from flatprune.study.results import BY_KEY, Group, Results
+
+
+def results_of(axis, **figures):
+    """Two variants at two values of an axis, whose accuracy is 90 and 80."""
+    summary = {
+        "train_accuracy_last": 99.0,
+        "params_before": 100,
+        "params_after": 50,
+        "flops_before": 9,
+        "flops_after": 3,
+    }
+    groups = [
+        Group(variant, ((axis, value),), {1: {**summary, "test_accuracy_last": accuracy, **figures}})
+        for variant in ("a", "b")
+        for value, accuracy in (("0.2", 90.0), ("0.1", 80.0))
+    ]
+    results = SimpleNamespace(study=SimpleNamespace(axes={axis: ("0.2", "0.1")}), groups=groups)
+    results.present = lambda keys: Results.present(results, keys)
+    return results
+
+
+def titles(results):
+    return [axis.get_title(loc="left") for axis in figure(results, results.groups, "plot").axes if axis.get_visible()]
+
+
+@pytest.mark.parametrize("axis", ["target_params", "target_flops"])
+def test_sizes_run_along_what_was_measured(axis):
+    shown = titles(results_of(axis))
+    assert "test accuracy, % against parameters" in shown and "gap, points against parameters" in shown
+
+
+def test_other_axes_run_along_their_values_in_order():
+    results = results_of("label_noise", test_nll=0.5)
+    assert titles(results) == ["test accuracy, % by label noise", "gap, points by label noise", "NLL by label noise"]
+    axis = figure(results, results.groups, "plot").axes[0]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["0.2", "0.1"]
+    for container in axis.containers:
+        assert list(container.lines[0].get_ydata()) == [90.0, 80.0]
+
+
+def test_correlations_stand_alone():
+    key = "spearman_radius_expand"
+    assert titles(results_of("network", **{key: 0.9})) == [BY_KEY[key].title]
