@@ -34,25 +34,32 @@ STUDIES = {  # what is shown of each
     "q2_small_data": CALIBRATION,
     "q2_corruption_calibration": CALIBRATION,
     "q3_radius": tuple(key for key in BY_KEY if key.startswith("spearman_")),
+    "q4_cost": ("seconds", *ACCURACY, "flops_left", "hessian_lambda_max"),
 }
+_IN_ONE_TABLE = ("q3_radius", "q4_cost")
+_WITHOUT_PLOT = ("q4_cost",)  # it has one size
+_OPTIONS = {"q4_cost": " --jobs 1"}  # what is timed runs alone
 _DOTS_PER_INCH = 70
 
 
 def section(results: Results, name: str) -> str:
     """Command, versions and tables of a study, Markdown."""
     versions = ", ".join(f"{package} {version}" for package, version in results.versions.items())
-    lines = [f"    flatprune study bench/studies/{name}.yaml --data-dir data --out runs/{name}", "", f"{versions}.", ""]
-    for table in _tables(results, STUDIES[name]):
+    command = f"flatprune study bench/studies/{name}.yaml --data-dir data --out runs/{name}{_OPTIONS.get(name, '')}"
+    lines = [f"    {command}", "", f"{versions}.", ""]
+    for table in _tables(results, name):
         lines += [f"**{table.title}**", "", table.markdown(), ""]
     chosen = _chosen(results)
     if chosen:
         lines += [f"Chosen by the tuning: {chosen}.", ""]
-    lines += [f"![{results.study.title}]({name}.png)"]
-    return "\n".join(lines)
+    if name not in _WITHOUT_PLOT:
+        lines += [f"![{results.study.title}]({name}.png)", ""]
+    return "\n".join(lines[:-1])
 
 
-def _tables(results: Results, keys: Sequence[str]) -> list[Table]:
-    if keys[0].startswith("spearman_"):
+def _tables(results: Results, name: str) -> list[Table]:
+    keys = STUDIES[name]
+    if name in _IN_ONE_TABLE:
         return [_only_run(details(results, keys))]
     return [_only_run(table) for key in keys if results.present([key]) for table in overview(results, key)]
 
@@ -99,7 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not results.groups:
             continue
         replace_between(given.page, name, section(results, name))
-        write_plot(results, given.page.parent / f"{name}.png")
+        if name not in _WITHOUT_PLOT:
+            write_plot(results, given.page.parent / f"{name}.png")
     return 0
 
 
