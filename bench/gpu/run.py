@@ -8,12 +8,13 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).parents[2]
 FORMAT = 2
+Work = TypeVar("Work")
 SHORTEST = 5.0  # seconds that a command may take, however late it is
 LIMITS = {"build": 180, "tests": 110, "bench": 150, "training": 60, "sanitizer": 120}  # seconds
 
@@ -38,6 +39,20 @@ class Run:
     def seconds_left(self) -> float:
         """Until the step has to end."""
         return self.step_end - time.monotonic()
+
+    def turns(self, work: Mapping[str, Work]) -> Iterator[tuple[str, Work, float]]:
+        """(label, work, its fair share of the seconds left) of all that there is time for; the rest is left out."""
+        for place, (label, item) in enumerate(work.items()):
+            left = self.seconds_left()
+            if left < SHORTEST:
+                self.document["left_out"].append(label)
+                continue
+            print(f"[{left:4.0f} s left] {label}", flush=True)
+            yield label, item, left / (len(work) - place)
+
+    def failed(self, label: str, error: RuntimeError) -> None:
+        """Note what did not work (out of memory, say); the rest is still of use."""
+        self.document.setdefault("failed", []).append(f"{label}: {str(error).splitlines()[0]}")
 
     def keep(self, key: str, value: Any) -> None:
         """Store a step's outcome."""

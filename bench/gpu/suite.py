@@ -84,18 +84,13 @@ def bench(run: Run, device: torch.device, quick: bool) -> None:
     """Every family on every network, and the ceilings."""
     run.keep("ceilings", ceilings(device, quick))
     results: dict[str, Any] = {}
-    waiting = [(family, name) for family in families() for name in work_sets(quick)]
-    for place, (family, name) in enumerate(waiting):
-        if run.seconds_left() < 5:
-            run.document["left_out"].append(f"{family}, {name}")
-            continue
-        print(f"[{run.seconds_left():4.0f} s left] {family}, {name}", flush=True)
-        share = run.seconds_left() / (len(waiting) - place)
+    work = {f"{family}, {name}": (family, name) for family in families() for name in work_sets(quick)}
+    for label, (family, name), share in run.turns(work):
         work_set = work_sets(quick)[name]
         try:
             entry = measured(families()[family](work_set, device), device, 2 if quick else ROUNDS, share)
-        except RuntimeError as error:  # out of memory, a kernel that cannot start: the rest is still of use
-            run.document.setdefault("failed", []).append(f"{family}, {name}: {str(error).splitlines()[0]}")
+        except RuntimeError as error:
+            run.failed(label, error)
             continue
         entry |= {"ratios": ratios(entry), "shares": shares(entry, run.document["ceilings"])}
         results.setdefault(family, {})[name] = entry

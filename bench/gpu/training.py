@@ -27,19 +27,13 @@ NETWORKS = {"resnet20": (32, 3), "vgg19_bn": (32, 3), "mlp": (28, 1)}  # side an
 def bench_training(run: Run, device: torch.device, quick: bool) -> None:
     """Milliseconds of a step of each network and precision, bare and with curvature, flatness and pruner."""
     results: dict[str, Any] = {}
-    waiting = [(name, kind) for name in NETWORKS for kind in KINDS]
+    work = {f"training, {name} {kind}": (name, kind) for name in NETWORKS for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
-        for place, (name, kind) in enumerate(waiting):
-            if run.seconds_left() < 5:
-                run.document["left_out"].append(f"training, {name} {kind}")
-                continue
-            print(f"[{run.seconds_left():4.0f} s left] training, {name} {kind}", flush=True)
-            seconds = run.seconds_left() / (len(waiting) - place)
+        for label, (name, kind), seconds in run.turns(work):
             try:
                 entry = _measured(Path(folder), name, KINDS[kind], device, quick, seconds)
-            except RuntimeError as error:  # out of memory: the rest is still of use
-                failure = f"training, {name} {kind}: {str(error).splitlines()[0]}"
-                run.document.setdefault("failed", []).append(failure)
+            except RuntimeError as error:
+                run.failed(label, error)
                 continue
             results.setdefault(name, {})[kind] = entry
             run.keep("training", results)
