@@ -16,6 +16,7 @@ of v^T A v, and does not damp; here the form is the quadratic one, and D = 0.01 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -195,7 +196,7 @@ KRON_OBD = Criterion(
     per_cost=True,
     predicts_loss=True,
 )
-C_OBD = Criterion("c_obd", c_obd_scores, _SOURCE, needs=("factors",), role=PRODUCER, per_cost=True, predicts_loss=True)
+C_OBD = replace(KRON_OBD, name="c_obd", score=c_obd_scores)
 KRON_OBS = Criterion(
     "kron_obs",
     kron_obs_scores,
@@ -207,14 +208,4 @@ KRON_OBS = Criterion(
     compensates="always",
     compensation=row_compensation,
 )
-C_OBS = Criterion(
-    "c_obs",
-    c_obs_scores,
-    _SOURCE,
-    needs=("factors", "inverses"),
-    role=PRODUCER,
-    per_cost=True,
-    predicts_loss=True,
-    compensates="always",
-    compensation=row_compensation,
-)
+C_OBS = replace(KRON_OBS, name="c_obs", score=c_obs_scores)

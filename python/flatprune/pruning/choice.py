@@ -62,7 +62,7 @@ def choose(
         joint = criterion.joint(evidence)
         scores = [score / cost for score, cost in zip(joint.scores, costs)]
         gone = select_greedily(paper, evidence.groups, joint, budget, limits, closely=closely, losses=losses)
-        predicted: float | None = joint.total
+        predicted = joint.total if criterion.predicts_loss else None
     else:
         changes = criterion.scores(evidence)
         scores = [score / cost for score, cost in zip(changes, costs)] if criterion.per_cost else changes
