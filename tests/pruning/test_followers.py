@@ -14,6 +14,7 @@ from flatprune.cutting import surgery
 from flatprune.cutting.graph import neuron_groups
 from flatprune.pruning.pruner import Pruner
 from flatprune.pruning.targets import Target
+from flatprune.training.averaging import AveragedWeights
 from kfac_ext import Curvature
 
 
@@ -100,3 +101,9 @@ def test_a_follower_that_was_changed_stops_the_removal_before_anything_is_cut():
     with pytest.raises(ValueError, match=r"followers\[0\]: '1.weight' has shape \(7, 64\)"):
         run.train(30)
     assert shapes(run.model) == before
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
+def test_a_decay_that_averages_nothing_is_refused(decay):
+    with pytest.raises(ValueError, match=r"AveragedWeights: decay is .*, expected 0 <= decay < 1"):
+        AveragedWeights(nn.Linear(2, 2), decay)

@@ -18,10 +18,13 @@ class AveragedWeights:
 
     Args:
         model: the network; its average begins as a copy of it.
-        decay: d in the long run.
+        decay: d in the long run, in [0, 1).
 
     Attributes:
         module: the average; a follower for `flatprune.Pruner`.
+
+    Raises:
+        ValueError: decay out of range.
 
     Example:
         >>> average = AveragedWeights(model, 0.99)
@@ -29,6 +32,8 @@ class AveragedWeights:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"AveragedWeights: decay is {decay}, expected 0 <= decay < 1")
         self.module = copy.deepcopy(model)
         self.decay = decay
 
