@@ -161,6 +161,9 @@ def run_command(
     factor_update_steps: Annotated[
         int | None, typer.Option(help="steps between measurements of the curvature; default 5, 10 with convolutions")
     ] = None,
+    test_every: Annotated[
+        int, typer.Option(help="epochs between tests; the last one is always tested")
+    ] = Settings.test_every,
     validation: Annotated[
         float | None, typer.Option(help="test on this share of the training images instead of on the test images")
     ] = None,

@@ -12,7 +12,7 @@ Each file is written atomically, so that it is whole at any time.
     held_out_images                        training images that only judged whether to go on pruning
     params_before, params_after            trainable scalars
     flops_before, flops_after              multiply-accumulates of linear and convolution layers for one image
-    test_accuracy_last, test_accuracy_best percent, after the last epoch and after the best one (of the test set)
+    test_accuracy_last, test_accuracy_best percent, after the last epoch and after the best of those tested
     train_accuracy_last                    percent, of the final network on its training images and (noisy) labels
     test_nll, test_ece                     calibration of the final network, see `flatprune.training.measurements`
     corrupted_accuracy                     kind -> percent at strengths 1 to 5, with _mean beside it; where asked for
@@ -31,7 +31,8 @@ With the setting `ema`, accuracies, calibration, Hessian and `model.pt` are thos
 factors are measured where the training is. An epoch's training loss is that of its targets, smoothed or mixed.
 With the setting `validation`, "test" means the held-out part of the training images everywhere.
 
-`history.jsonl`, by `kind`: "epoch" (losses, accuracies in percent, params, radii, seconds so far), "removal" (fields of
+`history.jsonl`, by `kind`: "epoch" (losses, accuracies in percent, those of an epoch not tested null, params, radii,
+seconds so far), "removal" (fields of
 `flatprune.pruning.removals.Removal` without the neurons' indices; width and params are those after it), "event" (one at
 which nothing was removed; the reason is its note), "stop" (the end of pruning before its time, likewise),
 "optimum_shift" (a layer after the last removal: rank and number of its inputs, norm of its weight before and after).

@@ -75,6 +75,7 @@ class Settings:
         prune_start, prune_end: shares of the training between which neurons go; equal ones: all at once.
         prune_every: steps between removals.
         factor_update_steps: steps between measurements of the curvature, or None for 5 (10 with convolutions).
+        test_every: epochs between tests; the last one is always tested.
         validation: share of the training images that are held out and tested on instead of the test images.
         architecture_of: folder of a finished run whose final network is trained from fresh weights, instead of `model`.
         corruptions: test the final network on corrupted test images too (see `flatprune.training.corruptions`).
@@ -137,6 +138,7 @@ class Settings:
     prune_end: float = 0.4
     prune_every: int = 20
     factor_update_steps: int | None = None
+    test_every: int = 1
     validation: float | None = None
     architecture_of: str | None = None
     corruptions: bool = False

@@ -50,6 +50,7 @@ _AT_LEAST = {
     "min_width": 1,
     "prune_every": 1,
     "factor_update_steps": 1,
+    "test_every": 1,
     "track_hessian": 1,
 }
 _ABOVE_0 = ("lr", "sam_radius", "max_predicted_loss", "stop_accuracy_drop")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -40,6 +41,26 @@ def test_live_display_shows_every_figure(npz, tmp_path):
     for word in ("epoch 3/3", "loss", "accuracy", "parameters", "radius", "left", f"{summary['params_after']:,}"):
         assert word in text
     assert f"{summary['test_accuracy_last']:.2f} %" in text
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_epochs_that_are_not_tested(npz, tmp_path, terminal):
+    values = {"data": str(npz()), "batch_size": 32, "target_params": 0.5, "epochs": 5}
+    everything = runs.run(Settings(**values), tmp_path / "all")
+    console = Console(file=StringIO(), force_terminal=terminal, width=160)
+    settings = Settings(**values, test_every=2, compare_dense=True)
+    some = runs.run(settings, tmp_path / "some", observer=lambda title: progress.observer(console, title))
+    tested = [
+        r.get("test_accuracy") is not None
+        for r in runs.read_history(tmp_path / "some" / "history.jsonl")
+        if r["kind"] == "epoch"
+    ]
+    assert tested == [False, True, False, True, True]
+    assert some["test_accuracy_last"] == everything["test_accuracy_last"]
+    assert f"{some['test_accuracy_last']:.2f} %" in console.file.getvalue()
+    assert ("test not done" in console.file.getvalue()) != terminal
+    last_only = runs.run(replace(settings, test_every=9), tmp_path / "last")
+    assert last_only["test_accuracy_best"] == last_only["test_accuracy_last"] == some["test_accuracy_last"]
 
 
 def test_learning_rate():

@@ -70,11 +70,12 @@ class PlainLines(Observer):
 
     def epoch(self, record: dict[str, Any]) -> None:
         """Print the epoch's figures."""
+        test = record["test_accuracy"]
         self._print(
             f"epoch {record['epoch']:>{len(str(self._epochs))}}/{self._epochs}"
             f"  loss {record['train_loss']:.4f}"
             f"  train {record['train_accuracy']:6.2f} %"
-            f"  test {record['test_accuracy']:6.2f} %"
+            f"  test {'not done' if test is None else f'{test:6.2f} %'}"
             f"  parameters {record['params']:,} ({100.0 * record['params_fraction']:.1f} %)"
             f"  radius {record['spectral_radius']:.3g}"
             f"  left {duration(self._left)}"
@@ -168,7 +169,7 @@ class LiveDisplay(Observer):
             ("loss", _figure(loss, ".4f"), _note(""), self._curve("train_loss", "yellow")),
             (
                 "accuracy",
-                _figure(last.get("test_accuracy"), ".2f", " %"),
+                _figure(self._last_test(), ".2f", " %"),
                 _note("" if train is None else f"train {train:.2f} %"),
                 self._curve("test_accuracy", "blue"),
             ),
@@ -196,7 +197,11 @@ class LiveDisplay(Observer):
         return [("last cut", _figure(neurons, ","), _note(f"neurons, step {last['step']}"), _note(f"loss {change}"))]
 
     def _curve(self, key: str, color: str, floor: float | None = None) -> Text:
-        return Text(sparkline([record[key] for record in self._records], floor), style=color)
+        known = [record[key] for record in self._records if record[key] is not None]
+        return Text(sparkline(known, floor), style=color)
+
+    def _last_test(self) -> float | None:
+        return next((r["test_accuracy"] for r in reversed(self._records) if r["test_accuracy"] is not None), None)
 
 
 def describe(trainer: Trainer, title: str) -> str:

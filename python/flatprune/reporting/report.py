@@ -86,16 +86,19 @@ def subline(summary: dict[str, Any]) -> str:
 
 def _draw_accuracy(axis: Axes, epochs: list[dict[str, Any]], dense: list[dict[str, Any]]) -> None:
     x = [record["epoch"] for record in epochs]
-    test = [record["test_accuracy"] for record in epochs]
+    tested = [record for record in epochs if record["test_accuracy"] is not None]
+    test = [record["test_accuracy"] for record in tested]
     train = [record["train_accuracy"] for record in epochs]
     labels = [(test[-1], f"test {test[-1]:.1f} %", BLUE), (train[-1], f"train {train[-1]:.1f} %", GREY)]
     if dense:
+        dense = [record for record in dense if record["test_accuracy"] is not None]
         values = [record["test_accuracy"] for record in dense]
         axis.plot([record["epoch"] for record in dense], values, color=INK, linewidth=1.1, linestyle=(0, (4, 2)))
         labels.append((values[-1], f"dense {values[-1]:.1f} %", INK))
     axis.plot(x, train, color=GREY, linewidth=1.0, alpha=0.7)
-    axis.plot(x, test, color=BLUE, linewidth=2.0)
-    settled = sorted(test + train)[len(test) // 5 :]  # the first steps would squeeze all the rest
+    lone = "o" if len(test) == 1 else ""
+    axis.plot([record["epoch"] for record in tested], test, color=BLUE, linewidth=2.0, marker=lone)
+    settled = sorted(test + train)[len(train) // 5 :]  # the first steps would squeeze all the rest
     low = max(0.0, settled[0] - 2.0)
     high = min(100.5, settled[-1] + 1.5)
     axis.set_ylim(low, max(high, low + 1.0))

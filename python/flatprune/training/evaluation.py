@@ -12,6 +12,7 @@ from flatprune.data import Dataset
 from flatprune.flatness.spectrum import hessian_lambda_max
 from flatprune.training.goals import target_figures
 from flatprune.training.measurements import (
+    accuracy,
     calibration,
     corruption_accuracies,
     latency_figures,
@@ -70,13 +71,13 @@ def results(trainer: Trainer) -> dict[str, Any]:
     """The figures of `summary.json` that describe the network as it is now (see `flatprune.runs`)."""
     model, dataset = trainer.result, trainer.dataset
     train_accuracy, _ = evaluate(model, dataset.x_train, dataset.y_train)
-    test_accuracy, _ = evaluate(model, dataset.x_test, dataset.y_test)
+    logits = predictions(model, dataset.x_test)
     return {
         "params_before": trainer.params_before,
         "params_after": trainer.params,
         "flops_before": trainer.flops_before,
         "flops_after": models.multiply_accumulates(model, dataset.image_shape),
-        "test_accuracy_last": test_accuracy,
+        "test_accuracy_last": accuracy(logits, dataset.y_test),
         "test_accuracy_best": trainer.progress.best_accuracy,
         "train_accuracy_last": train_accuracy,
         "spectral_radius_kfac": float(trainer.curvature.spectral_radius()),
@@ -86,13 +87,14 @@ def results(trainer: Trainer) -> dict[str, Any]:
         "widths_after": models.layer_widths(model),
         "seconds": trainer.progress.seconds,
         **target_figures(trainer.settings.target, trainer.pruner, trainer.history),
+        **calibration(logits, dataset.y_test),
         **_measurements(trainer),
     }
 
 
 def _measurements(trainer: Trainer) -> dict[str, Any]:
     model, dataset = trainer.result, trainer.dataset
-    found: dict[str, Any] = calibration(predictions(model, dataset.x_test), dataset.y_test)
+    found: dict[str, Any] = {}
     if trainer.settings.corruptions:
         found |= corruption_accuracies(model, dataset)
     if trainer.settings.measure_latency:

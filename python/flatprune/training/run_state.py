@@ -21,7 +21,7 @@ class Progress:
         batch: batches of the running epoch that are done.
         order: the running epoch's order of the samples, on the CPU, or None between epochs.
         seconds: time spent in training and testing so far.
-        best_accuracy: highest test accuracy after any epoch, in percent.
+        best_accuracy: highest test accuracy after any epoch that was tested, in percent.
         best_held_out: highest accuracy on held-out images at any removal event, in percent; None before the first one.
     """
 

@@ -271,15 +271,23 @@ class Trainer:
         self.history.append(record)
         return record
 
+    def _test(self) -> tuple[float | None, float | None]:
+        """Accuracy and loss on the test images after an epoch, None after one that is not to be tested."""
+        progress, settings = self.progress, self.settings
+        if progress.epoch % settings.test_every and progress.epoch != settings.epochs:
+            return None, None
+        accuracy, loss = evaluate(self.result, self.dataset.x_test, self.dataset.y_test)
+        if not math.isfinite(loss):
+            raise DivergedError(f"the test loss became {loss} after epoch {progress.epoch}")
+        progress.best_accuracy = max(progress.best_accuracy, accuracy)
+        return accuracy, loss
+
     def _close_epoch(self) -> dict[str, Any]:
         progress = self.progress
         clock = time.perf_counter()
         self._refuse_bad_loss()
-        accuracy, loss = evaluate(self.result, self.dataset.x_test, self.dataset.y_test)
-        if not math.isfinite(loss):
-            raise DivergedError(f"the test loss became {loss} after epoch {progress.epoch + 1}")
-        progress.best_accuracy = max(progress.best_accuracy, accuracy)
         progress.epoch += 1
+        accuracy, loss = self._test()
         progress.seconds += time.perf_counter() - clock
         train_loss, train_accuracy = self.sums.figures()
         record = {
