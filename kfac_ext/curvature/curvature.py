@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,13 +14,11 @@ from kfac_ext.curvature.capture import Capture, ForwardHook
 from kfac_ext.curvature.fisher import (
     LOSSES,
     checked_output,
-    empty_factors,
     fresh_covariances,
     fresh_output,
     output_gradient,
     prediction_count,
     sample_targets,
-    update_factors_,
 )
 from kfac_ext.curvature.layers import (
     Layer,
@@ -30,15 +27,13 @@ from kfac_ext.curvature.layers import (
     check_model,
     device_of,
     module_modes,
-    reading_is_free,
     trace_layers,
     undisturbed,
 )
+from kfac_ext.curvature.running import ROUNDING, RunningFactors
 from kfac_ext.factors import FactorSet
 
-ROUNDING = 1e-10  # of the largest radius: less is rounding, as of the keys of a softmax, whose sum has no gradient
 _RECENT_SAMPLES = 256
-_FIRST_POWER_STEPS, _POWER_STEPS, _REMOVAL_POWER_STEPS = 20, 3, 10
 
 
 class Curvature:
@@ -118,11 +113,7 @@ class Curvature:
         self.fold_norms = fold_norms
         self.generator = generator or torch.Generator().manual_seed(torch.initial_seed())
         self.step_count = 0
-        self._layers: dict[str, Layer] | None = None
-        self._factors: FactorSet | None = None
-        self._started: set[str] = set()  # layers whose factors have been measured
-        self._left_out: Tensor | None = None  # updates left out on a GPU that have not been warned of
-        self._was_cut = False
+        self._running: RunningFactors | None = None
         self._recent: deque[tuple[Tensor, ...]] = deque()
         self._recent_count = 0
         self._pauses = 0
@@ -137,17 +128,16 @@ class Curvature:
     @property
     def layers(self) -> dict[str, Layer]:
         """Name -> Layer in forward order; raises RuntimeError before the first training forward or `trace`."""
-        return self._traced()[0]
+        return self._traced().layers
 
     @property
     def factors(self) -> FactorSet:
         """The factors under the keys `name.A` and `name.G`; raises RuntimeError like `layers`."""
-        return self._traced()[1]
+        return self._traced().factors
 
     @factors.setter
     def factors(self, factors: FactorSet) -> None:
-        self._factors = factors
-        self._was_cut = True
+        self._traced().replace(factors)
         self._pending = self._record = None
 
     @property
@@ -161,23 +151,22 @@ class Curvature:
     @property
     def is_updated(self) -> bool:
         """Whether factors have been measured at least once."""
-        return bool(self._started)
+        return bool(self.updated_layers)
 
     @property
     def updated_layers(self) -> frozenset[str]:
         """The layers whose factors have been measured at least once."""
-        return frozenset(self._started)
+        return frozenset(() if self._running is None else self._running.started)
 
     def trace(self, *args: Any, **kwargs: Any) -> None:
         """Find the layers by one forward on these inputs (any batch size) if they are not known yet.
 
         Warns once of layers that are never called. Raises ValueError if no layer is left.
         """
-        if self._layers is None:
+        if self._running is None:
             with self.paused():
                 layers = trace_layers(self.model, args, kwargs, self.skip_layers, fold_norms=self.fold_norms)
-            self._factors = empty_factors(layers)
-            self._layers = layers
+            self._running = RunningFactors(layers)
 
     def reached_layers(self, *args: Any) -> frozenset[str]:
         """The layers whose z a gradient of the output reaches, as parameters are frozen now; others get no factors.
@@ -231,32 +220,27 @@ class Curvature:
         Raises:
             RuntimeError: before the first update.
         """
-        if not self._started:
+        if self._running is None or not self._running.started:
             raise RuntimeError("Curvature: no factors yet, the model has made no training forward")
-        factors = self.factors
-        if self._was_cut:
-            factors.power_iteration_(max_iter=_REMOVAL_POWER_STEPS)
-            self._was_cut = False
-        return {
-            name: (factors.eigenvalue(f"{name}.A") * factors.eigenvalue(f"{name}.G")).max()
-            for name in self.layers
-            if name in self._started
-        }
+        return self._running.spectral_radii()
 
     def spectral_radius(self) -> float:
         """max over l of rho_l."""
-        self._warn_of_left_out()
-        return float(torch.stack(list(self.spectral_radii().values())).max())
+        return float(self._radii().max())
 
     def geometric_mean_radius(self) -> float:
         """(prod over l of rho_l)^(1/B): follows the true lambda_max of the Hessian better than the maximum.
 
         Blocks below 1e-10 of the largest are rounding and left out.
         """
-        self._warn_of_left_out()
-        radii = torch.stack(list(self.spectral_radii().values()))
+        radii = self._radii()
         radii = radii[radii >= ROUNDING * radii.max()]
         return float(radii.clamp_min(torch.finfo(radii.dtype).tiny).log().mean().exp())
+
+    def _radii(self) -> Tensor:
+        if self._running is not None:
+            self._running.warn_of_left_out()
+        return torch.stack(list(self.spectral_radii().values()))
 
     # control
 
@@ -302,7 +286,7 @@ class Curvature:
 
         Call the plain model then, and the compiled one otherwise.
         """
-        return self._layers is None or self._updates_next() or self._record_next
+        return self._running is None or self._updates_next() or self._record_next
 
     def take_record(self, output: Tensor) -> Capture | None:
         """The record of the forward that gave this very tensor; None if there is none, or if it ran in autocast."""
@@ -343,17 +327,14 @@ class Curvature:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and containers: counters, layers, factors, generator, recent inputs."""
-        self._warn_of_left_out()
         state: dict[str, Any] = {
             "step_count": self.step_count,
             "generator": self.generator.get_state(),
             "recent_inputs": [[x.clone() for x in batch] for batch in self._recent],
         }
-        if self._layers is not None:
-            state["layers"] = {name: layer.norm_name for name, layer in self._layers.items()}
-            state["started"] = sorted(self._started)
-            state["was_cut"] = self._was_cut
-            state["factors"] = self.factors.state_dict()
+        if self._running is not None:
+            self._running.warn_of_left_out()
+            state |= self._running.state_dict()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -362,15 +343,9 @@ class Curvature:
         Raises:
             ValueError: naming the first layer or factor that does not fit; nothing is changed then.
         """
-        layers = factors = None
-        if "layers" in state:
-            layers = self._named_layers(state["layers"])
-            factors = empty_factors(layers)
-            factors.load_state_dict(state["factors"])
+        running = RunningFactors.from_state(state, dict(self.model.named_modules())) if "layers" in state else None
         self.generator.set_state(state["generator"].cpu())
-        self._layers, self._factors = layers, factors
-        self._started = set(state.get("started", ()))
-        self._was_cut = state.get("was_cut", False)
+        self._running = running
         self.step_count = state["step_count"]
         device = device_of(self.model)
         self._recent = deque(tuple(x.to(device) for x in batch) for batch in state["recent_inputs"])
@@ -379,12 +354,12 @@ class Curvature:
 
     # inside
 
-    def _traced(self) -> tuple[dict[str, Layer], FactorSet]:
-        if self._layers is None or self._factors is None:
+    def _traced(self) -> RunningFactors:
+        if self._running is None:
             raise RuntimeError(
                 "Curvature: the layers are known from the first training forward on; call trace(inputs) before"
             )
-        return self._layers, self._factors
+        return self._running
 
     def _layer(self, name: str) -> Layer:
         layer = self.layers.get(name)
@@ -392,20 +367,10 @@ class Curvature:
             raise KeyError(f"Curvature: no layer named {name!r}, there are {', '.join(self.layers)}")
         return layer
 
-    def _named_layers(self, norms: Mapping[str, str | None]) -> dict[str, Layer]:
-        modules: dict[str, Any] = dict(self.model.named_modules())
-        for name in [*norms, *(norm for norm in norms.values() if norm is not None)]:
-            if name not in modules:
-                raise ValueError(f"Curvature.load_state_dict: the model has no module named {name!r}")
-        return {
-            name: Layer(name, modules[name], None if norm is None else modules[norm], norm)
-            for name, norm in norms.items()
-        }
-
     def _before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._pauses or not self.model.training or not torch.is_grad_enabled():
             return
-        if self._layers is None:
+        if self._running is None:
             self.trace(*args, **kwargs)
         if args and all(isinstance(x, Tensor) and x.dim() > 0 for x in args):
             self._remember(args)
@@ -474,29 +439,9 @@ class Curvature:
         if update and self.fisher_type == "empirical":
             self._pending = capture
         elif update:
-            finite = self._finite([output], "output")
+            finite = self._traced().is_finite([output], "output")
             if finite is not False:
                 self._update_true(capture, finite)
-
-    def _finite(self, tensors: Sequence[Tensor], what: str) -> Tensor | bool:
-        """Whether all values are finite; a running average never forgets a NaN.
-
-        A bool (False with a warning) where the host may look, and before the first update, which is worth one wait;
-        a 0-d tensor otherwise.
-        """
-        finite = torch.stack([t.isfinite().all() for t in tensors]).all()
-        if self._started and not reading_is_free(finite.device):
-            return finite
-        if not bool(finite):
-            warnings.warn(f"Curvature: the model's {what} is not finite, factors are not updated", stacklevel=2)
-        return bool(finite)
-
-    def _warn_of_left_out(self) -> None:
-        count, self._left_out = self._left_out, None
-        if count is not None and int(count):
-            warnings.warn(
-                f"Curvature: {int(count)} updates whose output or gradients were not finite were left out", stacklevel=3
-            )
 
     def _update_true(self, capture: Capture, finite: Tensor | bool) -> None:
         output = capture.output
@@ -516,36 +461,14 @@ class Curvature:
         if grad_scale is None:
             grad_scale = self.grad_scale() if callable(self.grad_scale) else self.grad_scale
         gradients = [g for slots in capture.gradients.values() for g in slots if g is not None]
-        finite = bool(gradients) and self._finite([capture.output, *gradients], "output or gradient")
+        finite = bool(gradients) and self._traced().is_finite([capture.output, *gradients], "output or gradient")
         if finite is not False:
             self._commit(capture, prediction_count(capture.output, self.loss) / grad_scale, finite)
 
     def _commit(self, capture: Capture, factor: float, finite: Tensor | bool) -> None:
-        """Blend one forward's A and G (gradients times `factor`) into the factors, then follow their eigenvectors."""
-        kept = self.factors.buffer.clone() if isinstance(finite, Tensor) else None
+        """Blend one forward's A and G (gradients times `factor`) into the factors."""
         decay = self.factor_decay(self.step_count - 1) if callable(self.factor_decay) else self.factor_decay
-        count = prediction_count(capture.output, self.loss)
-        with torch.no_grad(), torch.autocast(capture.output.device.type, enabled=False):
-            seen = update_factors_(
-                self.factors, self.layers, capture, self.kfac_approx, decay, self._started, count, factor**2
-            )
-        if not seen:
-            return
-        if kept is not None and isinstance(finite, Tensor):
-            self.factors.buffer.copy_(torch.where(finite, self.factors.buffer, kept))
-            left_out = (~finite).long()
-            self._left_out = left_out if self._left_out is None else self._left_out + left_out
-        if not self._started:
-            self._warn_unreached(seen)
-        steps = _POWER_STEPS if self._started.issuperset(seen) else _FIRST_POWER_STEPS
-        self._started.update(seen)
-        self.factors.power_iteration_(max_iter=_REMOVAL_POWER_STEPS if self._was_cut else steps)
-        self._was_cut = False
-
-    def _warn_unreached(self, seen: set[str]) -> None:
-        missing = [name for name in self.layers if name not in seen]
-        if missing:
-            warnings.warn(f"Curvature: no gradient reaches {', '.join(map(repr, missing))}; no factors", stacklevel=2)
+        self._traced().blend_(capture, mode=self.kfac_approx, loss=self.loss, decay=decay, factor=factor, finite=finite)
 
 
 def _check_choice(argument: str, value: str, choices: Sequence[str]) -> None:

@@ -17,7 +17,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flatprune.flatness.hessian import hessian_lambda_max
 from kfac_ext.curvature import Curvature
 from kfac_ext.curvature.capture import Capture
-from kfac_ext.curvature.curvature import ROUNDING
 from kfac_ext.curvature.fisher import (
     output_gradient,
     output_variance,
@@ -27,6 +26,7 @@ from kfac_ext.curvature.fisher import (
     sample_targets,
 )
 from kfac_ext.curvature.layers import Layer, call_hooks, device_of, reading_is_free, sent, undisturbed
+from kfac_ext.curvature.running import ROUNDING
 
 __all__ = ["Flatness", "hessian_lambda_max"]
 

@@ -1,0 +1,133 @@
+"""The running factors of known layers: what goes into them, how their eigenpairs follow, what they say of a radius."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfac_ext.curvature.capture import Capture
+from kfac_ext.curvature.fisher import empty_factors, prediction_count, update_factors_
+from kfac_ext.curvature.layers import Layer, reading_is_free
+from kfac_ext.factors import FactorSet
+
+ROUNDING = 1e-10  # of the largest radius: less is rounding, as of the keys of a softmax, whose sum has no gradient
+_FIRST_POWER_STEPS, _POWER_STEPS, _REMOVAL_POWER_STEPS = 20, 3, 10
+
+
+class RunningFactors:
+    """Kronecker factors that forwards are blended into, with the layers they belong to.
+
+    Attributes:
+        layers: name -> Layer in forward order.
+        factors: under the keys `name.A` and `name.G`.
+        started: layers whose factors have been measured.
+        was_cut: neurons have gone since the eigenpairs were brought up to date.
+    """
+
+    def __init__(self, layers: dict[str, Layer]) -> None:
+        self.layers = layers
+        self.factors = empty_factors(layers)
+        self.started: set[str] = set()
+        self.was_cut = False
+        self._left_out: Tensor | None = None  # updates left out on a GPU that have not been warned of
+
+    def replace(self, factors: FactorSet) -> None:
+        """Take the factors of a network that has been cut."""
+        self.factors, self.was_cut = factors, True
+
+    def is_finite(self, tensors: Sequence[Tensor], what: str) -> Tensor | bool:
+        """Whether all values are finite; a running average never forgets a NaN.
+
+        A bool (False with a warning) where the host may look, and before the first update, which is worth one wait;
+        a 0-d tensor otherwise.
+        """
+        finite = torch.stack([t.isfinite().all() for t in tensors]).all()
+        if self.started and not reading_is_free(finite.device):
+            return finite
+        if not bool(finite):
+            warnings.warn(f"Curvature: the model's {what} is not finite, factors are not updated", stacklevel=2)
+        return bool(finite)
+
+    def blend_(
+        self, capture: Capture, *, mode: str, loss: str, decay: float, factor: float, finite: Tensor | bool
+    ) -> None:
+        """factors <- decay factors + (1 - decay) those of one forward, then follow their eigenvectors.
+
+        Args:
+            capture: the forward, with its gradients.
+            mode: "expand" or "reduce".
+            loss: of the output, which decides how many predictions a sample makes.
+            decay: weight of the past; a layer that is new takes its factors whole.
+            factor: for the gradients.
+            finite: from `is_finite`; where it is False the factors stay.
+        """
+        kept = self.factors.buffer.clone() if isinstance(finite, Tensor) else None
+        count = prediction_count(capture.output, loss)
+        with torch.no_grad(), torch.autocast(capture.output.device.type, enabled=False):
+            seen = update_factors_(self.factors, self.layers, capture, mode, decay, self.started, count, factor**2)
+        if not seen:
+            return
+        if kept is not None and isinstance(finite, Tensor):
+            self.factors.buffer.copy_(torch.where(finite, self.factors.buffer, kept))
+            left_out = (~finite).long()
+            self._left_out = left_out if self._left_out is None else self._left_out + left_out
+        if not self.started:
+            self._warn_unreached(seen)
+        steps = _POWER_STEPS if self.started.issuperset(seen) else _FIRST_POWER_STEPS
+        self.started.update(seen)
+        self.factors.power_iteration_(max_iter=_REMOVAL_POWER_STEPS if self.was_cut else steps)
+        self.was_cut = False
+
+    def spectral_radii(self) -> dict[str, Tensor]:
+        """See `Curvature.spectral_radii`."""
+        if self.was_cut:
+            self.factors.power_iteration_(max_iter=_REMOVAL_POWER_STEPS)
+            self.was_cut = False
+        eigenvalue = self.factors.eigenvalue
+        names = [name for name in self.layers if name in self.started]
+        return {name: (eigenvalue(f"{name}.A") * eigenvalue(f"{name}.G")).max() for name in names}
+
+    def warn_of_left_out(self) -> None:
+        """Warn of the updates that were left out unseen since this was asked last."""
+        count, self._left_out = self._left_out, None
+        if count is not None and int(count):
+            warnings.warn(
+                f"Curvature: {int(count)} updates whose output or gradients were not finite were left out", stacklevel=3
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and containers."""
+        return {
+            "layers": {name: layer.norm_name for name, layer in self.layers.items()},
+            "started": sorted(self.started),
+            "was_cut": self.was_cut,
+            "factors": self.factors.state_dict(),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], modules: Mapping[str, Any]) -> RunningFactors:
+        """From `state_dict`, for the model that has these modules.
+
+        Raises:
+            ValueError: naming the first layer or factor that does not fit.
+        """
+        norms = state["layers"]
+        for name in [*norms, *(norm for norm in norms.values() if norm is not None)]:
+            if name not in modules:
+                raise ValueError(f"Curvature.load_state_dict: the model has no module named {name!r}")
+        running = cls(
+            {n: Layer(n, modules[n], None if norm is None else modules[norm], norm) for n, norm in norms.items()}
+        )
+        running.factors.load_state_dict(state["factors"])
+        running.started = set(state["started"])
+        running.was_cut = state["was_cut"]
+        return running
+
+    def _warn_unreached(self, seen: set[str]) -> None:
+        missing = [name for name in self.layers if name not in seen]
+        if missing:
+            warnings.warn(f"Curvature: no gradient reaches {', '.join(map(repr, missing))}; no factors", stacklevel=2)
