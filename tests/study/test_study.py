@@ -14,7 +14,9 @@ import pytest
 from study_command import call, command
 
 from flatprune.errors import InputError
+from flatprune.settings import Settings
 from flatprune.study.lock import locked
+from flatprune.study.process import Worker
 
 
 def summaries(out):
@@ -175,3 +177,33 @@ def test_a_full_disk_stops_the_study(study_file, tmp_path):
     assert outcome.returncode == 2 and outcome.stderr.count("\n") == 1, outcome.stderr
     assert "checkpoint.pt: cannot be saved" in outcome.stderr and "the study is stopped" in outcome.stderr
     assert not summaries(tmp_path / "out")
+
+
+def test_runs_of_one_process_are_those_of_many(finished, study_file, tmp_path):
+    """What a process did before does not matter: with the order turned round, every figure is the same."""
+    path, out, _ = finished
+    text = path.read_text().replace("{target_params: [0.5], seed: [1, 2]}", "{target_params: [0.5], seed: [2, 1]}")
+    outcome = call(study_file(text), "--out", tmp_path / "again", "--jobs", 1)
+    assert outcome.returncode == 0, outcome.stderr
+    figures = lambda file: {k: v for k, v in json.loads(file.read_text()).items() if k not in ("seconds", "settings")}  # noqa: E731
+    before, again = summaries(out), summaries(tmp_path / "again")
+    assert len(again) == len(before) == 8
+    for key in before.keys() & again.keys():
+        assert figures(again[key]) == figures(before[key])
+    assert len(before.keys() & again.keys()) >= 6  # but for those from scratch, whose settings name a folder
+
+
+def test_a_worker_that_was_killed_between_runs_is_replaced(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "settings.json").write_text(json.dumps(Settings(widths=(8, 8), epochs=1, flatness="off", target_params=0.5).as_dict()))
+    worker = Worker(dict(os.environ), folder)
+    while worker.code is None:
+        time.sleep(0.02)
+    assert worker.code == 0 and worker.can_make(dict(os.environ)) and not worker.can_make({})
+    os.kill(int((folder / "lock").read_text()), signal.SIGKILL)
+    worker.wait()
+    assert not worker.can_make(dict(os.environ))
+    worker.make(folder)
+    assert worker.code == -signal.SIGKILL
+    worker.close()

@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -27,12 +24,12 @@ from flatprune.study.display import Display, Standing, display_for
 from flatprune.study.grid import Study
 from flatprune.study.lock import locked
 from flatprune.study.plan import DATA_FILE, DIVERGED, FAILED, SETTINGS_FILE, Outcome, Plan, data_id
+from flatprune.study.process import LOG_FILE, Worker
 from flatprune.study.report import STUDY_FILE
 from flatprune.study.worker import EXIT_DIVERGED, EXIT_FILE
 
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 120.0  # for a step to end and a checkpoint to be written
-_LOG_FILE = "log.txt"
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -42,29 +39,16 @@ class Child:
 
     Attributes:
         key, name, settings: which one.
-        process: the worker.
+        worker: makes it.
         slot: its place among those that run at once, which decides the GPU.
-        step, total: as the worker last told them.
     """
 
     key: str
     name: str
     settings: Settings
-    process: subprocess.Popen[str]
+    worker: Worker
     slot: int
     started: float = field(default_factory=time.monotonic)
-    first_step: int | None = None
-    step: int = 0
-    total: int = 0
-
-    def listen(self) -> None:
-        """Follow what the worker tells, until it ends."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            step, _, total = line.partition(" ")
-            if step.isdigit() and total.strip().isdigit():
-                self.step, self.total = int(step), int(total)
-                self.first_step = self.step if self.first_step is None else self.first_step
 
 
 def run_study(
@@ -126,6 +110,7 @@ class _Executor:
     def __init__(self, plan: Plan, steps: dict[Settings, int], jobs: int, display: Display) -> None:
         self.plan, self.steps, self.jobs, self.display = plan, steps, jobs, display
         self.children: list[Child] = []
+        self._idle: dict[int, Worker] = {}  # by slot
         self._pace = Pace()
         self._waiting: list[tuple[str, str, Settings]] = []
         self._look_again()
@@ -145,7 +130,7 @@ class _Executor:
                 if not self.children:
                     return
                 time.sleep(_POLL_SECONDS)
-                for child in [child for child in self.children if child.process.poll() is not None]:
+                for child in [child for child in self.children if child.worker.code is not None]:
                     self.children.remove(child)
                     self._end(child)
                 self.display.show(self._standing())
@@ -171,28 +156,28 @@ class _Executor:
         if settings.device == "cpu" and settings.threads is None:
             settings = replace(settings, threads=1)
         write_json(folder / SETTINGS_FILE, settings.as_dict())
-        with open(folder / _LOG_FILE, "w") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "flatprune.study.worker", str(folder)],
-                stdin=subprocess.PIPE,  # closed by the system when this process ends, however it ends
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env=_environment(settings, slot),
-                start_new_session=True,  # Ctrl-C reaches the study alone, which stops its runs in good order
-            )
-        child = Child(key, name, settings, process, slot)
-        threading.Thread(target=child.listen, daemon=True).start()
-        return child
+        return Child(key, name, settings, self._worker(_environment(settings, slot), slot, folder), slot)
+
+    def _worker(self, environment: dict[str, str], slot: int, folder: Path) -> Worker:
+        """One at work on the run in `folder`: that which made the last run in this slot, if it can."""
+        worker = self._idle.pop(slot, None)
+        if worker is not None and worker.can_make(environment):
+            worker.make(folder)
+            return worker
+        if worker is not None:
+            worker.close()
+        return Worker(environment, folder)
 
     def _end(self, child: Child) -> None:
         """Note what became of a run whose process has ended."""
-        folder, code = self.plan.folder_of(child.key), child.process.returncode
-        _close(child.process)
+        folder, code = self.plan.folder_of(child.key), child.worker.code
+        assert code is not None
         if code == 0:
+            self._idle[child.slot] = child.worker
             outcome = Outcome(json.loads((folder / runs.SUMMARY_FILE).read_text()))
         else:
-            message = _last_line(folder / _LOG_FILE) or (f"ended by signal {-code}" if code < 0 else "no message")
+            child.worker.close()
+            message = _last_line(folder / LOG_FILE) or (f"ended by signal {-code}" if code < 0 else "no message")
             if code == EXIT_FILE:
                 raise OSError(f"{child.name}: {message}; the study is stopped, the same command goes on")
             outcome = Outcome(None, DIVERGED if code == EXIT_DIVERGED else FAILED, f"{message} (exit code {code})")
@@ -205,21 +190,20 @@ class _Executor:
 
     def _stop_children(self) -> None:
         for child in self.children:
-            child.process.send_signal(signal.SIGTERM)
+            child.worker.stop()
         deadline = time.monotonic() + _GRACE_SECONDS
+        late = False
         try:
             for child in self.children:
-                child.process.wait(max(0.0, deadline - time.monotonic()))
+                child.worker.wait(max(0.0, deadline - time.monotonic()))
         except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            for child in self.children:
-                child.process.kill()
-        for child in self.children:
-            child.process.wait()
-            _close(child.process)
+            late = True
+        for worker in [*(child.worker for child in self.children), *self._idle.values()]:
+            worker.close(kill=late)
         self.children = []
 
     def _standing(self) -> Standing:
-        running = [(child.name, child.step, child.total) for child in self.children]
+        running = [(child.name, child.worker.step, child.worker.total) for child in self.children]
         return Standing(*self._counts, running, self._pace.left(self._unmade, self.children, self.jobs))
 
 
@@ -232,7 +216,7 @@ class Pace:
     def ended(self, child: Child) -> None:
         """Learn from a run that has ended."""
         seconds, steps = self._seconds.get(_kind(child.settings), (0.0, 0))
-        made = child.step - (child.first_step or 0)
+        made = child.worker.step - (child.worker.first_step or 0)
         self._seconds[_kind(child.settings)] = (seconds + time.monotonic() - child.started, steps + made)
 
     def left(self, steps: list[tuple[Settings, int]], running: list[Child], jobs: int) -> float | None:
@@ -241,7 +225,10 @@ class Pace:
         for child in running:
             seconds, made = known.get(_kind(child.settings), (0.0, 0))
             elapsed = time.monotonic() - child.started
-            known[_kind(child.settings)] = (seconds + elapsed, made + child.step - (child.first_step or 0))
+            known[_kind(child.settings)] = (
+                seconds + elapsed,
+                made + child.worker.step - (child.worker.first_step or 0),
+            )
         seconds, made = (sum(column) for column in zip(*known.values())) if known else (0.0, 0)
         if made == 0:
             return None
@@ -251,7 +238,7 @@ class Pace:
             total += count * (own_seconds / own_made if own_made else seconds / made)
         for child in running:
             own_seconds, own_made = known[_kind(child.settings)]
-            total -= child.step * (own_seconds / own_made if own_made else seconds / made)
+            total -= child.worker.step * (own_seconds / own_made if own_made else seconds / made)
         return max(0.0, total / jobs)
 
 
@@ -272,12 +259,6 @@ def _environment(settings: Settings, slot: int) -> dict[str, str]:
         devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
         environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
     return environment
-
-
-def _close(process: subprocess.Popen[str]) -> None:
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            pipe.close()
 
 
 def _last_line(path: Path) -> str:

@@ -1,14 +1,16 @@
-"""One run of a study, in a process of its own: `python -m flatprune.study.worker FOLDER`.
+"""Runs of a study, one after the other, in a process of their own: `python -m flatprune.study.worker`.
 
-Does what `flatprune run` does with the settings in FOLDER/settings.json, or goes on from the checkpoint that is there.
-Prints "STEP TOTAL" now and then. Ends early, with a checkpoint, on SIGTERM, and when its standard input closes: that is
-how it learns that the study is gone, even by a kill.
+Takes folders from its standard input, a line each. Does what `flatprune run` does with the settings in
+FOLDER/settings.json, or goes on from the checkpoint that is there; errors go to FOLDER/log.txt. Prints "STEP TOTAL" now
+and then, "ended CODE" after each run that another may follow. A run ends early, with a checkpoint, and the process with
+it, on SIGTERM, and when the standard input closes: that is how it learns that the study is gone, even by a kill.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import sys
 import threading
@@ -22,6 +24,7 @@ from flatprune.errors import DivergedError, InputError, Interrupted
 from flatprune.settings import Settings
 from flatprune.study.lock import locked
 from flatprune.study.plan import SETTINGS_FILE
+from flatprune.study.process import LOG_FILE
 from flatprune.training.observer import Observer
 
 if TYPE_CHECKING:
@@ -48,15 +51,25 @@ class Steps(Observer):
 
     def _print(self, trainer: Trainer) -> None:
         self._last = time.monotonic()
-        try:
-            print(trainer.progress.step, trainer.total_steps, flush=True)
-        except BrokenPipeError:  # the study is gone; the end of the standard input stops this run in good order
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        _tell(trainer.progress.step, trainer.total_steps)
 
 
-def main(folder: Path) -> int:
+def main() -> int:
+    """Make runs until the standard input closes or one does not end well; the exit code is the last one's."""
+    folders: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(folders,), daemon=True).start()
+    code = 0
+    while code == 0 and (folder := folders.get()) is not None:
+        with open(folder / LOG_FILE, "w") as log:
+            os.dup2(log.fileno(), sys.stderr.fileno())
+        code = _make(folder)
+        if code == 0:
+            _tell("ended", code)
+    return code
+
+
+def _make(folder: Path) -> int:
     """Make the run in `folder`; the exit code tells what became of it, the last line on stderr why."""
-    threading.Thread(target=_stop_with_the_study, daemon=True).start()
     try:
         with locked(folder, wait=True):  # the worker of a killed study may still be saving
             _run(folder)
@@ -81,10 +94,18 @@ def _run(folder: Path) -> None:
         runs.run(settings, folder, overwrite=True, observer=lambda _: Steps())
 
 
-def _stop_with_the_study() -> None:
-    while os.read(0, 1024):
-        pass
+def _read(folders: queue.SimpleQueue[Path | None]) -> None:
+    for line in sys.stdin:
+        folders.put(Path(line.rstrip("\n")))
+    folders.put(None)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _tell(*words: object) -> None:
+    try:
+        print(*words, flush=True)
+    except BrokenPipeError:  # the study is gone; the end of the standard input stops this run in good order
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def _fail(message: object, code: int) -> int:
@@ -93,4 +114,4 @@ def _fail(message: object, code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main())
