@@ -67,7 +67,7 @@ class Settings:
             "off" does not.
         disout: what the probability of `flatprune.disout` rises to over the training, in [0, 1); 0: no distortion.
         criterion: a name of `flatprune.criteria.CRITERIA`.
-        selection: "independent" or "greedy", see `flatprune.Pruner`.
+        selection: "auto", "independent" or "greedy", see `flatprune.Pruner`.
         compensate: whether survivors take over what removed neurons did: "auto", "on" or "off".
         exclude: names of layers (or of modules around them) whose neurons stay.
         augment: random shifts (and mirror images for colour).
@@ -129,7 +129,7 @@ class Settings:
     optimum_shift: str = "off"
     disout: float = 0.0
     criterion: str = "obs"
-    selection: str = "independent"
+    selection: str = "auto"
     compensate: str = "auto"
     exclude: tuple[str, ...] = ()
     augment: bool = False

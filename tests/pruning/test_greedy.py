@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from pruning_networks import Run, chain, digits, mlp
@@ -113,8 +115,18 @@ def test_the_pruner_reaches_its_target_greedily():
     assert bool((removed(mlp(64, 40), round_to=8, compensate=True) % 8 == 0).all())
 
 
+def test_auto_is_greedy_with_convolutions():
+    def gone(model, selection):
+        records = Run(copy.deepcopy(model)).prune(100, params=0.3, selection=selection).train(45)
+        return [(record.layer, record.neurons) for record in records]
+
+    convolutions, perceptron = chain(), mlp()
+    assert gone(convolutions, "auto") == gone(convolutions, "greedy") != gone(convolutions, "independent")
+    assert gone(perceptron, "auto") == gone(perceptron, "independent") != gone(perceptron, "greedy")
+
+
 def test_only_criteria_with_joint_scores_select_greedily():
     with pytest.raises(ValueError, match=r"needs joint scores, which l1 has not; obs, outgoing have"):
         Run(mlp()).prune(100, criterion="l1", selection="greedy")
-    with pytest.raises(ValueError, match="selection is 'magic', expected one of independent, greedy"):
+    with pytest.raises(ValueError, match="selection is 'magic', expected one of auto, independent, greedy"):
         Run(mlp()).prune(100, selection="magic")

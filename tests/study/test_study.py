@@ -196,7 +196,9 @@ def test_runs_of_one_process_are_those_of_many(finished, study_file, tmp_path):
 def test_a_worker_that_was_killed_between_runs_is_replaced(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "settings.json").write_text(json.dumps(Settings(widths=(8, 8), epochs=1, flatness="off", target_params=0.5).as_dict()))
+    (folder / "settings.json").write_text(
+        json.dumps(Settings(widths=(8, 8), epochs=1, flatness="off", target_params=0.5).as_dict())
+    )
     worker = Worker(dict(os.environ), folder)
     while worker.code is None:
         time.sleep(0.02)

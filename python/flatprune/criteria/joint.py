@@ -106,7 +106,7 @@ class _Block:
     """One layer (one share of it): V [O, d], G V, and a matrix [d, d], in float64 so that many updates stay exact."""
 
     def __init__(self, V: Tensor, G: Tensor, matrix: Tensor) -> None:
-        self.V, self.matrix = V.double(), matrix.double().clone()
+        self.V, self.matrix = V.to(torch.float64, copy=True), matrix.to(torch.float64, copy=True)
         self.GV = G.double() @ self.V
 
     def scores(self, columns: Tensor) -> Tensor:
@@ -140,9 +140,8 @@ class _Compensated(_Block):
     def remove(self, columns: Tensor) -> None:
         J = columns.to(self.matrix.device)
         update = torch.linalg.solve(self.matrix[J][:, J], self.matrix[J])  # (H_JJ)^-1 H_J.
-        self.V = self.V - self.V[:, J] @ update
-        self.GV = self.GV - self.GV[:, J] @ update
-        self.matrix = self.matrix - self.matrix[:, J] @ update
+        for held in (self.V, self.GV, self.matrix):
+            held.addmm_(held[:, J], update, alpha=-1.0)
         self.alive[J] = False
         self.V[:, J] = self.GV[:, J] = 0.0
         self.matrix[J] = self.matrix[:, J] = 0.0
@@ -163,5 +162,5 @@ class _Silenced(_Block):
 
     def remove(self, columns: Tensor) -> None:
         J = columns.to(self.matrix.device)
-        self.error = self.error + self.V[:, J] @ self.matrix[J]
+        self.error.addmm_(self.V[:, J], self.matrix[J])
         self.V[:, J] = self.GV[:, J] = 0.0

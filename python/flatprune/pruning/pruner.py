@@ -63,7 +63,8 @@ class Pruner:
             "auto" does not compensate, "obs" means the plain outgoing score, which is as good there and needs no
             inverse; with True or False it always is the obs score.
         selection: "independent" takes the lowest scores as they are; "greedy" takes one neuron after the other, each
-            score knowing which went before ("obs" and "outgoing" only, see `flatprune.pruning.greedy`).
+            score knowing which went before ("obs" and "outgoing" only, see `flatprune.pruning.greedy`); "auto": greedy
+            for these with convolutions (where it leaves 0.4 points more, docs/results.md), else independent.
         seed: of what a criterion draws.
         schedule: when to prune; default `CubicSchedule(total_steps)`.
         round_to: widths of groups that lose neurons become multiples of this.
@@ -102,7 +103,7 @@ class Pruner:
         total_steps: int,
         criterion: str | Criterion | Callable[[Evidence], Scores] = "obs",
         compensate: str | bool = "auto",
-        selection: str = "independent",
+        selection: str = "auto",
         seed: int = 0,
         schedule: CubicSchedule | None = None,
         round_to: int = 1,
@@ -264,7 +265,7 @@ class Pruner:
         compensate = self._compensates(budget)
         evidence = Evidence(self.model, self.groups, self.curvature, seed=self.seed, step=step)
         criterion, paper = self._criterion_in_use(compensate), self._meter.on_paper()
-        choice = choose(evidence, criterion, self.selection, paper, budget, self.limits, losses, closely=last)
+        choice = choose(evidence, criterion, self._selection_in_use(criterion), paper, budget, self.limits, losses, closely=last)
         gone = choice.gone
         if not gone:
             return []
@@ -306,6 +307,11 @@ class Pruner:
             return self.criterion.compensates == "always"
         left = budget if self.target.unit == "params" else self.params
         return has_convolution(self.curvature) or left < MLP_COMPENSATION_BELOW * self.params_start
+
+    def _selection_in_use(self, criterion: Criterion) -> str:
+        if self.selection != "auto":
+            return self.selection
+        return "greedy" if criterion.joint is not None and self.curvature.has_convolutions else "independent"
 
     def _criterion_in_use(self, compensate: bool) -> Criterion:
         if self.compensate == "auto" and not compensate and self.criterion.uncompensated is not None:
