@@ -265,7 +265,8 @@ class Pruner:
         compensate = self._compensates(budget)
         evidence = Evidence(self.model, self.groups, self.curvature, seed=self.seed, step=step)
         criterion, paper = self._criterion_in_use(compensate), self._meter.on_paper()
-        choice = choose(evidence, criterion, self._selection_in_use(criterion), paper, budget, self.limits, losses, closely=last)
+        selection = self._selection_in_use(criterion)
+        choice = choose(evidence, criterion, selection, paper, budget, self.limits, losses, closely=last)
         gone = choice.gone
         if not gone:
             return []

@@ -12,7 +12,7 @@ from torch import Tensor
 from flatprune.cutting.neurons import NeuronGroup
 from flatprune.pruning.costs import CostModel
 
-SELECTIONS = ("auto", "independent", "greedy")  # does a score know which neurons went before? (`flatprune.pruning.greedy`)
+SELECTIONS = ("auto", "independent", "greedy")  # does a score know which neurons went before? (see `Pruner`)
 
 
 class LossBudget:
