@@ -156,6 +156,7 @@ class Criterion:
         compensation: from evidence and the neurons gone to new values of the survivors' tensors.
         uncompensated: the criterion that stands in where "auto" decides against compensation.
         joint: scores that take into account which neurons went before, for `selection="greedy"`.
+        greedy: what `selection="auto"` means with convolutions.
         check: raises ValueError for groups of the evidence it cannot judge; factors may not have been measured yet.
 
     Raises:
@@ -181,6 +182,7 @@ class Criterion:
     compensation: Callable[[Evidence, Mapping[int, Tensor]], dict[str, Tensor]] = consumer_compensation
     uncompensated: Criterion | None = None
     joint: Callable[[Evidence], JointScores] | None = None
+    greedy: bool = False
     check: Callable[[Evidence], None] | None = None
 
     def __post_init__(self) -> None:

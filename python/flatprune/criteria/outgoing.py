@@ -41,4 +41,5 @@ OBS = Criterion(
     compensates="method",
     uncompensated=OUTGOING,
     joint=JointObs,
+    greedy=True,
 )

@@ -64,7 +64,7 @@ class Pruner:
             inverse; with True or False it always is the obs score.
         selection: "independent" takes the lowest scores as they are; "greedy" takes one neuron after the other, each
             score knowing which went before ("obs" and "outgoing" only, see `flatprune.pruning.greedy`); "auto": greedy
-            for these with convolutions (where it leaves 0.4 points more, docs/results.md), else independent.
+            for "obs" with convolutions, else independent (docs/results.md has what that gains).
         seed: of what a criterion draws.
         schedule: when to prune; default `CubicSchedule(total_steps)`.
         round_to: widths of groups that lose neurons become multiples of this.
@@ -312,7 +312,7 @@ class Pruner:
     def _selection_in_use(self, criterion: Criterion) -> str:
         if self.selection != "auto":
             return self.selection
-        return "greedy" if criterion.joint is not None and self.curvature.has_convolutions else "independent"
+        return "greedy" if criterion.greedy and self.curvature.has_convolutions else "independent"
 
     def _criterion_in_use(self, compensate: bool) -> Criterion:
         if self.compensate == "auto" and not compensate and self.criterion.uncompensated is not None:
