@@ -21,7 +21,7 @@ from flatprune.study import Results
 from flatprune.study.plots import figure
 from flatprune.study.report import open_study
 from flatprune.study.results import BY_KEY
-from flatprune.study.tables import Table, details, overview
+from flatprune.study.tables import Table, details, differences, overview
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 ACCURACY = ("test_accuracy_last",)
@@ -61,7 +61,8 @@ def _tables(results: Results, name: str) -> list[Table]:
     keys = STUDIES[name]
     if name in _IN_ONE_TABLE:
         return [_only_run(details(results, keys))]
-    return [_only_run(table) for key in keys if results.present([key]) for table in overview(results, key)]
+    shown = [table for key in keys if results.present([key]) for table in overview(results, key)]
+    return [_only_run(table) for table in [*shown, *differences(results)] if table.rows]
 
 
 def _only_run(table: Table) -> Table:

@@ -227,7 +227,7 @@ def study_command(
 
     from flatprune.study import read_study, run_study, write_report
     from flatprune.study.report import PAGE_FILE, open_study
-    from flatprune.study.tables import overview
+    from flatprune.study.tables import differences, overview
 
     if (file is None) == (report_only is None):
         raise InputError("study: expected a FILE.yaml, or --report-only DIR")
@@ -238,7 +238,8 @@ def study_command(
         plan, failed = run_study(read_study(file, data_dir), folder, jobs=jobs, minutes=minutes, console=console)
     else:
         plan = open_study(Path(str(report_only)))
-    for table in overview(write_report(plan)):
+    results = write_report(plan)
+    for table in [*overview(results), *differences(results)]:
         console.print()
         table.show(console)
     console.print()

@@ -74,6 +74,7 @@ def test_tuning_is_judged_on_held_out_images_with_its_own_seeds(study_file):
         ("variants: {a: {prune_then_finetune: 2}}", ["prune_then_finetune is 2"]),
         ("variants: {a: {only: {seeds: [1]}}}", ["variant 'a'", "'seeds' is no axis"]),
         ("variants: {a: {tune: {lr: [0.1]}}, b: {tune: {lr: [0.1, 0.2]}}}", ["unequal effort", "a 1, b 2"]),
+        ("reference: b\nvariants: {a: {}}", ["reference is 'b'", "expected one of a"]),
         ("bases: {}", ["'bases'", "did you mean base"]),
         ("base: {epochs: 3, epochs: 4}", ["'epochs' stands twice", "line 1"]),
         ("base: {epochs: [}", ["not YAML", "line 1"]),

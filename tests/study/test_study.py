@@ -45,9 +45,11 @@ title: Small & quick
 base: {data: digits, model: mlp, epochs: 1, widths: [8, 8], flatness: off}
 grid: {target_params: [0.5], seed: [1, 2]}
 tune: {validation: 0.5, seed: [1]}
+reference: method
 variants:
   method: {}
   same: {}
+  other: {lr: 0.3}
   scratch: {scratch_of: method}
   wild: {lr: 1e30}
   tuned: {target_params: 1, tune: {lr: [1e-6, 0.2]}}
@@ -73,6 +75,17 @@ def test_means_and_deviations_are_those_of_the_runs(finished):
     assert float(group["test_accuracy_last_mean"]) == pytest.approx(sum(runs) / 2)
     assert float(group["test_accuracy_last_sd"]) == pytest.approx(abs(runs[0] - runs[1]) / 2**0.5)
     assert group["test_accuracy_last_n"] == "2"
+
+
+def test_differences_are_paired_by_seed(finished):
+    _, out, text = finished
+    runs = {(row["variant"], row["seed"]): float(row["test_accuracy_last"]) for row in rows(out, "runs.csv")}
+    gains = [runs["other", seed] - runs["method", seed] for seed in "12"]
+    cell = f"{sum(gains) / 2:+.2f} ± {abs(gains[0] - gains[1]) / 2:.2f} (2)"
+    title = "test accuracy, %, less that of 'method' by seed, mean ± standard error (n)"
+    table = (out / "table.md").read_text().split(f"{title}**")[1].split("**")[0]
+    assert f"| other | {cell} |" in table and "| same | +0.00 ± 0.00 (2) |" in table and "| method |" not in table
+    assert cell in text and cell in (out / "report.html").read_text()
 
 
 def test_from_scratch_has_the_widths_of_its_source(finished):
@@ -105,7 +118,7 @@ def test_once_more_runs_nothing(finished):
     path, out, _ = finished
     before = {file: file.stat().st_mtime_ns for file in out.glob("runs/*/*")}
     outcome = call(path, "--out", out)
-    assert outcome.returncode == 0 and "10 done already" in outcome.stdout
+    assert outcome.returncode == 0 and "12 done already" in outcome.stdout
     assert {file: file.stat().st_mtime_ns for file in out.glob("runs/*/*")} == before
 
 
@@ -187,10 +200,10 @@ def test_runs_of_one_process_are_those_of_many(finished, study_file, tmp_path):
     assert outcome.returncode == 0, outcome.stderr
     figures = lambda file: {k: v for k, v in json.loads(file.read_text()).items() if k not in ("seconds", "settings")}  # noqa: E731
     before, again = summaries(out), summaries(tmp_path / "again")
-    assert len(again) == len(before) == 8
+    assert len(again) == len(before) == 10
     for key in before.keys() & again.keys():
         assert figures(again[key]) == figures(before[key])
-    assert len(before.keys() & again.keys()) >= 6  # but for those from scratch, whose settings name a folder
+    assert len(before.keys() & again.keys()) >= 8  # but for those from scratch, whose settings name a folder
 
 
 def test_a_worker_that_was_killed_between_runs_is_replaced(tmp_path):

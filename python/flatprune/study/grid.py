@@ -17,6 +17,7 @@
       from scratch: {flatness: off, scratch_of: method}
       tuned SAM: {flatness: sam, tune: {sam_radius: [0.05, 0.1, 0.2]}}
     tune: {validation: 0.2, seed: [1, 2]}         # how `tune` chooses
+    reference: no flatness                        # the variant that the report sets the others against, seed by seed
 
 Special keys of a variant:
 
@@ -46,7 +47,7 @@ from flatprune.settings import Settings
 from flatprune.study.values import field_value, field_values, label
 from flatprune.study.yaml_file import read_yaml
 
-_KEYS = ("title", "description", "base", "grid", "variants", "tune")
+_KEYS = ("title", "description", "base", "grid", "variants", "tune", "reference")
 _SPECIAL = ("only", "prune_then_finetune", "scratch_of", "tune")
 _TUNE_DEFAULTS = {"validation": 0.2, "seed": [1, 2]}
 Point = tuple[tuple[str, str], ...]  # (axis, label of the value) of every axis but the seed
@@ -102,6 +103,7 @@ class Study:
         variants: names, in order.
         cells: all runs, sources before those that depend on them.
         data_dir: folder that relative paths of data are taken from, or None for the current one.
+        reference: the variant that the others are set against, or None.
     """
 
     path: Path
@@ -111,6 +113,7 @@ class Study:
     variants: tuple[str, ...]
     cells: tuple[Cell, ...]
     data_dir: Path | None = None
+    reference: str | None = None
 
     def runs(self) -> Iterator[tuple[str, Settings]]:
         """(name, settings) of everything that may be run, candidates of tuning included."""
@@ -147,7 +150,14 @@ def read_study(path: Path, data_dir: Path | None = None) -> Study:
         tuple(map(str, variants)),
         tuple(reader.cells()),
         data_dir,
+        _reference(path, content.get("reference"), variants),
     )
+
+
+def _reference(path: Path, name: Any, variants: dict[str, Any]) -> str | None:
+    if name is not None and name not in variants:
+        raise InputError(f"{path}: reference is {name!r}, expected one of {', '.join(variants)}")
+    return name
 
 
 def _mapping(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from flatprune.study.grid import Study, read_study
 from flatprune.study.plan import DATA_FILE, Plan
 from flatprune.study.plots import figure
 from flatprune.study.results import Group, Results
-from flatprune.study.tables import Table, groups_csv, markdown, overview, runs_csv, sections
+from flatprune.study.tables import Table, differences, groups_csv, markdown, overview, runs_csv, sections
 from flatprune.study.tables import details as details_table
 
 STUDY_FILE = "study.yaml"
@@ -76,7 +76,7 @@ def _page(study: Study, results: Results, images: dict[str, bytes]) -> str:
     body = [f"<p>{html.escape(study.description)}</p>", f'<div class="cards">{"".join(cards)}</div>']
     for name, image in images.items():
         body += [f"<h3>{html.escape(name)}</h3>" if name else "", figure_of(image, f"plots {name}")]
-    for table in [*overview(results), details_table(results)]:
+    for table in [*overview(results), *differences(results), details_table(results)]:
         body.append(f"<h3>{html.escape(table.title)}</h3>{_html(table)}")
     body.append(_not_ended(groups))
     body.append(f"<h3>The study</h3><pre>{html.escape(study.path.read_text())}</pre>")

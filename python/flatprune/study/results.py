@@ -88,7 +88,7 @@ BY_KEY = {metric.key: metric for metric in METRICS}
 
 
 class Statistic(NamedTuple):
-    """Mean and standard deviation of a figure over n seeds; the deviation is None for one seed."""
+    """Mean of a figure over n seeds, and its standard deviation (of a difference: the error); None for one seed."""
 
     mean: float
     deviation: float | None
@@ -176,6 +176,22 @@ class Results:
             if group.variant == variant and wanted.items() <= dict(group.point).items():
                 return group
         raise KeyError(f"no group {variant!r} at {wanted}")
+
+    def difference(self, group: Group, key: str) -> Statistic | None:
+        """By how much a figure exceeds that of the study's reference at the same point and seed.
+
+        Returns:
+            Mean over the seeds that both have, and its standard error; None where there is none.
+        """
+        spot = (self.study.reference, group.point)
+        other = next((g.summaries for g in self.groups if (g.variant, g.point) == spot), {})
+        value = BY_KEY[key].value
+        pairs = [(value(own), value(other[seed])) for seed, own in group.summaries.items() if seed in other]
+        found = [a - b for a, b in pairs if a is not None and b is not None]
+        if not found:
+            return None
+        error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else None
+        return Statistic(statistics.fmean(found), error, len(found))
 
     def present(self, keys: Iterable[str]) -> list[Metric]:
         """Those of these metrics that any run has."""

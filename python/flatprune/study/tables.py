@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -70,17 +70,38 @@ def sections(results: Results) -> list[tuple[str, list[Group]]]:
 
 def overview(results: Results, key: str = MAIN) -> list[Table]:
     """One figure, variants downwards and the first axis of the grid to the right; a table for each section."""
+    return _across(results, key, "mean ± standard deviation (n)", lambda group: _cell(group, key))
+
+
+def differences(results: Results, key: str = MAIN) -> list[Table]:
+    """The same figure less that of the study's reference, paired by seed; no table where there is no reference."""
+    reference, metric = results.study.reference, BY_KEY[key]
+    if reference is None:
+        return []
+
+    def cell(group: Group) -> str:
+        value = results.difference(group, key)
+        return "" if value is None else f"{value.text(f'+{metric.form}')} ({value.n})".replace("± +", "± ")
+
+    others = [group for group in results.groups if group.variant != reference]
+    return _across(results, key, f"less that of {reference!r} by seed, mean ± standard error (n)", cell, others)
+
+
+def _across(
+    results: Results, key: str, what: str, cell: Callable[[Group], str], shown: Sequence[Group] | None = None
+) -> list[Table]:
     metric = BY_KEY[key]
     axis = next(iter(results.study.axes), None)
     tables = []
     for name, groups in sections(results):
+        groups = [group for group in groups if shown is None or group in shown]
         columns = results.study.axes[axis] if axis is not None else ("",)
         rows = []
         for variant in dict.fromkeys(group.variant for group in groups):
             own = {group.point[0][1] if group.point else "": group for group in groups if group.variant == variant}
-            rows.append((variant, *(_cell(own.get(column), key) for column in columns)))
+            rows.append((variant, *(cell(own[column]) if column in own else "" for column in columns)))
         head = ("", *(f"{axis} {column}" if axis is not None else metric.title for column in columns))
-        title = ": ".join(filter(None, (name, f"{metric.title}, mean ± standard deviation (n)")))
+        title = ": ".join(filter(None, (name, f"{metric.title}, {what}")))
         tables.append(Table(title, head, tuple(rows)))
     return tables
 
@@ -102,7 +123,7 @@ def details(results: Results, keys: Sequence[str] = DETAILS) -> Table:
 
 def markdown(results: Results) -> str:
     """All tables."""
-    tables = [*overview(results), *_correlations(results), details(results)]
+    tables = [*overview(results), *differences(results), *_correlations(results), details(results)]
     return "\n\n".join(f"**{table.title}**\n\n{table.markdown()}" for table in tables) + "\n"
 
 
@@ -145,9 +166,7 @@ def runs_csv(results: Results) -> str:
     return _csv(head, lines)
 
 
-def _cell(group: Group | None, key: str) -> str:
-    if group is None:
-        return ""
+def _cell(group: Group, key: str) -> str:
     value = group.statistic(key)
     text = "" if value is None else f"{value.text(BY_KEY[key].form)} ({value.n})"
     return "; ".join(filter(None, (text, group.state)))
