@@ -58,9 +58,10 @@ class Settings:
         train_size: random subset of the training images, a number of them or (below 1) a share; None for all.
         label_noise: fraction of the training labels drawn anew.
         flatness: "on" penalises the spectral radius of the curvature, "off" does nothing, "sam" minimises the loss by
-            the gradients of `flatprune.SAM`, "msam" by those of `flatprune.MomentumSAM`, the rivals to compare with.
-        flatness_mode, flatness_strength, flatness_every, flatness_fade_below: of `flatprune.Flatness`, for "on"; None:
-            its defaults.
+            the gradients of `flatprune.SAM`, "msam" by those of `flatprune.MomentumSAM`, the rivals to compare with;
+            "on+msam" penalises at the point that momentum-SAM moves to.
+        flatness_mode, flatness_strength, flatness_every, flatness_fade_below: of `flatprune.Flatness`, for "on" and
+            "on+msam"; None: its defaults.
         sam_radius: of `flatprune.SAM` and `flatprune.MomentumSAM`.
         sam_every: of `flatprune.SAM`.
         optimum_shift: "after_pruning" applies `flatprune.optimum_shift` on the last 256 images after the last removal,

@@ -16,7 +16,7 @@ from flatprune.pruning.targets import UNITS
 if TYPE_CHECKING:
     from flatprune.settings import Settings
 
-FLATNESS = ("on", "off", "sam", "msam")
+FLATNESS = ("on", "off", "sam", "msam", "on+msam")
 OPTIMUM_SHIFT = ("off", "after_pruning")
 COMPENSATE = ("auto", "on", "off")
 OPTIMIZERS = ("sgd", "adam", "adamw")
@@ -118,10 +118,11 @@ def _check_criterion(settings: Settings) -> None:
 
 
 def _check_training(settings: Settings) -> None:
-    if settings.flatness == "msam" and settings.sam_every != 1:
+    momentum_sam = settings.flatness in ("msam", "on+msam")
+    if momentum_sam and settings.sam_every != 1:
         raise InputError(f"sam_every is {settings.sam_every}, but msam costs nothing and acts on every step")
-    if settings.flatness == "msam" and settings.momentum == 0.0:
-        raise InputError("momentum is 0.0, but flatness msam moves along the momentum, expected above 0")
+    if momentum_sam and settings.momentum == 0.0:
+        raise InputError(f"momentum is 0.0, but flatness {settings.flatness} moves along it, expected above 0")
     if settings.compile and (settings.disout > 0.0 or settings.flatness == "sam"):
         other = "flatness sam" if settings.flatness == "sam" else f"disout {settings.disout:g}"
         raise InputError(f"compile and {other}: expected one of them, compiled code would draw other masks")

@@ -172,6 +172,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, data, whole, monkeypatc
     "options",
     [
         ["--flatness", "msam", "--sam-radius", 0.3],
+        ["--flatness", "on+msam", "--flatness-fade-below", 0],
         ["--flatness", "sam", "--disout", 0.2],
         ["--flatness-every", 2, "--disout", 0.2, "--optimum-shift", "after_pruning"],
         ["--flatness-mode", "double_backward", "--flatness-strength", 0.1, "--flatness-fade-below", 0],

@@ -27,7 +27,7 @@ class Gradients:
         device: of the model.
         amp: a name of `AMP_TYPES`.
         scaler: of the loss, for fp16.
-        flatness, sam, msam: what acts on the gradients, at most one of them.
+        flatness, sam, msam: what acts on the gradients, or None: one of them, or the first and the last.
         check: told every loss.
     """
 

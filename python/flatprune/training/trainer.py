@@ -110,9 +110,9 @@ class Trainer:
         self.average = None if settings.ema is None else AveragedWeights(model, settings.ema)
         self.curvature = parts.make_curvature(settings, model)
         self.flatness = self.msam = self.sam = self.pruner = self.disout = self.compiled = None
-        if settings.flatness == "on":
+        if settings.flatness in ("on", "on+msam"):
             self.flatness = parts.make_flatness(settings, self.curvature, self.total_steps)
-        if settings.flatness == "msam":
+        if settings.flatness in ("msam", "on+msam"):
             self.msam = MomentumSAM(model, self.optimizer, radius=settings.sam_radius)
         if settings.flatness == "sam":
             self.sam = SAM(model, radius=settings.sam_radius, every=settings.sam_every, curvature=self.curvature)
