@@ -191,6 +191,8 @@ def test_a_criterion_of_ones_own():
         as_criterion(3)
     with pytest.raises(ValueError, match="Criterion odd: needs is 'luck'"):
         Criterion("odd", last_first, needs=("luck",))
+    with pytest.raises(ValueError, match="greedy is True, but there are no joint scores"):
+        Criterion("hasty", last_first, greedy=True)
 
 
 @pytest.mark.parametrize(

@@ -116,14 +116,15 @@ def test_the_pruner_reaches_its_target_greedily():
 
 
 def test_auto_is_greedy_with_convolutions():
-    def gone(model, selection, criterion="obs"):
-        options = {"selection": selection, "criterion": criterion}
+    def gone(model, selection, criterion="obs", compensate="auto"):
+        options = {"selection": selection, "criterion": criterion, "compensate": compensate}
         records = Run(copy.deepcopy(model)).prune(100, params=0.3, **options).train(45)
         return [(record.layer, record.neurons) for record in records]
 
     convolutions, perceptron = chain(), mlp()
     assert gone(convolutions, "auto") == gone(convolutions, "greedy") != gone(convolutions, "independent")
     assert gone(convolutions, "auto", "outgoing") == gone(convolutions, "independent", "outgoing")
+    assert gone(convolutions, "auto", compensate=False) == gone(convolutions, "independent", compensate=False)
     assert gone(perceptron, "auto") == gone(perceptron, "independent") != gone(perceptron, "greedy")
 
 

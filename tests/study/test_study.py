@@ -209,9 +209,8 @@ def test_runs_of_one_process_are_those_of_many(finished, study_file, tmp_path):
 def test_a_worker_that_was_killed_between_runs_is_replaced(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "settings.json").write_text(
-        json.dumps(Settings(widths=(8, 8), epochs=1, flatness="off", target_params=0.5).as_dict())
-    )
+    settings = Settings(widths=(8, 8), epochs=1, flatness="off", target_params=0.5)
+    (folder / "settings.json").write_text(json.dumps(settings.as_dict()))
     worker = Worker(dict(os.environ), folder)
     while worker.code is None:
         time.sleep(0.02)
@@ -220,5 +219,5 @@ def test_a_worker_that_was_killed_between_runs_is_replaced(tmp_path):
     worker.wait()
     assert not worker.can_make(dict(os.environ))
     worker.make(folder)
-    assert worker.code == -signal.SIGKILL
+    assert worker.code == -signal.SIGKILL and (folder / "log.txt").read_text() == ""
     worker.close()

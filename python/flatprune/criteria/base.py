@@ -156,11 +156,11 @@ class Criterion:
         compensation: from evidence and the neurons gone to new values of the survivors' tensors.
         uncompensated: the criterion that stands in where "auto" decides against compensation.
         joint: scores that take into account which neurons went before, for `selection="greedy"`.
-        greedy: what `selection="auto"` means with convolutions.
+        greedy: whether `selection="auto"` means greedy where survivors compensate in a network with convolutions.
         check: raises ValueError for groups of the evidence it cannot judge; factors may not have been measured yet.
 
     Raises:
-        ValueError: `needs`, `role` or `compensates` is none of the above.
+        ValueError: `needs`, `role` or `compensates` is none of the above; `greedy` without `joint`.
 
     Example:
         >>> def activity(evidence):  # mean squared weight that reads each neuron
@@ -196,6 +196,8 @@ class Criterion:
                 raise ValueError(
                     f"Criterion {self.name}: {argument} is {value!r}, expected one of {', '.join(allowed)}"
                 )
+        if self.greedy and self.joint is None:
+            raise ValueError(f"Criterion {self.name}: greedy is True, but there are no joint scores to choose by")
 
     def scores(self, evidence: Evidence) -> Scores:
         """The scores of every group, checked: float64 on the CPU.

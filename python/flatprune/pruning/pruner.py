@@ -64,7 +64,7 @@ class Pruner:
             inverse; with True or False it always is the obs score.
         selection: "independent" takes the lowest scores as they are; "greedy" takes one neuron after the other, each
             score knowing which went before ("obs" and "outgoing" only, see `flatprune.pruning.greedy`); "auto": greedy
-            for "obs" with convolutions, else independent (docs/results.md has what that gains).
+            for a compensated "obs" with convolutions, else independent (docs/results.md has what that gains).
         seed: of what a criterion draws.
         schedule: when to prune; default `CubicSchedule(total_steps)`.
         round_to: widths of groups that lose neurons become multiples of this.
@@ -265,7 +265,7 @@ class Pruner:
         compensate = self._compensates(budget)
         evidence = Evidence(self.model, self.groups, self.curvature, seed=self.seed, step=step)
         criterion, paper = self._criterion_in_use(compensate), self._meter.on_paper()
-        selection = self._selection_in_use(criterion)
+        selection = self._selection_in_use(criterion, compensate)
         choice = choose(evidence, criterion, selection, paper, budget, self.limits, losses, closely=last)
         gone = choice.gone
         if not gone:
@@ -309,10 +309,10 @@ class Pruner:
         left = budget if self.target.unit == "params" else self.params
         return has_convolution(self.curvature) or left < MLP_COMPENSATION_BELOW * self.params_start
 
-    def _selection_in_use(self, criterion: Criterion) -> str:
+    def _selection_in_use(self, criterion: Criterion, compensate: bool) -> str:
         if self.selection != "auto":
             return self.selection
-        return "greedy" if criterion.greedy and self.curvature.has_convolutions else "independent"
+        return "greedy" if criterion.greedy and compensate and self.curvature.has_convolutions else "independent"
 
     def _criterion_in_use(self, compensate: bool) -> Criterion:
         if self.compensate == "auto" and not compensate and self.criterion.uncompensated is not None:

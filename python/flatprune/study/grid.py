@@ -155,9 +155,9 @@ def read_study(path: Path, data_dir: Path | None = None) -> Study:
 
 
 def _reference(path: Path, name: Any, variants: dict[str, Any]) -> str | None:
-    if name is not None and name not in variants:
+    if name is not None and str(name) not in variants:
         raise InputError(f"{path}: reference is {name!r}, expected one of {', '.join(variants)}")
-    return name
+    return None if name is None else str(name)
 
 
 def _mapping(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class Worker:
 
     def make(self, folder: Path) -> None:
         """Begin with the run in `folder`."""
+        (folder / LOG_FILE).write_text("")
         self.first_step: int | None = None
         self.step = self.total = 0
         self._code: int | None = None
@@ -56,8 +57,9 @@ class Worker:
         return self._process.poll() if self._code is None else self._code
 
     def stop(self) -> None:
-        """Ask it to save a checkpoint and to end."""
+        """Ask it to save a checkpoint and to end, also where its run has just come to its own end."""
         self._process.send_signal(signal.SIGTERM)
+        self._close_input()
 
     def wait(self, seconds: float | None = None) -> None:
         """Until the process has ended.
@@ -71,11 +73,15 @@ class Worker:
         """End the process."""
         if kill:
             self._process.kill()
-        assert self._process.stdin is not None and self._process.stdout is not None
+        self._close_input()
+        self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def _close_input(self) -> None:
+        assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
 
     def _listen(self) -> None:
         """Follow what the worker tells: STEP TOTAL, or "ended" CODE."""

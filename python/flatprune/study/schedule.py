@@ -1,4 +1,4 @@
-"""Makes the runs of a study: several at once, each in a process of its own, stopped and continued without loss."""
+"""Makes the runs of a study: several at once, each place with a process, stopped and continued without loss."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ it, on SIGTERM, and when the standard input closes: that is how it learns that t
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import queue
@@ -18,6 +19,8 @@ import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from flatprune import runs
 from flatprune.errors import DivergedError, InputError, Interrupted
@@ -64,8 +67,17 @@ def main() -> int:
             os.dup2(log.fileno(), sys.stderr.fileno())
         code = _make(folder)
         if code == 0:
+            _forget()
             _tell("ended", code)
     return code
+
+
+def _forget() -> None:
+    """Let go of what a run held, so that the next one has the memory (and the compiler's patience) of a first one."""
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _make(folder: Path) -> int:
