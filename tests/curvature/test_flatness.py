@@ -174,7 +174,7 @@ def test_weight_is_every_times_the_capped_mean_loss():
 
 
 def test_defaults_differ_for_convolutions():
-    for name, *expected in (("mlp", 0.06, 0.5, 4, 0.2), ("conv_grouped", 0.008, 0.0, 8, 0.005)):
+    for name, *expected in (("mlp", 0.06, 0.5, 4, 0.2), ("conv_grouped", 0.003, 0.0, 8, 0.004)):
         model, x = curvature_nets.make(name)
         curvature = Curvature(model)
         curvature.trace(x)

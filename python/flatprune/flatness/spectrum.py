@@ -31,7 +31,7 @@ from kfac_ext.curvature.running import ROUNDING
 __all__ = ["Flatness", "hessian_lambda_max"]
 
 MODES = ("forward", "double_backward")
-_STRENGTHS = {"forward": (0.06, 0.008), "double_backward": (0.2, 0.005)}  # without convolutions and with
+_STRENGTHS = {"forward": (0.06, 0.003), "double_backward": (0.2, 0.004)}  # without convolutions and with
 _LOSS_DECAY = 0.98
 _STEP_SIZE = 0.1  # length of the largest shift of a z in mode "forward", as a part of the root mean square of |z|
 _LEAST_KAPPA = 1e-4  # no block is pressed below this part of its radius, also with kappa 0: rho -> 0 is a dead network
@@ -67,7 +67,7 @@ class Flatness:
     Args:
         curvature: of the model that is trained.
         total_steps: calls of `penalty` in the whole training.
-        strength: alpha; None: forward 0.06 without convolutions, 0.008 with; double_backward 0.2 and 0.005.
+        strength: alpha; None: forward 0.06 without convolutions, 0.003 with; double_backward 0.2 and 0.004.
         kappa: floor as a part of the radius after warm-up; None: 0.5 without convolutions, 0 with.
         every: the penalty is computed on every so many calls, with so many times the weight; None: 4 without
             convolutions, 8 with.
