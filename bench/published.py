@@ -27,7 +27,7 @@ NOT_DONE = 3
 _QUICK = """title: Published figures, quick
 base: {data: images.npz, epochs: 1, augment: true, batch_size: 16, flatness: off}
 grid:
-  network: {"ResNet20, 47 % fewer": {model: resnet20, target_params: 0.53}}
+  network: {"ResNet20, 47 % fewer": {model: resnet20, target_flops: 0.53}}
   seed: [11]
 variants: {method: {}}
 """

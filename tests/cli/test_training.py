@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flatprune.flatness.sam
 import flatprune.flatness.spectrum
-import kfac_ext.curvature.curvature
+import kfac_ext.curvature.running
 from flatprune.data import load_dataset
 from flatprune.errors import DivergedError
 from flatprune.export import load
@@ -290,7 +290,7 @@ class NoWaiting(TorchDispatchMode):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    for module in (run_state, flatprune.flatness.sam, flatprune.flatness.spectrum, kfac_ext.curvature.curvature):
+    for module in (run_state, flatprune.flatness.sam, flatprune.flatness.spectrum, kfac_ext.curvature.running):
         monkeypatch.setattr(module, "reading_is_free", lambda device: False)
     monkeypatch.setattr(parts, "fused_optimizer", lambda device: True)
     # on the CPU alone torch's looks whether the labels are in range

@@ -127,19 +127,24 @@ UNITS = [{"flops": 0.4}, {"neurons": 0.4}]
 @pytest.mark.filterwarnings("ignore:Curvature")
 @pytest.mark.parametrize("name", ["mlp", "chain", "grouped", "sequence"])
 @pytest.mark.parametrize("shares", UNITS, ids=lambda shares: next(iter(shares)))
-def test_the_target_is_reached_and_missed_by_less_than_a_bundle(name, shares):
+@pytest.mark.parametrize("selection", ["independent", "greedy"])
+def test_the_target_is_reached_and_missed_by_less_than_a_bundle(name, shares, selection):
     torch.manual_seed(0)
-    run = Run(ALL[name]()).prune(20, target=Target(**shares))  # a single event, of several cuts
+    options = {"selection": selection, "target": Target(**shares)}
+    run = Run(ALL[name]()).prune(20, **options)  # a single event, of several cuts
     pruner, unit = run.pruner, next(iter(shares))
     start = pruner.cost
     records = run.train(10)
     goal = shares[unit] * start
     assert pruner.cost <= goal
     paper, positions = pruner._meter.on_paper(), {group.name: p for p, group in enumerate(pruner.groups)}
-    for record in records:
-        if record.round == records[-1].round:
-            position = positions[record.layer]
-            assert paper.cost_without(position, -pruner.groups[position].partitions) > goal  # one more is too many
+    one_more_is_too_many = [
+        paper.cost_without(positions[record.layer], -pruner.groups[positions[record.layer]].partitions) > goal
+        for record in records
+        if record.round == records[-1].round
+    ]
+    # One after the other, a small neuron may have gone before a large one that ended it.
+    assert any(one_more_is_too_many) and (selection == "greedy" or all(one_more_is_too_many))
     assert all(r.unit == unit and r.budget < r.cost_before and isinstance(r.budget, int) for r in records)
     assert records[-1].cost_after == pruner.cost
     if unit == "flops":
