@@ -10,7 +10,7 @@ from flatprune.study.plots import figure
 from flatprune.study.results import BY_KEY, Group, Results
 
 
-def results_of(axis, **figures):
+def results_of(axis, values=("0.2", "0.1"), **figures):
     """Two variants at two values of an axis, whose accuracy is 90 and 80."""
     summary = {
         "train_accuracy_last": 99.0,
@@ -22,9 +22,9 @@ def results_of(axis, **figures):
     groups = [
         Group(variant, ((axis, value),), {1: {**summary, "test_accuracy_last": accuracy, **figures}})
         for variant in ("a", "b")
-        for value, accuracy in (("0.2", 90.0), ("0.1", 80.0))
+        for value, accuracy in zip(values, (90.0, 80.0))
     ]
-    results = SimpleNamespace(study=SimpleNamespace(axes={axis: ("0.2", "0.1")}), groups=groups)
+    results = SimpleNamespace(study=SimpleNamespace(axes={axis: values}), groups=groups)
     results.present = lambda keys: Results.present(results, keys)
     return results
 
@@ -46,6 +46,22 @@ def test_other_axes_run_along_their_values_in_order():
     assert [label.get_text() for label in axis.get_xticklabels()] == ["0.2", "0.1"]
     for container in axis.containers:
         assert list(container.lines[0].get_ydata()) == [90.0, 80.0]
+
+
+def test_values_that_are_no_numbers_are_not_joined():
+    results = results_of("task", ("a perceptron on clean labels", "a conv net"))
+    axis = figure(results, results.groups, "plot").axes[0]
+    assert axis.get_xticklabels()[0].get_text() == "a perceptron on clean\nlabels"
+    assert {container.lines[0].get_linestyle() for container in axis.containers} == {"None"}
+
+
+def test_ticks_of_a_logarithmic_axis_do_not_meet():
+    results = results_of("target_params")
+    results.groups[0].summaries[1]["params_after"] = 1500
+    results.groups[1].summaries[1]["params_after"] = 80_000
+    axis = figure(results, results.groups, "plot").axes[0]
+    assert axis.get_xscale() == "log" and not axis.get_xticks(minor=True).size
+    assert "50k" in [label.get_text() for label in axis.get_xticklabels()]
 
 
 def test_correlations_stand_alone():

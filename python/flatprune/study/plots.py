@@ -5,6 +5,7 @@ Where the first axis of the grid is no size, figures along that axis instead: ra
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ _CORRELATIONS = tuple(key for key in BY_KEY if key.startswith("spearman_"))
 _SIZES = "target_"
 _COLORS = (BLUE, ROSE, TEAL, INK, "#e08a1e", "#7b4fd6", "#4aa3df", "#8c6d46", GREY, "#b8c21a")
 _MARKERS = "osD^vP*X<>"
+_LABEL_LENGTH = 44  # characters below a panel
 _LOGARITHMIC = 3.0  # from this ratio of the largest to the least on
 
 
@@ -73,22 +75,34 @@ def _along(axis: Axes, groups: Sequence[Group], name: str, y: str) -> None:
     """One figure at each value of an axis of the grid, in its order."""
     style_axis(axis, BY_KEY[y].title if y in _CORRELATIONS else f"{BY_KEY[y].title} by {name.replace('_', ' ')}")
     labels = list(dict.fromkeys(group.point[0][1] for group in groups))
+    ordered = all(_is_number(label) for label in labels)
     variants = list(dict.fromkeys(group.variant for group in groups))
     for place, variant in enumerate(variants):
         found = [(group, group.statistic(y)) for group in groups if group.variant == variant]
         points = [(labels.index(group.point[0][1]), value) for group, value in found if value is not None]
+        style = _style(place)
+        if not ordered:
+            style["linestyle"] = "none"
         beside = 0.05 * (place - (len(variants) - 1) / 2)  # so that bars do not cover each other
         axis.errorbar(
             [x + beside for x, _ in points],
             [value.mean for _, value in points],
             yerr=[value.deviation or 0.0 for _, value in points],
             label=variant,
-            **_style(place),
+            **style,
         )
-    axis.set_xticks(range(len(labels)), labels)
+    axis.set_xticks(range(len(labels)), [textwrap.fill(label, _LABEL_LENGTH // len(labels)) for label in labels])
     axis.set_xlim(-0.4, len(labels) - 0.6)
     if y in _CORRELATIONS:
         axis.set_ylim(-1.05, 1.05)
+
+
+def _is_number(label: str) -> bool:
+    try:
+        float(label)
+    except ValueError:
+        return False
+    return True
 
 
 def _style(place: int) -> dict[str, Any]:
@@ -104,7 +118,7 @@ def _style(place: int) -> dict[str, Any]:
 
 
 def _panel(axis: Axes, groups: Sequence[Group], x: str, y: str) -> None:
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
     style_axis(axis, f"{BY_KEY[y].title} against {BY_KEY[x].title}")
     drawn: list[float] = []
@@ -124,5 +138,8 @@ def _panel(axis: Axes, groups: Sequence[Group], x: str, y: str) -> None:
         )
     if drawn and min(drawn) > 0 and max(drawn) / min(drawn) > _LOGARITHMIC:
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 50k
+        axis.xaxis.set_minor_locator(NullLocator())
     else:
         axis.xaxis.set_major_locator(MaxNLocator(4))
