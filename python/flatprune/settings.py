@@ -198,6 +198,11 @@ class Settings:
         return _ADAM_RATE if self.optimizer != "sgd" else 0.1 if batch_norm else 0.05
 
     @property
+    def flatness_parts(self) -> list[str]:
+        """What `flatness` is made of: "on+msam" is both."""
+        return self.flatness.split("+")
+
+    @property
     def decay_in_use(self) -> float:
         """Weight decay as given, or that of the optimizer."""
         return _WEIGHT_DECAY[self.optimizer] if self.weight_decay is None else self.weight_decay

@@ -118,7 +118,7 @@ def _check_criterion(settings: Settings) -> None:
 
 
 def _check_training(settings: Settings) -> None:
-    momentum_sam = settings.flatness in ("msam", "on+msam")
+    momentum_sam = "msam" in settings.flatness_parts
     if momentum_sam and settings.sam_every != 1:
         raise InputError(f"sam_every is {settings.sam_every}, but msam costs nothing and acts on every step")
     if momentum_sam and settings.momentum == 0.0:

@@ -216,9 +216,14 @@ class Criterion:
                     f"({group.width},)"
                 )
             checked.append(values.detach().double().cpu())
-            if not bool(checked[-1].isfinite().all()):
-                raise ValueError(f"criterion {self.name}: scores of {group.name!r} are not finite")
+        self.refuse_not_finite(evidence, checked)
         return checked
+
+    def refuse_not_finite(self, evidence: Evidence, scores: Sequence[Tensor]) -> None:
+        """Raise ValueError naming the first group whose scores are not finite."""
+        for group, values in zip(evidence.groups, scores):
+            if not bool(values.isfinite().all()):
+                raise ValueError(f"criterion {self.name}: scores of {group.name!r} are not finite")
 
 
 def ranks(scores: Scores) -> Scores:

@@ -60,9 +60,7 @@ def choose(
     if selection == "greedy":
         assert criterion.joint is not None
         joint = criterion.joint(evidence)
-        for group, found in zip(evidence.groups, joint.scores):
-            if not bool(found.isfinite().all()):
-                raise ValueError(f"criterion {criterion.name}: scores of {group.name!r} are not finite")
+        criterion.refuse_not_finite(evidence, joint.scores)
         scores = [score / cost for score, cost in zip(joint.scores, costs)]
         gone = select_greedily(paper, evidence.groups, joint, budget, limits, closely=closely, losses=losses)
         predicted = joint.total if criterion.predicts_loss else None

@@ -56,6 +56,11 @@ class Worker:
         """The exit code of its run, negative for a signal that ended the process; None as long as it goes on."""
         return self._process.poll() if self._code is None else self._code
 
+    @property
+    def steps_made(self) -> int:
+        """Steps of its run that this process has made; others were there before."""
+        return self.step - (self.first_step or 0)
+
     def stop(self) -> None:
         """Ask it to save a checkpoint and to end, also where its run has just come to its own end."""
         self._process.send_signal(signal.SIGTERM)

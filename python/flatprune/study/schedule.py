@@ -216,7 +216,7 @@ class Pace:
     def ended(self, child: Child) -> None:
         """Learn from a run that has ended."""
         seconds, steps = self._seconds.get(_kind(child.settings), (0.0, 0))
-        made = child.worker.step - (child.worker.first_step or 0)
+        made = child.worker.steps_made
         self._seconds[_kind(child.settings)] = (seconds + time.monotonic() - child.started, steps + made)
 
     def left(self, steps: list[tuple[Settings, int]], running: list[Child], jobs: int) -> float | None:
@@ -227,7 +227,7 @@ class Pace:
             elapsed = time.monotonic() - child.started
             known[_kind(child.settings)] = (
                 seconds + elapsed,
-                made + child.worker.step - (child.worker.first_step or 0),
+                made + child.worker.steps_made,
             )
         seconds, made = (sum(column) for column in zip(*known.values())) if known else (0.0, 0)
         if made == 0:

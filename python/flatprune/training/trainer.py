@@ -110,11 +110,11 @@ class Trainer:
         self.average = None if settings.ema is None else AveragedWeights(model, settings.ema)
         self.curvature = parts.make_curvature(settings, model)
         self.flatness = self.msam = self.sam = self.pruner = self.disout = self.compiled = None
-        if settings.flatness in ("on", "on+msam"):
+        if "on" in settings.flatness_parts:
             self.flatness = parts.make_flatness(settings, self.curvature, self.total_steps)
-        if settings.flatness in ("msam", "on+msam"):
+        if "msam" in settings.flatness_parts:
             self.msam = MomentumSAM(model, self.optimizer, radius=settings.sam_radius)
-        if settings.flatness == "sam":
+        if "sam" in settings.flatness_parts:
             self.sam = SAM(model, radius=settings.sam_radius, every=settings.sam_every, curvature=self.curvature)
         if settings.target.share < 1.0:
             self.pruner = parts.make_pruner(
