@@ -70,9 +70,12 @@ def plain_kernels() -> Iterator[None]:
         yield
 
 
+_NEW = object()
+
+
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Forwards inside leave buffers, attributes and all random streams (torch, NumPy, Python) as they were; no gradients."""
+    """Forwards inside leave buffers, cached tensors and all random streams (torch, NumPy, Python) as they were; no gradients."""
     rng, numpy_state, python_state = RngState.now(device_of(model)), np.random.get_state(), random.getstate()  # noqa: NPY002
     buffers = [(module, key, b, b._version, b.clone()) for module in model.modules() for key, b in _buffers(module)]
     attributes = [(module, dict(vars(module))) for module in model.modules()]
@@ -89,8 +92,12 @@ def unchanged(model: nn.Module) -> Iterator[None]:
                 with torch.no_grad():
                     buffer.copy_(copy)
         for module, known in attributes:
-            module.__dict__.clear()  # caches that a forward left hold traced tensors
-            module.__dict__.update(known)
+            for key, value in [(k, v) for k, v in vars(module).items() if known.get(k, _NEW) is not v]:
+                if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):  # a cache that a forward left
+                    if key in known:
+                        module.__dict__[key] = known[key]
+                    else:
+                        del module.__dict__[key]
 
 
 def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:

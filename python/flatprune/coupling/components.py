@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -198,8 +199,17 @@ class Components:
         for j, labels in enumerate(nodes):
             number[labels] = j
         count, slice_of, where = slices_of(self._flat_findings, number, len(neurons))
-        group = NeuronGroup(module_of(axes[lead].names[0]), parts, count, slice_of)
+        group = NeuronGroup(module_of(axes[lead].names[0]), parts, count, slice_of, self._multiple(number, parts))
         return Candidate(group, nodes, where)
+
+    def _multiple(self, number: Tensor, members: Sequence[Member]) -> int:
+        unit = min(member.index.shape[1] for member in members)
+        wanted = [
+            multiple // math.gcd(multiple, unit)
+            for labels, multiple in self.findings.multiples
+            if bool((number[self.flat(labels)] >= 0).any())
+        ]
+        return math.lcm(*wanted) if wanted else 1
 
     def _note_joint_norms(self) -> None:
         for labels, where in self.findings.joint_norms:

@@ -13,6 +13,7 @@ from flatprune.coupling.calls import as_calls, first_lines, plain_kernels, trace
 from flatprune.coupling.components import OUTPUT, Candidate, Components
 from flatprune.coupling.findings import AxisTable, Findings
 from flatprune.coupling.neurons import CONSUMER, Coupling
+from flatprune.coupling.operators.indexing import LOOKED_UP
 from flatprune.coupling.tracer import Labels, ModuleStack
 from flatprune.coupling.trial import TracedCall, Trial
 from flatprune.coupling.unreached import couple_unreached
@@ -132,7 +133,7 @@ class _Search:
             else:
                 found.groups.append(candidate.group)
         for layers, why in components.refused:
-            found.refuse(layers, why, expected=why == OUTPUT)
+            found.refuse(layers, why, expected=why == OUTPUT or why.startswith(LOOKED_UP))
         return found
 
 

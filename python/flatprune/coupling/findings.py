@@ -77,6 +77,7 @@ class Findings:
         joint_norms: (labels, where) of norms whose statistics run over channels.
         read: labels that a product of activations sums over.
         roles: (layer, role) of parameters.
+        multiples: (labels, m): a width of which a kernel takes only multiples.
     """
 
     hard: list[Tensor] = field(default_factory=list)
@@ -90,6 +91,7 @@ class Findings:
     joint_norms: list[tuple[Tensor, str]] = field(default_factory=list)
     read: list[Tensor] = field(default_factory=list)
     roles: list[tuple[Tensor, str]] = field(default_factory=list)
+    multiples: list[tuple[Tensor, int]] = field(default_factory=list)
 
     def pin(self, layer: Tensor, why: str) -> None:
         """These labels cannot go."""

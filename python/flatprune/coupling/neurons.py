@@ -60,12 +60,14 @@ class NeuronGroup:
         groups: equal slices of the neurons, of which the same number must go (grouped convolutions, group norms, heads
             whose channels go); 1 without such a constraint.
         group_of: int64 [neurons] on the CPU, the slice of each neuron.
+        multiple: widths that the network's kernels take are multiples of so many neurons.
     """
 
     name: str
     members: list[Member]
     groups: int = 1
     group_of: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    multiple: int = 1
 
     @property
     def width(self) -> int:

@@ -53,11 +53,15 @@ class Arithmetic:
 
     def __init__(self, double: bool) -> None:
         self.double = double
-        self.count = 0
+        self.completed = 0
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The operator's result."""
-        self.count += 1
+        out = self._run(func, args, kwargs)
+        self.completed += 1
+        return out
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         writes = func._schema.name.endswith("_")  # in place: its first argument keeps its dtype
         given, named = args, kwargs
         if self.double:
@@ -70,7 +74,7 @@ class Arithmetic:
         name = func._schema.name.split("::")[1]
         if name == "native_dropout":
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-        torch.manual_seed(self.count)  # integers, say: the same ones in both runs
+        torch.manual_seed(self.completed)  # integers, say: the same ones in both runs
         out = func(*args, **kwargs)
         if "attention" not in name:
             for tensor in out if isinstance(out, (tuple, list)) else [out]:
@@ -128,7 +132,7 @@ class MaskedRun(Labels):
             self._over_survivors(op)
         digests: list[tuple[float, float] | None] = []
         layers = [layer for t in op.tensors for layer in self.get(t).layers]
-        for tensor in op.outputs:
+        for i, tensor in enumerate(op.outputs):
             value = self.get(tensor)
             layers += value.layers
             owned = id(tensor) in self.table.names
@@ -137,6 +141,8 @@ class MaskedRun(Labels):
                 if mask is not None:
                     tensor.masked_fill_(mask, 0)
             comparable = not value.free and not value.loose and not owned and not value.stats
+            comparable = comparable and (i == 0 or bool(value.layers))  # others are means, log-sums and the like
+            comparable = comparable and "empty" not in op.name
             digests.append(digest(tensor) if comparable else None)
         self.steps.append(Step(op.name, tuple(self.stack.names), layers, digests))
         return out
@@ -234,13 +240,13 @@ class CutRun(TorchDispatchMode):
     @property
     def reached(self) -> int:
         """Operators that ran."""
-        return self._arithmetic.count
+        return self._arithmetic.completed
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator and compare."""
         out = self._arithmetic.run(func, args, kwargs or {})
         if self.first_off is None:
-            number = self._arithmetic.count - 1
+            number = self._arithmetic.completed - 1
             outputs = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, Tensor)]
             if number >= len(self._steps) or self._differs(self._steps[number], func, outputs):
                 self.first_off = number

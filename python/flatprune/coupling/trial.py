@@ -168,12 +168,15 @@ class Trial:
         """Random neurons of a candidate, as many of each slice."""
         group = self._components.candidates[position].group
         generator = torch.Generator().manual_seed(position)
-        found = []
-        for part in range(group.groups):
-            own = (group.group_of == part).nonzero().flatten()
-            order = own[torch.randperm(len(own), generator=generator)]
-            most = max(1, len(own) // 2)
-            found.append(order[: 1 if how == _ONE else most - (position % 2 if most > 3 else 0)])
+        own = group.width // group.groups
+        step = group.multiple // math.gcd(group.multiple, group.groups)  # of each slice
+        least = own % step or step
+        most = max(least, own // 2 - (position % 2 if own > 7 else 0))
+        count = least if how == _ONE else least + (most - least) // step * step
+        if count >= own:
+            return torch.empty(0, dtype=torch.int64)
+        parts = [(group.group_of == part).nonzero().flatten() for part in range(group.groups)]
+        found = [part[torch.randperm(own, generator=generator)[:count]] for part in parts]
         return torch.cat(found).sort().values
 
     def _masked(self, plan: _Plan, number: int) -> tuple[list[Tensor], list[Step]]:

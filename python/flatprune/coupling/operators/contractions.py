@@ -10,9 +10,10 @@ from flatprune.coupling import algebra
 from flatprune.coupling.neurons import CHANNELWISE, CONSUMER, PRODUCER
 from flatprune.coupling.operators.pointwise import vector
 from flatprune.coupling.operators.table import Operation, rule
-from flatprune.coupling.values import Axis, Value, varying
+from flatprune.coupling.values import Axis, Value, labels_of, varying
 
 Dims = Sequence[int | None]
+_GROUPED_ALIGNMENT = 8  # widths that torch's grouped product takes: 16 bytes of the narrowest dtype
 
 
 def _contracted(op: Operation, a: Value, a_dims: Dims, b: Value, b_dims: Dims, k: int) -> Value:
@@ -64,6 +65,8 @@ def experts(op: Operation) -> Value:
         for value in (a, b):
             algebra.refused_along(op.labels, value, range(value.rank))
         return Value(op.shape)
+    for layer in (*a.layers, *b.layers):
+        op.labels.findings.multiples.append((labels_of(layer), _GROUPED_ALIGNMENT))
     b = algebra.refused_along(op.labels, b, [0], "its experts are chosen by")
     b = b.having(size=b.size[1:], layers=tuple(layer[0] for layer in b.layers))
     return _contracted(op, a, (0, 1, None), b, (None, 0, 1), 1).having(size=op.shape)
@@ -130,16 +133,14 @@ def _grouped(op: Operation, value: Value, w: Tensor, groups: int, transposed: bo
     outputs = w.shape[1] * groups if transposed else w.shape[0]
     blank = Value((value.size[0], outputs, *[1] * spatial))
     key = m.parameter_key(w)
-    if key is None:
-        for layer in (*value.layers, *op.value_of(w).layers):
-            m.findings.pin(layer, f"the weight of a grouped convolution is computed ({m.where})")
-        return blank
     algebra.refuse_statistics(m, value)
     for layer in value.layers:
         if varying(layer) != {1}:
             m.findings.pin(layer, f"it meets a grouped convolution ({m.where})")
     layers = [layer for layer in value.layers if varying(layer) == {1}]
     seen = layers[0].reshape(groups, -1) if layers else None
+    if key is None:
+        return blank.having(layers=_computed(op, w, groups, transposed, seen, value.free))
     first = m.table.axis(key, 0, w.shape[0])
     second = m.table.axis(key, 1, w.shape[1] * groups, groups) if w.shape[1] > 1 else None
     if second is None or (transposed and w.shape[0] == groups):
@@ -149,6 +150,36 @@ def _grouped(op: Operation, value: Value, w: Tensor, groups: int, transposed: bo
     if rows is None:
         return blank
     return blank.having(layers=(_by_group(rows, groups).reshape([1, -1, *[1] * spatial]),))
+
+
+def _computed(
+    op: Operation, w: Tensor, groups: int, transposed: bool, seen: Tensor | None, free: bool
+) -> tuple[Tensor, ...]:
+    """A weight that the forward computes (a normed one, say): the same input of every group is one neuron."""
+    m, weight = op.labels, op.value_of(w)
+    spatial = w.dim() - 2
+    algebra.note_role(m, weight, CONSUMER, {0 if transposed else 1})
+    algebra.note_role(m, weight, PRODUCER, {1 if transposed else 0})
+    layers = {next(iter(varying(layer))): layer.flatten() for layer in weight.layers if len(varying(layer)) == 1}
+    first, second = layers.get(0), layers.get(1)
+    if transposed or first is None or (second is None and w.shape[1] > 1):
+        for layer in weight.layers:
+            m.findings.pin(layer, f"the weight of a grouped convolution is computed ({m.where})")
+        if seen is not None:
+            m.findings.pin(seen, f"the weight of a grouped convolution is computed ({m.where})")
+        return ()
+    rows = first.view(groups, -1)
+    if second is None:  # depthwise
+        m.findings.edge(seen if seen is not None else rows[:, :1], rows, m.where)
+        columns = None
+    else:
+        m.findings.grid(rows, m.where)
+        columns = second.view(1, -1)
+        if seen is not None:
+            m.findings.edge(columns, seen, m.where)
+    if seen is None and not free:
+        m.findings.pin(rows if columns is None else columns, f"it reads an input or a constant ({m.where})")
+    return (first.reshape([1, -1, *[1] * spatial]),)
 
 
 def _by_group(axis: Axis, groups: int) -> Tensor:

@@ -9,6 +9,8 @@ from flatprune.coupling.neurons import PRODUCER
 from flatprune.coupling.operators.table import Operation, rule
 from flatprune.coupling.values import Value, varying
 
+LOOKED_UP = "its rows are looked up:"  # nobody expects entries of a vocabulary to go
+
 
 @rule("index gather take_along_dim _unsafe_index")
 def pick(op: Operation) -> Value:
@@ -19,7 +21,7 @@ def pick(op: Operation) -> Value:
 @rule("embedding _embedding_bag")
 def embedding(op: Operation) -> list[Value]:
     """Columns are made; rows are looked up and stay."""
-    table = algebra.refused_along(op.labels, op.value(), [0], "its rows are looked up:")
+    table = algebra.refused_along(op.labels, op.value(), [0], LOOKED_UP)
     algebra.note_role(op.labels, table, PRODUCER)
     rank = len(op.shape)
     layers = tuple(layer.reshape([1] * (rank - 1) + [-1]) for layer in table.layers)
