@@ -7,11 +7,11 @@ Each file is written atomically, so that it is whole at any time.
 
 `summary.json`:
     data, model, seed, epochs, steps, train_images, test_images, image_shape, classes: what was done
-    target_params                          share of the parameters to reach, null for a target in another unit
-    target_unit, target_share              params, flops, neurons or latency, and the share of it to reach
+    target_params                          fraction of the parameters to reach, null for a target in another unit
+    target_unit, target_fraction           params, macs, neurons or latency, and the fraction of it to reach
     held_out_images                        training images that only judged whether to go on pruning
     params_before, params_after            trainable scalars
-    flops_before, flops_after              multiply-accumulates of linear and convolution layers for one image
+    macs_before, macs_after                multiply-accumulates of linear and convolution layers for one image
     test_accuracy_last, test_accuracy_best percent, after the last epoch and after the best of those tested
     train_accuracy_last                    percent, of the final network on its training images and (noisy) labels
     test_nll, test_ece                     calibration of the final network, see `flatprune.training.measurements`
@@ -22,7 +22,7 @@ Each file is written atomically, so that it is whole at any time.
     widths_before, widths_after            layer name -> output channels or features
     cost_before, cost_after                of the network in the target's unit (latency: measured seconds)
     pruning_stopped                        why pruning ended before its time, null if it did not
-    trust                                  predicted against measured change of the loss, see `flatprune.pruning.trust`
+    predicted_vs_measured                  change of the loss at the cuts, see `flatprune.pruning.predicted_vs_measured`
     seconds                                of training and testing, without start-up
     dense_*                                the same of the network trained without pruning, where that was wanted
     settings, versions                     everything needed to do it again
@@ -72,7 +72,7 @@ DENSE_FOLDER = "dense"
 RUN_FILES = (CHECKPOINT_FILE, HISTORY_FILE, SUMMARY_FILE, MODEL_FILE, report.PLOT_FILE, report.REPORT_FILE)
 _DENSE_KEYS = (
     "params_after",
-    "flops_after",
+    "macs_after",
     "test_accuracy_last",
     "test_accuracy_best",
     "train_accuracy_last",
@@ -297,7 +297,7 @@ def versions() -> dict[str, str]:
 @contextlib.contextmanager
 def _threads(trainer: Trainer) -> Iterator[None]:
     before = torch.get_num_threads()
-    small = trainer.flops_before * trainer.batch_size * 3 < _THREADED_WORK  # forward, and twice that backward
+    small = trainer.macs_before * trainer.batch_size * 3 < _THREADED_WORK  # forward, and twice that backward
     torch.set_num_threads(trainer.settings.threads or (1 if small else before))
     try:
         yield

@@ -29,7 +29,7 @@ class Settings:
         classes: number of classes, or None for the largest training label + 1.
         target_params: fraction of the parameters left at the end, in (0, 1]; 1 trains without pruning. 0.1 unless
             another target is given.
-        target_flops, target_neurons, target_latency: the same in multiply-accumulates, prunable neurons or measured
+        target_macs, target_neurons, target_latency: the same in multiply-accumulates, prunable neurons or measured
             inference latency (see `flatprune.Target`); one of the four at most.
         latency_batch: images in the forward whose latency counts.
         round_to: widths become multiples of this.
@@ -42,20 +42,20 @@ class Settings:
         lr: learning rate before the schedule, or None: 0.1 with batch norm and 0.05 without for sgd, else 0.001.
         momentum: of sgd; the first of the betas of adam and adamw.
         weight_decay: of weights, not of biases and norms; None: 5e-4, for adamw (where it is decoupled) 0.01.
-        label_smoothing: share of each training label that is spread over all classes.
-        mixup: alpha of Beta(alpha, alpha), from which the share of the second image in each mixture is drawn (Zhang
+        label_smoothing: fraction of each training label that is spread over all classes.
+        mixup: alpha of Beta(alpha, alpha), from which the fraction of the second image in each mixture is drawn (Zhang
             et al. 2018, arXiv 1710.09412); 0 does not mix.
         ema: decay of an exponential moving average of the weights, which is tested and saved; None: no average.
         accumulate: parts that the images of a step are split into, one forward and backward after the other.
         amp: forwards in mixed precision: "off", "bf16", or "fp16" with a scaled loss.
         channels_last: keep images and convolutions in the memory format channels_last.
         compile: train through `torch.compile`, anew after each removal.
-        schedule: "fc" (constant until pruning ends, then a cosine to 0), "cosine" throughout, or one of the classic
-            pipeline's: a cosine to 0 until pruning ends and another after it, from the full learning rate ("restart")
-            or from a tenth of it ("finetune").
+        schedule: "flat_cosine" (constant until pruning ends, then a cosine to 0), "cosine" throughout, or one of the
+            classic pipeline's: a cosine to 0 until pruning ends and another after it, from the full learning rate
+            ("restart") or from a tenth of it ("finetune").
         device: "cpu", "cuda" or "cuda:i".
         threads: CPU threads; None: one for a network too small for a second to help, else PyTorch's default.
-        train_size: random subset of the training images, a number of them or (below 1) a share; None for all.
+        train_size: random subset of the training images, a number of them or (below 1) a fraction; None for all.
         label_noise: fraction of the training labels drawn anew.
         flatness: "on" penalises the spectral radius of the curvature, "off" does nothing, "sam" minimises the loss by
             the gradients of `flatprune.SAM`, "msam" by those of `flatprune.MomentumSAM`, the rivals to compare with;
@@ -66,18 +66,18 @@ class Settings:
         sam_every: of `flatprune.SAM`.
         optimum_shift: "after_pruning" applies `flatprune.optimum_shift` on the last 256 images after the last removal,
             "off" does not.
-        disout: what the probability of `flatprune.disout` rises to over the training, in [0, 1); 0: no distortion.
+        disout: what the probability of `flatprune.attach_disout` rises to over the training, in [0, 1); 0: none.
         criterion: a name of `flatprune.criteria.CRITERIA`.
         selection: "auto", "independent" or "greedy", see `flatprune.Pruner`.
         compensate: whether survivors take over what removed neurons did: "auto", "on" or "off".
         exclude: names of layers (or of modules around them) whose neurons stay.
         augment: random shifts (and mirror images for colour).
         compare_dense: first train the same network the same way without pruning.
-        prune_start, prune_end: shares of the training between which neurons go; equal ones: all at once.
+        prune_start, prune_end: fractions of the training between which neurons go; equal ones: all at once.
         prune_every: steps between removals.
         factor_update_steps: steps between measurements of the curvature, or None for 5 (10 with convolutions).
         test_every: epochs between tests; the last one is always tested.
-        validation: share of the training images that are held out and tested on instead of the test images.
+        validation: fraction of the training images that are held out and tested on instead of the test images.
         architecture_of: folder of a finished run whose final network is trained from fresh weights, instead of `model`.
         corruptions: test the final network on corrupted test images too (see `flatprune.training.corruptions`).
         measure_latency: time inference before and after.
@@ -93,7 +93,7 @@ class Settings:
     image_size: int | None = None
     classes: int | None = None
     target_params: float | None = None
-    target_flops: float | None = None
+    target_macs: float | None = None
     target_neurons: float | None = None
     target_latency: float | None = None
     latency_batch: int = 64
@@ -115,7 +115,7 @@ class Settings:
     amp: str = "off"
     channels_last: bool = False
     compile: bool = False
-    schedule: str = "fc"
+    schedule: str = "flat_cosine"
     device: str = "cpu"
     threads: int | None = None
     train_size: float | None = None
@@ -156,8 +156,8 @@ class Settings:
     @property
     def target(self) -> Target:
         """The size to reach."""
-        shares = {unit: getattr(self, name) for name, unit in TARGETS.items()}
-        return Target(**shares, latency_batch=self.latency_batch)
+        fractions = {unit: getattr(self, name) for name, unit in TARGETS.items()}
+        return Target(**fractions, latency_batch=self.latency_batch)
 
     def dense(self) -> Settings:
         """The same training without pruning."""
@@ -210,15 +210,15 @@ class Settings:
     def learning_rate(self, step: int, total_steps: int, peak: float) -> float:
         """Learning rate of step 0 .. total_steps - 1.
 
-        "fc": peak until pruning ends, then peak (1 + cos(pi t)) / 2, t from 0 to 1. "cosine": t over all steps.
-        "restart" (Renda, Frankle & Carbin 2020, arXiv 2003.02389) and "finetune": that cosine until pruning ends, and
-        another after it, from peak or from peak / 10.
+        "flat_cosine": peak until pruning ends, then peak (1 + cos(pi t)) / 2, t from 0 to 1. "cosine": t over all
+        steps. "restart" (Renda, Frankle & Carbin 2020, arXiv 2003.02389) and "finetune": that cosine until pruning
+        ends, and another after it, from peak or from peak / 10.
         """
         start = 0.0 if self.schedule == "cosine" else self.prune_end * total_steps
         if step >= start:
             second = SECOND_PEAKS.get(self.schedule, 1.0)
             return second * peak * _half_cosine((step - start) / (total_steps - start))
-        return peak if self.schedule == "fc" else peak * _half_cosine(step / start)
+        return peak if self.schedule == "flat_cosine" else peak * _half_cosine(step / start)
 
 
 def _half_cosine(part: float) -> float:

@@ -22,7 +22,7 @@ COMPENSATE = ("auto", "on", "off")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 AMP = ("off", "bf16", "fp16")
 SECOND_PEAKS = {"restart": 1.0, "finetune": 0.1}  # of the learning rate, in training after one-shot pruning
-SCHEDULES = ("fc", "cosine", *SECOND_PEAKS)
+SCHEDULES = ("flat_cosine", "cosine", *SECOND_PEAKS)
 TARGETS = {f"target_{unit}": unit for unit in UNITS}
 NEED_PRUNING = ("max_predicted_loss", "stop_accuracy_drop")
 _CHOICES = {
@@ -67,17 +67,17 @@ def check_settings(settings: Settings) -> None:
         _check_choice(name, getattr(settings, name), choices)
     _check_criterion(settings)
     _check_training(settings)
-    _check_shares(settings)
+    _check_fractions(settings)
 
 
 def _check_target(settings: Settings) -> None:
     given = {name: getattr(settings, name) for name in TARGETS if getattr(settings, name) is not None}
     if len(given) > 1:
         raise InputError(f"{' and '.join(given)}: expected one of them")
-    for name, share in given.items():
-        if not 0.0 < share <= 1.0:
-            raise InputError(f"{name} is {share}, expected above 0 and at most 1")
-        if share == 1.0 and any(getattr(settings, other) is not None for other in NEED_PRUNING):
+    for name, fraction in given.items():
+        if not 0.0 < fraction <= 1.0:
+            raise InputError(f"{name} is {fraction}, expected above 0 and at most 1")
+        if fraction == 1.0 and any(getattr(settings, other) is not None for other in NEED_PRUNING):
             raise InputError(f"{name} is 1, which does not prune: {' and '.join(NEED_PRUNING)} need a smaller one")
 
 
@@ -133,17 +133,17 @@ def _check_training(settings: Settings) -> None:
         )
 
 
-def _check_shares(settings: Settings) -> None:
+def _check_fractions(settings: Settings) -> None:
     size = settings.train_size
     if size is not None and not (0.0 < size < 1.0 or (size >= 1 and float(size).is_integer())):
-        raise InputError(f"train_size is {size}, expected a whole number from 1 or a share between 0 and 1")
+        raise InputError(f"train_size is {size}, expected a whole number from 1 or a fraction between 0 and 1")
     if not 0.0 <= settings.prune_start <= settings.prune_end <= 1.0:
         raise InputError(
             f"prune_start is {settings.prune_start} and prune_end {settings.prune_end}, expected 0 to 1, the end not "
             "before"
         )
     if settings.validation is not None and not 0.0 < settings.validation < 1.0:
-        raise InputError(f"validation is {settings.validation}, expected a share between 0 and 1")
+        raise InputError(f"validation is {settings.validation}, expected a fraction between 0 and 1")
     if settings.architecture_of is not None and settings.widths is not None:
         raise InputError("architecture_of and widths: expected one of them")
 

@@ -117,7 +117,7 @@ def test_ctrl_c_and_resume(tmp_path, data, whole, model, stops):
 @pytest.mark.parametrize(
     ("options", "stop"),
     [
-        ({"target_params": None, "target_flops": 0.3, "round_to": 2}, 20),
+        ({"target_params": None, "target_macs": 0.3, "round_to": 2}, 20),
         ({"stop_accuracy_drop": 90.0}, 14),
         ({"stop_accuracy_drop": 1e-9, "lr": 0.7, "epochs": 60, "flatness": "off"}, 97),  # pruning ends at step 99
     ],

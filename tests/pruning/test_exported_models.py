@@ -45,10 +45,10 @@ def pruned(name):
     model = build(name)
     groups = neuron_groups(model, image_batch()[0][:2]).groups
     scores = [torch.rand(group.width, dtype=torch.float64) for group in groups]
-    gone = select(
+    pruned = select(
         ParameterCount(model, groups), groups, scores, int(0.3 * models.parameter_count(model)), Limits(1, 1, 1.0)
     )
-    surgery.plan(model, groups, gone).commit()
+    surgery.plan(model, groups, pruned).commit()
     return model.eval()
 
 

@@ -15,7 +15,7 @@ from kfac_ext import Curvature
 
 @pytest.mark.filterwarnings("ignore:Curvature")
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("criterion", ["obs", "outgoing", "kron_obs", "l1", "l1_uniform"])
+@pytest.mark.parametrize("criterion", ["obs", "obd", "kron_obs", "l1", "l1_uniform"])
 def test_the_target_is_reached_and_the_records_agree(name, criterion):
     torch.manual_seed(0)
     run = Run(NETWORKS[name]()).prune(100, params=0.4, criterion=criterion)
@@ -68,9 +68,9 @@ def test_obs_without_automatic_compensation_is_the_outgoing_score():
         torch.manual_seed(0)
         return [record.neurons for record in Run(mlp(40, 30)).prune(100, params=0.3, **options).train(45)]
 
-    outgoing = neurons(criterion="outgoing")
-    assert neurons(criterion="obs") == outgoing
-    assert neurons(criterion="obs", compensate=False) != outgoing
+    obd = neurons(criterion="obd")
+    assert neurons(criterion="obs") == obd
+    assert neurons(criterion="obs", compensate=False) != obd
 
 
 def test_compensated_pruning_keeps_more_of_the_accuracy_right_after_the_cut():
@@ -265,7 +265,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
     for options, message in (
         ({"params": 0.4}, "target is"),
         ({"total_steps": 200}, "events is"),
-        ({"criterion": "outgoing"}, "criterion is 'obs' in the state, expected 'outgoing'"),
+        ({"criterion": "obd"}, "criterion is 'obs' in the state, expected 'obd'"),
         ({}, "neurons in the state, 24 in the model; load the pruned model first"),
     ):
         other = Run(mlp()).prune(**{"total_steps": 100, "params": 0.5, **options})

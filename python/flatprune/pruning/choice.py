@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flatprune.criteria import Criterion, Evidence, Scores
+from flatprune.criteria import Criterion, Scores, ScoringContext
 from flatprune.pruning.costs import CostModel
 from flatprune.pruning.greedy import select_greedily
 from flatprune.pruning.selection import Limits, LossBudget, select
@@ -17,13 +17,13 @@ class Choice(NamedTuple):
     """The neurons of one round.
 
     Attributes:
-        gone: position of a group -> int64 [m] neurons that go, ascending.
+        pruned: position of a group -> int64 [m] neurons that go, ascending.
         scores: what they were ranked by, one tensor [neurons] a group; of a greedy selection, before the first went.
         costs: what goes with a neuron of each group.
         predicted_change: of the loss, in total; None if the criterion predicts none.
     """
 
-    gone: dict[int, Tensor]
+    pruned: dict[int, Tensor]
     scores: Scores
     costs: list[float]
     predicted_change: float | None
@@ -31,7 +31,7 @@ class Choice(NamedTuple):
 
 @torch.no_grad()
 def choose(
-    evidence: Evidence,
+    context: ScoringContext,
     criterion: Criterion,
     selection: str,
     paper: CostModel,
@@ -44,7 +44,7 @@ def choose(
     """Score all neurons and choose those that go; `losses` is charged with what they are predicted to cost.
 
     Args:
-        evidence: of the network as it stands.
+        context: of the network as it stands.
         criterion: judges.
         selection: "independent" or "greedy".
         paper: the network's costs; left as the choice leaves the network.
@@ -59,16 +59,16 @@ def choose(
     costs = paper.neuron_costs()
     if selection == "greedy":
         assert criterion.joint is not None
-        joint = criterion.joint(evidence)
-        criterion.refuse_not_finite(evidence, joint.scores)
+        joint = criterion.joint(context)
+        criterion.refuse_not_finite(context, joint.scores)
         scores = [score / cost for score, cost in zip(joint.scores, costs)]
-        gone = select_greedily(paper, evidence.groups, joint, budget, limits, closely=closely, losses=losses)
+        pruned = select_greedily(paper, context.groups, joint, budget, limits, closely=closely, losses=losses)
         predicted = joint.total if criterion.predicts_loss else None
     else:
-        changes = criterion.scores(evidence)
+        changes = criterion.scores(context)
         scores = [score / cost for score, cost in zip(changes, costs)] if criterion.per_cost else changes
         known = changes if criterion.predicts_loss else None
-        gone = select(paper, evidence.groups, scores, budget, limits, closely=closely, changes=known, losses=losses)
-        predicted = None if known is None else sum(float(known[p][neurons].sum()) for p, neurons in gone.items())
+        pruned = select(paper, context.groups, scores, budget, limits, closely=closely, changes=known, losses=losses)
+        predicted = None if known is None else sum(float(known[p][neurons].sum()) for p, neurons in pruned.items())
     losses.spent += predicted or 0.0
-    return Choice(gone, scores, costs, predicted)
+    return Choice(pruned, scores, costs, predicted)

@@ -16,8 +16,8 @@ from flatprune.cutting.neurons import (
     PRODUCER,
     NeuronGroup,
     channels,
+    groups_of,
     is_depthwise,
-    shares_of,
     weight_of,
 )
 from kfac_ext.curvature.convolution import TRANSPOSED
@@ -28,17 +28,17 @@ from kfac_ext.curvature.layers import module_modes, undisturbed
 class _Layer:
     outputs: int
     inputs: int  # 1 for layers without a matrix
-    area: int  # weights an input, times the groups that share them
-    shares: int
+    area: int  # weights an input, times the groups that use them
+    groups: int
     vectors: int  # parameters an output besides the matrix: bias, or weight and bias of a norm
 
     @property
     def params(self) -> int:
-        return self.outputs * (self.inputs * self.area // self.shares + self.vectors)
+        return self.outputs * (self.inputs * self.area // self.groups + self.vectors)
 
     @property
     def weights(self) -> int:
-        return self.outputs * (self.inputs * self.area // self.shares)
+        return self.outputs * (self.inputs * self.area // self.groups)
 
 
 def _layer_sizes(module: nn.Module) -> _Layer:
@@ -46,8 +46,8 @@ def _layer_sizes(module: nn.Module) -> _Layer:
     outputs = channels(module, "")
     if isinstance(module, MATRICES):
         inputs = 1 if is_depthwise(module) else channels(module, CONSUMER)
-        shares = 1 if is_depthwise(module) else shares_of(module)
-        return _Layer(outputs, inputs, weight_of(module)[:1, :1].numel(), shares, vectors)
+        groups = 1 if is_depthwise(module) else groups_of(module)
+        return _Layer(outputs, inputs, weight_of(module)[:1, :1].numel(), groups, vectors)
     return _Layer(outputs, 0, 0, 1, vectors)
 
 
@@ -61,11 +61,11 @@ class CostModel(ABC):
 
     def __init__(self, model: nn.Module, groups: Sequence[NeuronGroup]) -> None:
         self._layers: dict[str, _Layer] = {}
-        self._shares: list[list[tuple[str, bool, int]]] = []
+        self._members: list[list[tuple[str, bool, int]]] = []
         self._widths = [group.width for group in groups]
-        self._partitions = [group.partitions for group in groups]
+        self._slices = [group.groups for group in groups]
         for group in groups:
-            self._shares.append([(m.name, m.role == CONSUMER, m.index.shape[1]) for m in group.members])
+            self._members.append([(m.name, m.role == CONSUMER, m.index.shape[1]) for m in group.members])
             for member in group.members:
                 self._layers[member.name] = _layer_sizes(member.module)
 
@@ -77,14 +77,14 @@ class CostModel(ABC):
     def remove(self, position: int, neurons: int) -> None:
         """Take `neurons` neurons of the group at `position` away, or give them back if negative."""
         self._widths[position] -= neurons
-        for name, is_input, size in self._shares[position]:
+        for name, is_input, size in self._members[position]:
             if is_input:
                 self._layers[name].inputs -= size * neurons
             else:
                 self._layers[name].outputs -= size * neurons
 
     def cost_without(self, position: int, neurons: int) -> float:
-        """The cost after `neurons` neurons of the group at `position` have gone."""
+        """The cost after `neurons` neurons of the group at `position` have been pruned."""
         self.remove(position, neurons)
         cost = self.cost
         self.remove(position, -neurons)
@@ -92,10 +92,9 @@ class CostModel(ABC):
 
     def neuron_costs(self) -> list[float]:
         """What goes with one neuron of each group, at current sizes; scores are divided by it."""
-        # a grouped convolution loses one neuron a share at least, so the cost is that of a whole round
+        # a grouped convolution loses one neuron a slice at least, so the cost is that of a whole round
         return [
-            (self.cost - self.cost_without(position, partitions)) / partitions
-            for position, partitions in enumerate(self._partitions)
+            (self.cost - self.cost_without(position, slices)) / slices for position, slices in enumerate(self._slices)
         ]
 
 
@@ -113,7 +112,7 @@ class ParameterCount(CostModel):
         return self._fixed + sum(layer.params for layer in self._layers.values())
 
 
-class FlopCount(CostModel):
+class MacCount(CostModel):
     """The exact number of multiply-accumulates of the linear and convolution layers for one sample.
 
     A layer does its weights times its output positions; a grouped or depthwise convolution only what it does.

@@ -30,7 +30,7 @@ def select_greedily(
 
     Args:
         costs: the network as it stands; left as it is without the neurons. Scores are divided by what goes with a
-            neuron before the first one has gone.
+            neuron before the first one has been pruned.
         groups: its neuron groups.
         joint: their joint scores; it knows of the removal afterwards.
         budget: cost to get down to.
@@ -41,14 +41,14 @@ def select_greedily(
     Returns:
         Position in `groups` -> int64 [m] neurons, ascending; groups that lose none are left out.
     """
-    shares = costs.neuron_costs()
+    prices = costs.neuron_costs()
     left = [torch.ones(group.width, dtype=torch.bool) for group in groups]
     sizes = [limits.bundles(group) for group in groups]
     while costs.cost > budget:
         moves = {p: _lowest(groups[p], joint.scores[p], left[p], sizes[p][0]) for p in range(len(groups)) if sizes[p]}
         if not moves:
             break
-        position = min(moves, key=lambda p: float(joint.scores[p][moves[p]].mean()) / shares[p])
+        position = min(moves, key=lambda p: float(joint.scores[p][moves[p]].mean()) / prices[p])
         finishing = [p for p in moves if costs.cost_without(p, len(moves[p])) <= budget]
         if closely and position in finishing:
             position = min(finishing, key=lambda p: float(joint.scores[p][moves[p]].sum()))
@@ -63,6 +63,6 @@ def select_greedily(
 
 
 def _lowest(group: NeuronGroup, score: Tensor, left: Tensor, size: int) -> Tensor:
-    """The `size` neurons of lowest score among those left, equally many of each share."""
+    """The `size` neurons of lowest score among those left, equally many of each slice."""
     order = removal_order(group, score.masked_fill(~left, torch.inf))
     return order[:size]

@@ -29,7 +29,7 @@ from flatprune.pruning.costs import CostModel
 from flatprune.pruning.selection import Limits
 from kfac_ext.curvature.layers import device_of, module_modes, undisturbed
 
-_SHARES = (1.0, 0.5, 0.25, 0.0)  # of every width, for the networks that are timed
+_FRACTIONS = (1.0, 0.5, 0.25, 0.0)  # of every width, for the networks that are timed
 _WARM_UP, _LEAST_REPEATS, _MOST_REPEATS = 2, 5, 50
 _SECONDS = 0.25  # for the repetitions of one network
 _REST = ""  # key of the curve of all that is no layer
@@ -104,7 +104,7 @@ class LatencyModel(CostModel):
         Where even that gives nothing, a thousandth of the mean over all groups, so that scores stay comparable.
         """
         now = self.cost
-        halves = [max(p, w // 2 // p * p) for w, p in zip(self._widths, self._partitions)]
+        halves = [max(p, w // 2 // p * p) for w, p in zip(self._widths, self._slices)]
         costs = [(now - self.cost_without(position, half)) / half for position, half in enumerate(halves)]
         least = 1e-3 * sum(costs) / len(costs) or 1.0
         return [max(cost, least) for cost in costs]
@@ -117,7 +117,7 @@ def measure_table(
     positions: Mapping[str, int],
     limits: Limits,
 ) -> LatencyTable:
-    """Time the network and copies of it that are cut to shares of their widths.
+    """Time the network and copies of it that are cut to fractions of their widths.
 
     Args:
         model: the network; nothing of it changes.
@@ -127,8 +127,8 @@ def measure_table(
         limits: how narrow the narrowest copy is.
     """
     points: dict[str, Curve] = {}
-    for share in _SHARES:
-        network, own = _cut_copy(model, groups, limits, share)
+    for fraction in _FRACTIONS:
+        network, own = _cut_copy(model, groups, limits, fraction)
         whole = measure(network, inputs)
         layers = _layer_seconds(network, inputs, list(positions))
         inside = sum(layers.values())
@@ -224,28 +224,28 @@ def batch_of(inputs: tuple[Any, ...], size: int) -> tuple[Any, ...]:
 
 
 def _cut_copy(
-    model: nn.Module, groups: Sequence[NeuronGroup], limits: Limits, share: float
+    model: nn.Module, groups: Sequence[NeuronGroup], limits: Limits, fraction: float
 ) -> tuple[nn.Module, list[NeuronGroup]]:
-    """A copy of the network with this share of every group's neurons, or as many as the limits demand; its groups."""
+    """A copy of the network with a fraction of every group's neurons, or as many as the limits demand; its groups."""
     network = copy.deepcopy(model)
     modules = dict(network.named_modules())
     own = [
         NeuronGroup(
             group.name,
             [Member(m.name, modules[m.name], m.role, m.index) for m in group.members],
-            group.partitions,
-            group.partition,
+            group.groups,
+            group.group_of,
         )
         for group in groups
     ]
-    gone = {}
+    pruned = {}
     for position, group in enumerate(own):
-        rounds = (group.width - max(limits.floor(group), round(share * group.width))) // group.partitions
+        rounds = (group.width - max(limits.floor(group), round(fraction * group.width))) // group.groups
         if rounds > 0:
-            parts = [(group.partition == part).nonzero().flatten()[:rounds] for part in range(group.partitions)]
-            gone[position] = torch.cat(parts)
-    if gone:
-        plan(network, own, gone).commit()
+            parts = [(group.group_of == part).nonzero().flatten()[:rounds] for part in range(group.groups)]
+            pruned[position] = torch.cat(parts)
+    if pruned:
+        plan(network, own, pruned).commit()
     return network, own
 
 

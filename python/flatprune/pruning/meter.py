@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 
 from flatprune.cutting.neurons import NeuronGroup
-from flatprune.pruning.costs import CostModel, FlopCount, NeuronCount, ParameterCount, output_positions
+from flatprune.pruning.costs import CostModel, MacCount, NeuronCount, ParameterCount, output_positions
 from flatprune.pruning.latency import LatencyModel, LatencyTable, batch_of, measure, measure_table
 from flatprune.pruning.selection import Limits, smallest_cost
 from flatprune.pruning.targets import Target
 
 
-class CostMeter:
+class CostTracker:
     """Counts, or for a latency target measures, what a network costs; follows its groups when neurons go.
 
     Args:
@@ -38,7 +38,7 @@ class CostMeter:
         self._model, self._groups, self._limits = model, groups, limits
         self._positions: dict[str, int] = {}
         self._table: LatencyTable | None = None
-        if self.unit in ("flops", "latency"):
+        if self.unit in ("macs", "latency"):
             self._positions = output_positions(model, inputs)
         if self.unit == "latency":
             self._inputs = batch_of(inputs, target.latency_batch)
@@ -46,8 +46,8 @@ class CostMeter:
 
     def on_paper(self) -> CostModel:
         """The network as it stands, for neurons to be removed from on paper."""
-        if self.unit == "flops":
-            return FlopCount(self._model, self._groups, self._positions)
+        if self.unit == "macs":
+            return MacCount(self._model, self._groups, self._positions)
         if self.unit == "neurons":
             return NeuronCount(self._model, self._groups)
         if self._table is not None:

@@ -45,7 +45,7 @@ class Limits(NamedTuple):
     Attributes:
         round_to: widths, in channels, become multiples of this.
         min_width: channels that stay in a group at least (of an attention: one head or more of that many together).
-        max_fraction: largest share of a group that goes at once.
+        max_fraction: largest fraction of a group that goes at once.
     """
 
     round_to: int = 1
@@ -53,9 +53,9 @@ class Limits(NamedTuple):
     max_fraction: float = 0.5
 
     def step(self, group: NeuronGroup) -> int:
-        """Neurons that go together: a multiple of the rounding and of the shares of a grouped convolution."""
+        """Neurons that go together: a multiple of the rounding and of the slices of a grouped convolution."""
         rounding = self.round_to // math.gcd(self.round_to, group.unit)
-        return math.lcm(rounding, group.partitions)
+        return math.lcm(rounding, group.groups)
 
     def floor(self, group: NeuronGroup) -> int:
         """The smallest width of a group."""
@@ -143,12 +143,12 @@ def select(
 
 
 def removal_order(group: NeuronGroup, score: Tensor) -> Tensor:
-    """Neurons by ascending score; with shares, the lowest of each share, then the second lowest of each, ..."""
+    """Neurons by ascending score; with slices, the lowest of each slice, then the second lowest of each, ..."""
     order = score.argsort(stable=True)
-    if group.partitions == 1:
+    if group.groups == 1:
         return order
-    shares = [order[group.partition[order] == share] for share in range(group.partitions)]
-    return torch.stack(shares, dim=1).flatten()
+    slices = [order[group.group_of[order] == part] for part in range(group.groups)]
+    return torch.stack(slices, dim=1).flatten()
 
 
 def _bundles(

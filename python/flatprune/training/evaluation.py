@@ -75,8 +75,8 @@ def results(trainer: Trainer) -> dict[str, Any]:
     return {
         "params_before": trainer.params_before,
         "params_after": trainer.params,
-        "flops_before": trainer.flops_before,
-        "flops_after": models.multiply_accumulates(model, dataset.image_shape),
+        "macs_before": trainer.macs_before,
+        "macs_after": models.multiply_accumulates(model, dataset.image_shape),
         "test_accuracy_last": accuracy(logits, dataset.y_test),
         "test_accuracy_best": trainer.progress.best_accuracy,
         "train_accuracy_last": train_accuracy,

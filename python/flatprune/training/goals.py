@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flatprune.errors import InputError
+from flatprune.pruning.predicted_vs_measured import predicted_vs_measured
 from flatprune.pruning.pruner import Pruner
 from flatprune.pruning.targets import UNITS, Target, amount
-from flatprune.pruning.trust import trust
 
 
 def check_reachable(pruner: Pruner, model: str) -> None:
@@ -18,12 +18,13 @@ def check_reachable(pruner: Pruner, model: str) -> None:
         InputError: naming target, limits and the least that is left.
     """
     target, start, least = pruner.target, pruner.cost_start, pruner.reachable()
-    if least <= target.share * start:
+    if least <= target.fraction * start:
         return
-    goal, whole, kept = (amount(target.unit, cost) for cost in (target.share * start, start, least))
+    goal, whole, kept = (amount(target.unit, cost) for cost in (target.fraction * start, start, least))
     raise InputError(
-        f"target_{target.unit} is {target.share:g}, {goal} of {whole} {UNITS[target.unit]}, but {model} keeps at least "
-        f"{kept} ({least / start:.2g}) with round_to {pruner.limits.round_to} and min_width {pruner.limits.min_width}"
+        f"target_{target.unit} is {target.fraction:g}, {goal} of {whole} {UNITS[target.unit]}, but {model} keeps "
+        f"at least {kept} ({least / start:.2g}) with round_to {pruner.limits.round_to} and "
+        f"min_width {pruner.limits.min_width}"
     )
 
 
@@ -37,11 +38,11 @@ def target_figures(target: Target, pruner: Pruner | None, history: Iterable[Mapp
     """
     figures: dict[str, Any] = {
         "target_unit": target.unit,
-        "target_share": target.share,
+        "target_fraction": target.fraction,
         "cost_before": None,
         "cost_after": None,
         "pruning_stopped": None,
-        "trust": trust(history),
+        "predicted_vs_measured": predicted_vs_measured(history),
     }
     if pruner is not None:
         figures["cost_before"] = pruner.cost_start

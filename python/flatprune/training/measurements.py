@@ -39,7 +39,7 @@ def calibration(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Negative log-likelihood and expected calibration error of predictions.
 
     NLL = mean -log p_label. ECE = sum over 15 equal bins of the confidence max p of
-    |bin| / n |accuracy(bin) - mean confidence(bin)| (Guo et al. 2017, arXiv 1706.04599), as a share, not percent.
+    |bin| / n |accuracy(bin) - mean confidence(bin)| (Guo et al. 2017, arXiv 1706.04599), as a fraction, not percent.
 
     Args:
         logits: [n, classes].

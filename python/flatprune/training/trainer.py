@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from flatprune import models
-from flatprune.cutting.followers import named_tensors
+from flatprune.cutting.ema_models import named_tensors
 from flatprune.data import Dataset, batch_indices
 from flatprune.errors import DivergedError, Interrupted
 from flatprune.export import take_tensors
-from flatprune.flatness.distortion import disout
+from flatprune.flatness.distortion import attach_disout
 from flatprune.flatness.sam import SAM, MomentumSAM
 from flatprune.flatness.shifting import optimum_shift
 from flatprune.pruning.pruner import Pruner
 from flatprune.pruning.removals import Removal
 from flatprune.settings import Settings
-from flatprune.training import parts
+from flatprune.training import builders
 from flatprune.training.averaging import AveragedWeights
 from flatprune.training.batches import Batches, whole_batch
 from flatprune.training.evaluation import evaluate, tracked_radii
@@ -83,7 +83,7 @@ class Trainer:
         }
         self.model = self.untrained().to(self.device)
         self.params_before = models.parameter_count(self.model)
-        self.flops_before = models.multiply_accumulates(self.model, dataset.image_shape)
+        self.macs_before = models.multiply_accumulates(self.model, dataset.image_shape)
         self.widths_before = models.layer_widths(self.model)
         if settings.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -94,7 +94,7 @@ class Trainer:
         """Everything that acts on the model."""
         settings, model, dataset = self.settings, self.model, self.dataset
         self.peak_lr = settings.peak_lr(models.has_batch_norm(model))
-        self.optimizer = parts.make_optimizer(settings, model, self.peak_lr)
+        self.optimizer = builders.make_optimizer(settings, model, self.peak_lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
         self.order_generator = torch.Generator().manual_seed(settings.seed)
         self.batches = Batches(
@@ -108,22 +108,22 @@ class Trainer:
             parts=settings.accumulate,
         )
         self.average = None if settings.ema is None else AveragedWeights(model, settings.ema)
-        self.curvature = parts.make_curvature(settings, model)
+        self.curvature = builders.make_curvature(settings, model)
         self.flatness = self.msam = self.sam = self.pruner = self.disout = self.compiled = None
         if "on" in settings.flatness_parts:
-            self.flatness = parts.make_flatness(settings, self.curvature, self.total_steps)
+            self.flatness = builders.make_flatness(settings, self.curvature, self.total_steps)
         if "msam" in settings.flatness_parts:
             self.msam = MomentumSAM(model, self.optimizer, radius=settings.sam_radius)
         if "sam" in settings.flatness_parts:
             self.sam = SAM(model, radius=settings.sam_radius, every=settings.sam_every, curvature=self.curvature)
-        if settings.target.share < 1.0:
-            self.pruner = parts.make_pruner(
+        if settings.target.fraction < 1.0:
+            self.pruner = builders.make_pruner(
                 settings, model, self.optimizer, self.curvature, dataset, self.total_steps, self.average
             )
         if settings.disout > 0.0:
-            self.disout = disout(model, probability=settings.disout, steps=self.total_steps)
+            self.disout = attach_disout(model, probability=settings.disout, steps=self.total_steps)
         if settings.compile:
-            self.compiled = parts.Compiled(model, self.curvature)
+            self.compiled = builders.Compiled(model, self.curvature)
         self.gradients = Gradients(
             self.compiled or model,
             nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing),
@@ -138,7 +138,7 @@ class Trainer:
 
     def untrained(self) -> nn.Module:
         """The network before its first step, on the CPU."""
-        return parts.untrained(self.settings, self.arguments)
+        return builders.untrained(self.settings, self.arguments)
 
     @property
     def result(self) -> nn.Module:
@@ -219,7 +219,7 @@ class Trainer:
 
     def _shift_optimum(self) -> None:
         """Once, after the last removal; without pruning at the same step."""
-        schedule = parts.make_schedule(self.settings, self.total_steps)
+        schedule = builders.make_schedule(self.settings, self.total_steps)
         if self.settings.optimum_shift == "off" or not schedule.is_last(self.progress.step):
             return
         where = {"kind": "optimum_shift", "epoch": self.progress.epoch + 1, "step": self.progress.step}

@@ -9,7 +9,7 @@ import torch
 from flatprune.checkpoint import CHECKPOINT_FORMAT, CHECKPOINT_VERSION
 from flatprune.errors import InputError
 from flatprune.export import take_tensors
-from flatprune.training.parts import fused_optimizer
+from flatprune.training.builders import fused_optimizer
 from flatprune.training.run_state import Progress
 
 if TYPE_CHECKING:

@@ -145,7 +145,7 @@ def make_pruner(
             min_width=settings.min_width,
             max_predicted_loss=settings.max_predicted_loss,
             exclude=settings.exclude,
-            followers=[] if average is None else [average.module],
+            ema_models=[] if average is None else [average.module],
         )
     except (KeyError, ValueError) as error:
         raise InputError(str(error.args[0])) from error
