@@ -19,7 +19,8 @@ from flatprune.cutting.graph import neuron_groups
 from flatprune.data import Normalization
 from flatprune.export import export_run, save_model
 from flatprune.pruning.costs import ParameterCount
-from flatprune.pruning.selection import Limits, select
+from flatprune.pruning.limits import Limits
+from flatprune.pruning.selection import select
 
 ONE_OF_A_FAMILY = ("mlp", "lenet5", "convnet", "vgg11_bn", "resnet20", "mobilenetv2", "densenet40", "vit_tiny")
 OF_EVERY_CODE = (*ONE_OF_A_FAMILY, "wide_resnet32", "resnet18")

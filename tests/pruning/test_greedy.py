@@ -11,8 +11,8 @@ from flatprune.criteria import CRITERIA, ScoringContext
 from flatprune.criteria.joint import JointObd, JointObs
 from flatprune.cutting.graph import neuron_groups
 from flatprune.pruning.costs import ParameterCount
-from flatprune.pruning.greedy import select_greedily
-from flatprune.pruning.selection import Limits, LossBudget, select
+from flatprune.pruning.limits import Limits, LossBudget
+from flatprune.pruning.selection import select, select_greedily
 
 
 def context_of(run: Run) -> ScoringContext:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from flatprune.criteria.loss_change import LossChange, divergence
 from flatprune.cutting.surgery import plan
+from flatprune.pruning.limits import LossBudget
 from flatprune.pruning.predicted_vs_measured import Cut, cuts, in_words, pearson, predicted_vs_measured, ranks
 from flatprune.pruning.schedule import CubicSchedule
-from flatprune.pruning.selection import LossBudget
 from flatprune.pruning.targets import Target
 
 

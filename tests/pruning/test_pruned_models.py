@@ -14,7 +14,8 @@ from flatprune import export, models
 from flatprune.cutting import surgery
 from flatprune.cutting.graph import neuron_groups
 from flatprune.pruning.costs import ParameterCount
-from flatprune.pruning.selection import Limits, select
+from flatprune.pruning.limits import Limits
+from flatprune.pruning.selection import select
 
 
 def test_every_model_is_tested():

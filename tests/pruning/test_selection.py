@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from flatprune.cutting import surgery
 from flatprune.cutting.graph import neuron_groups
 from flatprune.pruning import selection
-from flatprune.pruning.costs import ParameterCount
-from flatprune.pruning.selection import Limits
+from flatprune.pruning.costs import ParameterCount, smallest_cost
+from flatprune.pruning.limits import Limits
 
 
 def params_of(model: nn.Module) -> int:
@@ -69,7 +69,7 @@ def test_at_most_half_of_a_layer_and_at_least_two_neurons():
     pruned = select(model, groups, random_scores(groups), 0, Limits(1, 2, 1.0))
     assert {p: len(n) for p, n in pruned.items()} == {0: 9, 1: 1}
     smallest = params_of(cut_copy(model, pruned))
-    assert selection.smallest_cost(ParameterCount(model, groups), groups, Limits()) == smallest
+    assert smallest_cost(ParameterCount(model, groups), groups, Limits()) == smallest
 
 
 @pytest.mark.parametrize("round_to", [4, 8])

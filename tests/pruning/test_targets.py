@@ -14,10 +14,11 @@ from flatprune.cutting import surgery
 from flatprune.cutting.graph import neuron_groups
 from flatprune.cutting.neurons import Member, NeuronGroup
 from flatprune.pruning import latency
-from flatprune.pruning.costs import MacCount, NeuronCount, ParameterCount, output_positions
+from flatprune.pruning.costs import LatencyModel, MacCount, NeuronCount, ParameterCount, output_positions
+from flatprune.pruning.latency import LatencyTable
+from flatprune.pruning.limits import Limits
 from flatprune.pruning.pruner import Pruner
 from flatprune.pruning.schedule import CubicSchedule
-from flatprune.pruning.selection import Limits
 from flatprune.pruning.targets import Target, amount
 from kfac_ext import Curvature
 from kfac_ext.curvature.convolution import TRANSPOSED
@@ -268,11 +269,15 @@ def test_latency_is_really_measured():
     assert latency.measure(small, x) < latency.measure(large, x)
     groups = neuron_groups(large, x[0][:2]).groups
     positions = output_positions(large, x)
-    table = latency.measure_table(large, groups, x, positions, Limits())
-    model = latency.LatencyModel(large, groups, positions, table)
+
+    def work_of(network, own):
+        return LatencyModel(network, own, positions, LatencyTable()).work()
+
+    table = latency.measure_table(large, groups, x, list(positions), Limits(), work_of)
+    model = LatencyModel(large, groups, positions, table)
     assert 0.0 < model.cost_without(0, 900) < model.cost
     assert all(cost > 0.0 for cost in model.neuron_costs())
-    assert latency.LatencyTable.from_state(table.state_dict()) == table
+    assert LatencyTable.from_state(table.state_dict()) == table
 
 
 def test_curves_ascend_and_are_linear_between_points():

@@ -1,4 +1,4 @@
-"""Scores that know which neurons went before, for choosing one after the other (`flatprune.pruning.greedy`).
+"""Scores that know which neurons went before, for choosing one after the other (`flatprune.pruning.selection`).
 
 Independent scores are right for one neuron; two that stand in for each other both look free. Here the lowest goes, what
 it leaves behind is brought up to date by an update of rank k (the k columns a neuron feeds), and the layers it touched

@@ -123,16 +123,11 @@ def input_statistics(curvature: Curvature, names: Iterable[str]) -> InputStatist
     if not curvature.is_updated:
         raise RuntimeError("no factors yet: the model must make a training forward before neurons can be scored")
     constant = {name: curvature.layers[name].constant for name in names}
-    if has_convolution(curvature):
+    if curvature.has_convolutions:
         covariances = curvature.fresh_covariances(names, curvature.recent_inputs, "expand", bias=None)
     else:
         covariances = {name: curvature.factors[f"{name}.A"] for name in names}
     return InputStatistics(covariances, constant)
-
-
-def has_convolution(curvature: Curvature) -> bool:
-    """Whether any layer with factors is a convolution."""
-    return any(layer.is_convolution for layer in curvature.layers.values())
 
 
 class Reading(NamedTuple):

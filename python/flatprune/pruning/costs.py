@@ -1,7 +1,11 @@
-"""What a network costs while neurons are removed on paper: its parameters, multiply-accumulates or neurons."""
+"""What a network costs, in the unit of a target: parameters, multiply-accumulates, neurons or seconds.
+
+A `CostModel` removes neurons on paper; `CostTracker` gives one of the network as it stands whenever it is asked.
+"""
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +24,9 @@ from flatprune.cutting.neurons import (
     is_depthwise,
     weight_of,
 )
+from flatprune.pruning.latency import REST, LatencyTable, batch_of, measure, measure_table
+from flatprune.pruning.limits import Limits
+from flatprune.pruning.targets import Target
 from kfac_ext.curvature.convolution import TRANSPOSED
 from kfac_ext.curvature.layers import module_modes, undisturbed
 
@@ -143,6 +150,129 @@ class NeuronCount(CostModel):
     def cost(self) -> int:
         """Neurons now."""
         return sum(self._widths)
+
+
+class LatencyModel(CostModel):
+    """Predicted latency in seconds while neurons are removed on paper.
+
+    Args:
+        model: the network.
+        groups: its neuron groups, as they stand.
+        positions: what `output_positions` found.
+        table: what was measured.
+    """
+
+    def __init__(
+        self, model: nn.Module, groups: Sequence[NeuronGroup], positions: Mapping[str, int], table: LatencyTable
+    ) -> None:
+        super().__init__(model, groups)
+        modules = dict(model.named_modules())
+        self._positions, self._table = positions, table
+        self._fixed = {name: modules[name] for name in positions if name not in self._layers}
+
+    def work(self) -> dict[str, float]:
+        """Multiply-accumulates of every layer, and under "" the outputs of all of them, for one sample."""
+        work = {name: float(self._positions[name] * weight_of(module).numel()) for name, module in self._fixed.items()}
+        outputs = sum(self._positions[name] * channels(module, PRODUCER) for name, module in self._fixed.items())
+        for name, layer in self._layers.items():
+            if name in self._positions:
+                work[name] = float(self._positions[name] * layer.weights)
+                outputs += self._positions[name] * layer.outputs
+        work[REST] = float(outputs)
+        return work
+
+    @property
+    def cost(self) -> float:
+        """Predicted latency now, in seconds."""
+        return self._table.seconds(self.work())
+
+    def neuron_costs(self) -> list[float]:
+        """Seconds that go with one neuron: the mean over half of its group, since single steps drown in the noise.
+
+        Where even that gives nothing, a thousandth of the mean over all groups, so that scores stay comparable.
+        """
+        now = self.cost
+        halves = [max(p, w // 2 // p * p) for w, p in zip(self._widths, self._slices)]
+        costs = [(now - self.cost_without(position, half)) / half for position, half in enumerate(halves)]
+        least = 1e-3 * sum(costs) / len(costs) or 1.0
+        return [max(cost, least) for cost in costs]
+
+
+def smallest_cost(costs: CostModel, groups: Sequence[NeuronGroup], limits: Limits) -> float:
+    """The cost that is left when every group is as narrow as the limits allow; `costs` is left at that."""
+    for position, group in enumerate(groups):
+        costs.remove(position, group.width - limits.floor(group))
+    return costs.cost
+
+
+class CostTracker:
+    """Counts, or for a latency target measures, what a network costs; follows its groups when neurons go.
+
+    Args:
+        target: gives the unit.
+        model: the network; for multiply-accumulates and latency it is run on the inputs, for latency timed (seconds).
+        groups: its neuron groups.
+        inputs: what the model can be called with.
+        limits: how narrow the network may become.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        model: nn.Module,
+        groups: Sequence[NeuronGroup],
+        inputs: tuple[Any, ...],
+        limits: Limits,
+    ) -> None:
+        self.unit = target.unit
+        self._model, self._groups, self._limits = model, groups, limits
+        self._positions: dict[str, int] = {}
+        self._table: LatencyTable | None = None
+        if self.unit in ("macs", "latency"):
+            self._positions = output_positions(model, inputs)
+        if self.unit == "latency":
+            self._inputs = batch_of(inputs, target.latency_batch)
+            self._table = measure_table(model, groups, self._inputs, list(self._positions), limits, self._work)
+
+    def _work(self, model: nn.Module, groups: Sequence[NeuronGroup]) -> dict[str, float]:
+        return LatencyModel(model, groups, self._positions, LatencyTable()).work()
+
+    def on_paper(self) -> CostModel:
+        """The network as it stands, for neurons to be removed from on paper."""
+        if self.unit == "macs":
+            return MacCount(self._model, self._groups, self._positions)
+        if self.unit == "neurons":
+            return NeuronCount(self._model, self._groups)
+        if self._table is not None:
+            return LatencyModel(self._model, self._groups, self._positions, self._table)
+        return ParameterCount(self._model, self._groups)
+
+    @property
+    def cost(self) -> float:
+        """What the network costs now; latency is predicted, in seconds."""
+        return self.on_paper().cost
+
+    def smallest(self) -> float:
+        """The cost that is left when every group is as narrow as the limits allow."""
+        return smallest_cost(self.on_paper(), self._groups, self._limits)
+
+    def calibrate(self) -> None:
+        """Time the network itself and scale what is predicted accordingly; nothing to do in other units."""
+        if self._table is not None:
+            self._table.scale *= self.measured_latency() / self.cost
+
+    def measured_latency(self) -> float:
+        """Seconds of one forward of the network as it is, measured now; only for a latency target."""
+        return measure(copy.deepcopy(self._model), self._inputs)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """What was measured, in plain values; None if nothing was."""
+        return None if self._table is None else self._table.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Go on with what was measured then."""
+        if self._table is not None and state is not None:
+            self._table = LatencyTable.from_state(state)
 
 
 @torch.no_grad()

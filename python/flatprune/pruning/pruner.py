@@ -12,25 +12,15 @@ from torch import nn
 
 from flatprune.criteria import Criterion, Scores, ScoringContext, as_criterion
 from flatprune.criteria.loss_change import LossChange
-from flatprune.criteria.saliency import has_convolution
 from flatprune.cutting.ema_models import checked_ema_models
 from flatprune.cutting.graph import neuron_groups
 from flatprune.cutting.surgery import check_states, plan
-from flatprune.pruning.choice import choose
-from flatprune.pruning.costs import ParameterCount
-from flatprune.pruning.meter import CostTracker
-from flatprune.pruning.pruner_arguments import (
-    check_arguments,
-    check_loss_budget,
-    check_optimizer,
-    check_selection,
-    check_selections,
-    choose_layers,
-    refuse_unscored,
-)
+from flatprune.pruning.costs import CostTracker, ParameterCount, smallest_cost
+from flatprune.pruning.limits import LossBudget, check_loss_budget, checked_limits
+from flatprune.pruning.prunable import choose_layers, refuse_unscored
 from flatprune.pruning.removals import Removal, loss_budget_note, removal_records, shortfall_note
 from flatprune.pruning.schedule import CubicSchedule
-from flatprune.pruning.selection import Limits, LossBudget, smallest_cost
+from flatprune.pruning.selection import check_selection, choose
 from flatprune.pruning.targets import Target
 from kfac_ext.curvature import Curvature
 
@@ -63,7 +53,7 @@ class Pruner:
             "auto" does not compensate, "obs" means the plain "obd" score, which is as good there and needs no
             inverse; with True or False it always is the "obs" score.
         selection: "independent" takes the lowest scores as they are; "greedy" takes one neuron after the other, each
-            score knowing which went before ("obs" and "obd" only, see `flatprune.pruning.greedy`); "auto": greedy
+            score knowing which went before ("obs" and "obd" only, see `flatprune.pruning.selection`); "auto": greedy
             for a compensated "obs" with convolutions, else independent (docs/results.md has what that gains).
         seed: of what a criterion draws.
         schedule: when to prune; default `CubicSchedule(total_steps)`.
@@ -117,18 +107,19 @@ class Pruner:
         ema_models: Sequence[nn.Module] = (),
     ) -> None:
         self.criterion = as_criterion(criterion)
-        check_arguments(compensate, round_to, min_width, max_layer_fraction)
+        if not isinstance(compensate, bool) and compensate != "auto":
+            raise ValueError(f"Pruner: compensate is {compensate!r}, expected 'auto', True or False")
+        self.limits = checked_limits(round_to, min_width, max_layer_fraction)
         check_selection(selection, self.criterion)
         check_loss_budget(max_predicted_loss, self.criterion)
-        check_selections(target, exclude=exclude, layers=layers)
-        check_optimizer(model, optimizer)
+        _check_types(target, exclude=exclude, layers=layers)
+        _check_optimizer(model, optimizer)
         if curvature.model is not model:
             raise ValueError("Pruner: the curvature belongs to another model")
         self.model, self.optimizer, self.curvature = model, optimizer, curvature
         self.ema_models = checked_ema_models(model, ema_models)
         self.target, self.compensate, self.selection, self.seed = target, compensate, selection, seed
         self.schedule = schedule or CubicSchedule(total_steps)
-        self.limits = Limits(round_to, min_width, max_layer_fraction)
         self.max_predicted_loss, self.measure = max_predicted_loss, measure
         inputs = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
         curvature.trace(*inputs)
@@ -308,7 +299,7 @@ class Pruner:
         if self.criterion.compensates != "method":
             return self.criterion.compensates == "always"
         left = budget if self.target.unit == "params" else self.params
-        return has_convolution(self.curvature) or left < MLP_COMPENSATION_BELOW * self.params_start
+        return self.curvature.has_convolutions or left < MLP_COMPENSATION_BELOW * self.params_start
 
     def _selection_in_use(self, criterion: Criterion, compensate: bool) -> str:
         if self.selection != "auto":
@@ -361,3 +352,24 @@ class Pruner:
 
 def _reasons(refused: Mapping[str, str]) -> str:
     return "; ".join(f"{name!r}: {reason}" for name, reason in refused.items())
+
+
+def _check_types(target: Target, **names: object) -> None:
+    """Raise TypeError for a target that is none, and for names that are given as one string."""
+    if not isinstance(target, Target):
+        raise TypeError(f"Pruner: target is {target!r}, expected a flatprune.Target")
+    for argument, value in names.items():
+        if isinstance(value, str):  # would be taken apart into letters
+            raise TypeError(f"Pruner: {argument} is {value!r}, expected a list of names")
+
+
+def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raise ValueError for an optimizer that holds parameters which are not the model's."""
+    own = {id(parameter) for parameter in model.parameters()}
+    for number, group in enumerate([] if optimizer is None else optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            if id(parameter) not in own:
+                raise ValueError(
+                    f"Pruner: parameter {index} of optimizer group {number}, shape {tuple(parameter.shape)}, is not a "
+                    "parameter of the model; build the optimizer from model.parameters()"
+                )
