@@ -17,8 +17,7 @@ import typer
 from flatprune import models
 from flatprune.errors import DivergedError, ExportError, InputError, Interrupted, RunsFailedError
 from flatprune.export import FORMATS, INPUTS, export_run
-from flatprune.settings import Settings
-from flatprune.settings_checks import (
+from flatprune.settings import (
     AMP,
     COMPENSATE,
     CRITERIA,
@@ -27,6 +26,7 @@ from flatprune.settings_checks import (
     OPTIMIZERS,
     OPTIMUM_SHIFT,
     SELECTIONS,
+    Settings,
 )
 
 EXIT_FAILED = 2
@@ -257,9 +257,9 @@ def eval_command(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:INDEX")] = Settings.device,
 ) -> None:
     """Print the accuracy of the saved network on the test images."""
-    from flatprune.saved import accuracy_of_saved
+    from flatprune.runs import evaluate_saved
 
-    accuracy, loss, images = accuracy_of_saved(folder, data, Settings(device=device).torch_device())
+    accuracy, loss, images = evaluate_saved(folder, data, Settings(device=device).torch_device())
     correct = round(accuracy * images / 100.0)
     print(f"test accuracy {accuracy!r} % ({correct} of {images}), loss {loss:.4f}")
 

@@ -13,8 +13,7 @@ import torch
 from flatprune import runs
 from flatprune.errors import InputError, Interrupted
 from flatprune.settings import Settings
-from flatprune.training.observer import Observer
-from flatprune.training.trainer import Trainer
+from flatprune.training.trainer import Observer, Trainer
 
 STEPS_PER_EPOCH = 6
 SETTINGS = {"epochs": 10, "batch_size": 16, "target_params": 0.3, "seed": 4, "label_noise": 0.1, "augment": True}

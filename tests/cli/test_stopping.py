@@ -12,7 +12,7 @@ from flatprune.errors import InputError
 from flatprune.pruning.predicted_vs_measured import predicted_vs_measured
 from flatprune.reporting.progress import phase, remarks
 from flatprune.settings import Settings
-from flatprune.training.evaluation import results as figures
+from flatprune.training.figures import results as figures
 from flatprune.training.stopping import AccuracyGuard, hold_out
 from flatprune.training.trainer import Trainer
 

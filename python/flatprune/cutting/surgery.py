@@ -29,7 +29,7 @@ from flatprune.cutting.neurons import (
     is_attention,
     is_depthwise,
 )
-from flatprune.flatness.sam import refuse_moved
+from flatprune.moved import refuse_moved
 
 if TYPE_CHECKING:
     from kfac_ext.curvature import Curvature

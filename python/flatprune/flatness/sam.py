@@ -6,17 +6,16 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from flatprune.moved import moved_models, refuse_moved
 from kfac_ext.curvature import Curvature
 from kfac_ext.curvature.capture import ForwardHook
 from kfac_ext.curvature.layers import RngState, device_of, reading_is_free, undisturbed
 
 _MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
-_moved_models: WeakSet[nn.Module] = WeakSet()
 
 
 class SAM:
@@ -202,12 +201,6 @@ class MomentumSAM:
         raise RuntimeError("MomentumSAM: optimizer.step() inside of moved(), expected after it")
 
 
-def refuse_moved(model: nn.Module, caller: str) -> None:
-    """Raise RuntimeError where the model's parameters are, for a moment, not its own: a change would be lost."""
-    if model in _moved_models:
-        raise RuntimeError(f"{caller}: the parameters are moved by SAM or MomentumSAM, expected after that has ended")
-
-
 def _check_radius(caller: str, radius: float) -> None:
     if not (radius > 0 and math.isfinite(radius)):
         raise ValueError(f"{caller}: radius is {radius}, expected a number above 0")
@@ -221,7 +214,7 @@ def _length(tensors: list[Tensor]) -> Tensor:
 def _moved(model: nn.Module, parameters: list[nn.Parameter], directions: list[Tensor], scale: Tensor) -> Iterator[None]:
     """Inside, the parameters are further by `scale` times the directions; afterwards exactly what they were."""
     kept = [p.detach().clone() for p in parameters]
-    _moved_models.add(model)
+    moved_models.add(model)
     try:
         with torch.no_grad():
             for p, direction in zip(parameters, directions):
@@ -231,4 +224,4 @@ def _moved(model: nn.Module, parameters: list[nn.Parameter], directions: list[Te
         with torch.no_grad():
             for p, value in zip(parameters, kept):
                 p.copy_(value)
-        _moved_models.discard(model)
+        moved_models.discard(model)

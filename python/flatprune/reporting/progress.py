@@ -14,7 +14,7 @@ from rich.text import Text
 
 from flatprune.pruning.predicted_vs_measured import in_words
 from flatprune.pruning.targets import UNITS, amount
-from flatprune.training.observer import Observer
+from flatprune.training.trainer import Observer
 
 if TYPE_CHECKING:
     from flatprune.training.trainer import Trainer

@@ -28,7 +28,7 @@ from flatprune.settings import Settings
 from flatprune.study.lock import locked
 from flatprune.study.plan import SETTINGS_FILE
 from flatprune.study.process import LOG_FILE
-from flatprune.training.observer import Observer
+from flatprune.training.trainer import Observer
 
 if TYPE_CHECKING:
     from flatprune.training.trainer import Trainer
