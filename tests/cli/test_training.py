@@ -18,7 +18,7 @@ from flatprune.errors import DivergedError
 from flatprune.export import load
 from flatprune.runs import run
 from flatprune.settings import Settings
-from flatprune.training import builders, state
+from flatprune.training import builders
 from flatprune.training.batches import Batch, mixed
 from flatprune.training.evaluation import evaluate
 from flatprune.training.gradients import Gradients
@@ -291,7 +291,12 @@ class NoWaiting(TorchDispatchMode):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    for module in (state, flatprune.flatness.sam, flatprune.flatness.spectrum, kfac_ext.curvature.running):
+    for module in (
+        flatprune.training.state,
+        flatprune.flatness.sam,
+        flatprune.flatness.spectrum,
+        kfac_ext.curvature.running,
+    ):
         monkeypatch.setattr(module, "reading_is_free", lambda device: False)
     monkeypatch.setattr(builders, "fused_optimizer", lambda device: True)
     # on the CPU alone torch's looks whether the labels are in range

@@ -1,4 +1,4 @@
-"""Where a run stands: its counters, the sums of the running epoch, whether its loss is still finite, its random streams."""
+"""Where a run stands: counters, sums of the running epoch, whether the loss is still finite, random streams."""
 
 from __future__ import annotations
 
