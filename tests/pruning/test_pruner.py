@@ -63,7 +63,7 @@ def test_compensation_is_automatic():
     assert all(compensated(mlp(), 0.3, compensate=True))
 
 
-def test_obs_without_automatic_compensation_is_the_outgoing_score():
+def test_obs_without_automatic_compensation_is_the_obd_score():
     def neurons(**options: object) -> list[tuple[int, ...]]:
         torch.manual_seed(0)
         return [record.neurons for record in Run(mlp(40, 30)).prune(100, params=0.3, **options).train(45)]
@@ -174,12 +174,12 @@ def test_layers_without_factors_are_not_scored_but_magnitude_still_works():
     for criterion, widths in (("obs", {"3"}), ("l1", {"1", "3"})):
         model = mlp()
         curvature = Curvature(model, skip_layers=[r"^3$"])
-        pruner_arguments = {"target": Target(0.7), "total_steps": 100, "criterion": criterion}
+        arguments = {"target": Target(0.7), "total_steps": 100, "criterion": criterion}
         if criterion == "obs":
             with pytest.warns(UserWarning, match="'1': layer '3', which reads it, has no factors"):
-                pruner = Pruner(model, sgd(model), curvature, digits()[0][:2], **pruner_arguments)
+                pruner = Pruner(model, sgd(model), curvature, digits()[0][:2], **arguments)
         else:
-            pruner = Pruner(model, sgd(model), curvature, digits()[0][:2], **pruner_arguments)
+            pruner = Pruner(model, sgd(model), curvature, digits()[0][:2], **arguments)
         assert set(pruner.widths()) == widths
 
 

@@ -163,7 +163,7 @@ def mean_loss(model: nn.Module) -> float:
 
 
 @pytest.mark.parametrize(("network", "bound"), [("mlp", 0.85), ("chain", 0.8)])
-def test_outgoing_score_ranks_neurons_like_their_real_removal(network, bound):
+def test_obd_score_ranks_neurons_like_their_real_removal(network, bound):
     torch.manual_seed(0)
     model = mlp(32, 24) if network == "mlp" else chain()
     run = Run(model)

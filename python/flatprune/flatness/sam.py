@@ -123,7 +123,7 @@ class MomentumSAM:
     v is what the optimizer keeps anyway: `momentum_buffer` of SGD (v <- mu v + g, then w <- w - lr v), `exp_avg` of
     Adam and its like (not divided by the second moments), weight decay included where the optimizer adds it to g. |v|
     is its norm over all parameters together. So the move goes *on* in the direction of the last step, where SAM goes
-    along +g: having gone that far, the steps overshoot what is narrow, and -v points uphill there.
+    along +g: having come that far, the steps overshoot what is narrow, and -v points uphill there.
 
     Inside `moved()` the parameters are moved; forward and backward are called there, `optimizer.step()` after it, when
     they are again what they were, bit for bit. Before the first step of the optimizer there is no v and no move.

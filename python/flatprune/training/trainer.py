@@ -85,7 +85,7 @@ class Trainer:
         self.total_steps = settings.epochs * self.steps_per_epoch
         torch.manual_seed(settings.seed)
         self._make_model(state)
-        self._make_parts()
+        self._build()
         if state is not None:
             self._load(state)
         elif self.pruner is not None:
@@ -108,7 +108,7 @@ class Trainer:
         if state is not None:
             take_tensors(self.model, state["model"])
 
-    def _make_parts(self) -> None:
+    def _build(self) -> None:
         """Everything that acts on the model."""
         settings, model, dataset = self.settings, self.model, self.dataset
         self.peak_lr = settings.peak_lr(models.has_batch_norm(model))
