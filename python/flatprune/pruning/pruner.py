@@ -333,7 +333,7 @@ class Pruner:
         Raises:
             ValueError: naming the first setting or width that differs; nothing is changed then.
         """
-        own, state = self.state_dict(), {**state, "target": asdict(Target(**state["target"]))}
+        own = self.state_dict()
         for key in ("target", "events", "criterion", "selection"):
             if state[key] != own[key]:
                 raise ValueError(f"Pruner.load_state_dict: {key} is {state[key]!r} in the state, expected {own[key]!r}")
@@ -345,9 +345,8 @@ class Pruner:
                 )
         self.history = [Removal.from_state(record) for record in state["history"]]
         self.step_count, self.params_start = state["step_count"], state["params_start"]
-        self.cost_start = state.get("cost_start", self.params_start)  # older states have a target in parameters
-        self.stopped = state.get("stopped", "")
-        self._tracker.load_state_dict(state.get("latency"))
+        self.cost_start, self.stopped = state["cost_start"], state["stopped"]
+        self._tracker.load_state_dict(state["latency"])
 
 
 def _reasons(refused: Mapping[str, str]) -> str:
