@@ -171,7 +171,7 @@ def test_parts_have_the_factors_of_the_whole():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     twin = copy.deepcopy(model)
-    plan = builders.BatchInParts(4, 3, 0.95)
+    plan = builders.BatchInParts(4, lambda: 3, 0.95)
     split = Curvature(model, factor_update_steps=plan.update_steps, factor_decay=plan.decay)
     whole = Curvature(twin, factor_update_steps=3, factor_decay=0.95)
     for _ in range(8):

@@ -64,10 +64,12 @@ def make_curvature(settings: Settings, model: nn.Module) -> Curvature:
     generator = torch.Generator().manual_seed(settings.seed)
     if settings.accumulate == 1:
         return Curvature(model, factor_update_steps=settings.factor_update_steps, generator=generator)
-    parts = BatchInParts(settings.accumulate, settings.factor_update_steps or 1, FACTOR_DECAY)
+
+    def every() -> int:  # the layers are known from the first forward on
+        return settings.factor_update_steps or (10 if curvature.has_convolutions else 5)
+
+    parts = BatchInParts(settings.accumulate, every, FACTOR_DECAY)
     curvature = Curvature(model, factor_update_steps=parts.update_steps, factor_decay=parts.decay, generator=generator)
-    if settings.factor_update_steps is None:
-        parts.every = 10 if curvature.has_convolutions else 5
     return curvature
 
 
@@ -80,16 +82,16 @@ class BatchInParts:
 
     Args:
         parts: n, forwards a batch.
-        every: batches between updates.
+        every: gives the batches between updates.
         decay: d.
     """
 
-    def __init__(self, parts: int, every: int, decay: float) -> None:
-        self._parts, self.every, self._decay = parts, every, decay
+    def __init__(self, parts: int, every: Callable[[], int], decay: float) -> None:
+        self._parts, self._every, self._decay = parts, every, decay
 
     def update_steps(self, forward: int) -> int:
         """For `Curvature`: 1 in forwards (from 0) that count, and what does not divide their number in others."""
-        return 1 if (forward // self._parts) % self.every == 0 else forward + 1
+        return 1 if (forward // self._parts) % self._every() == 0 else forward + 1
 
     def decay(self, forward: int) -> float:
         """For `Curvature`: the decay at a forward, from 0."""
