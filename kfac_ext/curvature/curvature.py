@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfac_ext.curvature.calls import call_hooks
 from kfac_ext.curvature.capture import Capture, ForwardHook
 from kfac_ext.curvature.fisher import (
     LOSSES,
@@ -20,18 +21,11 @@ from kfac_ext.curvature.fisher import (
     prediction_count,
     sample_targets,
 )
-from kfac_ext.curvature.layers import (
-    Layer,
-    RngState,
-    call_hooks,
-    check_model,
-    device_of,
-    module_modes,
-    trace_layers,
-    undisturbed,
-)
+from kfac_ext.curvature.modes import RngState, device_of, module_modes, undisturbed
 from kfac_ext.curvature.running import ROUNDING, RunningFactors
+from kfac_ext.curvature.tracing import check_model, trace_layers
 from kfac_ext.factors import FactorSet
+from kfac_ext.layers import Layer
 
 _RECENT_SAMPLES = 256
 

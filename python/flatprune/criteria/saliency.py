@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import kfac_ext
 from flatprune.cutting.cuts import layer_cuts, tensor_name, weight_columns
 from flatprune.cutting.neurons import CONSUMER, Member, NeuronGroup, channels, inputs_of_share, shares_of
-from kfac_ext.curvature.convolution import weight_like, weight_matrix
+from kfac_ext.layers import layer_of
 
 if TYPE_CHECKING:
     from kfac_ext.curvature import Curvature
@@ -283,7 +283,7 @@ def compensation(
 
 def _with_constant(module: nn.Module, inverse: Tensor) -> Tensor:
     """The raw weight as a matrix [O, d], with the bias (or zeros) as a last column if the inverse has one for the 1."""
-    weight = weight_matrix(module).to(inverse.dtype)
+    weight = layer_of(module).weight_matrix().to(inverse.dtype)
     if inverse.shape[0] == weight.shape[1]:
         return weight
     column = module.bias if isinstance(module.bias, Tensor) else weight.new_zeros(len(weight))
@@ -301,9 +301,9 @@ def _scatter(full: Tensor, _inverse: Tensor, gone: Tensor, kept: Tensor) -> Tens
 
 def _as_tensors(curvature: Curvature, name: str, full: Tensor) -> dict[str, Tensor]:
     layer = curvature.layers[name]
-    weight, bias = layer.module.weight, layer.module.bias
+    weight, bias = layer.weight, layer.bias
     size = layer.patch_size
-    values = {tensor_name(name, "weight"): weight_like(layer.module, full[:, :size]).to(weight.dtype)}
+    values = {tensor_name(name, "weight"): layer.weight_like(full[:, :size]).to(weight.dtype)}
     if full.shape[1] == size:
         return values
     constant = full[:, size]

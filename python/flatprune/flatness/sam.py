@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kfac_ext.curvature import Curvature
 from kfac_ext.curvature.capture import ForwardHook
-from kfac_ext.curvature.layers import RngState, device_of, reading_is_free, undisturbed
+from kfac_ext.curvature.modes import RngState, device_of, reading_is_free, undisturbed
 
 _MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
 _moved_models: WeakSet[nn.Module] = WeakSet()

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatprune.flatness.hessian import hessian_lambda_max
 from kfac_ext.curvature import Curvature
+from kfac_ext.curvature.calls import call_hooks
 from kfac_ext.curvature.capture import Capture
 from kfac_ext.curvature.fisher import (
     output_gradient,
@@ -25,8 +26,9 @@ from kfac_ext.curvature.fisher import (
     projected_inputs,
     sample_targets,
 )
-from kfac_ext.curvature.layers import Layer, call_hooks, device_of, reading_is_free, sent, undisturbed
+from kfac_ext.curvature.modes import device_of, reading_is_free, sent, undisturbed
 from kfac_ext.curvature.running import ROUNDING
+from kfac_ext.layers import Layer
 
 __all__ = ["Flatness", "hessian_lambda_max"]
 

@@ -20,8 +20,8 @@ from flatprune.cutting.neurons import (
     shares_of,
     weight_of,
 )
-from kfac_ext.curvature.convolution import TRANSPOSED
-from kfac_ext.curvature.layers import module_modes, undisturbed
+from kfac_ext.curvature.modes import module_modes, undisturbed
+from kfac_ext.layers.convolution import TRANSPOSED
 
 
 @dataclass

@@ -27,7 +27,7 @@ from flatprune.cutting.neurons import PRODUCER, Member, NeuronGroup, channels, w
 from flatprune.cutting.surgery import plan
 from flatprune.pruning.costs import CostModel
 from flatprune.pruning.selection import Limits
-from kfac_ext.curvature.layers import device_of, module_modes, undisturbed
+from kfac_ext.curvature.modes import device_of, module_modes, undisturbed
 
 _SHARES = (1.0, 0.5, 0.25, 0.0)  # of every width, for the networks that are timed
 _WARM_UP, _LEAST_REPEATS, _MOST_REPEATS = 2, 5, 50

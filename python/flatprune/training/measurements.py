@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flatprune.pruning.latency import batch_of, measure
 from flatprune.training.corruptions import KINDS, STRENGTHS, corrupted
 from kfac_ext.curvature import Curvature
-from kfac_ext.curvature.layers import module_modes, undisturbed
+from kfac_ext.curvature.modes import module_modes, undisturbed
 
 if TYPE_CHECKING:
     from flatprune.data import Dataset
