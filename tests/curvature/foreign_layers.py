@@ -104,6 +104,7 @@ class PlainAttention(Attention):
     def __init__(self, width, heads):
         super().__init__(width, heads)
         self.in_proj = nn.Linear(width, 3 * width)
+        del self.in_proj_weight, self.in_proj_bias
 
     def forward(self, x):
         q, k, v = self.in_proj(x).chunk(3, dim=-1)
@@ -190,7 +191,7 @@ CASES = {
 
 
 def make(name):
-    """(network, plain network with the same values, a batch of 5, the places of layers, transposed layers)."""
+    """(network, plain network with the same values, a batch of 5, the places of layers)."""
     torch.manual_seed(0)
     builder, plain_builder, shape, places, renamed, transposed = CASES[name]
     model, plain = builder().double(), plain_builder().double()
@@ -203,7 +204,6 @@ def make(name):
     values = model.state_dict()
     for key, tensor in plain.state_dict().items():
         other = next((new + key.removeprefix(old) for old, new in renamed.items() if key.startswith(old)), key)
-        if other in values:  # not what a plain attention has unused
-            value = values[other]
-            tensor.copy_(value.T if any(key == f"{layer}.weight" for layer in transposed) else value)
-    return model, plain, torch.randn(5, *shape, dtype=torch.float64), places, transposed
+        is_transposed = any(key == f"{layer}.weight" for layer in transposed)
+        tensor.copy_(values[other].T if is_transposed else values[other])
+    return model, plain, torch.randn(5, *shape, dtype=torch.float64), places
