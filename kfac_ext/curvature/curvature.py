@@ -33,9 +33,10 @@ _RECENT_SAMPLES = 256
 class Curvature:
     """Running Kronecker factors A = E[a a^T], G = E[g g^T] of every Linear and convolution of a model in training.
 
-    Layers are `nn.Linear`, `nn.Conv1d`, `nn.Conv2d`, `nn.ConvTranspose1d` and `nn.ConvTranspose2d`. Layer l maps a
-    (its input, 1 appended where there is a bias or a batch norm) to z, taken after the batch norm that directly
-    follows; g = d(loss summed over samples)/dz. A (x) G estimates the Fisher block of the mean loss in the folded
+    Layers are Linears and convolutions of one to three dimensions, transposed or not, kinds that are registered
+    (`kfac_ext.layers.register`), and in modules of any other type the parameters that an operator of theirs takes
+    itself as its weight, by what that operator sees. Layer l maps a (its input, 1 appended where there is a bias or a
+    batch norm) to z, taken after the batch norm that directly follows; g = d(loss summed over samples)/dz. A (x) G estimates the Fisher block of the mean loss in the folded
     weights (Martens & Grosse 2015; scales as in `kfac_ext`). Radius of a block: lambda_1(A) lambda_1(G)
     (Ebrahimi & Klabjan 2021, arXiv 2111.08577, explore the spectral radius of the Hessian with K-FAC; Sandler,
     Klabjan, Luo, arXiv 2102.11210, track it by warm power iteration).
@@ -44,7 +45,8 @@ class Curvature:
     gradients on, hooks on the layers are put up, and taken down when that forward ends. The model's random stream,
     running statistics, outputs and gradients are untouched. Tensor hooks of the user on activations fire once more
     in such a forward with the true Fisher. The layers and their batch norms are found out in one extra forward
-    without gradients, before the first training forward or in `trace`.
+    without gradients, before the first training forward or in `trace`; weights that get no factors are named in a
+    warning, each with the reason.
 
     The first update of a layer takes its factors whole, later ones give `factors <- decay factors + (1 - decay) new`.
     An update whose output is not finite is left out, with a warning; on a GPU the warning comes when a radius or the

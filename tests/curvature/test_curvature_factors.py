@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from kfac_ext import Curvature, FactorSet
 from kfac_ext.curvature.fisher import prediction_count, sample_targets
@@ -19,7 +20,8 @@ NORMS = {
     "residual": {"first": "norm"},
     "conv_norm_depthwise": {"0": "1", "4": "5"},
     **{name: {"0": "1"} for name in curvature_nets.NETS if name.startswith("sequence_conv")},
-    **{name: {"2": "3"} for name in curvature_nets.NETS if name.startswith("transposed")},
+    **{name: {"2": "3"} for name in curvature_nets.NETS if name.startswith(("transposed", "volumes"))},
+    "volumes_called_twice": {},
 }
 
 
@@ -30,7 +32,7 @@ def oracle_layers(model, name):
     return {
         key: (module, modules[norms.get(key, key)])
         for key, module in modules.items()
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d))
+        if isinstance(module, (nn.Linear, _ConvNd))
     }
 
 

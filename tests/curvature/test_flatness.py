@@ -40,7 +40,8 @@ def mean_log_radius(model, layers, constants, x, targets, mode):
 
 @pytest.mark.parametrize("mode", ["reduce", "expand"])
 @pytest.mark.parametrize(
-    "name", ["mlp", "mlp_norm", "sequence", "called_twice", "segmenter", "conv_norm_depthwise", "conv_circular"]
+    "name",
+    ["mlp", "mlp_norm", "sequence", "called_twice", "segmenter", "conv_norm_depthwise", "conv_circular", "volumes"],
 )
 def test_double_backward_gradient_equals_finite_differences(name, mode):
     model, x = curvature_nets.make(name)

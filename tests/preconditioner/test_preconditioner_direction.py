@@ -15,7 +15,7 @@ from tests.curvature import curvature_nets, curvature_oracles
 
 def as_matrix(module, weight):
     """[O, d] in the order of the patches; entry by entry for transposed convolutions, [in, out/groups, kernel]."""
-    if not isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d)):
+    if not isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
         return weight.flatten(1)
     inputs, outputs = module.in_channels // module.groups, module.out_channels // module.groups
     rows = []
@@ -57,6 +57,12 @@ NETS = {
     "transposed_cropped": "0 2 5",
     "transposed_grouped": "0 2 5",
     "transposed_sequence": "0 2 5",
+    "volumes_called_twice": "shared head",
+    "volumes": "0 2 7",
+    "volumes_grouped": "0 2 7",
+    "volumes_reflect": "0 2 7",
+    "transposed_volumes": "0 2 5",
+    "transposed_volumes_grouped": "0 2 5",
 }  # fmt: skip
 
 
