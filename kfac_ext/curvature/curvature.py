@@ -36,8 +36,9 @@ class Curvature:
     Layers are Linears and convolutions of one to three dimensions, transposed or not, kinds that are registered
     (`kfac_ext.layers.register`), and in modules of any other type the parameters that an operator of theirs takes
     itself as its weight, by what that operator sees. Layer l maps a (its input, 1 appended where there is a bias or a
-    batch norm) to z, taken after the batch norm that directly follows; g = d(loss summed over samples)/dz. A (x) G estimates the Fisher block of the mean loss in the folded
-    weights (Martens & Grosse 2015; scales as in `kfac_ext`). Radius of a block: lambda_1(A) lambda_1(G)
+    batch norm) to z, taken after the batch norm that directly follows; g = d(loss summed over samples)/dz. A (x) G
+    estimates the Fisher block of the mean loss in the folded weights (Martens & Grosse 2015; scales as in `kfac_ext`).
+    Radius of a block: lambda_1(A) lambda_1(G)
     (Ebrahimi & Klabjan 2021, arXiv 2111.08577, explore the spectral radius of the Hessian with K-FAC; Sandler,
     Klabjan, Luo, arXiv 2102.11210, track it by warm power iteration).
 

@@ -79,7 +79,7 @@ def trace_layers(
             if fold_norms:
                 layer.norm = seen.norm_behind(layer, events)
                 layer.norm_name = None if layer.norm is None else seen.names[layer.norm]
-        elif not events and kind_of(place.module) is not None:
+        elif layer == _NEVER_CALLED and kind_of(place.module) is not None:
             unused.append(name)
         else:
             reasons[name or seen.name(place, whole=True)] = f"{type(place.module).__name__}: {layer}"
@@ -94,6 +94,9 @@ def trace_layers(
             "parameter itself as its weight (that skip_layers leaves)"
         )
     return found
+
+
+_NEVER_CALLED = "the forward never calls it"
 
 
 class _Weight(NamedTuple):
@@ -216,11 +219,14 @@ class _Observer(TorchFunctionMode):
         )
 
     def _why_unused(self, place: _Weight) -> str:
-        weight = getattr(place.module, place.key)
-        other = self._others.get((place.module, id(weight)))
+        weight = id(getattr(place.module, place.key))
+        uses = {host: other for (host, taken), other in self._others.items() if taken == weight}
+        other = uses.get(place.module)
+        if other is None and place.module not in self.called:
+            other = next(iter(uses.values()), None)  # in the forward of another module
         if other is not None:
             return f"{other} takes its weight"
-        return "no operator takes its weight" if place.module in self.called else "the forward never calls it"
+        return "no operator takes its weight" if place.module in self.called else _NEVER_CALLED
 
     def name(self, place: _Weight, *, whole: bool = False) -> str:
         """The name of the layer that a weight would make; `whole`: of the weight."""

@@ -10,7 +10,7 @@ from preconditioner_helpers import DAMPING, backward, classes, generator, precon
 from torch import nn
 
 from kfac_ext import KFACPreconditioner
-from tests.curvature import curvature_nets, curvature_oracles
+from tests.curvature import curvature_nets, curvature_oracles, foreign_layers
 
 
 def as_matrix(module, weight):
@@ -92,6 +92,22 @@ def test_direction_is_that_of_the_dense_blocks(name, mode):
             torch.testing.assert_close(after[f"{layer}.bias"], V[:, d], rtol=1e-8, atol=1e-10)
         touched |= {f"{layer}.weight", f"{layer}.bias"}
     assert all(torch.equal(before[key], after[key]) for key in before if key not in touched)  # norms
+
+
+@pytest.mark.parametrize("mode", ["expand", "reduce"])
+@pytest.mark.parametrize(
+    "name", sorted(set(foreign_layers.CASES) - {"multiplied"})
+)  # whose bias is none of the layer's
+def test_layers_with_a_forward_of_their_own_get_the_direction_of_plain_ones(name, mode):
+    model, plain, x, places = foreign_layers.make(name)
+    y = classes(x)
+    before, found = preconditioned(model, x, y, fisher_type="empirical", kfac_approx=mode)
+    _, expected = preconditioned(plain, x, y, fisher_type="empirical", kfac_approx=mode)
+    for layer, (place, _z) in places.items():
+        key = layer if layer in found else f"{layer}.weight"
+        value = expected[f"{place}.weight"]
+        assert not torch.equal(before[key], found[key])
+        torch.testing.assert_close(found[key], value if value.shape == found[key].shape else value.T)
 
 
 def test_one_input_and_many_labels_give_the_natural_gradient():
