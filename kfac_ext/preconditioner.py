@@ -214,9 +214,9 @@ class KFACPreconditioner:
         In the end the past weighs `decay` and each forward (1 - decay)/k.
         """
         decay = self._value("factor_decay") if self._inverted else 0.0
-        share = (1 - decay) / self.accumulation_steps
+        weight = (1 - decay) / self.accumulation_steps
         forward = self.curvature.step_count - self._first_forward
-        return (decay + share * (forward - 1)) / (decay + share * forward)
+        return (decay + weight * (forward - 1)) / (decay + weight * forward)
 
     def _loss_scale(self) -> float:
         """What the backpropagated loss is, as a multiple of the mean loss of its batch."""

@@ -175,7 +175,7 @@ def input_covariance(layer: Layer, x: Tensor, mode: str, *, bias: bool) -> Tenso
     n = layer.patch_size + bias
     shape = (n, n) if layer.groups == 1 else (layer.groups, n, n)
     A = x.new_empty(shape, dtype=accumulator_dtype(x.dtype))
-    covariance_group_([layer.input_update(x, mode, bias=bias, decay=0.0, scale=1.0)], [A])
+    covariance_group_([A], [layer.input_update(x, mode, bias=bias, decay=0.0, scale=1.0)])
     return A
 
 

@@ -26,7 +26,7 @@ class RunningFactors:
         layers: name -> Layer in forward order.
         factors: under the keys `name.A` and `name.G`.
         started: layers whose factors have been measured.
-        was_cut: neurons have gone since the eigenpairs were brought up to date.
+        was_cut: neurons have been pruned since the eigenpairs were brought up to date.
     """
 
     def __init__(self, layers: dict[str, Layer]) -> None:

@@ -55,7 +55,7 @@ class _Rows:
 
 def kron_obd_scores(evidence: Evidence) -> Scores:
     """S_j = 1/2 tr(V_J A V_J^T G_JJ): for one row 1/2 G_ii v_i^T A v_i."""
-    return _row_scores(_Rows(evidence), evidence.gradient_factors(PRODUCER), kfac_ext.outgoing_saliency)
+    return _row_scores(_Rows(evidence), evidence.gradient_factors(PRODUCER), kfac_ext.obd_saliency)
 
 
 def kron_obs_scores(evidence: Evidence) -> Scores:

@@ -212,7 +212,7 @@ def curvature_scores(
             matrix = statistics.blocks(reading.layer)[reading.share]
         V = weights[reading.layer].unflatten(0, (-1, G.shape[0]))[reading.share].to(matrix.dtype)
         arguments.append((*ordered(V, matrix, reading.entries), G, reading.entries.shape[1]))
-    score = kfac_ext.obs_saliency if criterion == "obs" else kfac_ext.outgoing_saliency
+    score = kfac_ext.obs_saliency if criterion == "obs" else kfac_ext.obd_saliency
     found = score(*(list(column) for column in zip(*arguments))) if arguments else []
     return summed(groups, members, found)
 
