@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from itertools import zip_longest
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from kfac_ext.curvature.calls import call_hooks
 from kfac_ext.curvature.capture import Capture
-from kfac_ext.curvature.modes import batch_statistics, sent, undisturbed
+from kfac_ext.curvature.modes import sent
 from kfac_ext.factors import FactorSet
 from kfac_ext.geometry import accumulator_dtype
 from kfac_ext.layers import Layer
@@ -127,47 +125,6 @@ def _check_sizes(factors: FactorSet, layer: Layer) -> None:
                 f"Curvature: factor {key!r} has size {factors.sizes[key]}, layer {layer.name!r} now wants {size}: "
                 "call narrow() when the model's shapes change"
             )
-
-
-@torch.no_grad()
-def fresh_covariances(
-    model: nn.Module, layers: Sequence[Layer], inputs: Tensor | Sequence[Any], mode: str, bias: bool | None
-) -> dict[str, Tensor]:
-    """See `Curvature.fresh_covariances`."""
-    found: dict[str, list[tuple[int, Tensor]]] = {}
-
-    def report(layer: Layer, x: Tensor, _z: Tensor) -> None:
-        append = layer.constant if bias is None else bias
-        found.setdefault(layer.name, []).append((len(x), input_covariance(layer, x, mode, bias=append)))
-
-    with call_hooks(layers, report):
-        fresh_output(model, inputs)
-    missing = [layer.name for layer in layers if layer.name not in found]
-    if missing:
-        raise RuntimeError(f"Curvature.fresh_covariances: the forward did not call layer {missing[0]!r}")
-    return {layer.name: _weighted_mean(found[layer.name]) for layer in layers}
-
-
-@torch.no_grad()
-def fresh_output(model: nn.Module, inputs: Tensor | Sequence[Any]) -> Any:
-    """See `Curvature.fresh_output`."""
-    with batch_statistics(model), undisturbed(model):
-        return model(*joined_inputs(inputs))
-
-
-def joined_inputs(inputs: Tensor | Sequence[Any]) -> tuple[Tensor, ...]:
-    """The positional inputs of one forward on all batches together."""
-    if isinstance(inputs, Tensor):
-        return (inputs,)
-    batches = [batch if isinstance(batch, (tuple, list)) else (batch,) for batch in inputs]
-    if not batches:
-        raise ValueError("Curvature: inputs is empty, expected a batch or a sequence of batches")
-    return tuple(torch.cat(parts) for parts in zip(*batches))
-
-
-def _weighted_mean(values: list[tuple[int, Tensor]]) -> Tensor:
-    total = sum(count for count, _ in values)
-    return values[0][1] if len(values) == 1 else torch.stack([value * (n / total) for n, value in values]).sum(dim=0)
 
 
 def input_covariance(layer: Layer, x: Tensor, mode: str, *, bias: bool) -> Tensor:

@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from kfac_ext import Curvature, FactorSet
 from kfac_ext.curvature.fisher import prediction_count, sample_targets
+from kfac_ext.curvature.probing import fresh_covariances
 
 NORMS = {
     "mlp_norm": {"0": "1"},
@@ -261,7 +262,7 @@ def test_fresh_covariances():
     factors = curvature.factors.buffer.clone()
     for training in (True, False):
         model.train(training)
-        fresh = curvature.fresh_covariances(["4", "9"], curvature.recent_inputs, mode="expand")
+        fresh = fresh_covariances(curvature, ["4", "9"], curvature.recent_inputs, mode="expand")
         assert model.training is training and model[1].training is training
     assert all(torch.equal(v, buffers[k]) for k, v in model.named_buffers())
     assert torch.equal(torch.get_rng_state(), rng) and torch.equal(curvature.factors.buffer, factors)
@@ -274,7 +275,7 @@ def test_fresh_covariances():
         torch.testing.assert_close(fresh["4"][channel], a.T @ a / len(a))
     assert fresh["9"].shape == (5, 5)
     with pytest.raises(KeyError, match="no layer named 'x'"):
-        curvature.fresh_covariances(["x"], x)
+        fresh_covariances(curvature, ["x"], x)
 
 
 def test_recent_inputs_hold_256_samples():

@@ -20,8 +20,8 @@ from flatprune.criteria.saliency import (
 )
 from flatprune.cutting.neurons import CONSUMER, PRODUCER, NeuronGroup
 from kfac_ext.curvature import Curvature
-from kfac_ext.curvature.fisher import joined_inputs
 from kfac_ext.curvature.modes import batch_statistics, undisturbed
+from kfac_ext.curvature.probing import joined_inputs
 from kfac_ext.layers import layer_of
 
 Scores = list[Tensor]  # one tensor [neurons] a group

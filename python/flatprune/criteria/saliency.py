@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import kfac_ext
 from flatprune.cutting.cuts import layer_cuts, tensor_name, weight_columns
 from flatprune.cutting.neurons import CONSUMER, Member, NeuronGroup, channels, inputs_of_share, shares_of
+from kfac_ext.curvature.probing import fresh_covariances
 from kfac_ext.layers import layer_of
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def input_statistics(curvature: Curvature, names: Iterable[str]) -> InputStatist
         raise RuntimeError("no factors yet: the model must make a training forward before neurons can be scored")
     constant = {name: curvature.layers[name].constant for name in names}
     if has_convolution(curvature):
-        covariances = curvature.fresh_covariances(names, curvature.recent_inputs, "expand", bias=None)
+        covariances = fresh_covariances(curvature, names, curvature.recent_inputs, "expand", bias=None)
     else:
         covariances = {name: curvature.factors[f"{name}.A"] for name in names}
     return InputStatistics(covariances, constant)

@@ -14,6 +14,7 @@ from flatprune.cutting.neurons import CONSUMER, PRODUCER, Coupling, NeuronGroup
 from flatprune.pruning.selection import SELECTIONS
 from flatprune.pruning.targets import Target
 from kfac_ext.curvature import Curvature
+from kfac_ext.curvature.probing import reached_layers
 
 
 def check_arguments(compensate: str | bool, round_to: int, min_width: int, max_layer_fraction: float) -> None:
@@ -94,7 +95,7 @@ def refuse_unscored(
         roles.add(CONSUMER)
     if not roles:
         return
-    reached = curvature.reached_layers(*inputs)
+    reached = reached_layers(curvature, *inputs)
     for role in sorted(roles):
         _refuse_without_factors(coupling, role, curvature, reached)
 
