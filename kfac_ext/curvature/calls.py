@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kfac_ext.layers import Layer
+from kfac_ext.layers.composite import opened
 from kfac_ext.layers.operators import operator_call
 
 Report: TypeAlias = "Callable[[Layer, Tensor, Tensor], Tensor | None]"
@@ -91,12 +92,17 @@ class _Watch(TorchFunctionMode):
     def __init__(self, layers: dict[int, Layer], lead: torch.Size | None, deliver: Report) -> None:
         super().__init__()
         self.layers, self.lead, self.deliver = layers, lead, deliver
+        self.sequence: tuple[int, int] | None = None  # T and N where rows are [T, N, d] or [T N, d]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        z = func(*args, **(kwargs or {}))
-        call = operator_call(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        body = opened(func)
+        if body is not None:
+            return self._inside(body, args, kwargs)
+        z = func(*args, **kwargs)
+        call = operator_call(func, args, kwargs)
         layer = None if call is None else self.layers.get(id(call.weight))
         if call is None or layer is None:
             return z
@@ -105,15 +111,34 @@ class _Watch(TorchFunctionMode):
                 f"Curvature: layer {layer.name!r} is called with {call.geometry or func.__name__}, otherwise than when "
                 "the layers were found; leave it out by skip_layers"
             )
-        if self._is_flattened(layer, call.x):
-            assert self.lead is not None
-            apart = z.view(self.lead[0], -1, z.shape[-1])
-            replaced = self.deliver(layer, call.x.reshape(self.lead[0], -1, call.x.shape[-1]), apart)
-            return (apart if replaced is None else replaced).view(z.shape)
-        replaced = self.deliver(layer, layer.checked_input(call.x), z)
-        return z if replaced is None else replaced
+        lead = self._lead(layer, call.x)
+        if lead is None:
+            replaced = self.deliver(layer, layer.checked_input(call.x), z)
+            return z if replaced is None else replaced
+        x, apart = (t.reshape(*lead, t.shape[-1]) for t in (call.x, z))
+        if self.sequence is not None:
+            x, apart = x.transpose(0, 1), apart.transpose(0, 1)
+        apart = torch.ops.aten._unsafe_view(apart, apart.shape)  # a view would be gone round by an activation in place
+        replaced = self.deliver(layer, x, apart)
+        apart = apart if replaced is None else replaced
+        return (apart if self.sequence is None else apart.transpose(0, 1)).reshape(z.shape)
 
-    def _is_flattened(self, layer: Layer, x: Tensor) -> bool:
-        if layer.is_convolution or layer.norm is not None or x.dim() != 2 or self.lead is None:
-            return False
-        return len(self.lead) > 1 and self.lead.numel() == len(x)
+    def _inside(self, body: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the body of a function with the mode on."""
+        query = args[0] if args else kwargs["query"]
+        self.sequence = (len(query), query.shape[1] if query.dim() == 3 else 1)
+        try:
+            with self:
+                return body(*args, **kwargs)
+        finally:
+            self.sequence = None
+
+    def _lead(self, layer: Layer, x: Tensor) -> tuple[int, int] | None:
+        """How rows are to be arranged in two dimensions; None: they are fine as they are."""
+        if layer.is_convolution or layer.norm is not None:
+            return None
+        if self.sequence is not None:
+            return (len(x), x.shape[1]) if x.dim() == 3 else self.sequence
+        if x.dim() != 2 or self.lead is None or len(self.lead) < 2 or self.lead.numel() != len(x):
+            return None
+        return self.lead[0], len(x) // self.lead[0]

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from kfac_ext.curvature.modes import module_modes, undisturbed
 from kfac_ext.layers import BatchNorm, Layer, can_be_folded, kind_of, layer_of
+from kfac_ext.layers.composite import opened
 from kfac_ext.layers.operators import OperatorCall, operator_call
 
 
@@ -137,6 +138,10 @@ class _Observer(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        body = opened(func)
+        if body is not None:
+            with self:
+                return body(*args, **kwargs)
         result = func(*args, **kwargs)
         if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
             return result

@@ -112,6 +112,18 @@ class PlainAttention(Attention):
         return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
+class TorchAttention(nn.MultiheadAttention):
+    """torch's own, with itself, on [N, T, d]."""
+
+    def __init__(self, width, heads):
+        super().__init__(width, heads, batch_first=True)
+        nn.init.normal_(self.in_proj_bias)
+        nn.init.normal_(self.out_proj.bias)
+
+    def forward(self, x):
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
 class Upsample(nn.ConvTranspose2d):
     """A transposed convolution with a forward of its own."""
 
@@ -130,9 +142,10 @@ class Pooled(nn.Module):
         return x.mean(dim=self.dims)
 
 
-def rows(layer):
+def rows(layer, activation=None):
     """A network on [N, T, 4] with `layer` 4 -> 6 in it."""
-    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), layer, nn.Tanh(), Pooled(1), nn.Linear(6, 3))
+    activation = nn.Tanh() if activation is None else activation
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), layer, activation, Pooled(1), nn.Linear(6, 3))
 
 
 def images(*layers, channels=6):
@@ -168,6 +181,10 @@ CASES = {
         lambda: rows(InputMajor(6, 4)), lambda: rows(nn.Linear(4, 6)),
         ROWS, {"0": ("0", "0"), "2": ("2", "2"), "5": ("5", "5")}, {}, ("2",),
     ),
+    "input_major_in_place": (
+        lambda: rows(InputMajor(6, 4), nn.ReLU(inplace=True)), lambda: rows(nn.Linear(4, 6), nn.ReLU()),
+        ROWS, {"0": ("0", "0"), "2": ("2", "2"), "5": ("5", "5")}, {}, ("2",),
+    ),
     "multiplied": (
         lambda: rows(Multiplied(6, 4)), lambda: rows(nn.Linear(4, 6)),
         ROWS, {"0": ("0", "0"), "2": ("2", "2"), "5": ("5", "5")}, {"2.bias": "2.shift"}, ("2",),
@@ -178,6 +195,12 @@ CASES = {
     ),
     "attention": (
         lambda: nn.Sequential(Attention(4, 2), nn.Tanh(), Pooled(1), nn.Linear(4, 3)),
+        lambda: nn.Sequential(PlainAttention(4, 2), nn.Tanh(), Pooled(1), nn.Linear(4, 3)),
+        ROWS, {"0.in_proj_weight": ("0.in_proj",) * 2, "0.out_proj": ("0.out_proj",) * 2, "3": ("3", "3")},
+        {"0.in_proj.": "0.in_proj_"}, (),
+    ),
+    "torch_attention": (
+        lambda: nn.Sequential(TorchAttention(4, 2), nn.Tanh(), Pooled(1), nn.Linear(4, 3)),
         lambda: nn.Sequential(PlainAttention(4, 2), nn.Tanh(), Pooled(1), nn.Linear(4, 3)),
         ROWS, {"0.in_proj_weight": ("0.in_proj",) * 2, "0.out_proj": ("0.out_proj",) * 2, "3": ("3", "3")},
         {"0.in_proj.": "0.in_proj_"}, (),
