@@ -174,17 +174,20 @@ class _Observer(TorchFunctionMode):
         """The uses of every weight, those with uses first and in the order of the first one."""
         found: dict[_Weight, list[_Event]] = {}
         for weight, event in self._events:
+            kind = kind_of(event.host)
             if weight is None:
-                found.setdefault(_Weight(event.host, "weight"), []).append(event)
+                assert kind is not None
+                found.setdefault(_Weight(event.host, kind.weight_key), []).append(event)
                 continue
             own = [place for place in self.owners[weight] if place.module is event.host]
             inside = set(event.host.modules())
             idle = [place for place in self.owners[weight] if place.module in inside - self.called]
-            if kind_of(event.host) is None and (own or idle):
+            if kind is None and (own or idle):
                 found.setdefault((own or idle)[0], []).append(event)
         for module in self.names:
-            if kind_of(module) is not None:
-                found.setdefault(_Weight(module, "weight"), [])
+            kind = kind_of(module)
+            if kind is not None:
+                found.setdefault(_Weight(module, kind.weight_key), [])
         for places in self.owners.values():
             for place in places:
                 if kind_of(place.module) is None:
@@ -216,8 +219,7 @@ class _Observer(TorchFunctionMode):
         return call.kind(
             place.module,
             name,
-            weight_key=place.key,
-            bias_key=None if call.bias is None else biases[id(call.bias)],
+            keys=(place.key, None if call.bias is None else biases[id(call.bias)]),
             host=host,
             host_name=self.names[host],
             geometry=geometry,

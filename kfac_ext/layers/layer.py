@@ -28,8 +28,8 @@ class Layer(ABC):
     Args:
         module: owns the weight.
         module_name: its qualified name.
-        weight_key: the weight's name in the module; anything but "weight" becomes part of the layer's name.
-        bias_key: the bias's name; None: there is none.
+        keys: the names of weight and bias in the module, None for no bias; default those of the kind. A weight that is
+            not called "weight" makes its name part of the layer's.
         norm, norm_name: the batch norm behind the layer.
         host, host_name: the module in whose forward the operator is seen; None: `module` itself is called, and
             `input_of` says what the operator sees.
@@ -47,6 +47,9 @@ class Layer(ABC):
         ...         return super().input_of(args, kwargs) * self.module.in_features**-0.5
     """
 
+    weight_key: str = "weight"
+    """the weight's name in the module"""
+    bias_key: str | None = "bias"
     output_dim: ClassVar[int] = 0
     """dimension of the weight that counts outputs"""
     input_dim: ClassVar[int] = 1
@@ -58,8 +61,7 @@ class Layer(ABC):
         module: nn.Module,
         module_name: str = "",
         *,
-        weight_key: str = "weight",
-        bias_key: str | None = "bias",
+        keys: tuple[str, str | None] | None = None,
         norm: BatchNorm | None = None,
         norm_name: str | None = None,
         host: nn.Module | None = None,
@@ -67,11 +69,12 @@ class Layer(ABC):
         geometry: Mapping[str, Any] | None = None,
     ) -> None:
         self.module, self.module_name = module, module_name
-        self.weight_key, self.bias_key = weight_key, bias_key
+        if keys is not None:
+            self.weight_key, self.bias_key = keys
         self.norm, self.norm_name = norm, norm_name
         self.host, self.host_name = host, host_name
         self.own_geometry = None if geometry is None else dict(geometry)
-        self.name = module_name if weight_key == "weight" else self.weight_name
+        self.name = module_name if self.weight_key == "weight" else self.weight_name
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, {type(self.module).__name__})"

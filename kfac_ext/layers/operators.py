@@ -75,15 +75,15 @@ def layer_from_state(state: Mapping[str, Any], modules: Mapping[str, nn.Module])
     )
     assert module is not None
     names = {"norm": norm, "norm_name": state["norm"], "host": host, "host_name": state["host"]}
-    keys = {"weight_key": state["weight"], "bias_key": state["bias"], "geometry": state["geometry"]}
+    own = {"keys": (state["weight"], state["bias"]), "geometry": state["geometry"]}
     if state["operator"] is not None:
         kinds = {operator.kind.__name__: operator.kind for operator in OPERATORS.values()}
-        return kinds[state["operator"]](module, state["module"], **names, **keys)
+        return kinds[state["operator"]](module, state["module"], **names, **own)
     kind = kind_of(module)
     if kind is None:
-        name, own = state["module"], type(module).__name__
-        raise ValueError(f"Curvature.load_state_dict: {name!r} ({own}) is of no registered kind of layer")
-    return kind(module, state["module"], **names, **keys)
+        name, found = state["module"], type(module).__name__
+        raise ValueError(f"Curvature.load_state_dict: {name!r} ({found}) is of no registered kind of layer")
+    return kind(module, state["module"], **names, **own)
 
 
 def _module(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
