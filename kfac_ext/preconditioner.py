@@ -31,9 +31,10 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 class KFACPreconditioner:
-    """Turns the gradient of every Linear and convolution into K-FAC's direction: call between backward and step.
+    """Turns the gradient of every layer into K-FAC's direction: call between backward and step.
 
-    For a layer with weight W, as a matrix [O, d] in the order of its patches, and its bias, if any, as the last column:
+    Layers are those of `kfac_ext.Curvature`: Linears, convolutions, and what else multiplies a parameter. For a layer
+    with weight W, as a matrix [O, d] in the order of its patches, and its bias, if any, as the last column:
 
         V = (G + sqrt(damping)/pi I)^-1  dL/d[W, b]  (A + pi sqrt(damping) I)^-1     pi^2 = mean diag A / mean diag G
 

@@ -23,7 +23,7 @@ class Layer(ABC):
     M is the *matrix* [O, d] of the weight, a the d inputs of one output, d = inputs/groups area in the order (channel,
     kernel). Where z goes into a batch norm and nowhere else, `norm` is that batch norm and z its output. A subclass is
     one kind of layer and says how weight and matrix, input and a, gradient and g belong together; `register` names
-    the modules it describes. `Linear` has what is common to layers whose channels come last.
+    the modules it describes. Where the weight is called otherwise it sets `weight_key` and `bias_key`.
 
     Args:
         module: owns the weight.

@@ -10,7 +10,7 @@ from torch import nn
 
 from kfac_ext import Curvature
 from kfac_ext.curvature.fisher import sample_targets
-from kfac_ext.layers import Linear, layer_of, register
+from kfac_ext.layers import InputMajorLinear, Linear, layer_of, register
 from kfac_ext.layers import layer as kinds
 
 # module -> (output_dim, input_dim, inputs, groups, area, patch_size, channel_dim); all have 6 outputs
@@ -85,3 +85,40 @@ def test_a_kind_of_ones_own_is_one_class(monkeypatch):
     A, G = curvature_oracles.factors(nn.Linear(4, 6), [inputs["0"][0] / 2], grads["0"], "expand", True, 5)
     torch.testing.assert_close(curvature.factors["0.A"], A[0])
     torch.testing.assert_close(curvature.factors["0.G"], G[0])
+
+
+class Squared(nn.Module):
+    """A weight [in, out] that is called otherwise and multiplies squares."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.kernel, self.shift = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x):
+        return torch.einsum("ni,io->no", x.square(), self.kernel) + self.shift
+
+
+def test_a_kind_says_how_its_weight_is_called(monkeypatch):
+    monkeypatch.setattr(kinds, "_KINDS", dict(kinds._KINDS))
+
+    @register(Squared)
+    class SquaredLayer(InputMajorLinear):
+        weight_key, bias_key = "kernel", "shift"
+
+        def input_of(self, args, kwargs):
+            return super().input_of(args, kwargs).square()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Squared(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    plain, x = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double(), torch.randn(5, 4).double()
+    plain.load_state_dict(dict(zip(plain.state_dict(), (model[0].kernel.T, *list(model.state_dict().values())[1:]))))
+    found, expected = (Curvature(net, generator=torch.Generator().manual_seed(3)) for net in (model, plain))
+    model(x), plain(x.square())
+    layer = found.layers["0.kernel"]
+    assert (layer.weight_name, layer.bias_name, layer.output_dim) == ("0.kernel", "0.shift", 1)
+    for side in "AG":
+        torch.testing.assert_close(found.factors[f"0.kernel.{side}"], expected.factors[f"0.{side}"])
+    torch.testing.assert_close(layer.folded_weight(), expected.layers["0"].folded_weight())
+    again = Curvature(model)
+    again.load_state_dict(found.state_dict())
+    assert isinstance(again.layers["0.kernel"], SquaredLayer)

@@ -96,7 +96,7 @@ def test_direction_is_that_of_the_dense_blocks(name, mode):
 
 @pytest.mark.parametrize("mode", ["expand", "reduce"])
 @pytest.mark.parametrize("name", sorted(set(foreign_layers.CASES) - {"multiplied"}))  # its bias is added later
-def test_layers_with_a_forward_of_their_own_get_the_direction_of_plain_ones(name, mode):
+def test_foreign_layers_get_the_direction_of_plain_ones(name, mode):
     model, plain, x, places = foreign_layers.make(name)
     y = classes(x)
     before, found = preconditioned(model, x, y, fisher_type="empirical", kfac_approx=mode)
