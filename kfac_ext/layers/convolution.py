@@ -128,19 +128,22 @@ class Convolution(Layer):
     def projected(self, x: Tensor, filters: Tensor) -> Tensor:
         """The convolution with one filter a group: [N, positions, groups]."""
         image, padding = self._padded(x)
-        kernel = filters.to(image.dtype).reshape(self.groups, -1, *self.weight.shape[2:])
-        options = {"padding": padding, "dilation": self.geometry.dilation, "groups": self.groups}
-        return _FUNCTIONS[self.dims](image, kernel, stride=self._stride(), **options).flatten(2).mT
+        return self._filtered(image, padding, filters.to(image.dtype)).flatten(2).mT
 
     def projected_sum(self, x: Tensor, filters: Tensor) -> Tensor:
         """[N, groups]."""
         # linear in the image: one weight a pixel, the sum of what the filter's taps give it
         image, padding = self._padded(x)
-        weights = filters.reshape(self.groups, -1, *self.weight.shape[2:])
-        for taps in self._taps(x, image, padding):
-            weights = torch.tensordot(weights, taps.to(weights.dtype), dims=([2], [0]))
+        probe = filters.new_zeros(1, *image.shape[1:], requires_grad=True)
+        with torch.enable_grad():
+            (weights,) = torch.autograd.grad(self._filtered(probe, padding, filters).sum(), probe)
         apart = image.to(weights.dtype).unflatten(1, (self.groups, -1))
-        return torch.einsum("ngcp,gcp->ng", apart.flatten(3), weights.flatten(2))
+        return torch.einsum("ngcp,gcp->ng", apart.flatten(3), weights[0].unflatten(0, (self.groups, -1)).flatten(2))
+
+    def _filtered(self, image: Tensor, padding: tuple[int, ...] | str, filters: Tensor) -> Tensor:
+        kernel = filters.reshape(self.groups, -1, *self.weight.shape[2:])
+        options = {"padding": padding, "dilation": self.geometry.dilation, "groups": self.groups}
+        return _FUNCTIONS[self.dims](image, kernel, stride=self._stride(), **options)
 
     # inside: a convolution of `_padded(x)` by `_stride()`
 
