@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from flatprune.coupling.findings import Product
 from flatprune.coupling.neurons import CHANNELWISE, CONSUMER, PRODUCER
 from flatprune.coupling.values import Value, aligned, canonical, canonical_layers, labels_of, varying
 
@@ -160,14 +161,15 @@ def reduce(m: Labels, value: Value, dims: Iterable[int], *, keep: bool, statisti
     return Value(size, reduced, free=value.free, param=value.param, stats=frozenset(stats))
 
 
-def contract(m: Labels, a: Value, b: Value, k: int) -> Value:
-    """Multiply and sum over dimension k; both are given in the rank of their product, and keep it.
+def contract(m: Labels, a: Value, b: Value, k: int, times: int = 1) -> Value:
+    """Multiply and sum over dimension k; both are given in the rank of their product.
 
-    A parameter's layer along k reads (consumer), its others make (producer).
+    A parameter's layer along k reads (consumer), its others make (producer). It is done `times` times.
     """
     refuse_statistics(m, a, b)
     size = tuple(map(max, a.size, b.size))
     others = set(range(len(size))) - {k}
+    m.findings.products.append(Product(m.stack.here, times, size, [*a.layers, *b.layers], k))
     for value in (a, b):
         note_role(m, value, CONSUMER, {k})
         note_role(m, value, PRODUCER, others)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,24 @@ class AxisTable:
         return [self.axes[i] for i in places.unique().tolist()]
 
 
+class Product(NamedTuple):
+    """One product and sum.
+
+    Attributes:
+        module: that calls it.
+        times: how often it is done: positions and entries of the kernel of a convolution, else 1.
+        size: of the product before the sum; of a grouped convolution (groups, inputs and outputs of one).
+        layers: labels along its dimensions, two dimensions of one layer in one entry.
+        summed: the dimension of the sum.
+    """
+
+    module: str
+    times: int
+    size: tuple[int, ...]
+    layers: list[Tensor]
+    summed: int
+
+
 @dataclass
 class Findings:
     """Gathered over all traces of one model.
@@ -78,6 +97,7 @@ class Findings:
         read: labels that a product of activations sums over.
         roles: (layer, role) of parameters.
         multiples: (labels, m): a width of which a kernel takes only multiples.
+        products: every product and sum, for counting multiply-accumulates.
     """
 
     hard: list[Tensor] = field(default_factory=list)
@@ -92,6 +112,7 @@ class Findings:
     read: list[Tensor] = field(default_factory=list)
     roles: list[tuple[Tensor, str]] = field(default_factory=list)
     multiples: list[tuple[Tensor, int]] = field(default_factory=list)
+    products: list[Product] = field(default_factory=list)
 
     def pin(self, layer: Tensor, why: str) -> None:
         """These labels cannot go."""

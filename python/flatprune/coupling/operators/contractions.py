@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from flatprune.coupling import algebra
+from flatprune.coupling.findings import Product
 from flatprune.coupling.neurons import CHANNELWISE, CONSUMER, PRODUCER
 from flatprune.coupling.operators.pointwise import vector
 from flatprune.coupling.operators.table import Operation, rule
 from flatprune.coupling.values import Axis, Value, labels_of, varying
 
+if TYPE_CHECKING:
+    from flatprune.coupling.tracer import Labels
+
 Dims = Sequence[int | None]
 _GROUPED_ALIGNMENT = 8  # widths that torch's grouped product takes: 16 bytes of the narrowest dtype
 
 
-def _contracted(op: Operation, a: Value, a_dims: Dims, b: Value, b_dims: Dims, k: int) -> Value:
+def _contracted(op: Operation, a: Value, a_dims: Dims, b: Value, b_dims: Dims, k: int, times: int = 1) -> Value:
     """Sum over dimension k of the product, to which each operand gives its dimensions."""
-    return algebra.contract(op.labels, a.shaped(a_dims), b.shaped(b_dims), k)
+    return algebra.contract(op.labels, a.shaped(a_dims), b.shaped(b_dims), k, times)
 
 
 def _product(op: Operation, a: Value, b: Value) -> Value:
@@ -115,7 +121,7 @@ def convolution(op: Operation) -> Value:
     weight = weight.having(size=(*weight.size[:2], *[1] * spatial))
     if groups == 1:
         order = (None, *((1, 0) if not transposed else (0, 1)), *positions)  # [., I, O, ...]
-        result = _contracted(op, value, (0, 1, None, *positions), weight, order, 1)
+        result = _contracted(op, value, (0, 1, None, *positions), weight, order, 1, _applications(op, w, transposed))
     else:
         result = _grouped(op, value, w, groups, transposed)
     size = op.shape if len(op.shape) == 2 + spatial else (1, *op.shape)
@@ -124,6 +130,12 @@ def convolution(op: Operation) -> Value:
         result = algebra.combine(op.labels, [result.having(size=(*size[:2], *[1] * spatial)), added], size)
     result = result.having(size=size)
     return result if len(op.shape) == 2 + spatial else result.shaped(range(1, 2 + spatial))
+
+
+def _applications(op: Operation, w: Tensor, transposed: bool) -> int:
+    """How often a convolution applies its matrix to one sample: positions times entries of the kernel."""
+    places = op.args[0].shape if transposed else op.outputs[0].shape
+    return math.prod(places[len(places) - (w.dim() - 2) :]) * math.prod(w.shape[2:])
 
 
 def _grouped(op: Operation, value: Value, w: Tensor, groups: int, transposed: bool) -> Value:
@@ -139,6 +151,10 @@ def _grouped(op: Operation, value: Value, w: Tensor, groups: int, transposed: bo
             m.findings.pin(layer, f"it meets a grouped convolution ({m.where})")
     layers = [layer for layer in value.layers if varying(layer) == {1}]
     seen = layers[0].reshape(groups, -1) if layers else None
+    of_one = w.shape[0] // groups if transposed else w.shape[1]
+    m.findings.products.append(
+        Product(m.stack.here, _applications(op, w, transposed), (value.size[0], outputs, of_one), [], 2)
+    )
     if key is None:
         return blank.having(layers=_computed(op, w, groups, transposed, seen, value.free))
     first = m.table.axis(key, 0, w.shape[0])
@@ -149,7 +165,18 @@ def _grouped(op: Operation, value: Value, w: Tensor, groups: int, transposed: bo
         rows = _blocks(op, first, second, groups, transposed, seen, value.free)
     if rows is None:
         return blank
+    columns = None if second is None or transposed else second
+    _label_product(m, rows, first if transposed else columns, groups)
     return blank.having(layers=(_by_group(rows, groups).reshape([1, -1, *[1] * spatial]),))
+
+
+def _label_product(m: Labels, rows: Axis, columns: Axis | None, groups: int) -> None:
+    """The product of a grouped convolution, with labels: outputs [1, O, 1] and inputs of one group [1, 1, I/groups]."""
+    last = m.findings.products[-1]
+    layers = [rows.labels().reshape(1, -1, 1)]
+    if columns is not None and columns.size > groups:
+        layers.append(columns.labels().reshape(groups, -1)[0].reshape(1, 1, -1))
+    m.findings.products[-1] = last._replace(layers=layers)
 
 
 def _computed(
