@@ -8,7 +8,16 @@ stand or fall with (`values`, `tracer`). What meets is one (`algebra`, `operator
 from flatprune.coupling.calls import Call
 from flatprune.coupling.coupling import find_coupling
 from flatprune.coupling.cuts import Cut, cut_tensor, tensor_cuts
-from flatprune.coupling.neurons import CHANNELWISE, CONSUMER, PRODUCER, Attribute, Coupling, Member, NeuronGroup, Refusal
+from flatprune.coupling.neurons import (
+    CHANNELWISE,
+    CONSUMER,
+    PRODUCER,
+    Attribute,
+    Coupling,
+    Member,
+    NeuronGroup,
+    Refusal,
+)
 
 __all__ = [
     "CHANNELWISE",

@@ -217,9 +217,7 @@ def moved(value: Value, take: Callable[[Tensor], Tensor], shape: Size) -> Value:
         except RuntimeError:  # not for integers, or a view that an expanded tensor does not allow
             new = take(full.contiguous().double()).long()
         layers.append(new)
-    return Value(
-        tuple(shape), canonical_layers(layers), free=value.free, param=value.param, stats=value.stats
-    )
+    return Value(tuple(shape), canonical_layers(layers), free=value.free, param=value.param, stats=value.stats)
 
 
 def joined(m: Labels, values: Sequence[Value], dim: int, size: Size) -> Value:

@@ -54,7 +54,9 @@ class PrunableAttention(nn.MultiheadAttention):
         """As `nn.MultiheadAttention.forward`."""
         batched, same = query.dim() == 3, query is key and key is value
         if not self.batch_first and batched:
-            query, key, value = ((query.transpose(0, 1),) * 3 if same else (t.transpose(0, 1) for t in (query, key, value)))
+            query, key, value = (
+                (query.transpose(0, 1),) * 3 if same else (t.transpose(0, 1) for t in (query, key, value))
+            )
         if not batched:
             query, key, value = (query[None],) * 3 if same else (t[None] for t in (query, key, value))
         q, k, v = (self._by_head(t) for t in self._projected(query, key, value, same))

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from flatprune.coupling.attention import PrunableAttention
-from flatprune.coupling.neurons import Attribute
+from flatprune.coupling.neurons import Attribute, Coupling
 
 Shapes = Mapping[str, Sequence[int]]  # key of a module's own tensor -> its shape
 Describe = Callable[[Any, Shapes], dict[str, Any]]
@@ -168,6 +168,15 @@ def with_integer(held: Any, place: int | str | None, value: int) -> Any:
     items = list(held)
     items[place] = value  # type: ignore[index]
     return items if isinstance(held, list) else tuple(items)
+
+
+def held_attributes(model: nn.Module, coupling: Coupling) -> dict[str, dict[str, Any]]:
+    """Module -> attribute -> value, of all integers that follow a width: what a fresh model needs beside the tensors."""
+    modules = dict(model.named_modules())
+    held: dict[str, dict[str, Any]] = {}
+    for attribute in (a for found in coupling.attributes.values() for a in found):
+        held.setdefault(attribute.module, {})[attribute.key] = getattr(modules[attribute.module], attribute.key)
+    return held
 
 
 def followed(

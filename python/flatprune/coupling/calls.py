@@ -46,7 +46,11 @@ def as_calls(example_inputs: Any) -> list[Call]:
     """
     if isinstance(example_inputs, Call):
         return [example_inputs]
-    if isinstance(example_inputs, (list, tuple)) and example_inputs and all(isinstance(c, Call) for c in example_inputs):
+    if (
+        isinstance(example_inputs, (list, tuple))
+        and example_inputs
+        and all(isinstance(c, Call) for c in example_inputs)
+    ):
         return list(example_inputs)
     if isinstance(example_inputs, Mapping):
         return [Call((), dict(example_inputs))]

@@ -14,6 +14,7 @@ from flatprune.coupling.components import OUTPUT, Candidate, Components
 from flatprune.coupling.findings import AxisTable, Findings
 from flatprune.coupling.neurons import CONSUMER, Coupling
 from flatprune.coupling.operators.indexing import LOOKED_UP
+from flatprune.coupling.products import mac_terms
 from flatprune.coupling.tracer import Labels, ModuleStack
 from flatprune.coupling.trial import TracedCall, Trial
 from flatprune.coupling.unreached import couple_unreached
@@ -66,7 +67,7 @@ class _Search:
                 self._trace(call, training)
 
     def _trace(self, call: Any, training: bool) -> None:
-        first_joint = self.table.next_joint
+        first_joint, known = self.table.next_joint, len(self.findings.products)
         labels = Labels(self.model, self.table, self.findings, self.stack)
         with unchanged(self.model), plain_kernels(), traced_mode(self.model, training), self.stack.watching():
             try:
@@ -81,6 +82,10 @@ class _Search:
             labels.note_outputs(output)
         self.called |= labels.called
         self.read_by_host |= labels.read_by_host
+        if not self.traced:
+            self.samples = max(1, next((len(t) for t in call.tensors() if t.dim()), 1))
+            self.products = self.findings.products[known:]
+        self.findings.products.clear()
         self.traced.append(TracedCall(call, training, first_joint))
 
     def coupling(self) -> Coupling:
@@ -114,7 +119,9 @@ class _Search:
                 if isinstance(item, type):
                     hit = isinstance(modules[member.module], item)
                 else:
-                    hit = item == "" or any((owner + ".").startswith(item + ".") for owner in (member.module, member.name))
+                    hit = item == "" or any(
+                        (owner + ".").startswith(item + ".") for owner in (member.module, member.name)
+                    )
                 if hit:
                     return _EXCLUDED
         for member in candidate.group.members:
@@ -130,6 +137,8 @@ class _Search:
                 found.refuse(candidate.group.producers(), why, expected=why == _EXCLUDED)
             else:
                 found.groups.append(candidate.group)
+        kept = [position for position in range(len(components.candidates)) if position not in reasons]
+        found.macs = mac_terms(self.products, components, kept, self.samples)
         for layers, why in components.refused:
             found.refuse(layers, why, expected=why == OUTPUT or why.startswith(LOOKED_UP))
         return found

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from flatprune.coupling.terms import Term
 
 PRODUCER, CHANNELWISE, CONSUMER = "producer", "channelwise", "consumer"
 
@@ -136,11 +138,20 @@ class Coupling:
         groups: in forward order.
         refusals: what stays, one entry for each group of neurons.
         attributes: name of a group -> integers that follow its width.
+        macs: what the multiply-accumulates of the first example in evaluation mode are made of, see
+            `flatprune.coupling.products`.
     """
 
     groups: list[NeuronGroup] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     attributes: dict[str, list[Attribute]] = field(default_factory=dict)
+    macs: list[Term] = field(default_factory=list)
+
+    def keep(self, positions: Sequence[int]) -> None:
+        """Leave only the groups at these positions; what the others own is fixed from now on."""
+        widths = [group.width for group in self.groups]
+        self.macs = [term.of_groups(positions, widths) for term in self.macs]
+        self.groups[:] = [self.groups[position] for position in positions]
 
     @property
     def refused(self) -> dict[str, str]:

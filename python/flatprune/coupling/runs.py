@@ -26,7 +26,9 @@ _RANDOM = 0.37  # in place of random numbers of any distribution
 _JOINT = {"native_layer_norm", "_fused_rms_norm", "rms_norm", "native_group_norm", "_weight_norm_interface"}
 _STATISTICS = frozenset(STATISTICS.split())
 # whether these run at all can depend on sizes and strides (contiguous, reshape): no steps of their own
-_QUIET = frozenset(name for name, found in RULES.items() if found in (RULES["view"], RULES["clone"])) - {"native_dropout"}
+_QUIET = frozenset(name for name, found in RULES.items() if found in (RULES["view"], RULES["clone"])) - {
+    "native_dropout"
+}
 
 
 @dataclass
@@ -80,7 +82,11 @@ class Arithmetic:
         if self.double:
             rest = tree_map(_converted, args[1:] if writes else args)
             given, named = (*args[:1], *rest) if writes else rest, tree_map(_converted, kwargs)
-        out = self._steady(func, given, named) if torch.Tag.nondeterministic_seeded in func.tags else func(*given, **named)
+        out = (
+            self._steady(func, given, named)
+            if torch.Tag.nondeterministic_seeded in func.tags
+            else func(*given, **named)
+        )
         return tree_map(_converted, out) if self.double and not writes else out
 
     def _steady(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -238,9 +244,7 @@ def _norm(op: Operation, x: Tensor, stays: Tensor) -> Tensor:
 def _affine(op: Operation, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
     vectors = [op.argument("weight"), op.argument("bias")]
     shape = [1, -1, *[1] * (x.dim() - 2)] if op.name == "native_group_norm" else None
-    found = [
-        t if t is None or shape is None else t.view(shape) for t in vectors
-    ]
+    found = [t if t is None or shape is None else t.view(shape) for t in vectors]
     return found[0], found[1]
 
 

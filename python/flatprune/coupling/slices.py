@@ -60,9 +60,7 @@ def _of_grids(findings: Findings, number: Tensor, count: int) -> Iterable[_Const
         ids = number[array]
         if not bool((ids >= 0).any()):
             continue
-        kinds = [
-            _kind(ids.movedim(d, 0).reshape(ids.shape[d], -1), count) for d in range(ids.dim())
-        ]
+        kinds = [_kind(ids.movedim(d, 0).reshape(ids.shape[d], -1), count) for d in range(ids.dim())]
         if WHOLE in kinds:
             continue
         choices = [kind for kind in kinds if isinstance(kind, Tensor)]

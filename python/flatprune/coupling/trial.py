@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from flatprune.coupling.attributes import integers, known_attributes, own_shapes, with_integer
 from flatprune.coupling.calls import Call, first_lines, plain_kernels, traced_mode, unchanged
-from flatprune.coupling.components import Candidate, Components
+from flatprune.coupling.components import Components
 from flatprune.coupling.cuts import cut_tensor, tensor_cuts
 from flatprune.coupling.neurons import Attribute, module_of
 from flatprune.coupling.runs import Arithmetic, CutRun, MaskedRun, Step
@@ -92,8 +92,11 @@ class Trial:
     def __init__(self, model: nn.Module, calls: Sequence[TracedCall], components: Components) -> None:
         self._model, self._calls, self._components = model, calls, components
         self._modules = dict(model.named_modules())
-        self._tensors = {name: t for k, names in components.table.names.items() for name, t in
-                         [(name, components.table.tensors[k]) for name in names]}
+        self._tensors = {
+            name: t
+            for k, names in components.table.names.items()
+            for name, t in [(name, components.table.tensors[k]) for name in names]
+        }
         self._stack = ModuleStack(model)
         self._double = True
         self._full: list[list[Tensor]] = []

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from flatprune.coupling import CONSUMER, PRODUCER, Member, NeuronGroup
+from flatprune.criteria.members import layers_of, member_rows
 from flatprune.criteria.saliency import (
     InputStatistics,
     compensation,
@@ -18,11 +21,10 @@ from flatprune.criteria.saliency import (
     input_statistics,
     relative_damping,
 )
-from flatprune.cutting.neurons import CONSUMER, PRODUCER, NeuronGroup
 from kfac_ext.curvature import Curvature
 from kfac_ext.curvature.modes import batch_statistics, undisturbed
 from kfac_ext.curvature.probing import joined_inputs
-from kfac_ext.layers import layer_of
+from kfac_ext.layers import Layer
 
 Scores = list[Tensor]  # one tensor [neurons] a group
 Inverses = dict[str, tuple[Tensor, ...]]
@@ -54,7 +56,7 @@ class ScoringContext:
     def statistics(self, role: str) -> InputStatistics:
         """A of every layer in which neurons are a "consumer" or "producer"; see `input_statistics`."""
         if role not in self._statistics:
-            self._statistics[role] = input_statistics(self.curvature, member_names(self.groups, role))
+            self._statistics[role] = input_statistics(self.curvature, self.layer_names(role))
         return self._statistics[role]
 
     def inverses(self, role: str) -> Inverses:
@@ -66,7 +68,7 @@ class ScoringContext:
     def gradient_factors(self, role: str) -> dict[str, tuple[Tensor, ...]]:
         """G of each group of the same layers."""
         factors = self.curvature.factors
-        return {name: factor_blocks(factors[f"{name}.G"]) for name in member_names(self.groups, role)}
+        return {name: factor_blocks(factors[f"{name}.G"]) for name in self.layer_names(role)}
 
     def output_inverses(self) -> Inverses:
         """P = (G + D)^-1 of every producer, D = 0.01 mean(diag G)."""
@@ -77,6 +79,29 @@ class ScoringContext:
                 "the covariance of its gradients",
             )
         return self._output_inverses
+
+    def layer_names(self, role: str) -> list[str]:
+        """The layers with factors in which neurons of any group have a role, once each."""
+        members = (member for group in self.groups for member in group.of_role(role))
+        return list(dict.fromkeys(self.layers[member.names].name for member in members))
+
+    @cached_property
+    def layers(self) -> dict[tuple[str, ...], Layer]:
+        """Names of a tensor -> the layer with factors whose weight it is."""
+        return layers_of(self.curvature, self.groups)
+
+    def tensor(self, member: Member) -> Tensor:
+        """The tensor that a member owns entries of."""
+        return self._tensors[member.name]
+
+    def rows(self, member: Member) -> Tensor:
+        """That tensor, detached, as a matrix [size, rest] whose rows the member's index counts."""
+        return member_rows(self.tensor(member).detach(), member)
+
+    @cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = (self.model.named_parameters, self.model.named_buffers)
+        return {name: t for named in tensors for name, t in named(remove_duplicate=False)}
 
     def gradient(self, parameter: nn.Parameter, name: str) -> Tensor:
         """The gradient that the last backward of the training loop left.
@@ -105,14 +130,9 @@ class ScoringContext:
             yield
 
 
-def member_names(groups: Sequence[NeuronGroup], role: str) -> list[str]:
-    """The layers in which neurons of any group have a role, once each."""
-    return list({member.name: None for group in groups for member in group.of_role(role)})
-
-
 def consumer_compensation(context: ScoringContext, pruned: Mapping[int, Tensor]) -> dict[str, Tensor]:
     """The layers that read the neurons make up for them; see `flatprune.criteria.saliency.compensation`."""
-    return compensation(context.curvature, context.groups, pruned, context.inverses(CONSUMER))
+    return compensation(context.curvature, context.layers, context.groups, pruned, context.inverses(CONSUMER))
 
 
 NEEDS = ("factors", "inverses", "gradients", "forwards")
@@ -165,7 +185,7 @@ class Criterion:
     Example:
         >>> def activity(context):  # mean squared weight that reads each neuron
         ...     return [
-        ...         sum(m.module.weight.square().mean(0)[m.index].sum(1) for m in group.of_role("consumer"))
+        ...         sum(context.rows(m).square().mean(1)[m.index].sum(1) for m in group.of_role("consumer"))
         ...         for group in context.groups
         ...     ]
         >>> pruner = Pruner(..., criterion=Criterion("activity", activity, source="ours"))
@@ -231,13 +251,12 @@ def ranks(scores: Scores) -> Scores:
     return [(score.argsort().argsort().double() + 1) / len(score) for score in scores]
 
 
-def mean_over_producers(group: NeuronGroup, per_row: Callable[[Tensor], Tensor]) -> Tensor:
+def mean_over_producers(context: ScoringContext, group: NeuronGroup, per_row: Callable[[Tensor], Tensor]) -> Tensor:
     """Mean over all rows that make a neuron, in all layers that produce it, of per_row(matrix [rows, d]) [rows].
 
     The rule for magnitudes of neurons coupled over several layers.
     """
     means = [
-        per_row(layer_of(member.module).weight_matrix().detach()).cpu().double()[member.index].mean(dim=1)
-        for member in group.of_role(PRODUCER)
+        per_row(context.rows(member)).cpu().double()[member.index].mean(dim=1) for member in group.of_role(PRODUCER)
     ]
     return torch.stack(means).mean(dim=0)

@@ -16,8 +16,7 @@ from torch.func import functional_call
 
 from flatprune.criteria.base import Criterion, Scores, ScoringContext
 from flatprune.criteria.loss_change import divergence
-from flatprune.cutting.cuts import layer_cuts
-from flatprune.cutting.trial import masked_weights, survivors_only
+from flatprune.criteria.masking import masked_tensors, survivors_only
 
 _SOURCE = "Diaz-Ortiz et al. 2023, GTAP, arXiv 2311.10468"
 _RIDGE = 0.01  # of a mask's variance; a regression with more neurons than samples needs one
@@ -115,9 +114,10 @@ class MaskedNetwork:
 
     @torch.no_grad()
     def _output(self, pruned: Mapping[int, Tensor]) -> Tensor:
-        groups = self._context.groups
-        with self._context.probing(), survivors_only(layer_cuts(groups, pruned).values()):
-            return functional_call(self._context.model, masked_weights(groups, pruned), self._inputs, tie_weights=False)
+        model, groups = self._context.model, self._context.groups
+        masked = masked_tensors(dict(model.named_parameters(remove_duplicate=False)), groups, pruned)
+        with self._context.probing(), survivors_only(model, groups, pruned):
+            return functional_call(model, masked, self._inputs, tie_weights=False)
 
 
 def _players(context: ScoringContext) -> range:

@@ -9,14 +9,16 @@ neuron together share one gate, so their sums are added before the square.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from flatprune.coupling import CHANNELWISE, PRODUCER, Member, NeuronGroup
+from flatprune.coupling.neurons import tensor_name
 from flatprune.criteria.base import Criterion, Scores, ScoringContext
-from flatprune.cutting.neurons import PRODUCER, Member, NeuronGroup
+from flatprune.criteria.members import member_rows
 from kfac_ext.curvature.calls import call_hooks
 from kfac_ext.curvature.capture import Capture
 from kfac_ext.curvature.fisher import checked_output, output_gradient, prediction_count, sample_targets
-from kfac_ext.layers import Layer, layer_of
+from kfac_ext.layers import Layer
 
 
 @torch.no_grad()
@@ -32,10 +34,9 @@ def taylor_scores(context: ScoringContext) -> Scores:
 def _first_order(context: ScoringContext, group: NeuronGroup) -> Tensor:
     total = torch.zeros(group.width, dtype=torch.float64)
     for member in group.of_role(PRODUCER):
-        for name, parameter in _affine_map(context, member):
+        for name, parameter in _affine_map(context, group, member):
             rows = (parameter * context.gradient(parameter, name)).double()
-            if rows.dim() > 1:
-                rows = layer_of(member.module).weight_matrix(rows).sum(dim=1)
+            rows = rows if rows.dim() == 1 else member_rows(rows, member).sum(dim=1)
             total += rows.cpu()[member.index].sum(dim=1)
     return total
 
@@ -44,21 +45,22 @@ def check_gradients(context: ScoringContext) -> None:
     """Raise ValueError, naming the layer, for neurons behind parameters that are frozen."""
     for group in context.groups:
         for member in group.of_role(PRODUCER):
-            for name, parameter in _affine_map(context, member):
+            for name, parameter in _affine_map(context, group, member):
                 if not parameter.requires_grad:
                     raise ValueError(
-                        f"criterion taylor: {name} of layer {member.name!r} is frozen and gets no gradient; choose "
+                        f"criterion taylor: {name} of layer {member.module!r} is frozen and gets no gradient; choose "
                         "another criterion, or exclude the layer"
                     )
 
 
-def _affine_map(context: ScoringContext, member: Member) -> list[tuple[str, nn.Parameter]]:
-    """The parameters of the map to z, by name."""
-    layer = context.curvature.layers.get(member.name)
-    module, name = member.module, member.name
+def _affine_map(context: ScoringContext, group: NeuronGroup, member: Member) -> list[tuple[str, Tensor]]:
+    """The parameters of the map to z, by name: gamma and beta of the norm behind the layer, else its weight and bias."""
+    layer = context.layers.get(member.names)
     if layer is not None and layer.norm is not None and layer.norm.weight is not None:
-        module, name = layer.norm, str(layer.norm_name)
-    return [(f"{name}.{key}", parameter) for key, parameter in module.named_parameters(recurse=False)]
+        own = [(key, getattr(layer.norm, key)) for key in ("weight", "bias")]
+        return [(tensor_name(str(layer.norm_name), key), t) for key, t in own if t is not None]
+    biases = [m for m in group.of_role(CHANNELWISE) if m.module == member.module and PRODUCER not in m.roles]
+    return [(m.name, context.tensor(m)) for m in (member, *biases) if context.tensor(m).dim() == 1 or m is member]
 
 
 def gate_scores(context: ScoringContext) -> Scores:
@@ -66,11 +68,12 @@ def gate_scores(context: ScoringContext) -> Scores:
 
     One forward on the recent inputs, labels drawn from the model's own prediction.
     """
-    names = {member.name for group in context.groups for member in group.of_role(PRODUCER)}
-    sums, count = _gate_gradients(context, [context.curvature.layers[name] for name in names])
+    sums, count = _gate_gradients(context, [context.curvature.layer(name) for name in context.layer_names(PRODUCER)])
     scores = []
     for group in context.groups:
-        gates = sum(sums[m.name].double().cpu()[:, m.index].sum(dim=2) for m in group.of_role(PRODUCER))
+        gates = sum(
+            sums[context.layers[m.names].name].double().cpu()[:, m.index].sum(dim=2) for m in group.of_role(PRODUCER)
+        )
         assert isinstance(gates, Tensor)
         scores.append(0.5 * gates.square().sum(dim=0) / count)
     return scores

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from flatprune.criteria.saliency import Reading, factor_blocks, readings
-from flatprune.cutting.neurons import CONSUMER
+from flatprune.coupling import CONSUMER
+from flatprune.criteria.members import Reading, readings
+from flatprune.criteria.saliency import factor_blocks
 
 if TYPE_CHECKING:
     from flatprune.criteria.base import ScoringContext
@@ -39,7 +40,7 @@ class ColumnScores:
     def __init__(self, context: ScoringContext) -> None:
         self.groups = context.groups
         self.total = 0.0
-        self._readings = readings(self.groups, CONSUMER)
+        self._readings = readings(context.layers, self.groups, CONSUMER)
         self._blocks: dict[tuple[str, int], _Block] = {}
         for reading in self._readings:
             key = (reading.layer, reading.group)

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 import kfac_ext
+from flatprune.coupling import PRODUCER
+from flatprune.coupling.neurons import tensor_name
 from flatprune.criteria.base import Criterion, Scores, ScoringContext
-from flatprune.criteria.saliency import Reading, ordered, readings, summed
-from flatprune.cutting.cuts import layer_cuts, tensor_name
-from flatprune.cutting.neurons import PRODUCER, channels, groups_of
+from flatprune.criteria.members import Reading, lost_channels, readings
+from flatprune.criteria.saliency import ordered, summed
 from kfac_ext.layers import Layer
 
 _SOURCE = "Wang et al. 2019, EigenDamage, arXiv 1905.05934"
@@ -37,7 +38,7 @@ class _Rows:
 
     def __init__(self, context: ScoringContext) -> None:
         self.groups = context.groups
-        self.members = readings(context.groups, PRODUCER)
+        self.members = readings(context.layers, context.groups, PRODUCER)
         self.statistics = context.statistics(PRODUCER)
         self.gradients = context.gradient_factors(PRODUCER)
         self._weights = {name: context.curvature.folded_weight(name) for name in self.gradients}
@@ -122,14 +123,9 @@ def row_compensation(context: ScoringContext, pruned: Mapping[int, Tensor]) -> d
     inverses = context.output_inverses()
     statistics = context.statistics(PRODUCER)
     values: dict[str, Tensor] = {}
-    for cut in layer_cuts(context.groups, pruned).values():
-        if cut.outputs is None or cut.name not in inverses:
-            continue
-        layer = context.curvature.layers[cut.name]
-        lost = torch.ones(channels(cut.module, PRODUCER), dtype=torch.bool)
-        lost[cut.outputs] = False
-        new = _without_rows(layer.folded_weight(), inverses[cut.name], lost.view(groups_of(cut.module), -1))
-        values.update(_as_tensors(layer, new, statistics.blocks(cut.name)))
+    for layer, lost in lost_channels(context.layers, context.groups, pruned, PRODUCER):
+        new = _without_rows(layer.folded_weight(), inverses[layer.name], lost.view(layer.groups, -1))
+        values.update(_as_tensors(layer, new, statistics.blocks(layer.name)))
     return values
 
 
@@ -148,9 +144,9 @@ def _as_tensors(layer: Layer, new: Tensor, As: Sequence[Tensor]) -> dict[str, Te
     bias = layer.bias
     if layer.norm is not None:
         return _behind_norm(layer, new, As)
-    values = {tensor_name(layer.name, "weight"): layer.weight_like(new[:, : layer.patch_size])}
+    values = {layer.weight_name: layer.weight_like(new[:, : layer.patch_size])}
     if bias is not None:
-        values[tensor_name(layer.name, "bias")] = new[:, -1]
+        values[str(layer.bias_name)] = new[:, -1]
     return values
 
 
@@ -171,7 +167,7 @@ def _behind_norm(layer: Layer, new: Tensor, As: Sequence[Tensor]) -> dict[str, T
     beta = torch.where(heard, new[:, -1] - scale * constant, norm.bias)
     own = {"weight": gamma, "bias": beta, "running_mean": running_mean, "running_var": running_var}
     values = {tensor_name(str(layer.norm_name), key): value for key, value in own.items()}
-    return {tensor_name(layer.name, "weight"): layer.weight_like(rows), **values}
+    return {layer.weight_name: layer.weight_like(rows), **values}
 
 
 def _output_moments(weight: Tensor, As: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -8,21 +8,23 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
 
+from flatprune.coupling import CHANNELWISE, PRODUCER, Member, NeuronGroup
 from flatprune.criteria.base import Criterion, Scores, ScoringContext, mean_over_producers, ranks
-from flatprune.cutting.neurons import CHANNELWISE, NORMS, PRODUCER, Member, NeuronGroup
-from kfac_ext.layers import layer_of
 
 
 def l1_scores(context: ScoringContext) -> Scores:
     """S_j = mean |w| over the weights of the rows that make neuron j."""
-    return [mean_over_producers(group, lambda weight: weight.abs().mean(dim=1)) for group in context.groups]
+    return [mean_over_producers(context, group, lambda rows: rows.abs().mean(dim=1)) for group in context.groups]
 
 
 def l2_scores(context: ScoringContext) -> Scores:
     """S_j = (mean w^2)^(1/2) over the weights of the rows that make neuron j: |w|_2 by the root of their number."""
-    return [mean_over_producers(group, lambda weight: weight.square().mean(dim=1)).sqrt() for group in context.groups]
+    return [
+        mean_over_producers(context, group, lambda rows: rows.square().mean(dim=1)).sqrt() for group in context.groups
+    ]
 
 
 def uniform(score: Callable[[ScoringContext], Scores]) -> Callable[[ScoringContext], Scores]:
@@ -41,14 +43,11 @@ def median_distances(context: ScoringContext) -> Scores:
     be compared, and the paper takes the same fraction of each: hence the rank. Rows of several producers are one long
     filter.
     """
-    return ranks([_distances(group) for group in context.groups])
+    return ranks([_distances(context, group) for group in context.groups])
 
 
-def _distances(group: NeuronGroup) -> Tensor:
-    parts = [
-        layer_of(member.module).weight_matrix().detach().double().cpu()[member.index].flatten(1)
-        for member in group.of_role(PRODUCER)
-    ]
+def _distances(context: ScoringContext, group: NeuronGroup) -> Tensor:
+    parts = [context.rows(member).double().cpu()[member.index].flatten(1) for member in group.of_role(PRODUCER)]
     filters = torch.cat(parts, dim=1)
     return torch.cdist(filters, filters, compute_mode="donot_use_mm_for_euclid_dist").sum(dim=1)
 
@@ -58,7 +57,10 @@ def norm_scales(context: ScoringContext) -> Scores:
     check_norms(context)
     scores = []
     for group in context.groups:
-        gammas = [_scale(member).detach().abs().cpu().double()[member.index].mean(dim=1) for member in _norms(group)]
+        gammas = [
+            context.tensor(member).detach().abs().cpu().double()[member.index].mean(dim=1)
+            for member in _norms(context, group)
+        ]
         scores.append(torch.stack(gammas).mean(dim=0))
     return scores
 
@@ -66,20 +68,21 @@ def norm_scales(context: ScoringContext) -> Scores:
 def check_norms(context: ScoringContext) -> None:
     """Raise ValueError, naming the layer, for neurons without a norm that scales them."""
     for group in context.groups:
-        if not _norms(group):
+        if not _norms(context, group):
             raise ValueError(
                 f"criterion bn_scale: no norm with a scale (gamma) follows layer {group.name!r}; choose another "
                 "criterion, or exclude the layer"
             )
 
 
-def _norms(group: NeuronGroup) -> list[Member]:
-    return [m for m in group.of_role(CHANNELWISE) if isinstance(m.module, NORMS) and m.module.weight is not None]
-
-
-def _scale(member: Member) -> nn.Parameter:
-    assert isinstance(member.module.weight, nn.Parameter)
-    return member.module.weight
+def _norms(context: ScoringContext, group: NeuronGroup) -> list[Member]:
+    """The scales of norms that treat each channel by itself."""
+    modules = dict(context.model.named_modules())
+    return [
+        member
+        for member in group.of_role(CHANNELWISE)
+        if member.name.endswith("weight") and isinstance(modules[member.module], _NormBase)
+    ]
 
 
 def random_scores(context: ScoringContext) -> Scores:

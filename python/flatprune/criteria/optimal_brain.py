@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from flatprune.coupling import CONSUMER
 from flatprune.criteria.base import Criterion, Scores, ScoringContext
 from flatprune.criteria.joint import JointObd, JointObs
 from flatprune.criteria.saliency import curvature_scores
-from flatprune.cutting.neurons import CONSUMER
 
 _OBS = "Hassibi & Stork 1992 for a block of columns, with the Kronecker factors of Martens & Grosse 2015; ours"
 
@@ -13,12 +13,12 @@ _OBS = "Hassibi & Stork 1992 for a block of columns, with the Kronecker factors 
 def obs_scores(context: ScoringContext) -> Scores:
     """S_j = 1/2 tr(V_J^T G V_J (H_JJ)^-1), H = (A + D)^-1, summed over the layers that read neuron j."""
     statistics, inverses = context.statistics(CONSUMER), context.inverses(CONSUMER)
-    return curvature_scores(context.curvature, context.groups, "obs", statistics, inverses)
+    return curvature_scores(context.curvature, context.layers, context.groups, "obs", statistics, inverses)
 
 
 def obd_scores(context: ScoringContext) -> Scores:
     """S_j = 1/2 tr(V_J^T G V_J A_JJ), summed over the layers that read neuron j."""
-    return curvature_scores(context.curvature, context.groups, "obd", context.statistics(CONSUMER))
+    return curvature_scores(context.curvature, context.layers, context.groups, "obd", context.statistics(CONSUMER))
 
 
 OBD = Criterion(

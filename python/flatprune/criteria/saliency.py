@@ -16,16 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import kfac_ext
-from flatprune.cutting.cuts import layer_cuts, tensor_name, weight_columns
-from flatprune.cutting.neurons import CONSUMER, Member, NeuronGroup, channels, groups_of, inputs_of_group
+from flatprune.coupling import CONSUMER, NeuronGroup
+from flatprune.coupling.neurons import tensor_name
+from flatprune.criteria.members import Layers, Reading, input_columns, lost_channels, readings
 from kfac_ext.curvature.probing import fresh_covariances
-from kfac_ext.layers import layer_of
+from kfac_ext.layers import Layer
 
 if TYPE_CHECKING:
     from kfac_ext.curvature import Curvature
@@ -131,51 +132,10 @@ def input_statistics(curvature: Curvature, names: Iterable[str]) -> InputStatist
     return InputStatistics(covariances, constant)
 
 
-class Reading(NamedTuple):
-    """Where neurons of one group stand in one layer (in one group of a grouped convolution).
-
-    Attributes:
-        position: of the neuron group.
-        layer: name of the layer.
-        group: of the convolution, 0 without groups.
-        neurons: int64 [n].
-        entries: int64 [n, block]: columns of the weight as a matrix that the neurons feed (consumer), or rows that make
-            them (producer), within their group.
-    """
-
-    position: int
-    layer: str
-    group: int
-    neurons: Tensor
-    entries: Tensor
-
-
-def readings(groups: Sequence[NeuronGroup], role: str) -> list[Reading]:
-    """One reading for each member of a role ("consumer" or "producer") and group of its convolution."""
-    found = []
-    for position, group in enumerate(groups):
-        for member in group.of_role(role):
-            group_of, entries = _entries(member)
-            for part in range(groups_of(member.module)):
-                neurons = torch.arange(group.width)
-                if groups_of(member.module) > 1:
-                    neurons = neurons[group_of == part]
-                found.append(Reading(position, member.name, part, neurons, entries[neurons]))
-    return found
-
-
-def _entries(member: Member) -> tuple[Tensor, Tensor]:
-    """Of each neuron: its group [neurons], and its columns or rows within it [neurons, block]."""
-    module = member.module
-    if member.role == CONSUMER:
-        return member.index[:, 0] // inputs_of_group(module), weight_columns(module, member.index)
-    size = channels(module, member.role) // groups_of(module)
-    return member.index[:, 0] // size, member.index % size
-
-
 @torch.no_grad()
 def curvature_scores(
     curvature: Curvature,
+    layers: Layers,
     groups: Sequence[NeuronGroup],
     criterion: str,
     statistics: InputStatistics,
@@ -185,6 +145,7 @@ def curvature_scores(
 
     Args:
         curvature: gives G and the folded weights.
+        layers: those with factors, by the names of their weights.
         groups: the neuron groups.
         criterion: "obs" or "obd".
         statistics: A of every consumer.
@@ -196,7 +157,7 @@ def curvature_scores(
     Raises:
         ValueError: naming the group whose scores are not finite.
     """
-    members = readings(groups, CONSUMER)
+    members = readings(layers, groups, CONSUMER)
     weights = {name: curvature.folded_weight(name) for name in statistics.covariances}
     arguments = []
     for reading in members:
@@ -236,6 +197,7 @@ def ordered(V: Tensor, matrix: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]
 @torch.no_grad()
 def compensation(
     curvature: Curvature,
+    layers: Layers,
     groups: Sequence[NeuronGroup],
     pruned: Mapping[int, Tensor],
     inverses: Mapping[str, tuple[Tensor, ...]],
@@ -248,6 +210,7 @@ def compensation(
 
     Args:
         curvature: knows the batch norm behind each layer.
+        layers: those with factors, by the names of their weights.
         groups: the neuron groups.
         pruned: position in `groups` -> int64 [m] neurons that go.
         inverses: H of every consumer.
@@ -257,32 +220,29 @@ def compensation(
         `flatprune.cutting.surgery.plan`.
     """
     arguments: list[tuple[Tensor, Tensor, Tensor]] = []
-    layers = [cut for cut in layer_cuts(groups, pruned).values() if cut.inputs is not None]
-    for cut in layers:
-        full = _with_constant(cut.module, inverses[cut.name][0])
-        slices = groups_of(cut.module)
-        lost = torch.ones(channels(cut.module, CONSUMER), dtype=torch.bool)
-        lost[cut.inputs] = False
-        for part, lost_inputs in enumerate(lost.view(slices, -1)):
-            columns = weight_columns(cut.module, lost_inputs.nonzero()).flatten().to(full.device)
-            arguments.append((full.unflatten(0, (slices, -1))[part], inverses[cut.name][part], columns))
+    lost = lost_channels(layers, groups, pruned, CONSUMER)
+    for layer, channels in lost:
+        full = _with_constant(layer, inverses[layer.name][0])
+        for part, of_group in enumerate(channels.view(layer.groups, -1)):
+            columns = input_columns(layer, of_group.nonzero()).flatten().to(full.device)
+            arguments.append((full.unflatten(0, (layer.groups, -1))[part], inverses[layer.name][part], columns))
     if not arguments:
         return {}
     kept = iter(kfac_ext.compensate(*(list(column) for column in zip(*arguments))))
     rows = iter(arguments)
     values: dict[str, Tensor] = {}
-    for cut in layers:
-        parts = [_scatter(*next(rows), next(kept)) for _ in inverses[cut.name]]
-        values.update(_as_tensors(curvature, cut.name, torch.cat(parts)))
+    for layer, _ in lost:
+        parts = [_scatter(*next(rows), next(kept)) for _ in inverses[layer.name]]
+        values.update(_as_tensors(curvature, layer.name, torch.cat(parts)))
     return values
 
 
-def _with_constant(module: nn.Module, inverse: Tensor) -> Tensor:
+def _with_constant(layer: Layer, inverse: Tensor) -> Tensor:
     """The raw weight as a matrix [O, d], with the bias (or zeros) as a last column if the inverse has one for the 1."""
-    weight = layer_of(module).weight_matrix().to(inverse.dtype)
+    weight = layer.weight_matrix().to(inverse.dtype)
     if inverse.shape[0] == weight.shape[1]:
         return weight
-    column = module.bias if isinstance(module.bias, Tensor) else weight.new_zeros(len(weight))
+    column = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias
     return torch.cat([weight, column.to(inverse.dtype)[:, None]], dim=1)
 
 
@@ -299,12 +259,12 @@ def _as_tensors(curvature: Curvature, name: str, full: Tensor) -> dict[str, Tens
     layer = curvature.layers[name]
     weight, bias = layer.weight, layer.bias
     size = layer.patch_size
-    values = {tensor_name(name, "weight"): layer.weight_like(full[:, :size]).to(weight.dtype)}
+    values = {layer.weight_name: layer.weight_like(full[:, :size]).to(weight.dtype)}
     if full.shape[1] == size:
         return values
     constant = full[:, size]
     if bias is not None:
-        values[tensor_name(name, "bias")] = constant.to(bias.dtype)
+        values[str(layer.bias_name)] = constant.to(bias.dtype)
     elif layer.norm is not None and layer.norm.running_mean is not None:
         mean = layer.norm.running_mean
         values[tensor_name(str(layer.norm_name), "running_mean")] = mean - constant.to(mean.dtype)

@@ -1,38 +1,23 @@
-"""Removing neurons from everything at once: first every new tensor is computed and checked, then all are put in place.
-
-A removal touches weights, biases, norms and their running statistics, gradients, the optimizer's state, the Kronecker
-factors with their eigenvectors, attributes such as `in_features`, and the indices of the neuron groups. `plan` computes
-all of it and changes nothing; `Plan.commit` only assigns. So an error leaves model, optimizer and factors as they were.
-Parameters stay the same objects (their `.data` is replaced), so the optimizer's param_groups stay valid.
-"""
+"""Taking neurons out of a network: parameters, buffers, gradients, optimizer state, copies and factors, all or nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flatprune.cutting.cuts import Cut, LayerCut, layer_cuts, patch_size, renumbered, weight_columns
+from flatprune.coupling import Coupling, Cut, Member, NeuronGroup, cut_tensor, tensor_cuts
+from flatprune.coupling.attributes import followed, known_attributes, own_shapes
+from flatprune.coupling.cuts import renumbered
 from flatprune.cutting.ema_models import check_ema_model, named_tensors, unwrapped
-from flatprune.cutting.neurons import (
-    CONSUMER,
-    MATRICES,
-    NORMS,
-    PRODUCER,
-    Member,
-    NeuronGroup,
-    channels,
-    groups_of,
-    is_attention,
-    is_depthwise,
-)
 from flatprune.moved import refuse_moved
+from kfac_ext.curvature import Curvature
+from kfac_ext.layers import Layer
 
-if TYPE_CHECKING:
-    from kfac_ext.curvature import Curvature
+Cuts = Mapping[str, Sequence[Cut]]
 
 
 @dataclass
@@ -43,17 +28,17 @@ class Plan:
         parameters: (parameter, its new data, its new gradient or None).
         buffers: (buffer, its new data).
         states: (an optimizer state, key, new tensor).
-        modules: layers whose attributes follow from the new shapes.
-        indices: (member of a group, new index); `group_of`: (group, its new `group_of`).
+        attributes: (module, attribute, new value).
+        members: (group, its new members); `slices`: (group, new slice of each neuron).
         curvature: whose factors are cut, or None; `keep` and `blocks` are the arguments of its `narrow`.
     """
 
     parameters: list[tuple[nn.Parameter, Tensor, Tensor | None]] = field(default_factory=list)
     buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     states: list[tuple[dict[str, Any], str, Tensor]] = field(default_factory=list)
-    modules: list[tuple[nn.Module, dict[str, Any]]] = field(default_factory=list)
-    indices: list[tuple[Member, Tensor]] = field(default_factory=list)
-    group_of: list[tuple[NeuronGroup, Tensor]] = field(default_factory=list)
+    attributes: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
+    members: list[tuple[NeuronGroup, list[Member]]] = field(default_factory=list)
+    slices: list[tuple[NeuronGroup, Tensor]] = field(default_factory=list)
     curvature: Curvature | None = None
     keep: dict[str, Tensor] = field(default_factory=dict)
     blocks: dict[str, Tensor] = field(default_factory=dict)
@@ -73,12 +58,11 @@ class Plan:
             buffer.data = data
         for state, key, tensor in self.states:
             state[key] = tensor
-        for module, attributes in self.modules:
-            for attribute, value in attributes.items():
-                setattr(module, attribute, value)
-        for member, index in self.indices:
-            member.index = index
-        for group, group_of in self.group_of:
+        for module, attribute, value in self.attributes:
+            setattr(module, attribute, value)
+        for group, members in self.members:
+            group.members = members
+        for group, group_of in self.slices:
             group.group_of = group_of
 
 
@@ -99,7 +83,7 @@ def _replace(parameter: nn.Parameter, data: Tensor, grad: Tensor | None) -> None
 @torch.no_grad()
 def plan(
     model: nn.Module,
-    groups: Sequence[NeuronGroup],
+    coupling: Coupling,
     pruned: Mapping[int, Tensor],
     *,
     optimizer: torch.optim.Optimizer | None = None,
@@ -111,8 +95,8 @@ def plan(
 
     Args:
         model: the network.
-        groups: all its neuron groups.
-        pruned: position in `groups` -> int64 [m] neurons that go.
+        coupling: its neuron groups and the integers that follow them.
+        pruned: position of a group -> int64 [m] neurons that go.
         optimizer: its state tensors of a parameter's shape are cut like the parameter.
         curvature: its factors are cut.
         replacements: qualified name of a parameter or buffer -> values of its old shape that it takes before the cut
@@ -123,34 +107,39 @@ def plan(
         The plan; call `commit()`.
 
     Raises:
-        ValueError: naming the group, parameter, optimizer state or averaged copy that stands in the way.
+        ValueError: naming the group, parameter, optimizer state or copy that stands in the way.
         RuntimeError: SAM has moved the parameters.
     """
     refuse_moved(model, "Pruner")
-    result = Plan()
+    result, groups = Plan(), coupling.groups
+    replacements = {_first_names(model)[name]: value for name, value in (replacements or {}).items()}
     _check_pruned(groups, pruned)
     check_states(model, optimizer)
     for number, ema_model in enumerate(ema_models):
         check_ema_model(model, ema_model, f"ema_models[{number}]")
-    cuts = layer_cuts(groups, pruned)
-    done = set()
-    for layer in cuts.values():
-        for name, tensor, cut in layer.tensors():
-            done.add(name)
-            value = tensor if replacements is None else replacements.get(name, tensor)
-            _plan_tensor(result, name, tensor, _checked(name, tensor, value), cut, optimizer)
-        result.modules.append((layer.module, layer.attributes()))
+    cuts = tensor_cuts(groups, pruned)
+    removed = {groups[position].name: len(neurons) for position, neurons in pruned.items()}
     own = named_tensors(model)
-    for name, value in (replacements or {}).items():
-        if name not in done:  # a bias or running mean that keeps its shape
-            _plan_tensor(result, name, own[name], _checked(name, own[name], value), Cut(), optimizer)
+    for name in {**cuts, **replacements}:
+        value = replacements.get(name, own[name])
+        _plan_tensor(result, name, own[name], _checked(name, own[name], value), cuts.get(name, ()), optimizer)
+    _plan_attributes(result, model, cuts, coupling, removed)
     for ema_model in ema_models:
-        _plan_ema_model(result, model, ema_model, cuts, replacements or {})
-    _plan_indices(result, groups, pruned, cuts)
+        _plan_copy(result, own, unwrapped(ema_model), cuts, replacements)
+        _plan_attributes(result, unwrapped(ema_model), cuts, coupling, removed)
+    _plan_groups(result, groups, pruned, cuts)
     if curvature is not None:
         result.curvature = curvature
-        _plan_factors(result, curvature, cuts)
+        for layer in curvature.layers.values():
+            _plan_factors(result, curvature, layer, cuts.get(_first_names(model)[layer.weight_name], ()))
     return result
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Every name of a parameter or buffer -> its first."""
+    firsts = {id(tensor): name for name, tensor in named_tensors(model).items()}
+    both = (model.named_parameters, model.named_buffers)
+    return {name: firsts[id(t)] for named in both for name, t in named(remove_duplicate=False)}
 
 
 def check_states(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
@@ -173,27 +162,6 @@ def check_states(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> N
                 )
 
 
-def _plan_ema_model(
-    result: Plan,
-    model: nn.Module,
-    ema_model: nn.Module,
-    cuts: Mapping[str, LayerCut],
-    replacements: Mapping[str, Tensor],
-) -> None:
-    """Cut a copy's tensors as the model's, after moving them by as much as compensation moves the model's."""
-    source, copy = named_tensors(model), named_tensors(unwrapped(ema_model))
-    planned: dict[str, Cut] = {name: Cut() for name in replacements}
-    for layer in cuts.values():
-        own = layer._replace(module=unwrapped(ema_model).get_submodule(layer.name))
-        planned.update({name: cut for name, _, cut in own.tensors()})
-        result.modules.append((own.module, own.attributes()))
-    for name, cut in planned.items():
-        value = copy[name].detach()
-        if name in replacements:
-            value = value + (replacements[name] - source[name]).to(value)
-        _plan_tensor(result, name, copy[name], _checked(name, copy[name], value), cut, None)
-
-
 def _check_pruned(groups: Sequence[NeuronGroup], pruned: Mapping[int, Tensor]) -> None:
     for position, neurons in pruned.items():
         group = groups[position]
@@ -205,8 +173,8 @@ def _check_pruned(groups: Sequence[NeuronGroup], pruned: Mapping[int, Tensor]) -
         counts = group.group_of[neurons].bincount(minlength=group.groups)
         if int(counts.min()) != int(counts.max()):
             raise ValueError(
-                f"{group.name!r}: {counts.tolist()} neurons would go from the {group.groups} slices of a grouped "
-                "convolution, expected equally many from each"
+                f"{group.name!r}: {counts.tolist()} neurons would go from its {group.groups} slices, expected equally "
+                "many from each"
             )
 
 
@@ -223,104 +191,131 @@ def _checked(name: str, tensor: Tensor, value: Tensor) -> Tensor:
 
 
 def _plan_tensor(
-    result: Plan, name: str, tensor: Tensor, value: Tensor, cut: Cut, optimizer: torch.optim.Optimizer | None
+    result: Plan,
+    name: str,
+    tensor: Tensor,
+    value: Tensor,
+    cuts: Sequence[Cut],
+    optimizer: torch.optim.Optimizer | None,
 ) -> None:
     if value is not tensor:  # laid out alike, as fused optimizers want parameter, gradient and states
         value = torch.empty_like(tensor).copy_(value)
-    data = cut.apply(value.detach())
+    data = cut_tensor(value.detach(), cuts)
     if not isinstance(tensor, nn.Parameter):
         result.buffers.append((tensor, data))
         return
-    result.parameters.append((tensor, data, None if tensor.grad is None else cut.apply(tensor.grad)))
+    result.parameters.append((tensor, data, None if tensor.grad is None else cut_tensor(tensor.grad, cuts)))
     if data.shape == tensor.shape or optimizer is None or tensor not in optimizer.state:
         return
     state = optimizer.state[tensor]
     for key, entry in state.items():
         if isinstance(entry, Tensor) and entry.dim() > 0 and entry.shape == tensor.shape:
-            result.states.append((state, key, cut.apply(entry)))
+            result.states.append((state, key, cut_tensor(entry, cuts)))
 
 
-def _plan_indices(
-    result: Plan, groups: Sequence[NeuronGroup], pruned: Mapping[int, Tensor], cuts: Mapping[str, LayerCut]
+def _plan_copy(
+    result: Plan, source: Mapping[str, Tensor], ema_model: nn.Module, cuts: Cuts, replacements: Mapping[str, Tensor]
 ) -> None:
+    """Cut a copy's tensors as the model's, after moving them by as much as compensation moves the model's."""
+    copy = named_tensors(ema_model)
+    for name in {**cuts, **replacements}:
+        value = copy[name].detach()
+        if name in replacements:
+            value = value + (replacements[name] - source[name]).to(value)
+        _plan_tensor(result, name, copy[name], _checked(name, copy[name], value), cuts.get(name, ()), None)
+
+
+def _plan_attributes(
+    result: Plan, model: nn.Module, cuts: Cuts, coupling: Coupling, removed: Mapping[str, int]
+) -> None:
+    """Sizes that layers state, and integers that were found to follow a width."""
+    modules = dict(model.named_modules())
+    cut_ids = {id(tensor): name for name, tensor in named_tensors(model).items() if name in cuts}
+    for module in modules.values():
+        own = {**module._parameters, **module._buffers}
+        names = {
+            key: cut_ids[id(tensor)] for key, tensor in own.items() if tensor is not None and id(tensor) in cut_ids
+        }
+        if names:
+            shapes = {**own_shapes(module), **{key: _shape_after(own[key], cuts[name]) for key, name in names.items()}}
+            result.attributes += [(module, *item) for item in known_attributes(module, shapes).items()]
+    for name, values in followed(modules, coupling.attributes, removed).items():
+        result.attributes += [(modules[name], key, value) for key, value in values.items()]
+
+
+def _shape_after(tensor: Tensor | None, cuts: Sequence[Cut]) -> tuple[int, ...]:
+    assert tensor is not None
+    shape = list(tensor.shape)
+    for cut in cuts:
+        shape[cut.dim] = len(cut.kept) // cut.groups
+    return tuple(shape)
+
+
+def _plan_groups(result: Plan, groups: Sequence[NeuronGroup], pruned: Mapping[int, Tensor], cuts: Cuts) -> None:
     for position, group in enumerate(groups):
         stay = torch.ones(group.width, dtype=torch.bool)
         if position in pruned:
             stay[pruned[position]] = False
         neurons = stay.nonzero().flatten()
         if position in pruned:
-            result.group_of.append((group, group.group_of[neurons]))
+            result.slices.append((group, group.group_of[neurons]))
+        found = []
         for member in group.members:
-            if member.name in cuts:
-                result.indices.append((member, renumbered(member, neurons, cuts[member.name])))
+            own = [c for c in cuts.get(member.name, ()) if (c.dim, c.groups) == (member.dim, member.groups)]
+            found.append(renumbered(member, neurons, own[0] if own else None))
+        result.members.append((group, found))
 
 
-def _plan_factors(result: Plan, curvature: Curvature, cuts: Mapping[str, LayerCut]) -> None:
+def _plan_factors(result: Plan, curvature: Curvature, layer: Layer, cuts: Sequence[Cut]) -> None:
+    """Rows and columns of A and G that stay."""
     factors = curvature.factors
+    if not cuts or f"{layer.name}.A" not in factors:
+        return
     device = factors.buffer.device
-    for name, cut in cuts.items():
-        if f"{name}.A" not in factors:
-            continue
-        groups = groups_of(cut.module)
-        columns, rows = factors[f"{name}.A"].shape[-1], factors[f"{name}.G"].shape[-1]
-        if columns - patch_size(cut.module) not in (0, 1) or rows * groups != channels(cut.module, PRODUCER):
-            raise ValueError(f"{name}: its factors are for {columns} inputs and {rows} outputs, not for this layer")
-        if is_depthwise(cut.module):
-            assert cut.outputs is not None
-            result.blocks[f"{name}.A"] = result.blocks[f"{name}.G"] = cut.outputs.to(device)
-            continue
-        if cut.inputs is not None:
-            result.keep[f"{name}.A"] = _factor_columns(cut, columns).to(device)
-        if cut.outputs is not None:
-            kept = cut.outputs if groups == 1 else (cut.outputs % rows).view(groups, -1)
-            result.keep[f"{name}.G"] = kept.to(device)
+    columns, rows = factors[f"{layer.name}.A"].shape[-1], factors[f"{layer.name}.G"].shape[-1]
+    if columns - layer.patch_size not in (0, 1) or rows * layer.groups != layer.outputs:
+        raise ValueError(f"{layer.name}: its factors are for {columns} inputs and {rows} outputs, not for this layer")
+    inputs = next((cut for cut in cuts if cut.dim == layer.input_dim), None)
+    outputs = next((cut for cut in cuts if cut.dim == layer.output_dim), None)
+    if layer.groups > 1 and layer.inputs == layer.groups:  # one input a group: whole groups go
+        (cut,) = cuts
+        per = cut.size // layer.groups
+        result.blocks[f"{layer.name}.A"] = result.blocks[f"{layer.name}.G"] = cut.kept[::per].to(device) // per
+        return
+    if inputs is not None:
+        kept = inputs.kept if layer.groups == 1 else _within(inputs, layer.groups)
+        result.keep[f"{layer.name}.A"] = _patch_entries(layer, kept, columns).to(device)
+    if outputs is not None:
+        kept = outputs.kept if layer.groups == 1 else _within(outputs, layer.groups)
+        result.keep[f"{layer.name}.G"] = kept.to(device)
 
 
-def _factor_columns(cut: LayerCut, size: int) -> Tensor:
+def _within(cut: Cut, groups: int) -> Tensor:
+    """Kept channels [groups, m / groups] as each group of a convolution counts them."""
+    return (cut.kept % (cut.size // groups)).view(groups, -1)
+
+
+def _patch_entries(layer: Layer, kept: Tensor, size: int) -> Tensor:
     """Rows of A that stay: the patch entries of the kept input channels, then the constant if A has one.
 
     [m], or [groups, m] for a grouped convolution.
     """
-    assert cut.inputs is not None
-    groups = groups_of(cut.module)
-    columns = weight_columns(cut.module, cut.inputs if groups == 1 else cut.inputs.view(groups, -1))
-    constant = torch.arange(patch_size(cut.module), size).expand(*columns.shape[:-1], -1)
+    columns = (kept[..., None] * layer.area + torch.arange(layer.area)).flatten(-2)
+    constant = torch.arange(layer.patch_size, size).expand(*columns.shape[:-1], -1)
     return torch.cat([columns, constant], dim=-1)
 
 
 def sync_attributes(model: nn.Module) -> None:
-    """Set in_features, out_channels, num_features, num_heads, ... of every layer from the shapes of its tensors.
+    """Set in_features, out_channels, num_features, normalized_shape, ... of every layer from the shapes of its tensors.
 
     For a freshly built network whose tensors were replaced by those of a pruned one. A convolution that was depthwise
     stays so; other grouped convolutions and group norms keep their number of groups, attentions their head_dim.
 
     Args:
-        model: changed in place: attributes of Linear, convolutions, norms, PReLU and attentions (see
-            `flatprune.cutting.neurons.is_attention`).
+        model: changed in place: attributes of layers whose kind `flatprune.coupling.attributes` knows.
     """
-    attentions = [module for module in model.modules() if is_attention(module)]
     for module in model.modules():
-        tensors = (getattr(module, name, None) for name in ("weight", "running_mean"))
-        if any(isinstance(tensor, Tensor) for tensor in tensors):
-            _sync_layer(module)
-    for attention in attentions:
-        attention.num_heads = attention.proj.in_features // attention.head_dim  # type: ignore[union-attr,operator,assignment]
-
-
-def _sync_layer(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = channels(module, PRODUCER), channels(module, CONSUMER)
-    elif isinstance(module, MATRICES) and is_depthwise(module):
-        module.out_channels = module.in_channels = module.groups = len(module.weight)
-    elif isinstance(module, MATRICES):
-        module.out_channels, module.in_channels = channels(module, PRODUCER), channels(module, CONSUMER)
-    elif isinstance(module, nn.PReLU):
-        module.num_parameters = len(module.weight)
-    elif isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
-        module.normalized_shape = (len(module.weight),)
-    elif isinstance(module, nn.GroupNorm):
-        size = len(module.weight)
-        whole = module.num_groups == module.num_channels or size < module.num_groups  # one channel a group
-        module.num_groups, module.num_channels = size if whole else module.num_groups, size
-    elif isinstance(module, NORMS):
-        module.num_features = channels(module, "")
+        shapes = own_shapes(module)
+        if shapes:
+            for key, value in known_attributes(module, shapes).items():
+                setattr(module, key, value)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from flatprune import models
+from flatprune.coupling.attention import make_prunable
+from flatprune.cutting.surgery import sync_attributes
 from flatprune.data import Normalization
 from flatprune.errors import InputError
 
@@ -50,10 +52,20 @@ def rebuild(arguments: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.M
     return model
 
 
-def take_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Replace every parameter and buffer of `model` by a copy of the tensor of that name, whatever its shape."""
-    from flatprune.cutting.surgery import sync_attributes
+def take_tensors(
+    model: nn.Module, tensors: Mapping[str, Tensor], attributes: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """Replace every parameter and buffer of `model` by a copy of the tensor of that name, whatever its shape.
 
+    Args:
+        model: built as the network was before pruning; changed in place.
+        tensors: state dict of the pruned network.
+        attributes: numbers that code of the model holds and that pruning changed, module -> attribute -> value:
+            `Pruner.state_dict()["attributes"]`. Those of torch's own layers follow from the tensors.
+
+    Raises:
+        InputError: names of tensors differ; nothing is changed then.
+    """
     own = model.state_dict(keep_vars=True)
     for name in [*own, *tensors]:
         if (name in own) != (name in tensors):
@@ -62,4 +74,8 @@ def take_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.data = tensors[name].detach().clone().to(tensor.device)
+    make_prunable(model)
     sync_attributes(model)
+    for name, values in (attributes or {}).items():
+        for key, value in values.items():
+            setattr(model.get_submodule(name), key, value)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flatprune.cutting.neurons import MATRICES
+from kfac_ext.layers import kind_of
 
 
 class Disout(nn.Module):
@@ -171,7 +171,7 @@ def attach_disout(
         raise ValueError(f"attach_disout: steps is {steps}, expected >= 0")
     known = dict(model.named_modules())
     if layers is None:
-        layers = [name for name, module in known.items() if isinstance(module, MATRICES)][:-1]
+        layers = [name for name, module in known.items() if kind_of(module) is not None][:-1]
     names = list(layers)
     for name in names:
         if name not in known:

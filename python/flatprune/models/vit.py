@@ -16,17 +16,17 @@ PATCH_SIZE, HEAD_DIM, DEPTH = 4, 16, 6
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention whose heads can be removed: `num_heads` need not be its width over `head_dim`."""
+    """Multi-head self-attention of as many heads of `head_dim` as its projections have rows for."""
 
     def __init__(self, features: int, head_dim: int) -> None:
         super().__init__()
-        self.num_heads, self.head_dim = features // head_dim, head_dim
-        self.qkv = nn.Linear(features, 3 * self.num_heads * head_dim)
-        self.proj = nn.Linear(self.num_heads * head_dim, features)
+        self.head_dim = head_dim
+        self.qkv = nn.Linear(features, 3 * features)
+        self.proj = nn.Linear(features, features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens [n, t, features] to [n, t, features]."""
-        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).unflatten(2, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v)  # [n, heads, t, head_dim]
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
@@ -70,8 +70,7 @@ class VisionTransformer(nn.Module):
 def vit_tiny(image_shape: tuple[int, int, int], classes: int, widths: Sequence[int] | None = None) -> nn.Module:
     """A vision transformer of six blocks with heads of 16; `widths` = (96, 192): tokens, and the perceptrons within.
 
-    The width of the tokens is a multiple of 16. What can be pruned are heads and the perceptrons' hidden widths: the
-    tokens are tied to the learned positions.
+    The width of the tokens is a multiple of 16 before pruning.
     """
     need_size("vit_tiny", image_shape)
     features, hidden = checked_widths("vit_tiny", widths, VIT_WIDTHS)

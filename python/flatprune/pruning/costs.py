@@ -6,75 +6,31 @@ A `CostModel` removes neurons on paper; `CostTracker` gives one of the network a
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from flatprune.cutting.neurons import (
-    CONSUMER,
-    MATRICES,
-    PRODUCER,
-    NeuronGroup,
-    channels,
-    groups_of,
-    is_depthwise,
-    weight_of,
-)
+from flatprune.coupling import Coupling, NeuronGroup
+from flatprune.coupling.products import parameter_terms
+from flatprune.coupling.terms import Term
 from flatprune.pruning.latency import REST, LatencyTable, batch_of, measure, measure_table
 from flatprune.pruning.limits import Limits
 from flatprune.pruning.targets import Target
-from kfac_ext.curvature.modes import module_modes, undisturbed
-from kfac_ext.layers.convolution import TRANSPOSED
-
-
-@dataclass
-class _Layer:
-    outputs: int
-    inputs: int  # 1 for layers without a matrix
-    area: int  # weights an input, times the groups that use them
-    groups: int
-    vectors: int  # parameters an output besides the matrix: bias, or weight and bias of a norm
-
-    @property
-    def params(self) -> int:
-        return self.outputs * (self.inputs * self.area // self.groups + self.vectors)
-
-    @property
-    def weights(self) -> int:
-        return self.outputs * (self.inputs * self.area // self.groups)
-
-
-def _layer_sizes(module: nn.Module) -> _Layer:
-    vectors = sum(parameter.dim() == 1 for parameter in module.parameters(recurse=False))
-    outputs = channels(module, "")
-    if isinstance(module, MATRICES):
-        inputs = 1 if is_depthwise(module) else channels(module, CONSUMER)
-        groups = 1 if is_depthwise(module) else groups_of(module)
-        return _Layer(outputs, inputs, weight_of(module)[:1, :1].numel(), groups, vectors)
-    return _Layer(outputs, 0, 0, 1, vectors)
 
 
 class CostModel(ABC):
     """The cost of a network in one unit while neurons are removed on paper; the network itself stays as it is.
 
     Args:
-        model: the network.
         groups: its neuron groups, as they stand.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[NeuronGroup]) -> None:
-        self._layers: dict[str, _Layer] = {}
-        self._members: list[list[tuple[str, bool, int]]] = []
+    def __init__(self, groups: Sequence[NeuronGroup]) -> None:
         self._widths = [group.width for group in groups]
-        self._slices = [group.groups for group in groups]
-        for group in groups:
-            self._members.append([(m.name, m.role == CONSUMER, m.index.shape[1]) for m in group.members])
-            for member in group.members:
-                self._layers[member.name] = _layer_sizes(member.module)
+        self._rounds = [math.lcm(group.groups, group.multiple) for group in groups]
 
     @property
     @abstractmethod
@@ -84,11 +40,6 @@ class CostModel(ABC):
     def remove(self, position: int, neurons: int) -> None:
         """Take `neurons` neurons of the group at `position` away, or give them back if negative."""
         self._widths[position] -= neurons
-        for name, is_input, size in self._members[position]:
-            if is_input:
-                self._layers[name].inputs -= size * neurons
-            else:
-                self._layers[name].outputs -= size * neurons
 
     def cost_without(self, position: int, neurons: int) -> float:
         """The cost after `neurons` neurons of the group at `position` have been pruned."""
@@ -99,48 +50,63 @@ class CostModel(ABC):
 
     def neuron_costs(self) -> list[float]:
         """What goes with one neuron of each group, at current sizes; scores are divided by it."""
-        # a grouped convolution loses one neuron a slice at least, so the cost is that of a whole round
-        return [
-            (self.cost - self.cost_without(position, slices)) / slices for position, slices in enumerate(self._slices)
-        ]
+        # where several must go together, the cost is that of a whole round
+        return [(self.cost - self.cost_without(position, count)) / count for position, count in enumerate(self._rounds)]
 
 
-class ParameterCount(CostModel):
-    """The exact number of parameters: with a neuron go rows, columns, biases and norm entries."""
+class TermCount(CostModel):
+    """A cost that is a sum of products of widths, see `flatprune.coupling.terms`.
 
-    def __init__(self, model: nn.Module, groups: Sequence[NeuronGroup]) -> None:
-        super().__init__(model, groups)
-        total = sum(parameter.numel() for parameter in model.parameters())
-        self._fixed = total - sum(layer.params for layer in self._layers.values())
+    Args:
+        groups: the neuron groups, as they stand.
+        terms: of the network at these widths.
+    """
+
+    def __init__(self, groups: Sequence[NeuronGroup], terms: Sequence[Term]) -> None:
+        super().__init__(groups)
+        self.terms = terms
+        self._values = [term.value(self._widths) for term in terms]
+        self._total = sum(self._values)
+        self._of_group: list[list[int]] = [[] for _ in groups]
+        for number, term in enumerate(terms):
+            for position in {position for width in term.widths for position, _, _ in width.per_neuron}:
+                self._of_group[position].append(number)
 
     @property
     def cost(self) -> int:
-        """Parameters of the network now."""
-        return self._fixed + sum(layer.params for layer in self._layers.values())
+        """The sum now."""
+        return self._total
+
+    def remove(self, position: int, neurons: int) -> None:
+        """Only the terms of that group change."""
+        super().remove(position, neurons)
+        for number in self._of_group[position]:
+            value = self.terms[number].value(self._widths)
+            self._total += value - self._values[number]
+            self._values[number] = value
 
 
-class MacCount(CostModel):
-    """The exact number of multiply-accumulates of the linear and convolution layers for one sample.
-
-    A layer does its weights times its output positions; a grouped or depthwise convolution only what it does.
+class ParameterCount(TermCount):
+    """The exact number of parameters: with a neuron go rows, columns, biases and norm entries.
 
     Args:
         model: the network.
         groups: its neuron groups, as they stand.
-        positions: what `output_positions` found, at any widths.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[NeuronGroup], positions: Mapping[str, int]) -> None:
-        super().__init__(model, groups)
-        modules = dict(model.named_modules())
-        self._positions = {name: count for name, count in positions.items() if name in self._layers}
-        others = [name for name in positions if name not in self._layers]
-        self._fixed = sum(positions[name] * modules[name].weight.numel() for name in others)  # type: ignore[operator,union-attr]
+    def __init__(self, model: nn.Module, groups: Sequence[NeuronGroup]) -> None:
+        super().__init__(groups, parameter_terms(model, groups))
 
-    @property
-    def cost(self) -> int:
-        """Multiply-accumulates of the network now, for one sample."""
-        return self._fixed + sum(count * self._layers[name].weights for name, count in self._positions.items())
+
+class MacCount(TermCount):
+    """The exact number of multiply-accumulates for one sample, counted by operator.
+
+    Matrix products, convolutions, and the products of an attention between its own inputs.
+
+    Args:
+        groups: the neuron groups, as they stand.
+        terms: `flatprune.coupling.Coupling.macs`.
+    """
 
 
 class NeuronCount(CostModel):
@@ -156,29 +122,25 @@ class LatencyModel(CostModel):
     """Predicted latency in seconds while neurons are removed on paper.
 
     Args:
-        model: the network.
-        groups: its neuron groups, as they stand.
-        positions: what `output_positions` found.
+        groups: the neuron groups, as they stand.
+        terms: the network's multiply-accumulates.
+        layers: modules that are timed one by one.
         table: what was measured.
     """
 
     def __init__(
-        self, model: nn.Module, groups: Sequence[NeuronGroup], positions: Mapping[str, int], table: LatencyTable
+        self, groups: Sequence[NeuronGroup], terms: Sequence[Term], layers: Sequence[str], table: LatencyTable
     ) -> None:
-        super().__init__(model, groups)
-        modules = dict(model.named_modules())
-        self._positions, self._table = positions, table
-        self._fixed = {name: modules[name] for name in positions if name not in self._layers}
+        super().__init__(groups)
+        self._terms, self._layers, self._table = terms, layers, table
 
     def work(self) -> dict[str, float]:
-        """Multiply-accumulates of every layer, and under "" the outputs of all of them, for one sample."""
-        work = {name: float(self._positions[name] * weight_of(module).numel()) for name, module in self._fixed.items()}
-        outputs = sum(self._positions[name] * channels(module, PRODUCER) for name, module in self._fixed.items())
-        for name, layer in self._layers.items():
-            if name in self._positions:
-                work[name] = float(self._positions[name] * layer.weights)
-                outputs += self._positions[name] * layer.outputs
-        work[REST] = float(outputs)
+        """Multiply-accumulates of every layer, and under "" the outputs of all products, for one sample."""
+        work = dict.fromkeys(self._layers, 0.0)
+        for term in self._terms:
+            if term.module in work:
+                work[term.module] += term.value(self._widths)
+        work[REST] = float(sum(term.outputs(self._widths) for term in self._terms))
         return work
 
     @property
@@ -192,7 +154,7 @@ class LatencyModel(CostModel):
         Where even that gives nothing, a thousandth of the mean over all groups, so that scores stay comparable.
         """
         now = self.cost
-        halves = [max(p, w // 2 // p * p) for w, p in zip(self._widths, self._slices)]
+        halves = [max(p, w // 2 // p * p) for w, p in zip(self._widths, self._rounds)]
         costs = [(now - self.cost_without(position, half)) / half for position, half in enumerate(halves)]
         least = 1e-3 * sum(costs) / len(costs) or 1.0
         return [max(cost, least) for cost in costs]
@@ -210,41 +172,35 @@ class CostTracker:
 
     Args:
         target: gives the unit.
-        model: the network; for multiply-accumulates and latency it is run on the inputs, for latency timed (seconds).
-        groups: its neuron groups.
+        model: the network; for a latency target it is timed on the inputs (seconds).
+        coupling: its neuron groups, and what its multiply-accumulates are made of.
         inputs: what the model can be called with.
         limits: how narrow the network may become.
     """
 
     def __init__(
-        self,
-        target: Target,
-        model: nn.Module,
-        groups: Sequence[NeuronGroup],
-        inputs: tuple[Any, ...],
-        limits: Limits,
+        self, target: Target, model: nn.Module, coupling: Coupling, inputs: tuple[Any, ...], limits: Limits
     ) -> None:
         self.unit = target.unit
-        self._model, self._groups, self._limits = model, groups, limits
-        self._positions: dict[str, int] = {}
+        self._model, self._groups, self._limits, self._terms = model, coupling.groups, limits, coupling.macs
         self._table: LatencyTable | None = None
-        if self.unit in ("macs", "latency"):
-            self._positions = output_positions(model, inputs)
         if self.unit == "latency":
+            leaves = {name for name, module in model.named_modules() if next(module.children(), None) is None}
+            self._layers = list(dict.fromkeys(term.module for term in self._terms if term.module in leaves))
             self._inputs = batch_of(inputs, target.latency_batch)
-            self._table = measure_table(model, groups, self._inputs, list(self._positions), limits, self._work)
+            self._table = measure_table(model, coupling, self._inputs, self._layers, limits, self._work)
 
-    def _work(self, model: nn.Module, groups: Sequence[NeuronGroup]) -> dict[str, float]:
-        return LatencyModel(model, groups, self._positions, LatencyTable()).work()
+    def _work(self, groups: Sequence[NeuronGroup]) -> dict[str, float]:
+        return LatencyModel(groups, self._terms, self._layers, LatencyTable()).work()
 
     def on_paper(self) -> CostModel:
         """The network as it stands, for neurons to be removed from on paper."""
         if self.unit == "macs":
-            return MacCount(self._model, self._groups, self._positions)
+            return MacCount(self._groups, self._terms)
         if self.unit == "neurons":
-            return NeuronCount(self._model, self._groups)
+            return NeuronCount(self._groups)
         if self._table is not None:
-            return LatencyModel(self._model, self._groups, self._positions, self._table)
+            return LatencyModel(self._groups, self._terms, self._layers, self._table)
         return ParameterCount(self._model, self._groups)
 
     @property
@@ -273,39 +229,3 @@ class CostTracker:
         """Go on with what was measured then."""
         if self._table is not None and state is not None:
             self._table = LatencyTable.from_state(state)
-
-
-@torch.no_grad()
-def output_positions(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, int]:
-    """How often each Linear and convolution applies its weights to one sample: positions, summed over its calls.
-
-    One forward in evaluation mode; model, random streams and buffers are left as they are.
-
-    Args:
-        model: the network.
-        inputs: what it is called with; the first tensor's first dimension counts the samples.
-
-    Returns:
-        Layer name -> positions, of the layers that the forward calls. Pruning does not change them.
-    """
-    samples = len(inputs[0])
-    found: dict[str, int] = {}
-
-    def counter(name: str) -> Any:
-        def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            # a transposed convolution applies its weights to every input position
-            tensor, role = (inputs[0], CONSUMER) if isinstance(module, TRANSPOSED) else (output, PRODUCER)
-            # a layer that does not see the samples (its input is a parameter, say) counts whole
-            found[name] = found.get(name, 0) + -(-tensor.numel() // (channels(module, role) * samples))
-
-        return count
-
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, MATRICES)}
-    handles = [module.register_forward_hook(counter(name)) for name, module in layers.items()]
-    try:
-        with module_modes(dict.fromkeys(model.modules(), False)), undisturbed(model):
-            model(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatprune.cutting.neurons import Member, NeuronGroup
+from flatprune.coupling import Coupling, NeuronGroup
 from flatprune.cutting.surgery import plan
 from flatprune.pruning.limits import Limits
 from kfac_ext.curvature.modes import device_of, module_modes, undisturbed
@@ -65,32 +65,32 @@ class LatencyTable:
 
 def measure_table(
     model: nn.Module,
-    groups: Sequence[NeuronGroup],
+    coupling: Coupling,
     inputs: tuple[Any, ...],
     layers: Sequence[str],
     limits: Limits,
-    work_of: Callable[[nn.Module, Sequence[NeuronGroup]], Mapping[str, float]],
+    work_of: Callable[[Sequence[NeuronGroup]], Mapping[str, float]],
 ) -> LatencyTable:
     """Time the network and copies of it that are cut to fractions of their widths.
 
     Args:
         model: the network; nothing of it changes.
-        groups: its neuron groups.
+        coupling: its neuron groups.
         inputs: what it is called with (see `batch_of`).
         layers: names of those that are timed one by one.
         limits: how narrow the narrowest copy is.
-        work_of: from a copy and its groups to the work of each layer, and under "" (`REST`) that of all the rest.
+        work_of: from the groups of a copy to the work of each layer, and under "" (`REST`) that of all the rest.
     """
     points: dict[str, Curve] = {}
     for fraction in _FRACTIONS:
-        network, own = _cut_copy(model, groups, limits, fraction)
+        network, own = _cut_copy(model, coupling, limits, fraction)
         whole = measure(network, inputs)
         inside_of = _layer_seconds(network, inputs, layers)
         inside = sum(inside_of.values())
         fit = min(1.0, whole / inside) if inside > 0.0 else 1.0  # looking at every layer costs time too
         seconds = {name: fit * value for name, value in inside_of.items()}
         seconds[REST] = whole - sum(seconds.values())
-        for name, work in work_of(network, own).items():
+        for name, work in work_of(own).items():
             points.setdefault(name, []).append((work, seconds[name]))
     return LatencyTable({name: _ascending(curve) for name, curve in points.items()})
 
@@ -179,29 +179,20 @@ def batch_of(inputs: tuple[Any, ...], size: int) -> tuple[Any, ...]:
 
 
 def _cut_copy(
-    model: nn.Module, groups: Sequence[NeuronGroup], limits: Limits, fraction: float
+    model: nn.Module, coupling: Coupling, limits: Limits, fraction: float
 ) -> tuple[nn.Module, list[NeuronGroup]]:
     """A copy of the network with a fraction of every group's neurons, or as many as the limits demand; its groups."""
-    network = copy.deepcopy(model)
-    modules = dict(network.named_modules())
-    own = [
-        NeuronGroup(
-            group.name,
-            [Member(m.name, modules[m.name], m.role, m.index) for m in group.members],
-            group.groups,
-            group.group_of,
-        )
-        for group in groups
-    ]
+    network, own = copy.deepcopy(model), copy.deepcopy(coupling)
     pruned = {}
-    for position, group in enumerate(own):
-        rounds = (group.width - max(limits.floor(group), round(fraction * group.width))) // group.groups
-        if rounds > 0:
-            parts = [(group.group_of == part).nonzero().flatten()[:rounds] for part in range(group.groups)]
-            pruned[position] = torch.cat(parts)
+    for position, group in enumerate(own.groups):
+        step = limits.step(group) // group.groups
+        count = (group.width - max(limits.floor(group), round(fraction * group.width))) // group.groups
+        if count // step:
+            parts = [(group.group_of == part).nonzero().flatten() for part in range(group.groups)]
+            pruned[position] = torch.cat([part[: count // step * step] for part in parts])
     if pruned:
         plan(network, own, pruned).commit()
-    return network, own
+    return network, own.groups
 
 
 def _ascending(points: Curve) -> Curve:

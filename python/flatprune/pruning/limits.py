@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from flatprune.coupling import NeuronGroup
 from flatprune.criteria import Criterion
-from flatprune.cutting.neurons import NeuronGroup
 
 
 class Limits(NamedTuple):
@@ -23,9 +23,9 @@ class Limits(NamedTuple):
     max_fraction: float = 0.5
 
     def step(self, group: NeuronGroup) -> int:
-        """Neurons that go together: a multiple of the rounding and of the slices of a grouped convolution."""
+        """Neurons that go together: a multiple of the rounding, of the slices that lose alike, and of what kernels take."""
         rounding = self.round_to // math.gcd(self.round_to, group.unit)
-        return math.lcm(rounding, group.groups)
+        return math.lcm(rounding, group.groups, group.multiple)
 
     def floor(self, group: NeuronGroup) -> int:
         """The smallest width of a group."""

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from flatprune.coupling import CONSUMER, Coupling
 from flatprune.criteria import Criterion
 from flatprune.criteria.base import consumer_compensation
-from flatprune.cutting.neurons import CONSUMER, PRODUCER, Coupling, NeuronGroup
+from flatprune.criteria.members import layers_of
 from kfac_ext.curvature import Curvature
 from kfac_ext.curvature.probing import reached_layers
 
@@ -19,16 +20,16 @@ def choose_layers(coupling: Coupling, model: nn.Module, layers: Sequence[str] | 
     if layers is None:
         return
     known = dict(model.named_modules())
-    chosen: list[NeuronGroup] = []
+    chosen: set[int] = set()
     for name in layers:
         if name not in known:
             raise KeyError(f"layers: the model has no module named {name!r}; it has {', '.join(filter(None, known))}")
-        found = [group for group in coupling.groups if any(m.name == name for m in group.of_role(PRODUCER))]
+        found = [position for position, group in enumerate(coupling.groups) if name in group.producers()]
         if not found:
             reason = coupling.refused.get(name, "it is no Linear or convolution of its own that the forward calls")
             raise ValueError(f"Pruner: layer {name!r} cannot be pruned: {reason}")
-        chosen += [group for group in found if all(group is not other for other in chosen)]
-    coupling.groups[:] = [group for group in coupling.groups if any(group is other for other in chosen)]
+        chosen.update(found)
+    coupling.keep(sorted(chosen))
 
 
 def refuse_unscored(
@@ -47,14 +48,19 @@ def refuse_unscored(
 
 
 def _refuse_without_factors(coupling: Coupling, role: str, curvature: Curvature, reached: Set[str]) -> None:
+    layers = layers_of(curvature, coupling.groups)
     verb = "reads" if role == CONSUMER else "makes"
     kept = []
-    for group in coupling.groups:
-        blind = [member.name for member in group.of_role(role) if member.name not in reached]
+    for position, group in enumerate(coupling.groups):
+        blind = "" if group.of_role(role) else f"no layer {verb} it that has factors, only a product of activations"
+        for member in group.of_role(role):
+            layer = layers.get(member.names)
+            if layer is None or layer.name not in reached:
+                why = "has no factors" if layer is None else "gets no gradient (frozen, or cut off)"
+                blind = f"layer {member.module!r}, which {verb} it, {why}"
+                break
         if not blind:
-            kept.append(group)
-            continue
-        why = "gets no gradient (frozen, or cut off)" if blind[0] in curvature.layers else "has no factors"
-        for member in group.of_role(PRODUCER):
-            coupling.refused[member.name] = f"layer {blind[0]!r}, which {verb} it, {why}"
-    coupling.groups[:] = kept
+            kept.append(position)
+        else:
+            coupling.refuse(group.producers(), blind)
+    coupling.keep(kept)

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from flatprune.coupling import find_coupling
+from flatprune.coupling.attributes import held_attributes
+from flatprune.coupling.calls import as_calls
+from flatprune.coupling.products import owned_fraction
 from flatprune.criteria import Criterion, Scores, ScoringContext, as_criterion
 from flatprune.criteria.loss_change import LossChange
 from flatprune.cutting.ema_models import checked_ema_models
-from flatprune.cutting.graph import neuron_groups
 from flatprune.cutting.surgery import check_states, plan
 from flatprune.pruning.costs import CostTracker, ParameterCount, smallest_cost
 from flatprune.pruning.limits import LossBudget, check_loss_budget, checked_limits
@@ -43,7 +46,7 @@ class Pruner:
         model: the network; its parameters stay the same objects.
         optimizer: holds the model's parameters; or None.
         curvature: the model's running factors.
-        example_inputs: a tensor or tuple of tensors the model can be called with; one or two samples do.
+        example_inputs: what the model can be called with, see `flatprune.coupling.find_coupling`; one or two samples do.
         target: the size to reach, in parameters, multiply-accumulates, neurons or latency.
         total_steps: optimizer steps of the whole training.
         criterion: a name of `flatprune.criteria.CRITERIA` (see there), a `Criterion`, or a function from
@@ -121,24 +124,26 @@ class Pruner:
         self.target, self.compensate, self.selection, self.seed = target, compensate, selection, seed
         self.schedule = schedule or CubicSchedule(total_steps)
         self.max_predicted_loss, self.measure = max_predicted_loss, measure
-        inputs = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
+        inputs = as_calls(example_inputs)[0].args
+        with curvature.paused():
+            self.coupling = find_coupling(model, example_inputs, exclude)
         curvature.trace(*inputs)
-        self.coupling = neuron_groups(model, inputs, exclude)
         refuse_unscored(self.coupling, curvature, self.criterion, compensate, inputs)
         choose_layers(self.coupling, model, layers)
         self.groups = self.coupling.groups
         if not self.groups:
-            raise ValueError(f"Pruner: no layer can be pruned: {_reasons(self.coupling.refused)}")
+            raise ValueError(f"Pruner: no layer can be pruned: {'; '.join(map(str, self.coupling.refusals))}")
         if self.criterion.check is not None:
             self.criterion.check(ScoringContext(model, self.groups, curvature, seed=seed))
         self.refused = dict(self.coupling.refused)
-        loud = {name: reason for name, reason in self.refused.items() if name not in self.coupling.expected}
+        loud = [str(refusal) for refusal in self.coupling.refusals if not refusal.expected]
         if loud:
-            warnings.warn(f"Pruner: not pruned: {_reasons(loud)}", stacklevel=2)
+            can_go = f"{100 * owned_fraction(model, self.groups):.0f} % of the parameters can go"
+            warnings.warn(f"Pruner: {can_go}; not pruned: {'; '.join(loud)}", stacklevel=2)
         self.history: list[Removal] = []
         self.step_count = 0
         self.stopped = ""  # why pruning ended before its time
-        self._tracker = CostTracker(target, model, self.groups, inputs, self.limits)
+        self._tracker = CostTracker(target, model, self.coupling, inputs, self.limits)
         self.params_start, self.cost_start = self.params, self.cost
 
     @property
@@ -267,7 +272,7 @@ class Pruner:
         params, cost, widths = self.params, self.cost, [group.width for group in self.groups]
         plan(
             self.model,
-            self.groups,
+            self.coupling,
             pruned,
             optimizer=self.optimizer,
             curvature=self.curvature,
@@ -321,6 +326,7 @@ class Pruner:
             "criterion": self.criterion.name,
             "selection": self.selection,
             "widths": self.widths(),
+            "attributes": held_attributes(self.model, self.coupling),
             "cost_start": self.cost_start,
             "latency": self._tracker.state_dict(),
             "stopped": self.stopped,
@@ -347,10 +353,6 @@ class Pruner:
         self.step_count, self.params_start = state["step_count"], state["params_start"]
         self.cost_start, self.stopped = state["cost_start"], state["stopped"]
         self._tracker.load_state_dict(state["latency"])
-
-
-def _reasons(refused: Mapping[str, str]) -> str:
-    return "; ".join(f"{name!r}: {reason}" for name, reason in refused.items())
 
 
 def _check_types(target: Target, **names: object) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatprune.cutting.neurons import NeuronGroup
+from flatprune.coupling import NeuronGroup
 from flatprune.pruning.targets import UNITS, amount
 
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flatprune.coupling import NeuronGroup
 from flatprune.criteria import CRITERIA, Criterion, Scores, ScoringContext
 from flatprune.criteria.base import JointScores
-from flatprune.cutting.neurons import NeuronGroup
 from flatprune.pruning.costs import CostModel
 from flatprune.pruning.limits import Limits, LossBudget
 

@@ -78,9 +78,11 @@ def experts(op: Operation) -> Value:
     return _contracted(op, a, (0, 1, None), b, (None, 0, 1), 1).having(size=op.shape)
 
 
-@rule("_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
-      "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention _scaled_dot_product_attention_math "
-      "_scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math_for_mps")
+@rule(
+    "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
+    "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention _scaled_dot_product_attention_math "
+    "_scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math_for_mps"
+)
 def attention(op: Operation) -> list[Value]:
     """softmax(q k^T + mask) v of q, k, v [batch, heads, positions, size]; fewer heads of k and v are repeated."""
     q, k, v = (op.value(i) for i in range(3))
@@ -99,9 +101,7 @@ def _repeated_heads(value: Value, heads: int) -> Value:
     times = heads // value.size[1]
     if times == 1:
         return value
-    layers = tuple(
-        layer.repeat_interleave(times, 1) if layer.shape[1] > 1 else layer for layer in value.layers
-    )
+    layers = tuple(layer.repeat_interleave(times, 1) if layer.shape[1] > 1 else layer for layer in value.layers)
     return value.having(size=(value.size[0], heads, *value.size[2:]), layers=layers)
 
 
@@ -252,5 +252,3 @@ def _blocks(
     elif not free:
         findings.pin(_by_group(columns, groups), f"it reads an input or a constant ({where})")
     return rows
-
-

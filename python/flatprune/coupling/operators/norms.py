@@ -10,8 +10,10 @@ from flatprune.coupling.operators.table import Operation, rule
 from flatprune.coupling.values import Value, labels_of, varying
 
 
-@rule("native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training _native_batch_norm_legit_functional "
-      "cudnn_batch_norm _batch_norm_with_update _batch_norm_no_update batch_norm miopen_batch_norm instance_norm")
+@rule(
+    "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training _native_batch_norm_legit_functional "
+    "cudnn_batch_norm _batch_norm_with_update _batch_norm_no_update batch_norm miopen_batch_norm instance_norm"
+)
 def batch_norm(op: Operation) -> list[Value]:
     """Each channel by itself; its vectors and running statistics go with it."""
     value = op.value()
