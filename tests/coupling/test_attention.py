@@ -74,7 +74,7 @@ PROJ = {"attn.proj": range(6), "out.weight[1]": range(6)}
         lambda m, y: [part.unflatten(-1, (m.num_heads, -1)).transpose(1, 2) for part in y.tensor_split(3, -1)],
         lambda m, y: [heads_of(m, part) for part in y.split(m.num_heads * m.head_dim, -1)],
     ],
-    ids="timm head_dim chunk num_heads split".split(),
+    ids=["timm", "head_dim", "chunk", "num_heads", "split"],
 )
 def test_heads_of_one_layer(split):
     check(fused(split), TOKENS, PROJ, {"attn.qkv": stacked(), "attn.proj.weight[1]": ROWS})
@@ -112,7 +112,7 @@ SEPARATE = {"attn.q": ROWS, "attn.k": ROWS, "attn.v": ROWS, "attn.proj.weight[1]
         lambda q, k, v: (F.elu(q) + 1) @ ((F.elu(k) + 1).mT @ v),
         lambda q, k, v: F.dropout((q @ k.mT).softmax(-1), 0.1, False) @ v,
     ],
-    ids="sdpa mask product einsum causal cosine linear dropout".split(),
+    ids=["sdpa", "mask", "product", "einsum", "causal", "cosine", "linear", "dropout"],
 )
 def test_heads_of_separate_layers(attend):
     def mixed(m: Attention, x: Tensor) -> Tensor:
@@ -271,7 +271,7 @@ QUERIES = {"q": blocks(2, 4), "k": blocks(2, 2), "v": blocks(2, 2), "o.weight[1]
         lambda _m, q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
         lambda m, q, k, v: product(q.unflatten(1, (-1, m.groups)), k[:, :, None], v[:, :, None]).flatten(1, 2),
     ],
-    ids="repeat expand operator broadcast".split(),
+    ids=["repeat", "expand", "operator", "broadcast"],
 )
 def test_grouped_queries(attend):
     check(grouped(attend), TOKENS, QUERIES)
@@ -298,7 +298,7 @@ def test_written_numbers_of_heads_are_a_true_reason():
     layers = {name: nn.Linear(6, size) for name, size in sizes.items()}
     net = Net(forward, i=nn.Linear(6, 6), **layers, o=nn.Linear(8, 6), head=nn.Linear(6, 3))
     stream = {"i": range(6), "o": range(6), **{f"{name}.weight[1]": range(6) for name in ("q", "k", "v", "head")}}
-    coupling = check(net, TOKENS, stream, refused={name: "view" for name in ("q", "k", "v")})
+    coupling = check(net, TOKENS, stream, refused=dict.fromkeys(("q", "k", "v"), "view"))
     assert not coupling.expected & {"q", "k", "v"}
     assert all("output of the model" not in coupling.refused[name] for name in ("q", "k", "v"))
 

@@ -53,7 +53,7 @@ def test_a_weight_stored_the_other_way_round():
         lambda x, w: (w.t() @ x.mT).mT,
         lambda x, w: torch.baddbmm(torch.zeros(1, 1, 1), x, w.expand(len(x), -1, -1)),
     ],
-    ids="matmul_operator matmul einsum einsum_left tensordot bmm linear left baddbmm".split(),
+    ids=["matmul_operator", "matmul", "einsum", "einsum_left", "tensordot", "bmm", "linear", "left", "baddbmm"],
 )
 def test_a_bare_parameter_as_a_matrix(product):
     net = Net(

@@ -155,10 +155,25 @@ def test_queries_that_are_parameters():
         lambda _m, x: x.flatten(0, 1)[torch.nonzero(torch.ones(8)).squeeze(1)],
         lambda _m, x: nn.utils.rnn.pad_sequence([x[0, :2], x[1]], batch_first=True),
     ],
-    ids=(
-        "select list rows mask pairs index_select gather take_along_dim narrow scatter index_add "
-        "scatter_add index_put index_copy argsort nonzero pad_sequence"
-    ).split(),
+    ids=[
+        "select",
+        "list",
+        "rows",
+        "mask",
+        "pairs",
+        "index_select",
+        "gather",
+        "take_along_dim",
+        "narrow",
+        "scatter",
+        "index_add",
+        "scatter_add",
+        "index_put",
+        "index_copy",
+        "argsort",
+        "nonzero",
+        "pad_sequence",
+    ],
 )
 def test_positions_are_picked_and_put(operation):
     check(tokens(operation), TOKENS, PLAIN)

@@ -43,9 +43,24 @@ def over_channels(operation, inputs: int = 1) -> Net:
         lambda x: x.amax(2).argmax(2).float() + x.mean((2, 3)),
         lambda x: (x.clamp(min=1e-6) ** 3).mean((2, 3)) ** (1 / 3),
     ],
-    ids=(
-        "mean sum amax max std norm logsumexp median var_mean softmax cumsum sort topk prod argmax generalised_mean"
-    ).split(),
+    ids=[
+        "mean",
+        "sum",
+        "amax",
+        "max",
+        "std",
+        "norm",
+        "logsumexp",
+        "median",
+        "var_mean",
+        "softmax",
+        "cumsum",
+        "sort",
+        "topk",
+        "prod",
+        "argmax",
+        "generalised_mean",
+    ],
 )
 def test_positions_are_summed_up(operation):
     net = Net(lambda m, x: m.b(operation(m.a(x))), a=conv(3, 6), b=nn.Linear(6, 3))
@@ -137,7 +152,7 @@ def test_a_maximum_of_channels_beside_their_mean_is_refused():
         lambda x: x / x.abs().mean(-1, keepdim=True).clamp_min(1e-3),
         lambda x: x / (1e-3 + x.abs().amax(-1, keepdim=True)),
     ],
-    ids="rms norm layer normalize centre mean amax".split(),
+    ids=["rms", "norm", "layer", "normalize", "centre", "mean", "amax"],
 )
 def test_norms_by_hand(norm):
     check(between(lambda _m, x: norm(x)), X, PLAIN)
