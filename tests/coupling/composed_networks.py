@@ -1,7 +1,7 @@
 """Networks composed at random of everything that couples neurons: blocks over images, then over tokens, then a head.
 
-Each block maps `channels` to `self.channels` and, over images, keeps or changes their size; what it is made of comes from a
-`random.Random`, so that hypothesis can shrink a failing network.
+Each block maps `channels` to `self.channels` and, over images, keeps or changes their size; what it is made of comes
+from a `random.Random`, so that hypothesis can shrink a failing network.
 """
 
 from __future__ import annotations

@@ -135,3 +135,17 @@ def assert_every_group_is_right(model: nn.Module, coupling: Coupling, *inputs: A
     several = {i: some_of(group, shares[i], generator) for i, group in enumerate(coupling.groups) if shares[i] > 0.2}
     if several:
         assert_cut_equals_masked(model, coupling, inputs, several)
+
+
+def assert_what_is_left_runs(model: nn.Module, coupling: Coupling, *calls: tuple[Any, ...]) -> None:
+    """Each group alone, and all, cut by half: the network runs in both modes and has gradients, for all these calls."""
+    generator = torch.Generator().manual_seed(0)
+    halves = {position: some_of(group, 0.5, generator) for position, group in enumerate(coupling.groups)}
+    for pruned in (*({position: neurons} for position, neurons in halves.items()), halves):
+        small = cut(model, coupling, pruned)
+        for inputs in calls:
+            small.eval()
+            shapes = [t.shape for t in outputs(small, inputs)]
+            assert shapes == [t.shape for t in outputs(copy.deepcopy(model).eval(), inputs)]
+            leaves = [t for t in tree_leaves(small.train()(*inputs)) if isinstance(t, Tensor) and t.requires_grad]
+            sum(t.sum() for t in leaves).backward()  # type: ignore[union-attr]

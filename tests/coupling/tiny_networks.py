@@ -9,8 +9,8 @@ A group is written as a dict from what its neurons own to the entries of each ne
         refused={"out": "output of the model"},
     )
 
-"out.weight[1]" is dimension 1 of a tensor, "a" is short for dimension 0 of all tensors of a layer; entries are one integer or
-several. "slices" (if any) is the slice of each neuron.
+"out.weight[1]" is dimension 1 of a tensor, "a" is short for dimension 0 of all tensors of a layer; entries are one
+integer or several. "slices" (if any) is the slice of each neuron.
 """
 
 from __future__ import annotations
