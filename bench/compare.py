@@ -68,7 +68,7 @@ def figure(case: Mapping[str, Any], relative: bool) -> Figure | None:
     if relative and baseline:
         plain = case["variants"][baseline]  # paired_* is plain over native
         return Figure(
-            1 / plain["paired_speedup"], 1 / plain["paired_q3"], 1 / plain["paired_q1"], f"share of {baseline}"
+            1 / plain["paired_speedup"], 1 / plain["paired_q3"], 1 / plain["paired_q1"], f"fraction of {baseline}"
         )
     return Figure(native["median"], native["q1"], native["q3"], "seconds")
 

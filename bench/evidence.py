@@ -34,7 +34,7 @@ STUDIES = {  # what is shown of each
     "q2_small_data": CALIBRATION,
     "q2_corruption_calibration": CALIBRATION,
     "q3_radius": tuple(key for key in BY_KEY if key.startswith("spearman_")),
-    "q4_cost": ("seconds", *ACCURACY, "flops_left", "hessian_lambda_max"),
+    "q4_cost": ("seconds", *ACCURACY, "macs_left", "hessian_lambda_max"),
 }
 _IN_ONE_TABLE = ("q3_radius", "q4_cost")
 _WITHOUT_PLOT = ("q4_cost",)  # it has one size

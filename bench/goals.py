@@ -84,8 +84,8 @@ def _steps(prefix: str, variant: str, *parts: str) -> Callable[[list[Case]], Ite
 
 def _covariance_memory(cases: list[Case]) -> Iterator[tuple[str, float]]:
     for case in _of(cases, "memory", "covariance, "):
-        share = case["variants"]["native"]["median"] / case["largest_activation"]
-        yield case["name"].removeprefix("covariance, "), share
+        fraction = case["variants"]["native"]["median"] / case["largest_activation"]
+        yield case["name"].removeprefix("covariance, "), fraction
 
 
 GOALS = [

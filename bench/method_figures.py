@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 SEEDS = range(11, 16)
-NOISY = "--model mlp --widths 300,100 --train-size 4000 --label-noise 0.4 --criterion outgoing --schedule cosine"
+NOISY = "--model mlp --widths 300,100 --train-size 4000 --label-noise 0.4 --criterion obd --schedule cosine"
 TASKS = {
     "C5": "--model convnet --image-size 14 --train-size 5000 --epochs 10",
     "A": "--model mlp --widths 300,100 --train-size 10000 --epochs 15",
@@ -33,7 +33,7 @@ TASKS = {
 TASK_NOTES = {
     "C5": "5,000 clean images averaged to 14x14, convolutions 16-16-M-32-32-M-64-64 with batch norm, 72,666 parameters",
     "A": "10,000 clean images, perceptron 784-300-100-10, 266,610 parameters",
-    "N": "4,000 images with 40 % of the labels drawn anew, perceptron 784-300-100-10, plain outgoing score, 25 epochs",
+    "N": "4,000 images with 40 % of the labels drawn anew, perceptron 784-300-100-10, plain OBD score, 25 epochs",
     "N15": "N with 15 epochs",
     "digits": "scikit-learn's 8x8 digits, perceptron 64-128-64-10, 17,226 parameters",
 }
@@ -42,7 +42,7 @@ VARIANTS = {
     "": "",  # the defaults: obs, compensation "auto", flatness on
     "flatness off": OFF,
     "no compensation": f"{OFF} --compensate off",
-    "outgoing": f"{OFF} --criterion outgoing --compensate off",
+    "obd": f"{OFF} --criterion obd --compensate off",
     "L1 global": f"{OFF} --criterion l1",
     "L1 uniform": f"{OFF} --criterion l1_uniform",
     "SAM": "--flatness sam --sam-radius 0.1",
@@ -53,7 +53,7 @@ SCRATCH = "scratch"  # trains the widths that another run ended with
 
 @dataclass(frozen=True)
 class Run:
-    """What is run once a seed: a task at a share of the parameters, in one of the variants.
+    """What is run once a seed: a task at a fraction of the parameters, in one of the variants.
 
     Attributes:
         task: key of TASKS.
@@ -179,7 +179,7 @@ EXTRA_RUNS = [  # for the tables of accuracies only; made with --all
     *(Run(task, 100, variant) for task in ("C5", "A") for variant in ("flatness off", "")),
     *(Run("C5", 10, variant) for variant in ("", "flatness off")),
     *(Run("C5", percent, variant) for percent in (10, 2) for variant in ("L1 global", "L1 uniform")),
-    *(Run("C5", percent, "outgoing") for percent in (10, 5, 2)),
+    *(Run("C5", percent, "obd") for percent in (10, 5, 2)),
     *(Run("C5", percent, "no compensation") for percent in (10, 5)),
     *(Run("C5", percent, "flatness off", scratch=True) for percent in (10, 2)),
     *(Run("A", percent, variant) for percent in (10, 5, 2) for variant in ("L1 global", "L1 uniform")),
@@ -298,7 +298,7 @@ ROWS = [
     ("**default**", "", False),
     ("flatness off", "flatness off", False),
     ("flatness off, compensation off", "no compensation", False),
-    ("plain outgoing score, flatness and compensation off", "outgoing", False),
+    ("plain OBD score, flatness and compensation off", "obd", False),
     ("L1 global, flatness off", "L1 global", False),
     ("L1 uniform, flatness off", "L1 uniform", False),
     ("SAM 0.1 on every step", "SAM", False),
@@ -329,7 +329,7 @@ def report(figures: Figures) -> str:
             "",
             f"### {task}: {TASK_NOTES[task]}",
             "",
-            "Test accuracy (%) by share of the parameters; median lambda_max and seconds at the smallest share.",
+            "Test accuracy (%) by fraction of the parameters; median lambda_max and seconds at the smallest fraction.",
             "",
             *accuracy_table(figures, task, rows, percents),
             "",

@@ -27,7 +27,7 @@ NOT_DONE = 3
 _QUICK = """title: Published figures, quick
 base: {data: images.npz, epochs: 1, augment: true, batch_size: 16, flatness: off}
 grid:
-  network: {"ResNet20, 47 % fewer": {model: resnet20, target_flops: 0.53}}
+  network: {"ResNet20, 47 % fewer": {model: resnet20, target_macs: 0.53}}
   seed: [11]
 variants: {method: {}}
 """
@@ -59,7 +59,7 @@ def table(results: Results) -> str:
     ]
     for group in results.groups:
         network = dict(group.point)["network"]
-        left, last, best = (group.statistic(key) for key in ("flops_left", "test_accuracy_last", "test_accuracy_best"))
+        left, last, best = (group.statistic(key) for key in ("macs_left", "test_accuracy_last", "test_accuracy_best"))
         removed = "" if left is None else f"{100.0 - left.mean:.1f}"
         ours = ["" if value is None else value.text(".2f") for value in (last, best)]
         theirs = "; ".join(_named(figure) for figure in PUBLISHED.get(network, ()))

@@ -44,7 +44,7 @@ def is_noisy(document: Mapping[str, Any]) -> bool:
 
 
 def noise_line(document: Mapping[str, Any]) -> str:
-    """How far the figures can be trusted, in one sentence."""
+    """How far the figures can be relied on, in one sentence."""
     timed = [case for case in document["cases"] if case["kind"] == "time"]
     noisy = noisy_cases(document)
     loads = [case["load"] for case in document["cases"] if case["load"] is not None]
@@ -53,7 +53,7 @@ def noise_line(document: Mapping[str, Any]) -> str:
     )
     verdict = "Spread"
     if is_noisy(document):
-        verdict = "The spread is WIDE, other processes were busy, do not trust single figures"
+        verdict = "The spread is WIDE, other processes were busy, do not rely on single figures"
     apart = f"quartiles more than {WIDE_SPREAD:.0%} of the median apart in {len(noisy)} of {len(timed)} cases"
     return f"{verdict}: {apart}{load}"
 

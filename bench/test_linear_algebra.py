@@ -95,9 +95,9 @@ def test_compensation(measure, network):
     layers = NETWORKS[network]
     weights = [worksets.weight(layer) for layer in layers]
     inverses = kfac_ext.damped_inverse(worksets.factors(layers)[::2], DAMPING)
-    gone = [torch.arange(max(1, layer.channels // 10) * layer.kernel**2) for layer in layers]
+    pruned = [torch.arange(max(1, layer.channels // 10) * layer.kernel**2) for layer in layers]
     variants = {
-        "native": lambda: kfac_ext.compensate(weights, inverses, gone),
-        "per layer": lambda: kfac_ext.reference.compensate(weights, inverses, gone),
+        "native": lambda: kfac_ext.compensate(weights, inverses, pruned),
+        "per layer": lambda: kfac_ext.reference.compensate(weights, inverses, pruned),
     }
     measure("saliency", f"compensate, {network}", agreeing(variants, "per layer", {}), layers=len(layers))

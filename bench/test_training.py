@@ -51,7 +51,7 @@ class Training:
         return self
 
     def with_pruner(self, schedule, params):
-        """Add a pruner that brings the network to the share `params` of its parameters."""
+        """Add a pruner that brings the network to the fraction `params` of its parameters."""
         self.pruner = flatprune.Pruner(
             self.model,
             self.optimizer,

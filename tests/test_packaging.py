@@ -31,6 +31,60 @@ def test_kfac_ext_does_not_import_flatprune(path):
     assert not any(name.startswith("flatprune") for name in imported(path))
 
 
+# Each line may import what stands in the lines above it, and nothing else of `flatprune` but its own package.
+LAYERS = (
+    {"errors", "moved"},
+    {"checkpoint", "data", "models"},
+    {"coupling"},
+    {"cutting"},
+    {"criteria", "export", "flatness"},
+    {"pruning"},
+    {"settings"},
+    {"training"},
+    {"reporting"},
+    {"runs"},
+    {"study"},
+    {"cli"},
+    {"__main__"},
+)
+RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+MODULES = {
+    ".".join(path.relative_to(ROOT / "python").with_suffix("").parts).removesuffix(".__init__"): path
+    for path in ROOT.glob("python/flatprune/**/*.py")
+}
+
+
+def imported_modules(name):
+    """Modules of flatprune that a module imports anywhere in its text, for types alone too."""
+    for found in imported(MODULES[name]):
+        while found not in MODULES and "." in found:
+            found = found.rpartition(".")[0]
+        if found in MODULES and found != "flatprune":
+            yield found
+
+
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - {"flatprune"}))
+def test_imports_go_one_way(name):
+    own = name.split(".")[1]
+    for found in imported_modules(name):
+        other = found.split(".")[1]
+        assert other == own or RANKS[other] < RANKS[own], f"{name} imports {found}"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    done = set()
+
+    def visit(name, path):
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name not in done:
+            for found in imported_modules(name):
+                visit(found, [*path, name])
+            done.add(name)
+
+    for name in MODULES:
+        visit(name, [])
+
+
 def test_the_core_is_free_of_torch_and_python():
     sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"}]
     assert sources

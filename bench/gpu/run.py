@@ -41,7 +41,7 @@ class Run:
         return self.step_end - time.monotonic()
 
     def turns(self, work: Mapping[str, Work]) -> Iterator[tuple[str, Work, float]]:
-        """(label, work, its fair share of the seconds left) of all that there is time for; the rest is left out."""
+        """(label, work, its fair fraction of the seconds left) of all that there is time for; the rest is left out."""
         for place, (label, item) in enumerate(work.items()):
             left = self.seconds_left()
             if left < SHORTEST:

@@ -1,4 +1,4 @@
-"""Every family of operations on every network: times in both precisions, errors, ratios, shares of the ceilings."""
+"""Every family of operations on every network: times in both precisions, errors, ratios, fractions of the ceilings."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def ratios(entry: dict[str, Any]) -> dict[str, float]:
     return dict(sorted(found.items()))
 
 
-def shares(entry: dict[str, Any], reached: dict[str, float]) -> dict[str, dict[str, float]]:
+def fractions(entry: dict[str, Any], reached: dict[str, float]) -> dict[str, dict[str, float]]:
     """Operations and bytes of the plain way in native's time, over what a matmul and a copy reach on this device.
 
     Above 1 where native needs fewer operations, or reads from a cache.
@@ -85,13 +85,13 @@ def bench(run: Run, device: torch.device, quick: bool) -> None:
     run.keep("ceilings", ceilings(device, quick))
     results: dict[str, Any] = {}
     work = {f"{family}, {name}": (family, name) for family in families() for name in work_sets(quick)}
-    for label, (family, name), share in run.turns(work):
+    for label, (family, name), fraction in run.turns(work):
         work_set = work_sets(quick)[name]
         try:
-            entry = measured(families()[family](work_set, device), device, 2 if quick else ROUNDS, share)
+            entry = measured(families()[family](work_set, device), device, 2 if quick else ROUNDS, fraction)
         except RuntimeError as error:
             run.failed(label, error)
             continue
-        entry |= {"ratios": ratios(entry), "shares": shares(entry, run.document["ceilings"])}
+        entry |= {"ratios": ratios(entry), "fractions": fractions(entry, run.document["ceilings"])}
         results.setdefault(family, {})[name] = entry
         run.keep("results", results)

@@ -38,9 +38,9 @@ def results_table(document: dict[str, Any]) -> str:
 def _family(family: str, networks: dict[str, Any]) -> Iterator[str]:
     variants = list(next(iter(networks.values()))["float32"]["ms"])
     head = [f"{variant}, {name}" for name in PRECISIONS for variant in variants]
-    head += ["error float32, tf32", "share of matmul, of copy", "ratio in tf32 (goal)"]
+    head += ["error float32, tf32", "fraction of matmul, of copy", "ratio in tf32 (goal)"]
     yield ""
-    yield f"{family.capitalize()}, milliseconds (median); error of native against float64; shares and ratio of native"
+    yield f"{family.capitalize()}, milliseconds (median); error of native against float64; fractions, ratio of native"
     yield ""
     yield f"| | {' | '.join(head)} |"
     yield f"| --- |{' ---: |' * len(head)}"
@@ -48,7 +48,7 @@ def _family(family: str, networks: dict[str, Any]) -> Iterator[str]:
     for network, entry in networks.items():
         cells = [f"{entry[name]['ms'][v]['median']:.3g}" for name in PRECISIONS for v in variants]
         cells.append(", ".join(f"{entry[name]['native_error']:.1e}" for name in PRECISIONS))
-        cells.append(", ".join(f"{entry['shares']['tf32'][name]:.2f}" for name in ("matmul", "copy")))
+        cells.append(", ".join(f"{entry['fractions']['tf32'][name]:.2f}" for name in ("matmul", "copy")))
         goal = f" ({goals[network]:g})" if network in goals else ""
         cells.append(f"{entry['ratios'][f'{baseline} tf32 / native tf32']:.1f}{goal}")
         yield f"| {network} | {' | '.join(cells)} |"

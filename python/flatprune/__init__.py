@@ -22,15 +22,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flatprune.criteria import CRITERIA, Criterion
     from flatprune.data import Normalization
     from flatprune.errors import DivergedError, InputError, Interrupted
-    from flatprune.export import load
-    from flatprune.flatness.distortion import Disout, disout
+    from flatprune.export import load, take_tensors
+    from flatprune.flatness.distortion import Disout, attach_disout
     from flatprune.flatness.hessian import hessian_eigenvalues
     from flatprune.flatness.sam import SAM, MomentumSAM
     from flatprune.flatness.shifting import optimum_shift
     from flatprune.flatness.spectrum import Flatness, hessian_lambda_max
     from flatprune.pruning.pruner import Pruner
+    from flatprune.pruning.removals import Removal
     from flatprune.pruning.schedule import CubicSchedule
     from flatprune.pruning.targets import Target
     from flatprune.runs import resume, run
@@ -39,8 +41,10 @@ if TYPE_CHECKING:
     from kfac_ext import Curvature
 
 _HOMES = {
+    "CRITERIA": "flatprune.criteria",
     "SAM": "flatprune.flatness.sam",
     "AveragedWeights": "flatprune.training.averaging",
+    "Criterion": "flatprune.criteria",
     "CubicSchedule": "flatprune.pruning.schedule",
     "Curvature": "kfac_ext.curvature",
     "Disout": "flatprune.flatness.distortion",
@@ -51,19 +55,23 @@ _HOMES = {
     "MomentumSAM": "flatprune.flatness.sam",
     "Normalization": "flatprune.data",
     "Pruner": "flatprune.pruning.pruner",
+    "Removal": "flatprune.pruning.removals",
     "Settings": "flatprune.settings",
     "Target": "flatprune.pruning.targets",
-    "disout": "flatprune.flatness.distortion",
+    "attach_disout": "flatprune.flatness.distortion",
     "hessian_eigenvalues": "flatprune.flatness.hessian",
     "hessian_lambda_max": "flatprune.flatness.spectrum",
     "load": "flatprune.export",
     "optimum_shift": "flatprune.flatness.shifting",
     "resume": "flatprune.runs",
     "run": "flatprune.runs",
+    "take_tensors": "flatprune.export",
 }
 __all__ = [
+    "CRITERIA",
     "SAM",
     "AveragedWeights",
+    "Criterion",
     "CubicSchedule",
     "Curvature",
     "Disout",
@@ -74,15 +82,17 @@ __all__ = [
     "MomentumSAM",
     "Normalization",
     "Pruner",
+    "Removal",
     "Settings",
     "Target",
-    "disout",
+    "attach_disout",
     "hessian_eigenvalues",
     "hessian_lambda_max",
     "load",
     "optimum_shift",
     "resume",
     "run",
+    "take_tensors",
 ]
 
 

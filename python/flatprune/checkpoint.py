@@ -34,7 +34,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None
     so that a full disk, a killed process or a power cut leaves the old file or the new one, never half of one.
 
     Raises:
-        OSError: the file could not be written; the old one is untouched and the temporary file is gone.
+        OSError: the file could not be written; the old one is untouched and the temporary file is removed.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")  # one fixed name: a killed process leaves at most one behind

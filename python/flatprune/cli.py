@@ -17,8 +17,7 @@ import typer
 from flatprune import models
 from flatprune.errors import DivergedError, ExportError, InputError, Interrupted, RunsFailedError
 from flatprune.export import FORMATS, INPUTS, export_run
-from flatprune.settings import Settings
-from flatprune.settings_checks import (
+from flatprune.settings import (
     AMP,
     COMPENSATE,
     CRITERIA,
@@ -27,6 +26,7 @@ from flatprune.settings_checks import (
     OPTIMIZERS,
     OPTIMUM_SHIFT,
     SELECTIONS,
+    Settings,
 )
 
 EXIT_FAILED = 2
@@ -50,7 +50,7 @@ def run_command(
         float | None,
         typer.Option(help="fraction of the parameters left at the end; 1 does not prune  [default: 0.1]"),
     ] = None,
-    target_flops: Annotated[
+    target_macs: Annotated[
         float | None, typer.Option(help="instead: fraction of the multiply-accumulates left")
     ] = None,
     target_neurons: Annotated[float | None, typer.Option(help="instead: fraction of the neurons left")] = None,
@@ -77,7 +77,7 @@ def run_command(
         int | None, typer.Option(help="CPU threads; default 1 for small networks, else all cores")
     ] = None,
     train_size: Annotated[
-        float | None, typer.Option(help="train on a random subset: a number of images, or a share below 1")
+        float | None, typer.Option(help="train on a random subset: a number of images, or a fraction below 1")
     ] = None,
     label_noise: Annotated[
         float, typer.Option(help="fraction of the training labels drawn anew, uniformly over the classes")
@@ -107,7 +107,7 @@ def run_command(
     criterion: Annotated[str, typer.Option(help=f"which neurons go: {_one_of(tuple(CRITERIA))}")] = Settings.criterion,
     selection: Annotated[
         str,
-        typer.Option(help=f"{_one_of(SELECTIONS)}: whether a score knows which neurons went before (obs, outgoing)"),
+        typer.Option(help=f"{_one_of(SELECTIONS)}: whether a score knows which neurons went before (obs, obd)"),
     ] = Settings.selection,
     compensate: Annotated[
         str, typer.Option(help=f"{_one_of(COMPENSATE)}: survivors take over what removed neurons did")
@@ -126,7 +126,7 @@ def run_command(
         float | None, typer.Option(help="of weights, not biases and norms; default 5e-4, adamw 0.01")
     ] = None,
     label_smoothing: Annotated[
-        float, typer.Option(help="share of each training label that is spread over all classes")
+        float, typer.Option(help="fraction of each training label that is spread over all classes")
     ] = Settings.label_smoothing,
     mixup: Annotated[
         float, typer.Option(help="alpha of the Beta distribution that training images are mixed by; 0 does not")
@@ -145,17 +145,17 @@ def run_command(
     schedule: Annotated[
         str,
         typer.Option(
-            help="fc (constant until pruning ends, then a cosine to 0), cosine, or two cosines, before and after the "
-            "end of pruning, the second from the full rate (restart) or a tenth (finetune)"
+            help="flat_cosine (constant until pruning ends, then a cosine to 0), cosine, or two cosines, before and "
+            "after the end of pruning, the second from the full rate (restart) or a tenth (finetune)"
         ),
     ] = Settings.schedule,
     augment: Annotated[str, typer.Option(help="on or off: random shifts, and mirror images for colour")] = "off",
     compare_dense: Annotated[
         bool, typer.Option("--compare-dense", help="first train the same network the same way without pruning")
     ] = False,
-    prune_start: Annotated[float, typer.Option(help="share of the training before pruning")] = Settings.prune_start,
+    prune_start: Annotated[float, typer.Option(help="fraction of the training before pruning")] = Settings.prune_start,
     prune_end: Annotated[
-        float, typer.Option(help="share of the training at which pruning ends; as prune-start: all at once")
+        float, typer.Option(help="fraction of the training at which pruning ends; as prune-start: all at once")
     ] = Settings.prune_end,
     prune_every: Annotated[int, typer.Option(help="steps between removals")] = Settings.prune_every,
     factor_update_steps: Annotated[
@@ -165,7 +165,7 @@ def run_command(
         int, typer.Option(help="epochs between tests; the last one is always tested")
     ] = Settings.test_every,
     validation: Annotated[
-        float | None, typer.Option(help="test on this share of the training images instead of on the test images")
+        float | None, typer.Option(help="test on this fraction of the training images instead of on the test images")
     ] = None,
     architecture_of: Annotated[
         str | None, typer.Option(help="train the final network of the run in this folder, from fresh weights")
@@ -257,9 +257,9 @@ def eval_command(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:INDEX")] = Settings.device,
 ) -> None:
     """Print the accuracy of the saved network on the test images."""
-    from flatprune.saved import accuracy_of_saved
+    from flatprune.runs import evaluate_saved
 
-    accuracy, loss, images = accuracy_of_saved(folder, data, Settings(device=device).torch_device())
+    accuracy, loss, images = evaluate_saved(folder, data, Settings(device=device).torch_device())
     correct = round(accuracy * images / 100.0)
     print(f"test accuracy {accuracy!r} % ({correct} of {images}), loss {loss:.4f}")
 

@@ -160,8 +160,8 @@ def load_dataset(
     Args:
         data: "digits" or the path of an .npz file, as in `read_images`.
         seed: draws the subset and the noise (not the digits' split).
-        train_size: number of training images, or (below 1) a share of them, a random subset; default all.
-        validation: share of the training images, the same for every seed, that takes the place of the test images;
+        train_size: number of training images, or (below 1) a fraction of them, a random subset; default all.
+        validation: fraction of the training images, the same for every seed, that takes the place of the test images;
             their labels stay as they are. The subset is drawn from the others.
         label_noise: fraction of the training labels that are drawn anew, uniformly over all classes (so that about
             1 / classes of them come out as they were).
@@ -206,12 +206,12 @@ def load_dataset(
     )
 
 
-def _held_out(images: Images, share: float) -> Images:
-    """The same images with a share of the training set, picked by a fixed seed, in the place of the test set."""
+def _held_out(images: Images, fraction: float) -> Images:
+    """The same images with a fraction of the training set, picked by a fixed seed, in the place of the test set."""
     order = np.random.default_rng(_VALIDATION_SEED).permutation(len(images.x_train))
-    count = round(share * len(order))
+    count = round(fraction * len(order))
     if not 0 < count < len(order):
-        raise InputError(f"validation is {share}: it leaves no image of {len(order)} to test or to train on")
+        raise InputError(f"validation is {fraction}: it leaves no image of {len(order)} to test or to train on")
     tested, trained = order[:count], order[count:]
     return replace(
         images,

@@ -7,14 +7,14 @@ Each file is written atomically, so that it is whole at any time.
 
 `summary.json`:
     data, model, seed, epochs, steps, train_images, test_images, image_shape, classes: what was done
-    target_params                          share of the parameters to reach, null for a target in another unit
-    target_unit, target_share              params, flops, neurons or latency, and the share of it to reach
+    target_params                          fraction of the parameters to reach, null for a target in another unit
+    target_unit, target_fraction           params, macs, neurons or latency, and the fraction of it to reach
     held_out_images                        training images that only judged whether to go on pruning
     params_before, params_after            trainable scalars
-    flops_before, flops_after              multiply-accumulates of linear and convolution layers for one image
+    macs_before, macs_after                multiply-accumulates of linear and convolution layers for one image
     test_accuracy_last, test_accuracy_best percent, after the last epoch and after the best of those tested
     train_accuracy_last                    percent, of the final network on its training images and (noisy) labels
-    test_nll, test_ece                     calibration of the final network, see `flatprune.training.measurements`
+    test_nll, test_ece                     calibration of the final network, see `flatprune.training.evaluation`
     corrupted_accuracy                     kind -> percent at strengths 1 to 5, with _mean beside it; where asked for
     latency_before_1, latency_after_1      ms an image, median, at batch size 1, and likewise at 128; where asked for
     spectral_radius_kfac                   max over layers of lambda_1(A) lambda_1(G); with _geometric_mean beside it
@@ -22,7 +22,7 @@ Each file is written atomically, so that it is whole at any time.
     widths_before, widths_after            layer name -> output channels or features
     cost_before, cost_after                of the network in the target's unit (latency: measured seconds)
     pruning_stopped                        why pruning ended before its time, null if it did not
-    trust                                  predicted against measured change of the loss, see `flatprune.pruning.trust`
+    predicted_vs_measured                  change of the loss at the cuts, see `flatprune.pruning.predicted_vs_measured`
     seconds                                of training and testing, without start-up
     dense_*                                the same of the network trained without pruning, where that was wanted
     settings, versions                     everything needed to do it again
@@ -53,17 +53,18 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from flatprune.checkpoint import load_checkpoint, save_atomically, write_json, write_json_lines
-from flatprune.data import Dataset, load_dataset
+from flatprune.data import Dataset, Images, load_dataset, read_images
 from flatprune.errors import DivergedError, InputError, Interrupted
 from flatprune.export import EXPORT_FILES, MODEL_FILE, save_model
+from flatprune.export import load as load_network
 from flatprune.reporting import report
 from flatprune.settings import Settings
-from flatprune.training.evaluation import results
-from flatprune.training.observer import Observer
-from flatprune.training.trainer import Trainer
-from flatprune.training.training_state import state_of
+from flatprune.training.evaluation import evaluate
+from flatprune.training.figures import results
+from flatprune.training.trainer import Observer, Trainer
 
 CHECKPOINT_FILE = "checkpoint.pt"
 HISTORY_FILE = "history.jsonl"
@@ -72,7 +73,7 @@ DENSE_FOLDER = "dense"
 RUN_FILES = (CHECKPOINT_FILE, HISTORY_FILE, SUMMARY_FILE, MODEL_FILE, report.PLOT_FILE, report.REPORT_FILE)
 _DENSE_KEYS = (
     "params_after",
-    "flops_after",
+    "macs_after",
     "test_accuracy_last",
     "test_accuracy_best",
     "train_accuracy_last",
@@ -249,7 +250,7 @@ def _train(
 
 
 def _save(trainer: Trainer, folder: Path) -> None:
-    save_atomically(folder / CHECKPOINT_FILE, state_of(trainer))
+    save_atomically(folder / CHECKPOINT_FILE, trainer.state())
     write_json_lines(folder / HISTORY_FILE, trainer.history)
 
 
@@ -285,6 +286,41 @@ def _summary(trainer: Trainer, dense: dict[str, Any] | None) -> dict[str, Any]:
     return summary
 
 
+def evaluate_saved(folder: Path, data: str | None, device: torch.device) -> tuple[float, float, int]:
+    """Accuracy in percent, mean cross entropy, and number of the test images.
+
+    Args:
+        folder: of a finished run.
+        data: "digits" or the path of an .npz file; None: the data of the run.
+        device: where to compute.
+
+    Raises:
+        InputError: there is no such folder or network, or the images do not fit it.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    network = load_network(folder, device)
+    if data is None:
+        summary = folder / SUMMARY_FILE
+        if not summary.is_file():
+            raise InputError(f"{folder}: has no {SUMMARY_FILE}; name the data with --data")
+        data = str(json.loads(summary.read_text())["data"])
+    x, y = _test_tensors(data, network, read_images(data))
+    return *evaluate(network, x.to(device), y.to(device)), len(y)
+
+
+def _test_tensors(data: str, network: nn.Module, images: Images) -> tuple[Tensor, Tensor]:
+    """The test images as the network takes them, and their labels, once both are known to fit it."""
+    channels, height, width = network.image_shape  # type: ignore[misc]
+    x = network.normalization(images.x_test)  # type: ignore[operator]
+    if tuple(x.shape[1:]) != (channels, height, width):
+        shape = "x".join(str(side) for side in images.x_test.shape[1:])
+        raise InputError(f"{data}: x_test has images of {shape}, the network takes {height}x{width}x{channels}")
+    if images.y_test.max() >= network.classes:  # type: ignore[operator]
+        raise InputError(f"{data}: y_test has label {images.y_test.max()}, the network knows {network.classes} classes")
+    return x, torch.from_numpy(images.y_test)
+
+
 def versions() -> dict[str, str]:
     """Versions of this package, of Python and of what the figures depend on."""
     found = {"python": platform.python_version()}
@@ -297,7 +333,7 @@ def versions() -> dict[str, str]:
 @contextlib.contextmanager
 def _threads(trainer: Trainer) -> Iterator[None]:
     before = torch.get_num_threads()
-    small = trainer.flops_before * trainer.batch_size * 3 < _THREADED_WORK  # forward, and twice that backward
+    small = trainer.macs_before * trainer.batch_size * 3 < _THREADED_WORK  # forward, and twice that backward
     torch.set_num_threads(trainer.settings.threads or (1 if small else before))
     try:
         yield

@@ -2,16 +2,60 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 
+from flatprune import models
+from flatprune.criteria import CRITERIA
 from flatprune.errors import InputError
-from flatprune.pruning.targets import Target
-from flatprune.settings_checks import NEED_PRUNING, SECOND_PEAKS, TARGETS, check_settings
+from flatprune.flatness.spectrum import MODES as FLATNESS_MODES
+from flatprune.pruning.selection import SELECTIONS
+from flatprune.pruning.targets import UNITS, Target
 
+FLATNESS = ("on", "off", "sam", "msam", "on+msam")
+OPTIMUM_SHIFT = ("off", "after_pruning")
+COMPENSATE = ("auto", "on", "off")
+OPTIMIZERS = ("sgd", "adam", "adamw")
+AMP = ("off", "bf16", "fp16")
+SECOND_PEAKS = {"restart": 1.0, "finetune": 0.1}  # of the learning rate, in training after one-shot pruning
+SCHEDULES = ("flat_cosine", "cosine", *SECOND_PEAKS)
+TARGETS = {f"target_{unit}": unit for unit in UNITS}
+NEED_PRUNING = ("max_predicted_loss", "stop_accuracy_drop")
+_CHOICES = {
+    "flatness": FLATNESS,
+    "flatness_mode": FLATNESS_MODES,
+    "optimum_shift": OPTIMUM_SHIFT,
+    "criterion": tuple(CRITERIA),
+    "selection": SELECTIONS,
+    "compensate": COMPENSATE,
+    "optimizer": OPTIMIZERS,
+    "amp": AMP,
+    "schedule": SCHEDULES,
+}
+_AT_LEAST = {
+    "epochs": 1,
+    "batch_size": 2,
+    "accumulate": 1,
+    "seed": 0,
+    "image_size": 1,
+    "threads": 1,
+    "sam_every": 1,
+    "flatness_every": 1,
+    "latency_batch": 1,
+    "round_to": 1,
+    "min_width": 1,
+    "prune_every": 1,
+    "factor_update_steps": 1,
+    "test_every": 1,
+    "track_hessian": 1,
+}
+_ABOVE_0 = ("lr", "sam_radius", "max_predicted_loss", "stop_accuracy_drop")
+_FROM_0 = ("flatness_strength", "flatness_fade_below", "weight_decay", "mixup")
+_FROM_0_BELOW_1 = ("disout", "momentum", "label_smoothing")
 _DEFAULT_TARGET_PARAMS = 0.1
 _WEIGHT_DECAY = {"sgd": 5e-4, "adam": 5e-4, "adamw": 0.01}
 _ADAM_RATE = 1e-3
@@ -29,7 +73,7 @@ class Settings:
         classes: number of classes, or None for the largest training label + 1.
         target_params: fraction of the parameters left at the end, in (0, 1]; 1 trains without pruning. 0.1 unless
             another target is given.
-        target_flops, target_neurons, target_latency: the same in multiply-accumulates, prunable neurons or measured
+        target_macs, target_neurons, target_latency: the same in multiply-accumulates, prunable neurons or measured
             inference latency (see `flatprune.Target`); one of the four at most.
         latency_batch: images in the forward whose latency counts.
         round_to: widths become multiples of this.
@@ -42,20 +86,20 @@ class Settings:
         lr: learning rate before the schedule, or None: 0.1 with batch norm and 0.05 without for sgd, else 0.001.
         momentum: of sgd; the first of the betas of adam and adamw.
         weight_decay: of weights, not of biases and norms; None: 5e-4, for adamw (where it is decoupled) 0.01.
-        label_smoothing: share of each training label that is spread over all classes.
-        mixup: alpha of Beta(alpha, alpha), from which the share of the second image in each mixture is drawn (Zhang
+        label_smoothing: fraction of each training label that is spread over all classes.
+        mixup: alpha of Beta(alpha, alpha), from which the fraction of the second image in each mixture is drawn (Zhang
             et al. 2018, arXiv 1710.09412); 0 does not mix.
         ema: decay of an exponential moving average of the weights, which is tested and saved; None: no average.
         accumulate: parts that the images of a step are split into, one forward and backward after the other.
         amp: forwards in mixed precision: "off", "bf16", or "fp16" with a scaled loss.
         channels_last: keep images and convolutions in the memory format channels_last.
         compile: train through `torch.compile`, anew after each removal.
-        schedule: "fc" (constant until pruning ends, then a cosine to 0), "cosine" throughout, or one of the classic
-            pipeline's: a cosine to 0 until pruning ends and another after it, from the full learning rate ("restart")
-            or from a tenth of it ("finetune").
+        schedule: "flat_cosine" (constant until pruning ends, then a cosine to 0), "cosine" throughout, or one of the
+            classic pipeline's: a cosine to 0 until pruning ends and another after it, from the full learning rate
+            ("restart") or from a tenth of it ("finetune").
         device: "cpu", "cuda" or "cuda:i".
         threads: CPU threads; None: one for a network too small for a second to help, else PyTorch's default.
-        train_size: random subset of the training images, a number of them or (below 1) a share; None for all.
+        train_size: random subset of the training images, a number of them or (below 1) a fraction; None for all.
         label_noise: fraction of the training labels drawn anew.
         flatness: "on" penalises the spectral radius of the curvature, "off" does nothing, "sam" minimises the loss by
             the gradients of `flatprune.SAM`, "msam" by those of `flatprune.MomentumSAM`, the rivals to compare with;
@@ -66,18 +110,18 @@ class Settings:
         sam_every: of `flatprune.SAM`.
         optimum_shift: "after_pruning" applies `flatprune.optimum_shift` on the last 256 images after the last removal,
             "off" does not.
-        disout: what the probability of `flatprune.disout` rises to over the training, in [0, 1); 0: no distortion.
+        disout: what the probability of `flatprune.attach_disout` rises to over the training, in [0, 1); 0: none.
         criterion: a name of `flatprune.criteria.CRITERIA`.
         selection: "auto", "independent" or "greedy", see `flatprune.Pruner`.
         compensate: whether survivors take over what removed neurons did: "auto", "on" or "off".
         exclude: names of layers (or of modules around them) whose neurons stay.
         augment: random shifts (and mirror images for colour).
         compare_dense: first train the same network the same way without pruning.
-        prune_start, prune_end: shares of the training between which neurons go; equal ones: all at once.
+        prune_start, prune_end: fractions of the training between which neurons go; equal ones: all at once.
         prune_every: steps between removals.
         factor_update_steps: steps between measurements of the curvature, or None for 5 (10 with convolutions).
         test_every: epochs between tests; the last one is always tested.
-        validation: share of the training images that are held out and tested on instead of the test images.
+        validation: fraction of the training images that are held out and tested on instead of the test images.
         architecture_of: folder of a finished run whose final network is trained from fresh weights, instead of `model`.
         corruptions: test the final network on corrupted test images too (see `flatprune.training.corruptions`).
         measure_latency: time inference before and after.
@@ -93,7 +137,7 @@ class Settings:
     image_size: int | None = None
     classes: int | None = None
     target_params: float | None = None
-    target_flops: float | None = None
+    target_macs: float | None = None
     target_neurons: float | None = None
     target_latency: float | None = None
     latency_batch: int = 64
@@ -115,7 +159,7 @@ class Settings:
     amp: str = "off"
     channels_last: bool = False
     compile: bool = False
-    schedule: str = "fc"
+    schedule: str = "flat_cosine"
     device: str = "cpu"
     threads: int | None = None
     train_size: float | None = None
@@ -149,15 +193,15 @@ class Settings:
     def __post_init__(self) -> None:
         if all(getattr(self, name) is None for name in TARGETS):
             object.__setattr__(self, "target_params", _DEFAULT_TARGET_PARAMS)
-        check_settings(self)
+        _check(self)
         if self.train_size is not None and self.train_size >= 1:
             object.__setattr__(self, "train_size", int(self.train_size))
 
     @property
     def target(self) -> Target:
         """The size to reach."""
-        shares = {unit: getattr(self, name) for name, unit in TARGETS.items()}
-        return Target(**shares, latency_batch=self.latency_batch)
+        fractions = {unit: getattr(self, name) for name, unit in TARGETS.items()}
+        return Target(**fractions, latency_batch=self.latency_batch)
 
     def dense(self) -> Settings:
         """The same training without pruning."""
@@ -210,16 +254,113 @@ class Settings:
     def learning_rate(self, step: int, total_steps: int, peak: float) -> float:
         """Learning rate of step 0 .. total_steps - 1.
 
-        "fc": peak until pruning ends, then peak (1 + cos(pi t)) / 2, t from 0 to 1. "cosine": t over all steps.
-        "restart" (Renda, Frankle & Carbin 2020, arXiv 2003.02389) and "finetune": that cosine until pruning ends, and
-        another after it, from peak or from peak / 10.
+        "flat_cosine": peak until pruning ends, then peak (1 + cos(pi t)) / 2, t from 0 to 1. "cosine": t over all
+        steps. "restart" (Renda, Frankle & Carbin 2020, arXiv 2003.02389) and "finetune": that cosine until pruning
+        ends, and another after it, from peak or from peak / 10.
         """
         start = 0.0 if self.schedule == "cosine" else self.prune_end * total_steps
         if step >= start:
             second = SECOND_PEAKS.get(self.schedule, 1.0)
             return second * peak * _half_cosine((step - start) / (total_steps - start))
-        return peak if self.schedule == "fc" else peak * _half_cosine(step / start)
+        return peak if self.schedule == "flat_cosine" else peak * _half_cosine(step / start)
 
 
 def _half_cosine(part: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * part))
+
+
+def _check(settings: Settings) -> None:
+    """Raise InputError, naming setting, value and what is wanted, for the first that cannot be used."""
+    models.check_name(settings.model)
+    _check_target(settings)
+    _check_ranges(settings)
+    for name, choices in _CHOICES.items():
+        _check_choice(name, getattr(settings, name), choices)
+    _check_criterion(settings)
+    _check_training(settings)
+    _check_fractions(settings)
+
+
+def _check_target(settings: Settings) -> None:
+    given = {name: getattr(settings, name) for name in TARGETS if getattr(settings, name) is not None}
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)}: expected one of them")
+    for name, fraction in given.items():
+        if not 0.0 < fraction <= 1.0:
+            raise InputError(f"{name} is {fraction}, expected above 0 and at most 1")
+        if fraction == 1.0 and any(getattr(settings, other) is not None for other in NEED_PRUNING):
+            raise InputError(f"{name} is 1, which does not prune: {' and '.join(NEED_PRUNING)} need a smaller one")
+
+
+def _check_ranges(settings: Settings) -> None:
+    for name, least in _AT_LEAST.items():
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise InputError(f"{name} is {value}, expected {least} or more")
+    if settings.seed >= 2**63:
+        raise InputError(f"seed is {settings.seed}, expected less than 2^63")
+    for name in _ABOVE_0:
+        value = getattr(settings, name)
+        if value is not None and not (value > 0.0 and math.isfinite(value)):
+            raise InputError(f"{name} is {value}, expected a number above 0")
+    for name in _FROM_0:
+        value = getattr(settings, name)
+        if value is not None and not (value >= 0.0 and math.isfinite(value)):
+            raise InputError(f"{name} is {value}, expected a number of 0 or more")
+    for name in _FROM_0_BELOW_1:
+        value = getattr(settings, name)
+        if not 0.0 <= value < 1.0:
+            raise InputError(f"{name} is {value}, expected 0 or more and below 1")
+    if settings.ema is not None and not 0.0 < settings.ema < 1.0:
+        raise InputError(f"ema is {settings.ema}, expected a decay above 0 and below 1")
+    if not 0.0 <= settings.label_noise <= 1.0:
+        raise InputError(f"label_noise is {settings.label_noise}, expected 0 to 1")
+
+
+def _check_criterion(settings: Settings) -> None:
+    criterion = CRITERIA[settings.criterion]
+    if settings.max_predicted_loss is not None and not criterion.predicts_loss:
+        raise InputError(
+            f"max_predicted_loss is {settings.max_predicted_loss:g}, but criterion "
+            f"{settings.criterion} predicts no loss"
+        )
+    if settings.selection == "greedy" and criterion.joint is None:
+        raise InputError(f"selection is 'greedy', which criterion {settings.criterion} does not know")
+
+
+def _check_training(settings: Settings) -> None:
+    momentum_sam = "msam" in settings.flatness_parts
+    if momentum_sam and settings.sam_every != 1:
+        raise InputError(f"sam_every is {settings.sam_every}, but msam costs nothing and acts on every step")
+    if momentum_sam and settings.momentum == 0.0:
+        raise InputError(f"momentum is 0.0, but flatness {settings.flatness} moves along it, expected above 0")
+    if settings.compile and (settings.disout > 0.0 or settings.flatness == "sam"):
+        other = "flatness sam" if settings.flatness == "sam" else f"disout {settings.disout:g}"
+        raise InputError(f"compile and {other}: expected one of them, compiled code would draw other masks")
+    size, parts = settings.batch_size, settings.accumulate
+    if size % parts or size // parts < 2:
+        raise InputError(
+            f"accumulate is {parts}, expected a divisor of batch_size {size} that leaves 2 images or more to each part"
+        )
+
+
+def _check_fractions(settings: Settings) -> None:
+    size = settings.train_size
+    if size is not None and not (0.0 < size < 1.0 or (size >= 1 and float(size).is_integer())):
+        raise InputError(f"train_size is {size}, expected a whole number from 1 or a fraction between 0 and 1")
+    if not 0.0 <= settings.prune_start <= settings.prune_end <= 1.0:
+        raise InputError(
+            f"prune_start is {settings.prune_start} and prune_end {settings.prune_end}, expected 0 to 1, the end not "
+            "before"
+        )
+    if settings.validation is not None and not 0.0 < settings.validation < 1.0:
+        raise InputError(f"validation is {settings.validation}, expected a fraction between 0 and 1")
+    if settings.architecture_of is not None and settings.widths is not None:
+        raise InputError("architecture_of and widths: expected one of them")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(value.lower(), choices, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(choices)}"
+        raise InputError(f"{name} is {value!r}; {hint}")

@@ -31,7 +31,7 @@ def test_a_dry_run_writes_all_of_the_document(tmp_path, monkeypatch):
                 times = entry[name]["ms"]
                 assert "native" in times and all(t["median"] > 0 for t in times.values())
                 assert 0 < entry[name]["native_error"] < 1e-5
-                assert all(share > 0 for share in entry["shares"][name].values())
+                assert all(fraction > 0 for fraction in entry["fractions"][name].values())
                 ratio = entry["ratios"][f"{list(times)[1]} {name} / native {name}"]
                 assert ratio == list(times.values())[1]["median"] / times["native"]["median"]
     assert set(document["training"]) == set(training.NETWORKS)

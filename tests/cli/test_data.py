@@ -11,8 +11,8 @@ def test_digits_split_is_fixed_and_stratified():
     first, second = load_dataset("digits", seed=0), load_dataset("digits", seed=5)
     assert torch.equal(first.x_test, second.x_test) and torch.equal(first.x_train, second.x_train)
     assert first.image_shape == (1, 8, 8) and first.classes == 10
-    share = torch.bincount(first.y_test) / (torch.bincount(first.y_train) + torch.bincount(first.y_test))
-    assert float(share.min()) > 0.23 and float(share.max()) < 0.27
+    fraction = torch.bincount(first.y_test) / (torch.bincount(first.y_train) + torch.bincount(first.y_test))
+    assert float(fraction.min()) > 0.23 and float(fraction.max()) < 0.27
 
 
 def test_normalization_is_that_of_the_training_images(npz):
@@ -54,8 +54,8 @@ def test_train_size_is_a_random_subset_by_seed(npz):
 def test_label_noise_redraws_a_fraction():
     labels = torch.arange(10).repeat(2000)
     noisy = noisy_labels(labels, 10, 0.4, torch.Generator().manual_seed(0))
-    share = float((noisy != labels).float().mean())  # nine in ten of those redrawn differ
-    assert abs(share - 0.36) < 0.01
+    fraction = float((noisy != labels).float().mean())  # nine in ten of those redrawn differ
+    assert abs(fraction - 0.36) < 0.01
     assert torch.equal(noisy, noisy_labels(labels, 10, 0.4, torch.Generator().manual_seed(0)))
     assert not torch.equal(noisy, noisy_labels(labels, 10, 0.4, torch.Generator().manual_seed(1)))
     counts = torch.bincount(noisy[noisy != labels], minlength=10).float()

@@ -11,7 +11,8 @@ from flatprune.errors import InputError
 from flatprune.export import fresh_network
 from flatprune.settings import Settings
 from flatprune.training.corruptions import KINDS, corrupted
-from flatprune.training.measurements import calibration, latency, radii_of_both_kinds
+from flatprune.training.evaluation import calibration
+from flatprune.training.measurements import latency, radii_of_both_kinds
 from kfac_ext.curvature import Curvature
 
 PLAIN = Normalization(torch.tensor([0.25]), torch.tensor([0.5]))

@@ -64,12 +64,12 @@ def test_epochs_that_are_not_tested(npz, tmp_path, terminal):
 
 
 def test_learning_rate():
-    fc, cosine = Settings(), Settings(schedule="cosine")
-    assert [fc.learning_rate(step, 100, 0.1) for step in (0, 39, 40)] == [0.1, 0.1, 0.1]
-    assert fc.learning_rate(70, 100, 0.1) == pytest.approx(0.05)
-    assert 0 < fc.learning_rate(99, 100, 0.1) < 1e-4
+    flat, cosine = Settings(), Settings(schedule="cosine")
+    assert [flat.learning_rate(step, 100, 0.1) for step in (0, 39, 40)] == [0.1, 0.1, 0.1]
+    assert flat.learning_rate(70, 100, 0.1) == pytest.approx(0.05)
+    assert 0 < flat.learning_rate(99, 100, 0.1) < 1e-4
     assert cosine.learning_rate(50, 100, 0.1) == pytest.approx(0.05)
-    rates = [fc.learning_rate(step, 100, 0.1) for step in range(100)]
+    rates = [flat.learning_rate(step, 100, 0.1) for step in range(100)]
     assert rates == sorted(rates, reverse=True)
 
 

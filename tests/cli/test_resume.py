@@ -13,8 +13,7 @@ import torch
 from flatprune import runs
 from flatprune.errors import InputError, Interrupted
 from flatprune.settings import Settings
-from flatprune.training.observer import Observer
-from flatprune.training.trainer import Trainer
+from flatprune.training.trainer import Observer, Trainer
 
 STEPS_PER_EPOCH = 6
 SETTINGS = {"epochs": 10, "batch_size": 16, "target_params": 0.3, "seed": 4, "label_noise": 0.1, "augment": True}
@@ -117,7 +116,7 @@ def test_ctrl_c_and_resume(tmp_path, data, whole, model, stops):
 @pytest.mark.parametrize(
     ("options", "stop"),
     [
-        ({"target_params": None, "target_flops": 0.3, "round_to": 2}, 20),
+        ({"target_params": None, "target_macs": 0.3, "round_to": 2}, 20),
         ({"stop_accuracy_drop": 90.0}, 14),
         ({"stop_accuracy_drop": 1e-9, "lr": 0.7, "epochs": 60, "flatness": "off"}, 97),  # pruning ends at step 99
     ],

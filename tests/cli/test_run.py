@@ -18,7 +18,7 @@ from flatprune import runs
 from flatprune.models import layer_widths, multiply_accumulates, parameter_count
 
 REQUIRED = [
-    *("data", "model", "seed", "epochs", "params_before", "params_after", "flops_before", "flops_after"),
+    *("data", "model", "seed", "epochs", "params_before", "params_after", "macs_before", "macs_after"),
     *("test_accuracy_last", "test_accuracy_best", "train_accuracy_last", "spectral_radius_kfac", "hessian_lambda_max"),
     *("widths_before", "widths_after", "seconds"),
 ]
@@ -52,7 +52,7 @@ def test_summary(digits_run):
     assert not [key for key in REQUIRED if key not in summary]
     assert summary["params_before"] == 17_226
     assert summary["params_after"] <= 0.3 * summary["params_before"]
-    assert summary["flops_after"] < summary["flops_before"] == 64 * 128 + 128 * 64 + 64 * 10
+    assert summary["macs_after"] < summary["macs_before"] == 64 * 128 + 128 * 64 + 64 * 10
     assert (summary["data"], summary["model"], summary["seed"], summary["epochs"]) == ("digits", "mlp", 3, 2)
     assert 10.0 < summary["test_accuracy_last"] <= summary["test_accuracy_best"] <= 100.0  # percent
     assert summary["spectral_radius_kfac"] > 0 and summary["hessian_lambda_max"] > 0
@@ -83,7 +83,7 @@ def test_loads_back(digits_run):
     summary, model = summary_of(digits_run), package.load(digits_run)
     assert parameter_count(model) == summary["params_after"]
     assert layer_widths(model) == summary["widths_after"]
-    assert multiply_accumulates(model, model.image_shape) == summary["flops_after"]
+    assert multiply_accumulates(model, model.image_shape) == summary["macs_after"]
     first = model[1]
     assert first.out_features == first.weight.shape[0] == summary["widths_after"]["1"]
     digits = runs.load(package.Settings())
@@ -171,20 +171,20 @@ def test_variants(flatprune, npz, tmp_path, options):
 
 
 def test_other_units(flatprune, npz, tmp_path):
-    for unit, share in (("flops", 0.4), ("neurons", 0.5), ("latency", 0.9)):
+    for unit, fraction in (("macs", 0.4), ("neurons", 0.5), ("latency", 0.9)):
         out = tmp_path / unit
-        options = ("--epochs", 2, "--batch-size", 32, f"--target-{unit}", share)
+        options = ("--epochs", 2, "--batch-size", 32, f"--target-{unit}", fraction)
         outcome = flatprune("run", "--data", npz(), "--out", out, *options)
         assert outcome.code == 0
         summary = summary_of(out)
-        assert (summary["target_unit"], summary["target_share"], summary["target_params"]) == (unit, share, None)
+        assert (summary["target_unit"], summary["target_fraction"], summary["target_params"]) == (unit, fraction, None)
         if unit == "latency":
             assert summary["cost_before"] > 0.0 and summary["cost_after"] > 0.0  # really timed: no bound is certain
             continue
-        assert summary["cost_after"] <= share * summary["cost_before"]
-        if unit == "flops":
-            assert summary["cost_after"] == summary["flops_after"]
-            assert summary["cost_before"] == summary["flops_before"]
+        assert summary["cost_after"] <= fraction * summary["cost_before"]
+        if unit == "macs":
+            assert summary["cost_after"] == summary["macs_after"]
+            assert summary["cost_before"] == summary["macs_before"]
 
 
 def test_widths_and_limits(flatprune, npz, tmp_path):
@@ -196,22 +196,26 @@ def test_widths_and_limits(flatprune, npz, tmp_path):
 
 def test_removal_events_are_recorded_and_shown(flatprune, npz, tmp_path):
     out = tmp_path / "out"
-    options = ("--epochs", 80, "--batch-size", 32, "--target-flops", 0.2)
+    options = ("--epochs", 80, "--batch-size", 32, "--target-macs", 0.2)
     outcome = flatprune("run", "--data", npz(), "--out", out, *options)
     history = runs.read_history(out / runs.HISTORY_FILE)
     cuts = {(r["step"], r["round"]): r for r in history if r["kind"] == "removal"}
     assert len(cuts) >= 3
     for record in cuts.values():
-        assert record["unit"] == "flops" and record["cost_after"] < record["cost_before"]
+        assert record["unit"] == "macs" and record["cost_after"] < record["cost_before"]
         assert record["predicted_change"] >= 0.0 and record["measured_change"] >= 0.0
         assert record["lowest_removed"] <= record["highest_removed"] and record["neuron_cost"] > 0
-    found = summary_of(out)["trust"]
+    found = summary_of(out)["predicted_vs_measured"]
     assert found["cuts"] == len(cuts)
     x, y = ([record[key] for record in cuts.values()] for key in ("predicted_change", "measured_change"))
     assert found["pearson"] == pytest.approx(float(np.corrcoef(x, y)[0, 1]))
-    assert f"trust in the criterion: {len(cuts)} cuts" in outcome.out
+    assert f"predicted and measured: {len(cuts)} cuts" in outcome.out
     page = (out / "report.html").read_text()
-    assert "Trust in the criterion" in page and "Removal events" in page and f"Spearman {found['spearman']:.2f}" in page
+    assert (
+        "Predicted and measured changes of the loss" in page
+        and "Removal events" in page
+        and f"Spearman {found['spearman']:.2f}" in page
+    )
 
 
 def test_what_an_event_leaves_undone_is_said(flatprune, npz, tmp_path):

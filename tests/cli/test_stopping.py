@@ -9,10 +9,10 @@ import torch
 
 from flatprune.data import load_dataset
 from flatprune.errors import InputError
-from flatprune.pruning.trust import trust
+from flatprune.pruning.predicted_vs_measured import predicted_vs_measured
 from flatprune.reporting.progress import phase, remarks
 from flatprune.settings import Settings
-from flatprune.training.evaluation import results as figures
+from flatprune.training.figures import results as figures
 from flatprune.training.stopping import AccuracyGuard, hold_out
 from flatprune.training.trainer import Trainer
 
@@ -80,10 +80,10 @@ def test_phases_follow_the_schedule():
 
 
 def test_nothing_to_remark_on_a_run_without_pruning():
-    assert remarks({"pruning_stopped": None, "trust": trust([])}) == []
+    assert remarks({"pruning_stopped": None, "predicted_vs_measured": predicted_vs_measured([])}) == []
 
 
 def test_the_dense_comparison_neither_prunes_nor_stops():
-    dense = Settings(target_flops=0.2, stop_accuracy_drop=3.0, max_predicted_loss=1.0, compare_dense=True).dense()
-    assert (dense.target_params, dense.target_flops, dense.target.share) == (1.0, None, 1.0)
+    dense = Settings(target_macs=0.2, stop_accuracy_drop=3.0, max_predicted_loss=1.0, compare_dense=True).dense()
+    assert (dense.target_params, dense.target_macs, dense.target.fraction) == (1.0, None, 1.0)
     assert dense.stop_accuracy_drop is None and dense.max_predicted_loss is None and not dense.compare_dense

@@ -18,13 +18,12 @@ from flatprune.errors import DivergedError
 from flatprune.export import load
 from flatprune.runs import run
 from flatprune.settings import Settings
-from flatprune.training import parts, run_state
+from flatprune.training import builders
 from flatprune.training.batches import Batch, mixed
 from flatprune.training.evaluation import evaluate
 from flatprune.training.gradients import Gradients
-from flatprune.training.observer import Observer
-from flatprune.training.run_state import EpochSums
-from flatprune.training.trainer import Trainer
+from flatprune.training.state import EpochSums
+from flatprune.training.trainer import Observer, Trainer
 from kfac_ext import Curvature
 
 CPU = torch.device("cpu")
@@ -79,23 +78,25 @@ def test_states_are_cut_and_images_learned(trainer, name):
 
 def test_mixup_mixes_images_and_labels_alike():
     x, y = torch.randn(64, 3), torch.arange(64) % 4
-    shares = []
+    fractions = []
     for seed in range(50):
         batch = mixed(x, y, 4, 0.4, torch.Generator().manual_seed(seed))
         torch.testing.assert_close(batch.target.sum(1), torch.ones(64))
         assert torch.equal(batch.target.argmax(1), y) and batch.labels is y
-        share = batch.target.max(1).values.min()
-        shares.append(share)
+        fraction = batch.target.max(1).values.min()
+        fractions.append(fraction)
         # x' - s x = (1 - s) x[p]: among the images, and with the label that the target names
-        rest = (batch.x - share * x) / (1 - share) if share < 0.99 else None
+        rest = (batch.x - fraction * x) / (1 - fraction) if fraction < 0.99 else None
         if rest is not None:
             distance, other = torch.cdist(rest, x).min(1)
             assert float(distance.max()) < 1e-2
             onehot = F.one_hot(y, 4).float()
-            torch.testing.assert_close(batch.target, share * onehot + (1 - share) * onehot[other])
+            torch.testing.assert_close(batch.target, fraction * onehot + (1 - fraction) * onehot[other])
     # E max(b, 1 - b) of Beta(0.4, 0.4), by numbers
     draws = torch.distributions.Beta(0.4, 0.4).sample((20000,))
-    assert float(torch.stack(shares).mean()) == pytest.approx(float(torch.maximum(draws, 1 - draws).mean()), abs=0.06)
+    assert float(torch.stack(fractions).mean()) == pytest.approx(
+        float(torch.maximum(draws, 1 - draws).mean()), abs=0.06
+    )
 
 
 @pytest.mark.parametrize("options", [{"mixup": 0.4}, {"label_smoothing": 0.1}])
@@ -170,7 +171,7 @@ def test_parts_have_the_factors_of_the_whole():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     twin = copy.deepcopy(model)
-    plan = parts.BatchInParts(4, 3, 0.95)
+    plan = builders.BatchInParts(4, lambda: 3, 0.95)
     split = Curvature(model, factor_update_steps=plan.update_steps, factor_decay=plan.decay)
     whole = Curvature(twin, factor_update_steps=3, factor_decay=0.95)
     for _ in range(8):
@@ -290,9 +291,14 @@ class NoWaiting(TorchDispatchMode):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    for module in (run_state, flatprune.flatness.sam, flatprune.flatness.spectrum, kfac_ext.curvature.running):
+    for module in (
+        flatprune.training.state,
+        flatprune.flatness.sam,
+        flatprune.flatness.spectrum,
+        kfac_ext.curvature.running,
+    ):
         monkeypatch.setattr(module, "reading_is_free", lambda device: False)
-    monkeypatch.setattr(parts, "fused_optimizer", lambda device: True)
+    monkeypatch.setattr(builders, "fused_optimizer", lambda device: True)
     # on the CPU alone torch's looks whether the labels are in range
     monkeypatch.setattr(F, "one_hot", lambda labels, classes: (labels[..., None] == torch.arange(classes)).long())
 

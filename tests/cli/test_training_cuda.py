@@ -70,18 +70,16 @@ def test_no_step_waits(npz, options):
 
 
 def test_a_checkpoint_goes_from_device_to_device(npz, tmp_path):
-    from flatprune.training.training_state import state_of
-
     data = str(npz())
     values = {"data": data, "batch_size": 16, "epochs": 2, "optimizer": "adamw", "amp": "bf16", "ema": 0.9}
     first = Trainer(Settings(**values, device="cuda"), load_dataset(data, device="cuda"))
     first.train()
-    torch.save(state_of(first), tmp_path / "state.pt")
+    torch.save(first.state(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", map_location="cpu", weights_only=True)
     state["progress"]["epoch"] = 1
     second = Trainer(Settings(**values), load_dataset(data), state)
     second.train()
     assert second.progress.step == 18
-    back = state_of(second)
+    back = second.state()
     back["progress"]["epoch"] = 1
     Trainer(Settings(**values, device="cuda"), load_dataset(data, device="cuda"), back).train()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flatprune.flatness.distortion import Disout, disout
+from flatprune.flatness.distortion import Disout, attach_disout
 from flatprune.flatness.sam import SAM
 from flatprune.flatness.spectrum import Flatness
 from flatprune.pruning.pruner import Pruner
@@ -76,10 +76,10 @@ def test_values(alpha):
     ratio = y / x
     scale = ratio.median()  # most places are kept
     kept = (ratio - scale).abs() < 1e-9
-    share = float(kept.double().mean())
-    assert abs(share - 0.75) < 0.01
-    assert float(scale) == pytest.approx(1 / share, rel=1e-6)
-    noise = y[~kept] * share
+    fraction = float(kept.double().mean())
+    assert abs(fraction - 0.75) < 0.01
+    assert float(scale) == pytest.approx(1 / fraction, rel=1e-6)
+    noise = y[~kept] * fraction
     assert float(noise.mean()) == pytest.approx(0, abs=5 * alpha * 2 / len(noise) ** 0.5)
     assert float(noise.std()) == pytest.approx(alpha * float(x.std()), rel=0.03, abs=1e-12)
 
@@ -137,7 +137,7 @@ def network():
 def test_hooks_on_all_layers_but_the_last():
     model, x = network(), torch.randn(16, 2, 4, 4)
     keys, undistorted = list(model.state_dict()), copy.deepcopy(model)
-    handle = disout(model, probability=0.3, block_size=2)
+    handle = attach_disout(model, probability=0.3, block_size=2)
     assert handle.layers == ("0", "4") and list(model.state_dict()) == keys
     seen = {}
     for name, module in model.named_modules():
@@ -157,13 +157,13 @@ def test_hooks_on_all_layers_but_the_last():
 
 def test_the_probability_rises_linearly_and_resumes():
     model = network()
-    handle = disout(model, ["4"], probability=0.4, steps=4)
+    handle = attach_disout(model, ["4"], probability=0.4, steps=4)
     found = []
     for _ in range(6):
         found.append(handle.distortion.dist_prob)
         handle.step()
     assert found == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.4])
-    other = disout(network(), ["4"], probability=0.4, steps=4)
+    other = attach_disout(network(), ["4"], probability=0.4, steps=4)
     other.step()
     other.load_state_dict({**handle.state_dict(), "step_count": 3})
     assert (other.step_count, other.distortion.dist_prob) == (3, pytest.approx(0.3))
@@ -172,7 +172,7 @@ def test_the_probability_rises_linearly_and_resumes():
 def test_copies_and_pickles_do_not_distort():
     model, x = network(), torch.randn(16, 2, 4, 4)
     plain = copy.deepcopy(model)
-    disout(model, probability=0.5)
+    attach_disout(model, probability=0.5)
     expected = plain(x)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(x), expected)
@@ -181,7 +181,7 @@ def test_copies_and_pickles_do_not_distort():
 
 def test_extra_forwards_draw_the_same_places():
     model, x, y = network(), torch.randn(32, 2, 4, 4), torch.randint(3, (32,))
-    disout(model, ["4"], probability=0.5, alpha=0.0)
+    attach_disout(model, ["4"], probability=0.5, alpha=0.0)
     curvature = Curvature(model, factor_update_steps=1)
     sam, flatness = SAM(model, curvature=curvature), Flatness(curvature, start=0, every=1)
     places = []
@@ -201,7 +201,7 @@ def test_extra_forwards_draw_the_same_places():
 def test_pruning_goes_on_under_the_hooks():
     torch.manual_seed(0)
     model, x, y = network(), torch.randn(32, 2, 4, 4), torch.randint(3, (32,))
-    disout(model, probability=0.5)
+    attach_disout(model, probability=0.5)
     curvature = Curvature(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     pruner = Pruner(model, optimizer, curvature, x[:2], target=Target(params=0.5), total_steps=10)
@@ -217,7 +217,7 @@ def test_pruning_goes_on_under_the_hooks():
 @pytest.mark.parametrize("name", ["residual", "called_twice", "conv_grouped", "sequence_conv"])
 def test_other_networks(name):
     model, x = curvature_nets.make(name)
-    disout(model, probability=0.2)
+    attach_disout(model, probability=0.2)
     F.cross_entropy(model(x), torch.zeros(5, dtype=torch.long)).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
@@ -233,11 +233,11 @@ def test_wrong_arguments():
             Disout(0.1, alpha=value)
     model = network()
     with pytest.raises(TypeError, match="layers is '0'"):
-        disout(model, "0")
+        attach_disout(model, "0")
     with pytest.raises(KeyError, match="no module named '9'"):
-        disout(model, ["0", "9"])
+        attach_disout(model, ["0", "9"])
     with pytest.raises(ValueError, match="steps is -1"):
-        disout(model, steps=-1)
+        attach_disout(model, steps=-1)
     with pytest.raises(ValueError, match="no layer to distort"):
-        disout(nn.Sequential(nn.Linear(2, 2)))
+        attach_disout(nn.Sequential(nn.Linear(2, 2)))
     assert not any(module._forward_hooks for module in model.modules())

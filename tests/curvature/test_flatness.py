@@ -203,9 +203,9 @@ def test_fades_with_the_size_of_the_network():
     flatness = Flatness(Curvature(model), start=0)
     penalties(flatness, model, x, 1)
     full = float(flatness._weight())
-    for fraction, share in ((0.05, 1.0), (0.0375, 0.5), (0.025, 0.0), (0.01, 0.0)):
-        flatness._full_size = flatness._size() / fraction
-        assert float(flatness._weight()) == pytest.approx(share * full)
+    for part, fraction in ((0.05, 1.0), (0.0375, 0.5), (0.025, 0.0), (0.01, 0.0)):
+        flatness._full_size = flatness._size() / part
+        assert float(flatness._weight()) == pytest.approx(fraction * full)
 
 
 @pytest.mark.parametrize("approx", ["reduce", "expand"])

@@ -18,7 +18,7 @@ from flatprune.errors import Interrupted
 from flatprune.flatness import sam as sam_module
 from flatprune.flatness.sam import SAM
 from flatprune.settings import Settings
-from flatprune.training.observer import Observer
+from flatprune.training.trainer import Observer
 from kfac_ext import Curvature
 
 

@@ -259,10 +259,10 @@ class Run:
         return records
 
 
-def zeroed_inputs(groups: list[NeuronGroup], gone: dict[int, Tensor]) -> list:
+def zeroed_inputs(groups: list[NeuronGroup], pruned: dict[int, Tensor]) -> list:
     """Hooks that make the masked network; returns their handles.
 
-    What the consumers of the neurons gone read is set to zero; layer norms and group norms take their statistics over
+    What the consumers of the pruned neurons read is set to zero; layer norms and group norms take their statistics over
     the neurons that stay.
     """
 
@@ -289,7 +289,7 @@ def zeroed_inputs(groups: list[NeuronGroup], gone: dict[int, Tensor]) -> list:
 
     handles = []
     lost: dict[nn.Module, list[Tensor]] = {}
-    for position, neurons in gone.items():
+    for position, neurons in pruned.items():
         for member in groups[position].members:
             index, module = member.index[neurons].flatten(), member.module
             if member.role == CONSUMER:

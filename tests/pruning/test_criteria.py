@@ -10,19 +10,19 @@ from pruning_networks import Run, chain, digits, mlp
 from scipy.stats import spearmanr
 from torch import nn
 
-from flatprune.criteria import CRITERIA, Criterion, Evidence, as_criterion, banzhaf, shapley
+from flatprune.criteria import CRITERIA, Criterion, ScoringContext, as_criterion, banzhaf, shapley
 from flatprune.cutting import surgery
 from flatprune.cutting.graph import neuron_groups
 
 QUICK = {**CRITERIA, "shapley": shapley(80), "banzhaf": banzhaf(80)}
 
 
-def evidence_of(run: Run, seed: int = 0, step: int = 0) -> Evidence:
+def context_of(run: Run, seed: int = 0, step: int = 0) -> ScoringContext:
     groups = neuron_groups(run.model, digits()[0][:2]).groups
-    return Evidence(run.model, groups, run.curvature, seed=seed, step=step)
+    return ScoringContext(run.model, groups, run.curvature, seed=seed, step=step)
 
 
-class Declared(Evidence):
+class Declared(ScoringContext):
     """Notes what a criterion asks for."""
 
     asked: frozenset[str] = frozenset()
@@ -54,11 +54,11 @@ def test_a_criterion_asks_for_what_it_declares_and_disturbs_nothing(trained_nets
     groups = neuron_groups(run.model, digits()[0][:2]).groups
     before = {key: value.clone() for key, value in run.model.state_dict().items()}
     random, mode, steps = torch.get_rng_state(), run.model.training, run.curvature.step_count
-    evidence = Declared(run.model, groups, run.curvature, seed=1)
-    scores = QUICK[name].scores(evidence)
-    assert evidence.asked <= set(QUICK[name].needs)
+    context = Declared(run.model, groups, run.curvature, seed=1)
+    scores = QUICK[name].scores(context)
+    assert context.asked <= set(QUICK[name].needs)
     assert [len(score) for score in scores] == [group.width for group in groups]
-    again = QUICK[name].scores(evidence_of(run, seed=1))
+    again = QUICK[name].scores(context_of(run, seed=1))
     assert all(torch.equal(a, b) for a, b in zip(scores, again))
     assert all(torch.equal(before[key], value) for key, value in run.model.state_dict().items())
     assert torch.equal(random, torch.get_rng_state())
@@ -68,7 +68,7 @@ def test_a_criterion_asks_for_what_it_declares_and_disturbs_nothing(trained_nets
 
 def test_other_seeds_and_steps_draw_other_numbers(trained_nets):
     first, *others = (
-        CRITERIA["random"].scores(evidence_of(trained_nets["mlp"], *at)) for at in ((0, 0), (1, 0), (0, 1))
+        CRITERIA["random"].scores(context_of(trained_nets["mlp"], *at)) for at in ((0, 0), (1, 0), (0, 1))
     )
     assert not any(torch.equal(first[0], other[0]) for other in others)
 
@@ -79,23 +79,23 @@ def mean_loss(model: nn.Module) -> float:
         return float(F.cross_entropy(model.eval()(x), y))
 
 
-def real_changes(run: Run, evidence: Evidence, criterion: Criterion, compensate: bool) -> list[float]:
+def real_changes(run: Run, context: ScoringContext, criterion: Criterion, compensate: bool) -> list[float]:
     """The loss after each single removal, survivors updated where that belongs to the criterion."""
     start, changes = mean_loss(copy.deepcopy(run.model)), []
-    for position, group in enumerate(evidence.groups):
+    for position, group in enumerate(context.groups):
         for j in range(group.width):
-            gone = {position: torch.tensor([j])}
-            values = criterion.compensation(evidence, gone) if compensate else None
+            pruned = {position: torch.tensor([j])}
+            values = criterion.compensation(context, pruned) if compensate else None
             model = copy.deepcopy(run.model)
-            groups = neuron_groups_of_copy(model, evidence)
-            surgery.plan(model, groups, gone, replacements=values).commit()
+            groups = neuron_groups_of_copy(model, context)
+            surgery.plan(model, groups, pruned, replacements=values).commit()
             changes.append(mean_loss(model) - start)
     return changes
 
 
-def neuron_groups_of_copy(model: nn.Module, evidence: Evidence) -> list:
+def neuron_groups_of_copy(model: nn.Module, context: ScoringContext) -> list:
     modules = dict(model.named_modules())
-    groups = copy.copy(list(evidence.groups))
+    groups = copy.copy(list(context.groups))
     for i, group in enumerate(groups):
         groups[i] = copy.copy(group)
         groups[i].members = [copy.copy(member) for member in group.members]
@@ -123,10 +123,10 @@ BOUNDS = {  # least rank correlation with real removals on the perceptron and on
 @pytest.mark.parametrize("name", BOUNDS)
 def test_scores_rank_neurons_like_their_real_removal(trained_nets, net, name):
     run = trained_nets[net]
-    evidence, criterion = evidence_of(run), CRITERIA[name] if name not in ("shapley", "banzhaf") else None
+    context, criterion = context_of(run), CRITERIA[name] if name not in ("shapley", "banzhaf") else None
     criterion = criterion or (shapley(240) if name == "shapley" else banzhaf(240))
-    real = real_changes(run, evidence, criterion, criterion.compensates == "always")
-    correlation = float(spearmanr(torch.cat(criterion.scores(evidence)), real).statistic)
+    real = real_changes(run, context, criterion, criterion.compensates == "always")
+    correlation = float(spearmanr(torch.cat(criterion.scores(context)), real).statistic)
     assert correlation >= BOUNDS[name][net == "chain"]
 
 
@@ -147,19 +147,19 @@ def test_scores_of_the_method_rank_neurons_of_any_seed(build, bound, seed):
     for step in range(0, 400, 10):
         run.optimizer.param_groups[0]["lr"] = 0.025 * (1 + math.cos(math.pi * max(0.0, step / 400 - 0.4) / 0.6))
         run.train(10)
-    evidence = evidence_of(run)
-    real = real_changes(run, evidence, CRITERIA["outgoing"], compensate=False)
-    for name in ("obs", "outgoing"):
-        assert float(spearmanr(torch.cat(CRITERIA[name].scores(evidence)), real).statistic) >= bound, name
+    context = context_of(run)
+    real = real_changes(run, context, CRITERIA["obd"], compensate=False)
+    for name in ("obs", "obd"):
+        assert float(spearmanr(torch.cat(CRITERIA[name].scores(context)), real).statistic) >= bound, name
 
 
 @pytest.mark.parametrize(("net", "bound"), [("mlp", 0.5), ("chain", 0.7)])
 def test_the_obs_score_ranks_removals_with_compensation(trained_nets, net, bound):
     """Less sharply than plain removals: what compensation leaves is small beside what the quadratic model misses."""
     run, obs = trained_nets[net], CRITERIA["obs"]
-    evidence = evidence_of(run)
-    real = real_changes(run, evidence, obs, compensate=True)
-    assert float(spearmanr(torch.cat(obs.scores(evidence)), real).statistic) >= bound
+    context = context_of(run)
+    real = real_changes(run, context, obs, compensate=True)
+    assert float(spearmanr(torch.cat(obs.scores(context)), real).statistic) >= bound
 
 
 def test_criteria_that_do_not_apply_name_the_layer():
@@ -170,23 +170,21 @@ def test_criteria_that_do_not_apply_name_the_layer():
     run.train(3)
     run.optimizer.zero_grad()
     with pytest.raises(RuntimeError, match=r"1\.weight has no gradient"):
-        CRITERIA["taylor"].scores(evidence_of(run))
+        CRITERIA["taylor"].scores(context_of(run))
 
 
 def test_a_criterion_of_ones_own():
-    def last_first(evidence: Evidence) -> list:
-        return [-torch.arange(group.width, dtype=torch.float32) for group in evidence.groups]
+    def last_first(context: ScoringContext) -> list:
+        return [-torch.arange(group.width, dtype=torch.float32) for group in context.groups]
 
     run = Run(mlp()).prune(100, params=0.5, criterion=last_first)
     for record in run.train(45):
         assert record.neurons == tuple(range(record.width_before - record.removed, record.width_before))
     assert run.pruner.state_dict()["criterion"] == "last_first"
     with pytest.raises(ValueError, match=r"criterion short: scores of '1' have shape \(3,\), expected \(24,\)"):
-        Criterion("short", lambda e: [torch.zeros(3)] * len(e.groups)).scores(evidence_of(Run(mlp())))
+        Criterion("short", lambda e: [torch.zeros(3)] * len(e.groups)).scores(context_of(Run(mlp())))
     with pytest.raises(ValueError, match="criterion bad: scores of '1' are not finite"):
-        Criterion("bad", lambda e: [torch.full((g.width,), torch.nan) for g in e.groups]).scores(
-            evidence_of(Run(mlp()))
-        )
+        Criterion("bad", lambda e: [torch.full((g.width,), torch.nan) for g in e.groups]).scores(context_of(Run(mlp())))
     with pytest.raises(TypeError, match="criterion is 3, expected a name"):
         as_criterion(3)
     with pytest.raises(ValueError, match="Criterion odd: needs is 'luck'"):

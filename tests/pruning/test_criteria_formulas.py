@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pruning_networks import Run, digits, mlp, zeroed_inputs
 from torch import Tensor
 
-from flatprune.criteria import CRITERIA, Evidence, banzhaf, shapley
+from flatprune.criteria import CRITERIA, ScoringContext, banzhaf, shapley
 from flatprune.criteria.game import MaskedNetwork
 from flatprune.criteria.saliency import weight_columns
 from flatprune.cutting.graph import neuron_groups
@@ -20,8 +20,8 @@ from kfac_ext.curvature.fisher import sample_targets
 pytestmark = pytest.mark.filterwarnings("ignore:Curvature")
 
 
-def evidence_of(run: Run) -> Evidence:
-    return Evidence(run.model, neuron_groups(run.model, digits()[0][:2].to(run.dtype)).groups, run.curvature)
+def context_of(run: Run) -> ScoringContext:
+    return ScoringContext(run.model, neuron_groups(run.model, digits()[0][:2].to(run.dtype)).groups, run.curvature)
 
 
 def damped(M: Tensor, constant: bool) -> Tensor:
@@ -33,20 +33,20 @@ def damped(M: Tensor, constant: bool) -> Tensor:
 
 
 class Part:
-    """One member of a neuron: V, A, G of its share of a layer, and the rows or columns of neuron j."""
+    """One member of a neuron: V, A, G of its slice of a layer, and the rows or columns of neuron j."""
 
-    def __init__(self, evidence: Evidence, member, role: str, j: int) -> None:
+    def __init__(self, context: ScoringContext, member, role: str, j: int) -> None:
         module, index = member.module, member.index[j]
         groups = getattr(module, "groups", 1)
         size = module.weight.shape[1] if role == CONSUMER else module.weight.shape[0] // groups
-        share = int(index[0]) // size
+        group = int(index[0]) // size
         entries = weight_columns(module, index[None])[0] if role == CONSUMER else index % size
         self.entries = entries.tolist()
-        self.constant = evidence.curvature.layers[member.name].constant
-        A, G = evidence.statistics(role).covariances[member.name], evidence.curvature.factors[f"{member.name}.G"]
-        V = evidence.curvature.folded_weight(member.name)
-        self.A, self.G = (A[share], G[share]) if groups > 1 else (A, G)
-        self.V = V.unflatten(0, (groups, -1))[share]
+        self.constant = context.curvature.layers[member.name].constant
+        A, G = context.statistics(role).covariances[member.name], context.curvature.factors[f"{member.name}.G"]
+        V = context.curvature.folded_weight(member.name)
+        self.A, self.G = (A[group], G[group]) if groups > 1 else (A, G)
+        self.V = V.unflatten(0, (groups, -1))[group]
 
 
 def constrained_minimum(F_: Tensor, theta: Tensor, fixed: Tensor) -> tuple[float, Tensor]:
@@ -59,7 +59,7 @@ def constrained_minimum(F_: Tensor, theta: Tensor, fixed: Tensor) -> tuple[float
 
 def dense_value(criterion: str, part: Part) -> float:
     """The criterion's value of one part, from the Fisher block A (x) G of all its weights."""
-    by_rows = criterion not in ("obs", "outgoing")
+    by_rows = criterion not in ("obs", "obd")
     A = damped(part.A, part.constant) if criterion in ("obs", "c_obs") else part.A
     G = damped(part.G, False) if criterion in ("kron_obs", "c_obs") else part.G
     fisher = torch.kron(G, A)  # of vec(V), row after row
@@ -67,7 +67,7 @@ def dense_value(criterion: str, part: Part) -> float:
     fixed[part.entries if by_rows else slice(None), slice(None) if by_rows else part.entries] = True
     fixed, theta = fixed.flatten(), part.V.flatten()
     alone = torch.where(fixed, theta, torch.zeros_like(theta))
-    if criterion in ("outgoing", "kron_obd"):
+    if criterion in ("obd", "kron_obd"):
         return 0.5 * float(alone @ fisher @ alone)
     if criterion == "c_obd":
         return 0.5 * float(fisher.diagonal() @ alone.square())
@@ -79,36 +79,36 @@ def dense_value(criterion: str, part: Part) -> float:
 CASES = [("mlp", 1), ("concat", 1), ("concat", 3), ("grouped", 1), ("resnet", 0)]
 
 
-@pytest.mark.parametrize("criterion", ["obs", "outgoing", "kron_obd", "kron_obs", "c_obd", "c_obs"])
+@pytest.mark.parametrize("criterion", ["obs", "obd", "kron_obd", "kron_obs", "c_obd", "c_obs"])
 @pytest.mark.parametrize(("name", "position"), CASES)
 def test_quadratic_criteria_are_the_dense_fisher_form(double_nets, criterion, name, position):
     """Zeroed weights, the minimum under the constraint, or single weights: summed over all layers of the neuron."""
-    evidence = evidence_of(double_nets[name])
-    role, group = CRITERIA[criterion].role, evidence.groups[position]
-    scores = CRITERIA[criterion].scores(evidence)[position]
+    context = context_of(double_nets[name])
+    role, group = CRITERIA[criterion].role, context.groups[position]
+    scores = CRITERIA[criterion].scores(context)[position]
     for j in (0, group.width - 1):
-        parts = [Part(evidence, member, role, j) for member in group.of_role(role)]
+        parts = [Part(context, member, role, j) for member in group.of_role(role)]
         assert float(scores[j]) == pytest.approx(sum(dense_value(criterion, part) for part in parts), rel=1e-6)
 
 
 def test_rows_that_stay_reach_the_joint_minimum(double_nets):
     """All rows that go at once: the block solve, not the sum of single updates; batch norm folded back."""
     for name, position, layer in (("mlp", 1, "3"), ("chain", 0, "0")):
-        evidence = evidence_of(double_nets[name])
-        gone = torch.tensor([0, 2, 5])
-        values = CRITERIA["kron_obs"].compensation(evidence, {position: gone})
-        member = evidence.groups[position].of_role(PRODUCER)[0]
-        part = Part(evidence, member, PRODUCER, 0)
+        context = context_of(double_nets[name])
+        pruned = torch.tensor([0, 2, 5])
+        values = CRITERIA["kron_obs"].compensation(context, {position: pruned})
+        member = context.groups[position].of_role(PRODUCER)[0]
+        part = Part(context, member, PRODUCER, 0)
         fixed = torch.zeros_like(part.V, dtype=torch.bool)
-        fixed[gone] = True
+        fixed[pruned] = True
         G = damped(part.G, False)
-        kept = [i for i in range(len(part.V)) if i not in gone.tolist()]
-        expected = part.V[kept] + torch.linalg.solve(G[kept][:, kept], G[kept][:, gone]) @ part.V[gone]
-        model = evidence.model
+        kept = [i for i in range(len(part.V)) if i not in pruned.tolist()]
+        expected = part.V[kept] + torch.linalg.solve(G[kept][:, kept], G[kept][:, pruned]) @ part.V[pruned]
+        model = context.model
         state = {key: value.clone() for key, value in model.state_dict().items()}
         try:
             model.load_state_dict({**state, **values})
-            found = evidence.curvature.folded_weight(layer)
+            found = context.curvature.folded_weight(layer)
         finally:
             model.load_state_dict(state)
         torch.testing.assert_close(found[kept], expected, rtol=1e-6, atol=1e-8)
@@ -120,9 +120,9 @@ def test_rows_that_stay_reach_the_joint_minimum(double_nets):
 
 def test_row_compensation_holds_with_batch_statistics_too(double_nets):
     """gamma, mean and variance follow the new weights, so that training mode sees the folded rows as well."""
-    evidence = evidence_of(double_nets["chain"])
-    values = CRITERIA["kron_obs"].compensation(evidence, {0: torch.tensor([0, 2, 5])})
-    model, x = evidence.model, torch.cat(evidence.curvature.recent_inputs)
+    context = context_of(double_nets["chain"])
+    values = CRITERIA["kron_obs"].compensation(context, {0: torch.tensor([0, 2, 5])})
+    model, x = context.model, torch.cat(context.curvature.recent_inputs)
     convolution, norm = model[0], model[1]
     raw = F.conv2d(x, values["0.weight"], padding=1)
     before = F.conv2d(x, convolution.weight.detach(), padding=1)
@@ -135,9 +135,9 @@ def test_row_compensation_holds_with_batch_statistics_too(double_nets):
 
 
 def test_magnitudes(double_nets):
-    evidence = evidence_of(double_nets["mlp"])
-    weight = evidence.model[1].weight.detach()
-    found = {name: CRITERIA[name].scores(evidence)[0] for name in ("l1", "l2", "l1_uniform", "l2_uniform", "fpgm")}
+    context = context_of(double_nets["mlp"])
+    weight = context.model[1].weight.detach()
+    found = {name: CRITERIA[name].scores(context)[0] for name in ("l1", "l2", "l1_uniform", "l2_uniform", "fpgm")}
     torch.testing.assert_close(found["l1"], weight.abs().mean(dim=1))
     torch.testing.assert_close(found["l2"], weight.norm(dim=1) / weight.shape[1] ** 0.5)
     distances = torch.stack([(weight - row).norm(dim=1).sum() for row in weight])
@@ -147,23 +147,23 @@ def test_magnitudes(double_nets):
 
 
 def test_norm_scales_are_averaged_over_the_norms_of_a_neuron(double_nets):
-    evidence = evidence_of(double_nets["resnet"])
-    norms = [m.module.weight.detach().abs() for m in evidence.groups[0].members if m.role == "follower"]
+    context = context_of(double_nets["resnet"])
+    norms = [m.module.weight.detach().abs() for m in context.groups[0].members if m.role == "channelwise"]
     assert len(norms) > 1
-    torch.testing.assert_close(CRITERIA["bn_scale"].scores(evidence)[0], torch.stack(norms).mean(dim=0))
+    torch.testing.assert_close(CRITERIA["bn_scale"].scores(context)[0], torch.stack(norms).mean(dim=0))
 
 
 @pytest.mark.parametrize(("name", "position", "place"), [("mlp", 0, 1), ("chain", 0, 1)])
 def test_taylor_is_the_squared_derivative_of_a_gate(double_nets, name, position, place):
     """A gate on z (the output of the layer, or of its batch norm), on the batch that left the gradients."""
-    evidence = evidence_of(double_nets[name])
+    context = context_of(double_nets[name])
     x, y = (t[:32] for t in digits())
-    gate = torch.ones(evidence.groups[position].width, dtype=torch.float64, requires_grad=True)
+    gate = torch.ones(context.groups[position].width, dtype=torch.float64, requires_grad=True)
     shape = (1, -1, 1, 1) if name == "chain" else (1, -1)
-    model, parameters = evidence.model, list(evidence.model.parameters())
+    model, parameters = context.model, list(context.model.parameters())
     handle = model[place].register_forward_hook(lambda _m, _a, out: out * gate.view(shape))
     try:
-        with evidence.probing():
+        with context.probing():
             loss = F.cross_entropy(model(x.double()), y)
         slope, *gradients = torch.autograd.grad(loss, [gate, *parameters])
     finally:
@@ -172,7 +172,7 @@ def test_taylor_is_the_squared_derivative_of_a_gate(double_nets, name, position,
     try:
         for parameter, gradient in zip(parameters, gradients):
             parameter.grad = gradient
-        found = CRITERIA["taylor"].scores(evidence)[position]
+        found = CRITERIA["taylor"].scores(context)[position]
     finally:
         for parameter, gradient in zip(parameters, kept):
             parameter.grad = gradient
@@ -182,50 +182,50 @@ def test_taylor_is_the_squared_derivative_of_a_gate(double_nets, name, position,
 @pytest.mark.parametrize(("name", "position", "place"), [("mlp", 0, 1), ("chain", 0, 1)])
 def test_gate_fisher_is_the_mean_square_of_each_samples_gate_derivative(double_nets, name, position, place):
     """A gate of its own for every sample: its derivative, squared, averaged; labels as the criterion draws them."""
-    evidence = evidence_of(double_nets[name])
-    x = torch.cat(evidence.curvature.recent_inputs).double()
-    gate = torch.ones(len(x), evidence.groups[position].width, dtype=torch.float64, requires_grad=True)
+    context = context_of(double_nets[name])
+    x = torch.cat(context.curvature.recent_inputs).double()
+    gate = torch.ones(len(x), context.groups[position].width, dtype=torch.float64, requires_grad=True)
     shape = (*gate.shape, 1, 1) if name == "chain" else gate.shape
-    handle = evidence.model[place].register_forward_hook(lambda _m, _a, out: out * gate.view(shape))
+    handle = context.model[place].register_forward_hook(lambda _m, _a, out: out * gate.view(shape))
     try:
-        with evidence.probing():
-            logits = evidence.model(x)
+        with context.probing():
+            logits = context.model(x)
     finally:
         handle.remove()
-    labels = sample_targets(logits, "cross_entropy", evidence_of(double_nets[name]).generator)
+    labels = sample_targets(logits, "cross_entropy", context_of(double_nets[name]).generator)
     (slopes,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), gate)
-    found = CRITERIA["gate_fisher"].scores(evidence)[position]
+    found = CRITERIA["gate_fisher"].scores(context)[position]
     torch.testing.assert_close(found, 0.5 * slopes.square().mean(dim=0), rtol=1e-6, atol=1e-14)
 
 
-def tiny_game() -> tuple[Evidence, dict[frozenset, float]]:
-    """Five neurons, and D of every set of neurons gone, by hooks that silence what is read."""
+def tiny_game() -> tuple[ScoringContext, dict[frozenset, float]]:
+    """Five neurons, and D of every set of pruned neurons, by hooks that silence what is read."""
     run = Run(mlp(3, 2))
     run.train(30)
-    evidence = evidence_of(run)
-    x = torch.cat(evidence.curvature.recent_inputs)
+    context = context_of(run)
+    x = torch.cat(context.curvature.recent_inputs)
     owners = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
     values = {}
-    with torch.no_grad(), evidence.curvature.paused():
+    with torch.no_grad(), context.curvature.paused():
         whole = run.model(x).log_softmax(1)
         for mask in itertools.product((False, True), repeat=5):
-            gone = [owner for owner, out in zip(owners, mask) if out]
-            lost = {p: torch.tensor([j for q, j in gone if q == p]) for p in {q for q, _ in gone}}
-            handles = zeroed_inputs(evidence.groups, lost)
+            pruned = [owner for owner, out in zip(owners, mask) if out]
+            lost = {p: torch.tensor([j for q, j in pruned if q == p]) for p in {q for q, _ in pruned}}
+            handles = zeroed_inputs(context.groups, lost)
             without = run.model(x).log_softmax(1)
             for handle in handles:
                 handle.remove()
             key = frozenset(i for i, out in enumerate(mask) if out)
             values[key] = float((whole.exp() * (whole - without)).sum(1).mean())
-    return evidence, values
+    return context, values
 
 
 def test_games_are_the_averages_over_all_coalitions():
-    evidence, values = tiny_game()
-    network = MaskedNetwork(evidence)
-    for gone in (set(), {1}, {0, 3}, {0, 1, 2, 3, 4}):
-        mask = torch.tensor([i in gone for i in range(5)])
-        assert network.divergence_without(mask) == pytest.approx(values[frozenset(gone)], rel=1e-4, abs=1e-6)
+    context, values = tiny_game()
+    network = MaskedNetwork(context)
+    for pruned in (set(), {1}, {0, 3}, {0, 1, 2, 3, 4}):
+        mask = torch.tensor([i in pruned for i in range(5)])
+        assert network.divergence_without(mask) == pytest.approx(values[frozenset(pruned)], rel=1e-4, abs=1e-6)
 
     orders = list(itertools.permutations(range(5)))
     exact = torch.zeros(5, dtype=torch.float64)
@@ -233,15 +233,15 @@ def test_games_are_the_averages_over_all_coalitions():
         for place, player in enumerate(order):
             before = frozenset(order[:place])
             exact[player] += (values[before | {player}] - values[before]) / len(orders)
-    found = torch.cat(shapley(5 * 200).scores(evidence))
+    found = torch.cat(shapley(5 * 200).scores(context))
     everything = values[frozenset(range(5))]
     assert float(found.sum()) == pytest.approx(everything, rel=1e-4)  # holds for any number of orders
     torch.testing.assert_close(found, exact, rtol=0, atol=0.05 * everything)
 
     keep, weighted = 0.8, torch.zeros(5, dtype=torch.float64)
     for player in range(5):
-        for gone in (key for key in values if player not in key):
-            chance = (1 - keep) ** len(gone) * keep ** (4 - len(gone))
-            weighted[player] += chance * (values[gone | {player}] - values[gone])
-    found = torch.cat(banzhaf(1000, keep).scores(evidence))
+        for pruned in (key for key in values if player not in key):
+            chance = (1 - keep) ** len(pruned) * keep ** (4 - len(pruned))
+            weighted[player] += chance * (values[pruned | {player}] - values[pruned])
+    found = torch.cat(banzhaf(1000, keep).scores(context))
     torch.testing.assert_close(found, weighted, rtol=0, atol=0.05 * everything)

@@ -19,7 +19,8 @@ from flatprune.cutting.graph import neuron_groups
 from flatprune.data import Normalization
 from flatprune.export import export_run, save_model
 from flatprune.pruning.costs import ParameterCount
-from flatprune.pruning.selection import Limits, select
+from flatprune.pruning.limits import Limits
+from flatprune.pruning.selection import select
 
 ONE_OF_A_FAMILY = ("mlp", "lenet5", "convnet", "vgg11_bn", "resnet20", "mobilenetv2", "densenet40", "vit_tiny")
 OF_EVERY_CODE = (*ONE_OF_A_FAMILY, "wide_resnet32", "resnet18")
@@ -45,10 +46,10 @@ def pruned(name):
     model = build(name)
     groups = neuron_groups(model, image_batch()[0][:2]).groups
     scores = [torch.rand(group.width, dtype=torch.float64) for group in groups]
-    gone = select(
+    pruned = select(
         ParameterCount(model, groups), groups, scores, int(0.3 * models.parameter_count(model)), Limits(1, 1, 1.0)
     )
-    surgery.plan(model, groups, gone).commit()
+    surgery.plan(model, groups, pruned).commit()
     return model.eval()
 
 

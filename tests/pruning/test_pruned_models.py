@@ -14,7 +14,8 @@ from flatprune import export, models
 from flatprune.cutting import surgery
 from flatprune.cutting.graph import neuron_groups
 from flatprune.pruning.costs import ParameterCount
-from flatprune.pruning.selection import Limits, select
+from flatprune.pruning.limits import Limits
+from flatprune.pruning.selection import select
 
 
 def test_every_model_is_tested():
@@ -29,13 +30,13 @@ def test_pruned_to_thirty_percent(name, tmp_path):
     groups = neuron_groups(model, x[:2]).groups
     scores = [torch.rand(group.width, dtype=torch.float64) for group in groups]
     start = models.parameter_count(model)
-    gone = select(ParameterCount(model, groups), groups, scores, int(0.3 * start), Limits(1, 1, 1.0))
-    handles = zeroed_inputs(groups, gone)
+    pruned = select(ParameterCount(model, groups), groups, scores, int(0.3 * start), Limits(1, 1, 1.0))
+    handles = zeroed_inputs(groups, pruned)
     with torch.no_grad():
         expected, full = model(x), build(name)(x)
     for handle in handles:
         handle.remove()
-    surgery.plan(model, groups, gone, optimizer=optimizer).commit()
+    surgery.plan(model, groups, pruned, optimizer=optimizer).commit()
     assert models.parameter_count(model) <= 0.3 * start
     with torch.no_grad():
         found = model(x)

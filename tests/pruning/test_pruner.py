@@ -15,7 +15,7 @@ from kfac_ext import Curvature
 
 @pytest.mark.filterwarnings("ignore:Curvature")
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("criterion", ["obs", "outgoing", "kron_obs", "l1", "l1_uniform"])
+@pytest.mark.parametrize("criterion", ["obs", "obd", "kron_obs", "l1", "l1_uniform"])
 def test_the_target_is_reached_and_the_records_agree(name, criterion):
     torch.manual_seed(0)
     run = Run(NETWORKS[name]()).prune(100, params=0.4, criterion=criterion)
@@ -63,14 +63,14 @@ def test_compensation_is_automatic():
     assert all(compensated(mlp(), 0.3, compensate=True))
 
 
-def test_obs_without_automatic_compensation_is_the_outgoing_score():
+def test_obs_without_automatic_compensation_is_the_obd_score():
     def neurons(**options: object) -> list[tuple[int, ...]]:
         torch.manual_seed(0)
         return [record.neurons for record in Run(mlp(40, 30)).prune(100, params=0.3, **options).train(45)]
 
-    outgoing = neurons(criterion="outgoing")
-    assert neurons(criterion="obs") == outgoing
-    assert neurons(criterion="obs", compensate=False) != outgoing
+    obd = neurons(criterion="obd")
+    assert neurons(criterion="obs") == obd
+    assert neurons(criterion="obs", compensate=False) != obd
 
 
 def test_compensated_pruning_keeps_more_of_the_accuracy_right_after_the_cut():
@@ -174,12 +174,12 @@ def test_layers_without_factors_are_not_scored_but_magnitude_still_works():
     for criterion, widths in (("obs", {"3"}), ("l1", {"1", "3"})):
         model = mlp()
         curvature = Curvature(model, skip_layers=[r"^3$"])
-        pruner_arguments = {"target": Target(0.7), "total_steps": 100, "criterion": criterion}
+        arguments = {"target": Target(0.7), "total_steps": 100, "criterion": criterion}
         if criterion == "obs":
             with pytest.warns(UserWarning, match="'1': layer '3', which reads it, has no factors"):
-                pruner = Pruner(model, sgd(model), curvature, digits()[0][:2], **pruner_arguments)
+                pruner = Pruner(model, sgd(model), curvature, digits()[0][:2], **arguments)
         else:
-            pruner = Pruner(model, sgd(model), curvature, digits()[0][:2], **pruner_arguments)
+            pruner = Pruner(model, sgd(model), curvature, digits()[0][:2], **arguments)
         assert set(pruner.widths()) == widths
 
 
@@ -265,7 +265,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
     for options, message in (
         ({"params": 0.4}, "target is"),
         ({"total_steps": 200}, "events is"),
-        ({"criterion": "outgoing"}, "criterion is 'obs' in the state, expected 'outgoing'"),
+        ({"criterion": "obd"}, "criterion is 'obs' in the state, expected 'obd'"),
         ({}, "neurons in the state, 24 in the model; load the pruned model first"),
     ):
         other = Run(mlp()).prune(**{"total_steps": 100, "params": 0.5, **options})

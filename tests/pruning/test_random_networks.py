@@ -14,16 +14,16 @@ from flatprune.cutting.graph import neuron_groups
 
 
 def half_of(groups) -> dict[int, Tensor]:
-    """Random neurons, as many as may go but half of each share."""
-    gone = {}
+    """Random neurons, as many as may go but half of each slice."""
+    pruned = {}
     for position, group in enumerate(groups):
         parts = []
-        for share in range(group.partitions):
-            neurons = (group.partition == share).nonzero().flatten()
+        for part in range(group.groups):
+            neurons = (group.group_of == part).nonzero().flatten()
             parts.append(neurons[torch.randperm(len(neurons))[: len(neurons) // 2]])
         if len(torch.cat(parts)):
-            gone[position] = torch.cat(parts).sort().values
-    return gone
+            pruned[position] = torch.cat(parts).sort().values
+    return pruned
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -31,16 +31,16 @@ def test_pruned_equals_masked_and_trains(seed):
     model, x = drawn(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     coupling = neuron_groups(model, x[:2])
-    allowed = ("output of the model", "spread evenly", "1 channels a group", "into other shares")
+    allowed = ("output of the model", "spread evenly", "1 channels a group", "into other slices")
     assert all(any(word in reason for word in allowed) for reason in coupling.refused.values()), coupling.refused
-    gone = half_of(coupling.groups)
-    assert gone
-    handles = zeroed_inputs(coupling.groups, gone)
+    pruned = half_of(coupling.groups)
+    assert pruned
+    handles = zeroed_inputs(coupling.groups, pruned)
     with torch.no_grad():
         full, expected = drawn(seed)[0](x), model(x)
     for handle in handles:
         handle.remove()
-    surgery.plan(model, coupling.groups, gone, optimizer=optimizer).commit()
+    surgery.plan(model, coupling.groups, pruned, optimizer=optimizer).commit()
     with torch.no_grad():
         found = model(x)
     effect = float((expected - full).abs().max())

@@ -34,7 +34,7 @@ def dense_blocks(run: Run, name: str) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(t.double() for t in (run.curvature.folded_weight(name), A, run.curvature.factors[f"{name}.G"]))
 
 
-@pytest.mark.parametrize("criterion", ["outgoing", "obs"])
+@pytest.mark.parametrize("criterion", ["obd", "obs"])
 @pytest.mark.parametrize(
     ("name", "position", "layer", "columns"),
     [
@@ -65,7 +65,7 @@ def test_scores_of_several_consumers_and_of_grouped_convolutions_add_up():
     run = trained("resnet", 12)
     groups = neuron_groups(run.model, digits()[0][:2]).groups
     statistics = saliency.input_statistics(run.curvature, consumers(groups))
-    total = saliency.curvature_scores(run.curvature, groups, "outgoing", statistics)[0]
+    total = saliency.curvature_scores(run.curvature, groups, "obd", statistics)[0]
     expected = torch.zeros(8, dtype=torch.float64)
     for member in groups[0].of_role(CONSUMER):
         V, A, G = dense_blocks(run, member.name)
@@ -78,7 +78,7 @@ def test_scores_of_several_consumers_and_of_grouped_convolutions_add_up():
     run = trained("grouped", 12)
     groups = neuron_groups(run.model, digits()[0][:2]).groups
     statistics = saliency.input_statistics(run.curvature, consumers(groups))
-    total = saliency.curvature_scores(run.curvature, groups, "outgoing", statistics)[0]
+    total = saliency.curvature_scores(run.curvature, groups, "obd", statistics)[0]
     A, G = statistics.covariances["grouped"].double(), run.curvature.factors["grouped.G"].double()
     V = run.curvature.folded_weight("grouped").double().view(3, 6, -1)
     for j in range(12):
@@ -123,13 +123,13 @@ def test_a_coupled_neuron_is_judged_by_the_joint_change_of_all_that_reads_it(nam
     run = trained(name, 30)
     groups = neuron_groups(run.model, digits()[0][:2]).groups
     statistics = saliency.input_statistics(run.curvature, consumers(groups))
-    scores = saliency.curvature_scores(run.curvature, groups, "outgoing", statistics)[position]
+    scores = saliency.curvature_scores(run.curvature, groups, "obd", statistics)[position]
     assert name != "resnet" or len(groups[position].of_role(CONSUMER)) > 1
     for neuron in range(groups[position].width):
         assert float(scores[neuron]) == pytest.approx(_quadratic_change(run, groups[position], neuron), rel=1e-3)
 
 
-@pytest.mark.parametrize("criterion", ["outgoing", "obs"])
+@pytest.mark.parametrize("criterion", ["obd", "obs"])
 @pytest.mark.parametrize("head_dim", [4, 80])
 def test_heads_are_scored_by_all_their_columns_together(criterion, head_dim):
     """Blocks beyond the 64 columns of the kernels too."""
@@ -163,14 +163,14 @@ def mean_loss(model: nn.Module) -> float:
 
 
 @pytest.mark.parametrize(("network", "bound"), [("mlp", 0.85), ("chain", 0.8)])
-def test_outgoing_score_ranks_neurons_like_their_real_removal(network, bound):
+def test_obd_score_ranks_neurons_like_their_real_removal(network, bound):
     torch.manual_seed(0)
     model = mlp(32, 24) if network == "mlp" else chain()
     run = Run(model)
     run.train(200)
     groups = neuron_groups(model, digits()[0][:2]).groups
     statistics = saliency.input_statistics(run.curvature, consumers(groups))
-    scores = saliency.curvature_scores(run.curvature, groups, "outgoing", statistics)
+    scores = saliency.curvature_scores(run.curvature, groups, "obd", statistics)
     model.eval()
     loss = mean_loss(model)
     predicted, real = [], []
@@ -201,15 +201,15 @@ def layer_outputs(model: nn.Module, names: list[str], x: Tensor) -> dict[str, Te
     return found
 
 
-def after_removal(run: Run, position: int, gone: Tensor, compensate: bool) -> nn.Module:
+def after_removal(run: Run, position: int, pruned: Tensor, compensate: bool) -> nn.Module:
     """A copy of the run's model without these neurons."""
     groups = neuron_groups(run.model, digits()[0][:2]).groups
     values = None
     if compensate:
         inverses = saliency.input_statistics(run.curvature, consumers(groups)).inverses()
-        values = saliency.compensation(run.curvature, groups, {position: gone}, inverses)
+        values = saliency.compensation(run.curvature, groups, {position: pruned}, inverses)
     model = copy.deepcopy(run.model)
-    surgery.plan(model, neuron_groups(model, digits()[0][:2]).groups, {position: gone}, replacements=values).commit()
+    surgery.plan(model, neuron_groups(model, digits()[0][:2]).groups, {position: pruned}, replacements=values).commit()
     return model
 
 
@@ -222,17 +222,17 @@ def test_compensation_brings_the_layers_after_nearer_to_the_unpruned_ones(name):
     layers = run.curvature.layers
     run.curvature.remove()
     for position, group in enumerate(groups):
-        rank = torch.arange(group.width) // group.partitions if group.partitions > 1 else torch.arange(group.width)
-        gone = (rank % 3 == 0).nonzero().flatten()
-        if group.partitions > 1:
-            gone = torch.cat([(group.partition == p).nonzero()[:1, 0] for p in range(group.partitions)])
+        rank = torch.arange(group.width) // group.groups if group.groups > 1 else torch.arange(group.width)
+        pruned = (rank % 3 == 0).nonzero().flatten()
+        if group.groups > 1:
+            pruned = torch.cat([(group.group_of == p).nonzero()[:1, 0] for p in range(group.groups)])
         # a layer that loses rows as well (a recurrent one) has other outputs; compare the rest
         lost_rows = {m.name for m in group.of_role(PRODUCER)}
         names = [m.name for m in group.of_role(CONSUMER) if m.name not in lost_rows]
         seen = {name: (layers[name].norm_name or name) for name in names}
         expected = layer_outputs(run.model, list(seen.values()), x)
         on, off = (
-            layer_outputs(after_removal(run, position, gone, flag), list(seen.values()), x) for flag in (True, False)
+            layer_outputs(after_removal(run, position, pruned, flag), list(seen.values()), x) for flag in (True, False)
         )
         first = seen[names[0]]  # later ones also see changed inputs
         error_on, error_off = (float((z[first] - expected[first]).square().mean()) for z in (on, off))
@@ -259,17 +259,17 @@ def test_compensation_is_the_least_squares_update():
     """With the raw A (damping aside) the survivors' update minimises the mean squared change of W a."""
     run = trained("mlp", 40)
     groups = neuron_groups(run.model, digits()[0][:2]).groups
-    gone = torch.tensor([0, 3, 10])
+    pruned = torch.tensor([0, 3, 10])
     statistics = saliency.input_statistics(run.curvature, ["3", "5"])
-    values = saliency.compensation(run.curvature, groups, {0: gone}, statistics.inverses())
+    values = saliency.compensation(run.curvature, groups, {0: pruned}, statistics.inverses())
     A = statistics.covariances["3"].double()
     A = A + torch.diag(saliency._damping(A, True))
     W = torch.cat([run.model[3].weight, run.model[3].bias[:, None]], dim=1).detach().double()
-    keep = [j for j in range(A.shape[0]) if j not in gone.tolist()]
-    expected = W[:, keep] + W[:, gone] @ torch.linalg.solve(A[keep][:, keep], A[keep][:, gone]).T
+    keep = [j for j in range(A.shape[0]) if j not in pruned.tolist()]
+    expected = W[:, keep] + W[:, pruned] @ torch.linalg.solve(A[keep][:, keep], A[keep][:, pruned]).T
     torch.testing.assert_close(values["3.weight"][:, keep[:-1]].double(), expected[:, :-1], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(values["3.bias"].double(), expected[:, -1], rtol=1e-3, atol=1e-4)
-    assert torch.equal(values["3.weight"][:, gone], run.model[3].weight[:, gone])
+    assert torch.equal(values["3.weight"][:, pruned], run.model[3].weight[:, pruned])
 
 
 @pytest.mark.filterwarnings("ignore:Curvature")
@@ -282,9 +282,9 @@ def test_parameters_that_go_with_a_neuron_are_exact(name):
         model = copy.deepcopy(source)
         groups = neuron_groups(model, digits()[0][:2]).groups
         group = groups[position]
-        gone = torch.cat([(group.partition == p).nonzero()[:1, 0] for p in range(group.partitions)])
-        surgery.plan(model, groups, {position: gone}).commit()
-        assert total - sum(p.numel() for p in model.parameters()) == pytest.approx(cost * len(gone))
+        pruned = torch.cat([(group.group_of == p).nonzero()[:1, 0] for p in range(group.groups)])
+        surgery.plan(model, groups, {position: pruned}).commit()
+        assert total - sum(p.numel() for p in model.parameters()) == pytest.approx(cost * len(pruned))
 
 
 def test_scoring_before_training_is_refused():
@@ -302,7 +302,7 @@ def test_bad_factors_are_named():
     groups = neuron_groups(run.model, digits()[0][:2]).groups
     statistics = saliency.input_statistics(run.curvature, ["3", "5"])
     with pytest.raises(ValueError, match="1: the scores"):
-        saliency.curvature_scores(run.curvature, groups, "outgoing", statistics)
+        saliency.curvature_scores(run.curvature, groups, "obd", statistics)
 
 
 def test_what_fails_in_float32_is_inverted_in_float64(monkeypatch):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from flatprune.cutting import surgery
 from flatprune.cutting.graph import neuron_groups
 from flatprune.pruning import selection
-from flatprune.pruning.costs import ParameterCount
-from flatprune.pruning.selection import Limits
+from flatprune.pruning.costs import ParameterCount, smallest_cost
+from flatprune.pruning.limits import Limits
 
 
 def params_of(model: nn.Module) -> int:
@@ -27,9 +27,9 @@ def random_scores(groups, seed: int = 0) -> list[Tensor]:
     return [torch.rand(group.width, generator=generator, dtype=torch.float64) for group in groups]
 
 
-def pruned(model: nn.Module, gone: dict[int, Tensor]) -> nn.Module:
+def cut_copy(model: nn.Module, pruned: dict[int, Tensor]) -> nn.Module:
     model = copy.deepcopy(model)
-    surgery.plan(model, neuron_groups(model, digits()[0][:2]).groups, gone).commit()
+    surgery.plan(model, neuron_groups(model, digits()[0][:2]).groups, pruned).commit()
     return model
 
 
@@ -40,13 +40,13 @@ def test_the_count_on_paper_is_the_count_after_the_cut(name, closely):
     groups = neuron_groups(model, digits()[0][:2]).groups
     start = params_of(model)
     assert ParameterCount(model, groups).cost == start
-    for seed, share in enumerate((0.9, 0.7, 0.5)):
-        budget = int(share * start)
-        gone = select(model, groups, random_scores(groups, seed), budget, Limits(1, 2, 0.75), closely=closely)
+    for seed, fraction in enumerate((0.9, 0.7, 0.5)):
+        budget = int(fraction * start)
+        pruned = select(model, groups, random_scores(groups, seed), budget, Limits(1, 2, 0.75), closely=closely)
         count = ParameterCount(model, groups)
-        for position, neurons in gone.items():
+        for position, neurons in pruned.items():
             count.remove(position, len(neurons))
-        left = params_of(pruned(model, gone))
+        left = params_of(cut_copy(model, pruned))
         assert count.cost == left <= budget
 
 
@@ -54,22 +54,22 @@ def test_lowest_scores_go_first_over_all_layers():
     model = mlp(10, 10)
     groups = neuron_groups(model, digits()[0][:2]).groups
     scores = random_scores(groups)
-    gone = select(model, groups, scores, params_of(model) - 3 * (64 + 1 + 10), Limits(1, 2, 1.0))
-    removed = torch.cat([scores[p][n] for p, n in gone.items()])
-    kept = torch.cat([scores[p].index_fill(0, gone.get(p, torch.tensor([], dtype=torch.int64)), 9.0) for p in (0, 1)])
+    pruned = select(model, groups, scores, params_of(model) - 3 * (64 + 1 + 10), Limits(1, 2, 1.0))
+    removed = torch.cat([scores[p][n] for p, n in pruned.items()])
+    kept = torch.cat([scores[p].index_fill(0, pruned.get(p, torch.tensor([], dtype=torch.int64)), 9.0) for p in (0, 1)])
     assert float(removed.max()) <= float(kept.min())
-    assert all(torch.equal(n, n.sort().values) for n in gone.values())
+    assert all(torch.equal(n, n.sort().values) for n in pruned.values())
 
 
 def test_at_most_half_of_a_layer_and_at_least_two_neurons():
     model = mlp(11, 3)
     groups = neuron_groups(model, digits()[0][:2]).groups
-    gone = select(model, groups, random_scores(groups), 0, Limits())
-    assert {p: len(n) for p, n in gone.items()} == {0: 5, 1: 1}
-    gone = select(model, groups, random_scores(groups), 0, Limits(1, 2, 1.0))
-    assert {p: len(n) for p, n in gone.items()} == {0: 9, 1: 1}
-    smallest = params_of(pruned(model, gone))
-    assert selection.smallest_cost(ParameterCount(model, groups), groups, Limits()) == smallest
+    pruned = select(model, groups, random_scores(groups), 0, Limits())
+    assert {p: len(n) for p, n in pruned.items()} == {0: 5, 1: 1}
+    pruned = select(model, groups, random_scores(groups), 0, Limits(1, 2, 1.0))
+    assert {p: len(n) for p, n in pruned.items()} == {0: 9, 1: 1}
+    smallest = params_of(cut_copy(model, pruned))
+    assert smallest_cost(ParameterCount(model, groups), groups, Limits()) == smallest
 
 
 @pytest.mark.parametrize("round_to", [4, 8])
@@ -77,9 +77,9 @@ def test_widths_become_multiples(round_to):
     model = mlp(30, 21)
     groups = neuron_groups(model, digits()[0][:2]).groups
     for seed in range(5):
-        gone = select(model, groups, random_scores(groups, seed), int(0.6 * params_of(model)), Limits(round_to))
-        assert gone
-        for position, neurons in gone.items():
+        pruned = select(model, groups, random_scores(groups, seed), int(0.6 * params_of(model)), Limits(round_to))
+        assert pruned
+        for position, neurons in pruned.items():
             left = groups[position].width - len(neurons)
             assert left % round_to == 0
             assert left >= round_to
@@ -99,15 +99,15 @@ def test_limits_count_channels_not_heads():
 def test_grouped_convolutions_lose_the_same_number_from_each_group():
     model = Grouped()
     groups = neuron_groups(model, digits()[0][:2]).groups
-    scores = [torch.arange(group.width, dtype=torch.float64) for group in groups]  # all low ones in the first share
-    gone = select(model, groups, scores, int(0.3 * params_of(model)), Limits())
+    scores = [torch.arange(group.width, dtype=torch.float64) for group in groups]  # all low ones in the first slice
+    pruned = select(model, groups, scores, int(0.3 * params_of(model)), Limits())
     for position in (0, 1):
-        counts = groups[position].partition[gone[position]].bincount(minlength=3)
+        counts = groups[position].group_of[pruned[position]].bincount(minlength=3)
         assert counts.min() == counts.max() > 0
-        share = groups[position].width // 3
-        lowest = torch.cat([torch.arange(int(counts[0])) + p * share for p in range(3)])
-        assert torch.equal(gone[position], lowest)
-    assert params_of(pruned(model, gone)) <= 0.6 * params_of(model)
+        size = groups[position].width // 3
+        lowest = torch.cat([torch.arange(int(counts[0])) + p * size for p in range(3)])
+        assert torch.equal(pruned[position], lowest)
+    assert params_of(cut_copy(model, pruned)) <= 0.6 * params_of(model)
 
 
 def test_the_last_event_comes_nearer_to_the_budget_and_never_passes_it():
@@ -119,7 +119,7 @@ def test_the_last_event_comes_nearer_to_the_budget_and_never_passes_it():
         scores = [torch.linspace(0.5, 1, 40).double(), random_scores(groups, seed)[1]]
         budget = params_of(model) - 700 - 7 * seed
         left = [
-            params_of(pruned(model, select(model, groups, scores, budget, Limits(), closely=flag)))
+            params_of(cut_copy(model, select(model, groups, scores, budget, Limits(), closely=flag)))
             for flag in (False, True)
         ]
         assert left[0] <= left[1] <= budget

@@ -38,12 +38,12 @@ def test_pruned_equals_masked_and_trains(name, monkeypatch):
         model.train()
         return found
 
-    def checking_plan(model, groups, gone, **options):
-        full, handles = outputs(), zeroed_inputs(groups, gone)
+    def checking_plan(model, groups, pruned, **options):
+        full, handles = outputs(), zeroed_inputs(groups, pruned)
         expected = outputs()
         for handle in handles:
             handle.remove()
-        result = surgery.plan(model, groups, gone, **options)
+        result = surgery.plan(model, groups, pruned, **options)
         commit = result.commit
 
         def checked_commit():
@@ -158,7 +158,7 @@ def test_taylor_names_frozen_parameters():
 
 
 @pytest.mark.parametrize("criterion", ["shapley", "banzhaf"])
-def test_games_play_any_coalition_of_the_shares_of_a_group_norm(criterion):
+def test_games_play_any_coalition_of_the_slices_of_a_group_norm(criterion):
     model, x, y = made("sequence norms")
     curvature, optimizer = Curvature(model), sgd(model, 0.02)
     options = {"target": Target(0.6), "total_steps": STEPS, "criterion": criterion}

@@ -66,7 +66,7 @@ def unet() -> nn.Module:
 
 
 def sequence_norms() -> nn.Module:
-    """Nested containers of convolutions over [N, C, L] with group norms; the outer shares cross those of `grouped`."""
+    """Nested containers of convolutions over [N, C, L] with group norms; the outer slices cross those of `grouped`."""
     inner = nn.Sequential(nn.Conv1d(12, 8, 3, dilation=2), nn.GroupNorm(1, 8))
     grouped = nn.Sequential(nn.Conv1d(12, 12, 3, groups=3), nn.GroupNorm(3, 12), nn.ReLU(), inner)
     body = nn.Sequential(nn.Conv1d(4, 12, 3, padding=1), nn.GroupNorm(4, 12), nn.ReLU(), grouped)
@@ -176,8 +176,8 @@ def keys_and_queries() -> nn.Module:
 
     def forward(m, x):
         x = m.embed(x[:, 0])
-        shares = (m.query(x) @ m.key(x).mT).softmax(-1)
-        return m.head((x + m.out(shares @ m.value(x))).mean(1))
+        attention = (m.query(x) @ m.key(x).mT).softmax(-1)
+        return m.head((x + m.out(attention @ m.value(x))).mean(1))
 
     layers = {"embed": nn.Linear(8, 12), "query": nn.Linear(12, 6), "key": nn.Linear(12, 6), "value": nn.Linear(12, 7)}
     return Net(forward, **layers, out=nn.Linear(7, 12), head=nn.Linear(12, 10))
@@ -279,7 +279,7 @@ _MIXES, _FAILS = "an operation mixes channels", "does not run after a trial cut"
 CASES = {
     "nested": Case(nested, {"stem"}),
     "unet": Case(unet, {"first", "second", "third", "up2", "join2", "up1", "join1"}),
-    "sequence norms": Case(sequence_norms, {"2.3.0", "2.3.3.0"}, {"2.0": "into other shares"}),
+    "sequence norms": Case(sequence_norms, {"2.3.0", "2.3.3.0"}, {"2.0": "into other slices"}),
     "class token": Case(class_token, {"attn.qkv", "mlp.0"}, {"patch": "bare parameter", "attn.proj": "bare parameter"}),
     "squeeze": Case(squeeze, {"stem", "expand", "narrow"}),
     "called on two sizes": Case(called_on_two_sizes, {"first"}),

@@ -16,8 +16,8 @@ def results_of(axis, values=("0.2", "0.1"), **figures):
         "train_accuracy_last": 99.0,
         "params_before": 100,
         "params_after": 50,
-        "flops_before": 9,
-        "flops_after": 3,
+        "macs_before": 9,
+        "macs_after": 3,
     }
     groups = [
         Group(variant, ((axis, value),), {1: {**summary, "test_accuracy_last": accuracy, **figures}})
@@ -33,7 +33,7 @@ def titles(results):
     return [axis.get_title(loc="left") for axis in figure(results, results.groups, "plot").axes if axis.get_visible()]
 
 
-@pytest.mark.parametrize("axis", ["target_params", "target_flops"])
+@pytest.mark.parametrize("axis", ["target_params", "target_macs"])
 def test_sizes_run_along_what_was_measured(axis):
     shown = titles(results_of(axis))
     assert "test accuracy, % against parameters" in shown and "gap, points against parameters" in shown

@@ -1,27 +1,27 @@
 """Which neurons are worth least: every criterion behind one interface, by name.
 
-`Criterion` is a function from `Evidence` (weights, factors, gradients, recent inputs) to scores, with what belongs to
-it. `Pruner(criterion=...)` takes a name of `CRITERIA`, a `Criterion` of your own, or a plain function.
+`Criterion` is a function from `ScoringContext` (weights, factors, gradients, recent inputs) to scores, with what
+belongs to it. `Pruner(criterion=...)` takes a name of `CRITERIA`, a `Criterion` of your own, or a plain function.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from flatprune.criteria.base import Criterion, Evidence, Scores
+from flatprune.criteria.base import Criterion, Scores, ScoringContext
 from flatprune.criteria.game import BANZHAF, SHAPLEY, banzhaf, shapley
 from flatprune.criteria.gradient import GATE_FISHER, TAYLOR
 from flatprune.criteria.kronecker import C_OBD, C_OBS, KRON_OBD, KRON_OBS
 from flatprune.criteria.magnitude import BN_SCALE, FPGM, L1, L1_UNIFORM, L2, L2_UNIFORM, RANDOM
-from flatprune.criteria.outgoing import OBS, OUTGOING
+from flatprune.criteria.optimal_brain import OBD, OBS
 
-__all__ = ["CRITERIA", "Criterion", "Evidence", "Scores", "as_criterion", "banzhaf", "shapley"]
+__all__ = ["CRITERIA", "Criterion", "Scores", "ScoringContext", "as_criterion", "banzhaf", "shapley"]
 
 CRITERIA = {
     criterion.name: criterion
     for criterion in (
         OBS,
-        OUTGOING,
+        OBD,
         KRON_OBD,
         KRON_OBS,
         C_OBD,
@@ -41,8 +41,8 @@ CRITERIA = {
 }
 
 
-def as_criterion(given: str | Criterion | Callable[[Evidence], Scores]) -> Criterion:
-    """The criterion of that name, or made from a function of `Evidence`, whose scores are taken as they are.
+def as_criterion(given: str | Criterion | Callable[[ScoringContext], Scores]) -> Criterion:
+    """The criterion of that name, or made from a function of `ScoringContext`, whose scores are taken as they are.
 
     Raises:
         ValueError: there is no criterion of that name.
@@ -56,4 +56,4 @@ def as_criterion(given: str | Criterion | Callable[[Evidence], Scores]) -> Crite
         return CRITERIA[given]
     if callable(given):
         return Criterion(getattr(given, "__name__", type(given).__name__), given)
-    raise TypeError(f"criterion is {given!r}, expected a name, a Criterion or a function of Evidence")
+    raise TypeError(f"criterion is {given!r}, expected a name, a Criterion or a function of ScoringContext")

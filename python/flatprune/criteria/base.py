@@ -28,7 +28,7 @@ Scores = list[Tensor]  # one tensor [neurons] a group
 Inverses = dict[str, tuple[Tensor, ...]]
 
 
-class Evidence:
+class ScoringContext:
     """What the neurons of a network can be judged by at one event; computed once, when it is first asked for.
 
     Args:
@@ -110,9 +110,9 @@ def member_names(groups: Sequence[NeuronGroup], role: str) -> list[str]:
     return list({member.name: None for group in groups for member in group.of_role(role)})
 
 
-def consumer_compensation(evidence: Evidence, gone: Mapping[int, Tensor]) -> dict[str, Tensor]:
+def consumer_compensation(context: ScoringContext, pruned: Mapping[int, Tensor]) -> dict[str, Tensor]:
     """The layers that read the neurons make up for them; see `flatprune.criteria.saliency.compensation`."""
-    return compensation(evidence.curvature, evidence.groups, gone, evidence.inverses(CONSUMER))
+    return compensation(context.curvature, context.groups, pruned, context.inverses(CONSUMER))
 
 
 NEEDS = ("factors", "inverses", "gradients", "forwards")
@@ -123,7 +123,7 @@ class JointScores(Protocol):
     """Scores of the neurons that are left, given those that went.
 
     Attributes:
-        scores: float64 [neurons] a group, on the CPU; those of neurons gone mean nothing.
+        scores: float64 [neurons] a group, on the CPU; those of pruned neurons mean nothing.
         total: the predicted change of the loss of everything that went.
     """
 
@@ -144,7 +144,7 @@ class Criterion:
 
     Attributes:
         name: as in `Pruner(criterion=...)`.
-        score: from `Evidence` to one tensor [neurons] a group; its docstring has the formula.
+        score: from `ScoringContext` to one tensor [neurons] a group; its docstring has the formula.
         source: where it comes from.
         needs: of "factors" (A and G), "inverses" (of them), "gradients" (left by the last backward) and "forwards" (of
             its own, on recent inputs).
@@ -153,37 +153,37 @@ class Criterion:
         predicts_loss: the score is a change of the loss, so that sums of it can be held against measured changes.
         compensates: what `compensate="auto"` means: "method" (with convolutions, or for few parameters), "always" or
             "never".
-        compensation: from evidence and the neurons gone to new values of the survivors' tensors.
+        compensation: from context and the pruned neurons to new values of the survivors' tensors.
         uncompensated: the criterion that stands in where "auto" decides against compensation.
         joint: scores that take into account which neurons went before, for `selection="greedy"`.
         greedy: whether `selection="auto"` means greedy where survivors compensate in a network with convolutions.
-        check: raises ValueError for groups of the evidence it cannot judge; factors may not have been measured yet.
+        check: raises ValueError for groups of the context it cannot judge; factors may not have been measured yet.
 
     Raises:
         ValueError: `needs`, `role` or `compensates` is none of the above; `greedy` without `joint`.
 
     Example:
-        >>> def activity(evidence):  # mean squared weight that reads each neuron
+        >>> def activity(context):  # mean squared weight that reads each neuron
         ...     return [
         ...         sum(m.module.weight.square().mean(0)[m.index].sum(1) for m in group.of_role("consumer"))
-        ...         for group in evidence.groups
+        ...         for group in context.groups
         ...     ]
         >>> pruner = Pruner(..., criterion=Criterion("activity", activity, source="ours"))
     """
 
     name: str
-    score: Callable[[Evidence], Scores]
+    score: Callable[[ScoringContext], Scores]
     source: str = "given by the user"
     needs: tuple[str, ...] = ()
     role: str = CONSUMER
     per_cost: bool = False
     predicts_loss: bool = False
     compensates: str = "never"
-    compensation: Callable[[Evidence, Mapping[int, Tensor]], dict[str, Tensor]] = consumer_compensation
+    compensation: Callable[[ScoringContext, Mapping[int, Tensor]], dict[str, Tensor]] = consumer_compensation
     uncompensated: Criterion | None = None
-    joint: Callable[[Evidence], JointScores] | None = None
+    joint: Callable[[ScoringContext], JointScores] | None = None
     greedy: bool = False
-    check: Callable[[Evidence], None] | None = None
+    check: Callable[[ScoringContext], None] | None = None
 
     def __post_init__(self) -> None:
         choices = (
@@ -199,35 +199,35 @@ class Criterion:
         if self.greedy and self.joint is None:
             raise ValueError(f"Criterion {self.name}: greedy is True, but there are no joint scores to choose by")
 
-    def scores(self, evidence: Evidence) -> Scores:
+    def scores(self, context: ScoringContext) -> Scores:
         """The scores of every group, checked: float64 on the CPU.
 
         Raises:
             ValueError: naming criterion and group whose scores have another shape or are not finite.
         """
-        found = self.score(evidence)
-        if len(found) != len(evidence.groups):
-            raise ValueError(f"criterion {self.name}: {len(found)} tensors of scores for {len(evidence.groups)} groups")
+        found = self.score(context)
+        if len(found) != len(context.groups):
+            raise ValueError(f"criterion {self.name}: {len(found)} tensors of scores for {len(context.groups)} groups")
         checked = []
-        for group, values in zip(evidence.groups, found):
+        for group, values in zip(context.groups, found):
             if values.shape != (group.width,):
                 raise ValueError(
                     f"criterion {self.name}: scores of {group.name!r} have shape {tuple(values.shape)}, expected "
                     f"({group.width},)"
                 )
             checked.append(values.detach().double().cpu())
-        self.refuse_not_finite(evidence, checked)
+        self.refuse_not_finite(context, checked)
         return checked
 
-    def refuse_not_finite(self, evidence: Evidence, scores: Sequence[Tensor]) -> None:
+    def refuse_not_finite(self, context: ScoringContext, scores: Sequence[Tensor]) -> None:
         """Raise ValueError naming the first group whose scores are not finite."""
-        for group, values in zip(evidence.groups, scores):
+        for group, values in zip(context.groups, scores):
             if not bool(values.isfinite().all()):
                 raise ValueError(f"criterion {self.name}: scores of {group.name!r} are not finite")
 
 
 def ranks(scores: Scores) -> Scores:
-    """Rank within the group as a share in (0, 1], so that all groups lose alike: a *uniform* criterion."""
+    """Rank within the group as a fraction in (0, 1], so that all groups lose alike: a *uniform* criterion."""
     return [(score.argsort().argsort().double() + 1) / len(score) for score in scores]
 
 

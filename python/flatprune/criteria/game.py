@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from flatprune.criteria.base import Criterion, Evidence, Scores
+from flatprune.criteria.base import Criterion, Scores, ScoringContext
 from flatprune.criteria.loss_change import divergence
 from flatprune.cutting.cuts import layer_cuts
 from flatprune.cutting.trial import masked_weights, survivors_only
@@ -26,9 +26,9 @@ _RIDGE = 0.01  # of a mask's variance; a regression with more neurons than sampl
 def shapley(samples: int = 512) -> Criterion:
     """The criterion of sampled Shapley values.
 
-    S_j = mean over random orders of D(gone before j, and j) - D(gone before j): the rise of D when j leaves, averaged
-    over who left before (Shapley 1953; sampling by Castro et al. 2009). The values of one order add up to D of the
-    empty network.
+    S_j = mean over random orders of D(pruned before j, and j) - D(pruned before j): the rise of D when j leaves,
+    averaged over who left before (Shapley 1953; sampling by Castro et al. 2009). The values of one order add up to D
+    of the empty network.
 
     Args:
         samples: forward passes at least; they make whole orders, of one pass a neuron each.
@@ -38,21 +38,21 @@ def shapley(samples: int = 512) -> Criterion:
     """
     _check_samples("shapley", samples)
 
-    def score(evidence: Evidence) -> Scores:
-        network = MaskedNetwork(evidence)
-        players = _players(evidence)
+    def score(context: ScoringContext) -> Scores:
+        network = MaskedNetwork(context)
+        players = _players(context)
         total = torch.zeros(len(players), dtype=torch.float64)
         orders = -(-samples // len(players))
         for _ in range(orders):
-            order = torch.randperm(len(players), generator=evidence.generator)
-            gone = torch.zeros(len(players), dtype=torch.bool)
+            order = torch.randperm(len(players), generator=context.generator)
+            pruned = torch.zeros(len(players), dtype=torch.bool)
             before = 0.0
             for player in order.tolist():
-                gone[player] = True
-                after = network.divergence_without(gone)
+                pruned[player] = True
+                after = network.divergence_without(pruned)
                 total[player] += after - before
                 before = after
-        return _by_group(evidence, total / orders)
+        return _by_group(context, total / orders)
 
     return Criterion("shapley", score, _SOURCE, needs=("forwards",), per_cost=True, predicts_loss=True)
 
@@ -62,7 +62,7 @@ def banzhaf(samples: int = 512, keep: float = 0.9) -> Criterion:
 
     S_j = E[D(S without j) - D(S with j)], every other neuron in the coalition S with probability `keep`, as in Dropout
     (Banzhaf 1965: 1/2; Li & Yu 2023 for other weights). All values come from the same coalitions: with independent
-    members the value is the coefficient of j in the linear regression of D on who is gone, which is what is computed
+    members the value is the coefficient of j in the linear regression of D on who is pruned, which is what is computed
     (with a ridge of 0.01 of a mask's variance, which makes all values smaller by a hundredth).
 
     Args:
@@ -76,19 +76,19 @@ def banzhaf(samples: int = 512, keep: float = 0.9) -> Criterion:
     if not 0.0 < keep < 1.0:
         raise ValueError(f"banzhaf: keep is {keep}, expected above 0 and below 1")
 
-    def score(evidence: Evidence) -> Scores:
-        network = MaskedNetwork(evidence)
-        shape = (samples, len(_players(evidence)))
-        gone = torch.rand(shape, generator=evidence.generator, dtype=torch.float64) >= keep
-        values = torch.tensor([network.divergence_without(row) for row in gone], dtype=torch.float64)
-        return _by_group(evidence, _regression(gone.double(), values, keep))
+    def score(context: ScoringContext) -> Scores:
+        network = MaskedNetwork(context)
+        shape = (samples, len(_players(context)))
+        pruned = torch.rand(shape, generator=context.generator, dtype=torch.float64) >= keep
+        values = torch.tensor([network.divergence_without(row) for row in pruned], dtype=torch.float64)
+        return _by_group(context, _regression(pruned.double(), values, keep))
 
     return Criterion("banzhaf", score, _SOURCE, needs=("forwards",), per_cost=True, predicts_loss=True)
 
 
-def _regression(gone: Tensor, values: Tensor, keep: float) -> Tensor:
-    """Coefficients [players] of values [samples] on gone [samples, players], ridge on top."""
-    centred = gone - gone.mean(dim=0)
+def _regression(pruned: Tensor, values: Tensor, keep: float) -> Tensor:
+    """Coefficients [players] of values [samples] on pruned [samples, players], ridge on top."""
+    centred = pruned - pruned.mean(dim=0)
     gram = centred.mT @ centred
     gram.diagonal().add_(_RIDGE * keep * (1.0 - keep) * len(values))
     return torch.linalg.solve(gram, centred.mT @ (values - values.mean()))
@@ -98,34 +98,34 @@ class MaskedNetwork:
     """D of the network without some neurons from the whole one, on the recent inputs.
 
     Args:
-        evidence: of the network as it is.
+        context: of the network as it is.
     """
 
-    def __init__(self, evidence: Evidence) -> None:
-        self._evidence = evidence
-        self._inputs = evidence.recent_inputs()
+    def __init__(self, context: ScoringContext) -> None:
+        self._context = context
+        self._inputs = context.recent_inputs()
         self._whole = self._output({})
 
     @torch.no_grad()
-    def divergence_without(self, gone: Tensor) -> float:
-        """D without the neurons marked in `gone`, bool [neurons of all groups, group after group]."""
-        parts = gone.split([group.width for group in self._evidence.groups])
+    def divergence_without(self, pruned: Tensor) -> float:
+        """D without the neurons marked in `pruned`, bool [neurons of all groups, group after group]."""
+        parts = pruned.split([group.width for group in self._context.groups])
         indices = {position: part.nonzero().flatten() for position, part in enumerate(parts) if bool(part.any())}
-        return divergence(self._whole, self._output(indices), self._evidence.curvature.loss)
+        return divergence(self._whole, self._output(indices), self._context.curvature.loss)
 
     @torch.no_grad()
-    def _output(self, gone: Mapping[int, Tensor]) -> Tensor:
-        groups = self._evidence.groups
-        with self._evidence.probing(), survivors_only(layer_cuts(groups, gone).values()):
-            return functional_call(self._evidence.model, masked_weights(groups, gone), self._inputs, tie_weights=False)
+    def _output(self, pruned: Mapping[int, Tensor]) -> Tensor:
+        groups = self._context.groups
+        with self._context.probing(), survivors_only(layer_cuts(groups, pruned).values()):
+            return functional_call(self._context.model, masked_weights(groups, pruned), self._inputs, tie_weights=False)
 
 
-def _players(evidence: Evidence) -> range:
-    return range(sum(group.width for group in evidence.groups))
+def _players(context: ScoringContext) -> range:
+    return range(sum(group.width for group in context.groups))
 
 
-def _by_group(evidence: Evidence, values: Tensor) -> Scores:
-    return list(values.split([group.width for group in evidence.groups]))
+def _by_group(context: ScoringContext, values: Tensor) -> Scores:
+    return list(values.split([group.width for group in context.groups]))
 
 
 def _check_samples(name: str, samples: int) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flatprune.criteria.base import Criterion, Evidence, Scores
+from flatprune.criteria.base import Criterion, Scores, ScoringContext
 from flatprune.cutting.neurons import PRODUCER, Member, NeuronGroup
 from kfac_ext.curvature.capture import Capture
 from kfac_ext.curvature.convolution import weight_matrix
@@ -20,31 +20,31 @@ from kfac_ext.curvature.layers import Layer, call_hooks
 
 
 @torch.no_grad()
-def taylor_scores(evidence: Evidence) -> Scores:
+def taylor_scores(context: ScoringContext) -> Scores:
     """S_j = (sum of g w)^2 over the parameters of the last affine map that makes z_j.
 
     g is what the last backward of the training loop left in `.grad`: one mini-batch with its true labels, and whatever
     else the objective had.
     """
-    return [_first_order(evidence, group).square() for group in evidence.groups]
+    return [_first_order(context, group).square() for group in context.groups]
 
 
-def _first_order(evidence: Evidence, group: NeuronGroup) -> Tensor:
+def _first_order(context: ScoringContext, group: NeuronGroup) -> Tensor:
     total = torch.zeros(group.width, dtype=torch.float64)
     for member in group.of_role(PRODUCER):
-        for name, parameter in _affine_map(evidence, member):
-            rows = (parameter * evidence.gradient(parameter, name)).double()
+        for name, parameter in _affine_map(context, member):
+            rows = (parameter * context.gradient(parameter, name)).double()
             if rows.dim() > 1:
                 rows = weight_matrix(member.module, rows).sum(dim=1)
             total += rows.cpu()[member.index].sum(dim=1)
     return total
 
 
-def check_gradients(evidence: Evidence) -> None:
+def check_gradients(context: ScoringContext) -> None:
     """Raise ValueError, naming the layer, for neurons behind parameters that are frozen."""
-    for group in evidence.groups:
+    for group in context.groups:
         for member in group.of_role(PRODUCER):
-            for name, parameter in _affine_map(evidence, member):
+            for name, parameter in _affine_map(context, member):
                 if not parameter.requires_grad:
                     raise ValueError(
                         f"criterion taylor: {name} of layer {member.name!r} is frozen and gets no gradient; choose "
@@ -52,42 +52,42 @@ def check_gradients(evidence: Evidence) -> None:
                     )
 
 
-def _affine_map(evidence: Evidence, member: Member) -> list[tuple[str, nn.Parameter]]:
+def _affine_map(context: ScoringContext, member: Member) -> list[tuple[str, nn.Parameter]]:
     """The parameters of the map to z, by name."""
-    layer = evidence.curvature.layers.get(member.name)
+    layer = context.curvature.layers.get(member.name)
     module, name = member.module, member.name
     if layer is not None and layer.norm is not None and layer.norm.weight is not None:
         module, name = layer.norm, str(layer.norm_name)
     return [(f"{name}.{key}", parameter) for key, parameter in module.named_parameters(recurse=False)]
 
 
-def gate_scores(evidence: Evidence) -> Scores:
+def gate_scores(context: ScoringContext) -> Scores:
     """S_j = 1/2 E[(sum over positions of g z_j)^2], the diagonal Fisher of the gates.
 
     One forward on the recent inputs, labels drawn from the model's own prediction.
     """
-    names = {member.name for group in evidence.groups for member in group.of_role(PRODUCER)}
-    sums, count = _gate_gradients(evidence, [evidence.curvature.layers[name] for name in names])
+    names = {member.name for group in context.groups for member in group.of_role(PRODUCER)}
+    sums, count = _gate_gradients(context, [context.curvature.layers[name] for name in names])
     scores = []
-    for group in evidence.groups:
+    for group in context.groups:
         gates = sum(sums[m.name].double().cpu()[:, m.index].sum(dim=2) for m in group.of_role(PRODUCER))
         assert isinstance(gates, Tensor)
         scores.append(0.5 * gates.square().sum(dim=0) / count)
     return scores
 
 
-def _gate_gradients(evidence: Evidence, layers: list[Layer]) -> tuple[dict[str, Tensor], int]:
+def _gate_gradients(context: ScoringContext, layers: list[Layer]) -> tuple[dict[str, Tensor], int]:
     """Sum over positions and calls of g z [N, O] of each layer; what the mean loss divides by."""
-    loss, capture = evidence.curvature.loss, Capture()
+    loss, capture = context.curvature.loss, Capture()
     values: dict[str, list[Tensor]] = {}
 
     def report(layer: Layer, x: Tensor, z: Tensor) -> None:
         values.setdefault(layer.name, []).append(z.detach().clone())  # an in-place activation may follow
         capture.add(layer, x, z)
 
-    with evidence.probing(), torch.enable_grad(), call_hooks(layers, report):
-        output = checked_output(evidence.model(*evidence.recent_inputs()), loss)
-    targets = sample_targets(output, loss, evidence.generator)
+    with context.probing(), torch.enable_grad(), call_hooks(layers, report):
+        output = checked_output(context.model(*context.recent_inputs()), loss)
+    targets = sample_targets(output, loss, context.generator)
     gradients = capture.gradients_of(output, output_gradient(output.detach(), targets, loss))
     sums = {}
     for layer in layers:

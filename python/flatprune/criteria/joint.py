@@ -1,13 +1,13 @@
-"""Scores that know which neurons went before, for choosing one after the other (`flatprune.pruning.greedy`).
+"""Scores that know which neurons went before, for choosing one after the other (`flatprune.pruning.selection`).
 
 Independent scores are right for one neuron; two that stand in for each other both look free. Here the lowest goes, what
 it leaves behind is brought up to date by an update of rank k (the k columns a neuron feeds), and the layers it touched
-are scored again. For "obs", with J the columns gone,
+are scored again. For "obs", with J the pruned columns,
 
     V <- V - V_J (H_JJ)^-1 H_J.        H <- H - H_.J (H_JJ)^-1 H_J.
 
 so that the scores add up to the predicted change of the whole removal, 1/2 tr(V_S^T G V_S (H_SS)^-1) for all columns S
-gone (block elimination; Hassibi & Stork 1993, sequentially). For "outgoing" the same without compensation: the products
+pruned (block elimination; Hassibi & Stork 1992, sequentially). For "obd" the same without compensation: the products
 of V_S A with what is left carry the cross terms of 1/2 tr(V_S^T G V_S A_SS).
 """
 
@@ -23,28 +23,28 @@ from flatprune.criteria.saliency import Reading, factor_blocks, readings
 from flatprune.cutting.neurons import CONSUMER
 
 if TYPE_CHECKING:
-    from flatprune.criteria.base import Evidence
+    from flatprune.criteria.base import ScoringContext
 
 
 class ColumnScores:
-    """Scores of the neurons that are left, given those that went; the base of `JointObs` and `JointOutgoing`.
+    """Scores of the neurons that are left, given those that went; the base of `JointObs` and `JointObd`.
 
     Args:
-        evidence: gives A, H, G and the folded weights; it is left as it is.
+        context: gives A, H, G and the folded weights; it is left as it is.
 
     Attributes:
         total: the predicted change of the loss of everything that went.
     """
 
-    def __init__(self, evidence: Evidence) -> None:
-        self.groups = evidence.groups
+    def __init__(self, context: ScoringContext) -> None:
+        self.groups = context.groups
         self.total = 0.0
         self._readings = readings(self.groups, CONSUMER)
         self._blocks: dict[tuple[str, int], _Block] = {}
         for reading in self._readings:
-            key = (reading.layer, reading.share)
+            key = (reading.layer, reading.group)
             if key not in self._blocks:
-                self._blocks[key] = self._block(evidence, reading)
+                self._blocks[key] = self._block(context, reading)
         self._scores = [torch.zeros(group.width, dtype=torch.float64) for group in self.groups]
         self._values = {i: self._score(reading) for i, reading in enumerate(self._readings)}
         for i, reading in enumerate(self._readings):
@@ -52,7 +52,7 @@ class ColumnScores:
 
     @property
     def scores(self) -> Sequence[Tensor]:
-        """S_j of every neuron, float64 [neurons] a group on the CPU; those of neurons gone mean nothing."""
+        """S_j of every neuron, float64 [neurons] a group on the CPU; those of pruned neurons mean nothing."""
         return self._scores
 
     def remove(self, position: int, neuron: int) -> None:
@@ -62,48 +62,48 @@ class ColumnScores:
         for reading in self._readings:
             if reading.position != position:
                 continue
-            for place in (reading.neurons == neuron).nonzero().flatten().tolist():  # one, or none in another share
-                key = (reading.layer, reading.share)
+            for place in (reading.neurons == neuron).nonzero().flatten().tolist():  # one, or none in another group
+                key = (reading.layer, reading.group)
                 self._blocks[key].remove(reading.entries[place])
                 touched.add(key)
         for i, reading in enumerate(self._readings):
-            if (reading.layer, reading.share) in touched:
+            if (reading.layer, reading.group) in touched:
                 found = self._score(reading)
                 self._scores[reading.position].index_add_(0, reading.neurons, found - self._values[i])
                 self._values[i] = found
 
     def _score(self, reading: Reading) -> Tensor:
-        return self._blocks[reading.layer, reading.share].scores(reading.entries).double().cpu()
+        return self._blocks[reading.layer, reading.group].scores(reading.entries).double().cpu()
 
-    def _block(self, evidence: Evidence, reading: Reading) -> _Block:
+    def _block(self, context: ScoringContext, reading: Reading) -> _Block:
         raise NotImplementedError
 
 
 class JointObs(ColumnScores):
     """Joint scores with compensation by the columns that are left."""
 
-    def _block(self, evidence: Evidence, reading: Reading) -> _Block:
-        return _Compensated(*_operands(evidence, reading), evidence.inverses(CONSUMER)[reading.layer][reading.share])
+    def _block(self, context: ScoringContext, reading: Reading) -> _Block:
+        return _Compensated(*_operands(context, reading), context.inverses(CONSUMER)[reading.layer][reading.group])
 
 
-class JointOutgoing(ColumnScores):
+class JointObd(ColumnScores):
     """Joint scores without compensation."""
 
-    def _block(self, evidence: Evidence, reading: Reading) -> _Block:
+    def _block(self, context: ScoringContext, reading: Reading) -> _Block:
         return _Silenced(
-            *_operands(evidence, reading), evidence.statistics(CONSUMER).blocks(reading.layer)[reading.share]
+            *_operands(context, reading), context.statistics(CONSUMER).blocks(reading.layer)[reading.group]
         )
 
 
-def _operands(evidence: Evidence, reading: Reading) -> tuple[Tensor, Tensor]:
-    """V and G of a reading's share."""
-    G = factor_blocks(evidence.curvature.factors[f"{reading.layer}.G"])[reading.share]
-    V = evidence.curvature.folded_weight(reading.layer).unflatten(0, (-1, G.shape[0]))[reading.share]
+def _operands(context: ScoringContext, reading: Reading) -> tuple[Tensor, Tensor]:
+    """V and G of a reading's group."""
+    G = factor_blocks(context.curvature.factors[f"{reading.layer}.G"])[reading.group]
+    V = context.curvature.folded_weight(reading.layer).unflatten(0, (-1, G.shape[0]))[reading.group]
     return V, G
 
 
 class _Block:
-    """One layer (one share of it): V [O, d], G V, and a matrix [d, d], in float64 so that many updates stay exact."""
+    """One layer (one group of it): V [O, d], G V, and a matrix [d, d], in float64 so that many updates stay exact."""
 
     def __init__(self, V: Tensor, G: Tensor, matrix: Tensor) -> None:
         self.V, self.matrix = V.to(torch.float64, copy=True), matrix.to(torch.float64, copy=True)
@@ -124,7 +124,7 @@ class _Block:
 
 
 class _Compensated(_Block):
-    """`matrix` is H of the columns that are left; rows and columns of those gone are zero."""
+    """`matrix` is H of the columns that are left; rows and columns of those pruned are zero."""
 
     def __init__(self, V: Tensor, G: Tensor, matrix: Tensor) -> None:
         super().__init__(V, G, matrix)
@@ -133,8 +133,8 @@ class _Compensated(_Block):
     def scores(self, columns: Tensor) -> Tensor:
         columns = columns.to(self.matrix.device)
         blocks = self.matrix[columns[:, :, None], columns[:, None, :]]  # H_JJ [n, k, k]
-        gone = ~self.alive[columns]  # their V_J is zero: any definite block gives them the score 0
-        blocks = blocks + torch.diag_embed(gone.to(blocks.dtype))
+        pruned = ~self.alive[columns]  # their V_J is zero: any definite block gives them the score 0
+        blocks = blocks + torch.diag_embed(pruned.to(blocks.dtype))
         return 0.5 * torch.linalg.solve(blocks, self._forms(columns)).diagonal(dim1=1, dim2=2).sum(dim=1)
 
     def remove(self, columns: Tensor) -> None:
@@ -148,7 +148,7 @@ class _Compensated(_Block):
 
 
 class _Silenced(_Block):
-    """`matrix` is A, and `error` = V_S A [O, d] of the columns S gone: what their silence does beside each column."""
+    """`matrix` is A, and `error` = V_S A [O, d] of the pruned columns S: what their silence does beside each column."""
 
     def __init__(self, V: Tensor, G: Tensor, matrix: Tensor) -> None:
         super().__init__(V, G, matrix)

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 import kfac_ext
-from flatprune.criteria.base import Criterion, Evidence, Scores
+from flatprune.criteria.base import Criterion, Scores, ScoringContext
 from flatprune.criteria.saliency import Reading, ordered, readings, summed
 from flatprune.cutting.cuts import layer_cuts, tensor_name
-from flatprune.cutting.neurons import PRODUCER, channels, shares_of
+from flatprune.cutting.neurons import PRODUCER, channels, groups_of
 from kfac_ext.curvature.convolution import weight_like, weight_matrix
 from kfac_ext.curvature.layers import Layer
 
@@ -34,41 +34,41 @@ _LEAST_SCALE = 1e-6  # a batch norm that scales a row by less cannot pass a chan
 
 
 class _Rows:
-    """The rows of all neurons, reading by reading, with V, A and G of their share."""
+    """The rows of all neurons, reading by reading, with V, A and G of their group."""
 
-    def __init__(self, evidence: Evidence) -> None:
-        self.groups = evidence.groups
-        self.members = readings(evidence.groups, PRODUCER)
-        self.statistics = evidence.statistics(PRODUCER)
-        self.gradients = evidence.gradient_factors(PRODUCER)
-        self._weights = {name: evidence.curvature.folded_weight(name) for name in self.gradients}
+    def __init__(self, context: ScoringContext) -> None:
+        self.groups = context.groups
+        self.members = readings(context.groups, PRODUCER)
+        self.statistics = context.statistics(PRODUCER)
+        self.gradients = context.gradient_factors(PRODUCER)
+        self._weights = {name: context.curvature.folded_weight(name) for name in self.gradients}
 
     def weight(self, reading: Reading) -> Tensor:
-        """V of the reading's share, [rows, d]."""
+        """V of the reading's group, [rows, d]."""
         A = self.inputs(reading)
         parts = len(self.gradients[reading.layer])
-        return self._weights[reading.layer].unflatten(0, (parts, -1))[reading.share].to(A.dtype)
+        return self._weights[reading.layer].unflatten(0, (parts, -1))[reading.group].to(A.dtype)
 
     def inputs(self, reading: Reading) -> Tensor:
-        """A of the reading's share."""
-        return self.statistics.blocks(reading.layer)[reading.share]
+        """A of the reading's group."""
+        return self.statistics.blocks(reading.layer)[reading.group]
 
 
-def kron_obd_scores(evidence: Evidence) -> Scores:
+def kron_obd_scores(context: ScoringContext) -> Scores:
     """S_j = 1/2 tr(V_J A V_J^T G_JJ): for one row 1/2 G_ii v_i^T A v_i."""
-    return _row_scores(_Rows(evidence), evidence.gradient_factors(PRODUCER), kfac_ext.outgoing_saliency)
+    return _row_scores(_Rows(context), context.gradient_factors(PRODUCER), kfac_ext.outgoing_saliency)
 
 
-def kron_obs_scores(evidence: Evidence) -> Scores:
+def kron_obs_scores(context: ScoringContext) -> Scores:
     """S_j = 1/2 tr(V_J A V_J^T (P_JJ)^-1), P = (G + D)^-1: for one row 1/2 v_i^T A v_i / P_ii."""
-    return _row_scores(_Rows(evidence), evidence.output_inverses(), kfac_ext.obs_saliency)
+    return _row_scores(_Rows(context), context.output_inverses(), kfac_ext.obs_saliency)
 
 
 def _row_scores(rows: _Rows, outputs: Mapping[str, tuple[Tensor, ...]], score: Callable[..., list[Tensor]]) -> Scores:
     """The kernels for columns J of V under G and A, on V^T under A and G."""
     arguments = []
     for reading in rows.members:
-        matrix = outputs[reading.layer][reading.share]
+        matrix = outputs[reading.layer][reading.group]
         A = rows.inputs(reading)
         transposed = rows.weight(reading).mT
         arguments.append((*ordered(transposed, matrix, reading.entries), A, reading.entries.shape[1]))
@@ -76,23 +76,23 @@ def _row_scores(rows: _Rows, outputs: Mapping[str, tuple[Tensor, ...]], score: C
     return summed(rows.groups, rows.members, found)
 
 
-def c_obd_scores(evidence: Evidence) -> Scores:
+def c_obd_scores(context: ScoringContext) -> Scores:
     """S_j = 1/2 sum over the weights w_rc of rows J of F_rc w_rc^2, F_rc = G_rr A_cc the diagonal of the Fisher."""
-    rows = _Rows(evidence)
+    rows = _Rows(context)
     return _weight_scores(
         rows,
-        lambda reading: rows.gradients[reading.layer][reading.share].diagonal(),
+        lambda reading: rows.gradients[reading.layer][reading.group].diagonal(),
         lambda reading: rows.inputs(reading).diagonal(),
     )
 
 
-def c_obs_scores(evidence: Evidence) -> Scores:
+def c_obs_scores(context: ScoringContext) -> Scores:
     """S_j = 1/2 sum over the weights w_rc of rows J of w_rc^2 / (P_rr H_cc), P = (G + D)^-1, H = (A + D)^-1."""
-    rows, P, H = _Rows(evidence), evidence.output_inverses(), evidence.inverses(PRODUCER)
+    rows, P, H = _Rows(context), context.output_inverses(), context.inverses(PRODUCER)
     return _weight_scores(
         rows,
-        lambda reading: P[reading.layer][reading.share].diagonal().reciprocal(),
-        lambda reading: H[reading.layer][reading.share].diagonal().reciprocal(),
+        lambda reading: P[reading.layer][reading.group].diagonal().reciprocal(),
+        lambda reading: H[reading.layer][reading.group].diagonal().reciprocal(),
     )
 
 
@@ -106,7 +106,7 @@ def _weight_scores(rows: _Rows, of_row: Callable[[Reading], Tensor], of_column: 
 
 
 @torch.no_grad()
-def row_compensation(evidence: Evidence, gone: Mapping[int, Tensor]) -> dict[str, Tensor]:
+def row_compensation(context: ScoringContext, pruned: Mapping[int, Tensor]) -> dict[str, Tensor]:
     """New values of the rows that stay: V_K <- V_K - P_KJ (P_JJ)^-1 V_J, J all rows of a layer that go.
 
     Behind a batch norm the raw weights become V_K / scale, and its statistics, gamma and beta those that give V_K both
@@ -114,33 +114,33 @@ def row_compensation(evidence: Evidence, gone: Mapping[int, Tensor]) -> dict[str
     batch norm silences stay as they are, as do those behind a batch norm without gamma and beta.
 
     Args:
-        evidence: gives V, A and P.
-        gone: position of a group -> int64 [m] neurons that go.
+        context: gives V, A and P.
+        pruned: position of a group -> int64 [m] neurons that go.
 
     Returns:
-        Qualified tensor name -> new values of the old shape (rows gone are left as they were).
+        Qualified tensor name -> new values of the old shape (pruned rows are left as they were).
     """
-    inverses = evidence.output_inverses()
-    statistics = evidence.statistics(PRODUCER)
+    inverses = context.output_inverses()
+    statistics = context.statistics(PRODUCER)
     values: dict[str, Tensor] = {}
-    for cut in layer_cuts(evidence.groups, gone).values():
+    for cut in layer_cuts(context.groups, pruned).values():
         if cut.outputs is None or cut.name not in inverses:
             continue
-        layer = evidence.curvature.layers[cut.name]
+        layer = context.curvature.layers[cut.name]
         lost = torch.ones(channels(cut.module, PRODUCER), dtype=torch.bool)
         lost[cut.outputs] = False
-        new = _without_rows(layer.folded_weight(), inverses[cut.name], lost.view(shares_of(cut.module), -1))
+        new = _without_rows(layer.folded_weight(), inverses[cut.name], lost.view(groups_of(cut.module), -1))
         values.update(_as_tensors(layer, new, statistics.blocks(cut.name)))
     return values
 
 
 def _without_rows(V: Tensor, inverses: Sequence[Tensor], lost: Tensor) -> Tensor:
-    """V [O, d] with the rows that stay updated; `lost` [shares, rows of a share]."""
+    """V [O, d] with the rows that stay updated; `lost` [groups, rows of a group]."""
     new = V.clone()
     parts = new.unflatten(0, (len(inverses), -1))
-    for part, P, gone in zip(parts, inverses, lost.to(V.device)):
-        (kept,) = kfac_ext.compensate([part.mT.to(P.dtype)], [P], [gone.nonzero().flatten()])
-        part[~gone] = kept.mT.to(part.dtype)
+    for part, P, pruned in zip(parts, inverses, lost.to(V.device)):
+        (kept,) = kfac_ext.compensate([part.mT.to(P.dtype)], [P], [pruned.nonzero().flatten()])
+        part[~pruned] = kept.mT.to(part.dtype)
     return new
 
 

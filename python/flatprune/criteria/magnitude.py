@@ -10,38 +10,38 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from flatprune.criteria.base import Criterion, Evidence, Scores, mean_over_producers, ranks
-from flatprune.cutting.neurons import FOLLOWER, NORMS, PRODUCER, Member, NeuronGroup
+from flatprune.criteria.base import Criterion, Scores, ScoringContext, mean_over_producers, ranks
+from flatprune.cutting.neurons import CHANNELWISE, NORMS, PRODUCER, Member, NeuronGroup
 from kfac_ext.curvature.convolution import weight_matrix
 
 
-def l1_scores(evidence: Evidence) -> Scores:
+def l1_scores(context: ScoringContext) -> Scores:
     """S_j = mean |w| over the weights of the rows that make neuron j."""
-    return [mean_over_producers(group, lambda weight: weight.abs().mean(dim=1)) for group in evidence.groups]
+    return [mean_over_producers(group, lambda weight: weight.abs().mean(dim=1)) for group in context.groups]
 
 
-def l2_scores(evidence: Evidence) -> Scores:
+def l2_scores(context: ScoringContext) -> Scores:
     """S_j = (mean w^2)^(1/2) over the weights of the rows that make neuron j: |w|_2 by the root of their number."""
-    return [mean_over_producers(group, lambda weight: weight.square().mean(dim=1)).sqrt() for group in evidence.groups]
+    return [mean_over_producers(group, lambda weight: weight.square().mean(dim=1)).sqrt() for group in context.groups]
 
 
-def uniform(score: Callable[[Evidence], Scores]) -> Callable[[Evidence], Scores]:
-    """The same order within each layer, but every layer loses the same share: rank / width."""
+def uniform(score: Callable[[ScoringContext], Scores]) -> Callable[[ScoringContext], Scores]:
+    """The same order within each layer, but every layer loses the same fraction: rank / width."""
 
-    def ranked(evidence: Evidence) -> Scores:
-        return ranks(score(evidence))
+    def ranked(context: ScoringContext) -> Scores:
+        return ranks(score(context))
 
     return ranked
 
 
-def median_distances(evidence: Evidence) -> Scores:
+def median_distances(context: ScoringContext) -> Scores:
     """S_j = rank / width of sum over k of |w_j - w_k|_2, w_j the filter of neuron j.
 
     The filter nearest to all others (to the geometric median) goes first. Distances of layers of different size cannot
-    be compared, and the paper takes the same share of each: hence the rank. Rows of several producers are one long
+    be compared, and the paper takes the same fraction of each: hence the rank. Rows of several producers are one long
     filter.
     """
-    return ranks([_distances(group) for group in evidence.groups])
+    return ranks([_distances(group) for group in context.groups])
 
 
 def _distances(group: NeuronGroup) -> Tensor:
@@ -53,19 +53,19 @@ def _distances(group: NeuronGroup) -> Tensor:
     return torch.cdist(filters, filters, compute_mode="donot_use_mm_for_euclid_dist").sum(dim=1)
 
 
-def norm_scales(evidence: Evidence) -> Scores:
+def norm_scales(context: ScoringContext) -> Scores:
     """S_j = mean |gamma| over the entries of all batch norms that belong to neuron j."""
-    check_norms(evidence)
+    check_norms(context)
     scores = []
-    for group in evidence.groups:
+    for group in context.groups:
         gammas = [_scale(member).detach().abs().cpu().double()[member.index].mean(dim=1) for member in _norms(group)]
         scores.append(torch.stack(gammas).mean(dim=0))
     return scores
 
 
-def check_norms(evidence: Evidence) -> None:
+def check_norms(context: ScoringContext) -> None:
     """Raise ValueError, naming the layer, for neurons without a norm that scales them."""
-    for group in evidence.groups:
+    for group in context.groups:
         if not _norms(group):
             raise ValueError(
                 f"criterion bn_scale: no norm with a scale (gamma) follows layer {group.name!r}; choose another "
@@ -74,7 +74,7 @@ def check_norms(evidence: Evidence) -> None:
 
 
 def _norms(group: NeuronGroup) -> list[Member]:
-    return [m for m in group.of_role(FOLLOWER) if isinstance(m.module, NORMS) and m.module.weight is not None]
+    return [m for m in group.of_role(CHANNELWISE) if isinstance(m.module, NORMS) and m.module.weight is not None]
 
 
 def _scale(member: Member) -> nn.Parameter:
@@ -82,9 +82,9 @@ def _scale(member: Member) -> nn.Parameter:
     return member.module.weight
 
 
-def random_scores(evidence: Evidence) -> Scores:
+def random_scores(context: ScoringContext) -> Scores:
     """S_j ~ U(0, 1), drawn anew at every event from seed and step."""
-    return [torch.rand(group.width, generator=evidence.generator, dtype=torch.float64) for group in evidence.groups]
+    return [torch.rand(group.width, generator=context.generator, dtype=torch.float64) for group in context.groups]
 
 
 _FILTERS = "Li et al. 2017, Pruning filters for efficient convnets, arXiv 1608.08710"

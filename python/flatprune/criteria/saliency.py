@@ -3,10 +3,10 @@
 For a layer z = V a that reads neuron j through the columns J of V (batch norm folded, a with a 1 appended), with
 A = E[a a^T] and G = E[g g^T]:
 
-- outgoing: S_j = 1/2 tr(V_J^T G V_J A_JJ), the second-order change of the loss when column(s) J become zero;
+- obd: S_j = 1/2 tr(V_J^T G V_J A_JJ), the second-order change of the loss when column(s) J become zero;
 - obs: S_j = 1/2 tr(V_J^T G V_J (H_JJ)^-1), H = (A + D)^-1, the same after the best linear compensation by all other
-  inputs of the layer: optimal brain surgeon (Hassibi & Stork 1993) with the Kronecker-factored curvature, seen from
-  the outgoing side.
+  inputs of the layer: optimal brain surgeon (Hassibi & Stork 1992) with the Kronecker-factored curvature, seen from
+  the columns that read a neuron.
 
 Several consumers add up; columns that meet in one layer form one block J, with their cross terms. The criterion of
 Ebrahimi & Klabjan 2021 (arXiv 2111.08577) is not reproduced; these scores are this package's.
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import kfac_ext
 from flatprune.cutting.cuts import layer_cuts, tensor_name, weight_columns
-from flatprune.cutting.neurons import CONSUMER, Member, NeuronGroup, channels, inputs_of_share, shares_of
+from flatprune.cutting.neurons import CONSUMER, Member, NeuronGroup, channels, groups_of, inputs_of_group
 from kfac_ext.curvature.convolution import weight_like, weight_matrix
 
 if TYPE_CHECKING:
@@ -123,16 +123,11 @@ def input_statistics(curvature: Curvature, names: Iterable[str]) -> InputStatist
     if not curvature.is_updated:
         raise RuntimeError("no factors yet: the model must make a training forward before neurons can be scored")
     constant = {name: curvature.layers[name].constant for name in names}
-    if has_convolution(curvature):
+    if curvature.has_convolutions:
         covariances = curvature.fresh_covariances(names, curvature.recent_inputs, "expand", bias=None)
     else:
         covariances = {name: curvature.factors[f"{name}.A"] for name in names}
     return InputStatistics(covariances, constant)
-
-
-def has_convolution(curvature: Curvature) -> bool:
-    """Whether any layer with factors is a convolution."""
-    return any(layer.is_convolution for layer in curvature.layers.values())
 
 
 class Reading(NamedTuple):
@@ -141,39 +136,39 @@ class Reading(NamedTuple):
     Attributes:
         position: of the neuron group.
         layer: name of the layer.
-        share: group of the convolution, 0 without groups.
+        group: of the convolution, 0 without groups.
         neurons: int64 [n].
         entries: int64 [n, block]: columns of the weight as a matrix that the neurons feed (consumer), or rows that make
-            them (producer), within their share.
+            them (producer), within their group.
     """
 
     position: int
     layer: str
-    share: int
+    group: int
     neurons: Tensor
     entries: Tensor
 
 
 def readings(groups: Sequence[NeuronGroup], role: str) -> list[Reading]:
-    """One reading for each member of a role ("consumer" or "producer") and share."""
+    """One reading for each member of a role ("consumer" or "producer") and group of its convolution."""
     found = []
     for position, group in enumerate(groups):
         for member in group.of_role(role):
-            share, entries = _entries(member)
-            for part in range(shares_of(member.module)):
+            group_of, entries = _entries(member)
+            for part in range(groups_of(member.module)):
                 neurons = torch.arange(group.width)
-                if shares_of(member.module) > 1:
-                    neurons = neurons[share == part]
+                if groups_of(member.module) > 1:
+                    neurons = neurons[group_of == part]
                 found.append(Reading(position, member.name, part, neurons, entries[neurons]))
     return found
 
 
 def _entries(member: Member) -> tuple[Tensor, Tensor]:
-    """Of each neuron: its share [neurons], and its columns or rows within the share [neurons, block]."""
+    """Of each neuron: its group [neurons], and its columns or rows within it [neurons, block]."""
     module = member.module
     if member.role == CONSUMER:
-        return member.index[:, 0] // inputs_of_share(module), weight_columns(module, member.index)
-    size = channels(module, member.role) // shares_of(module)
+        return member.index[:, 0] // inputs_of_group(module), weight_columns(module, member.index)
+    size = channels(module, member.role) // groups_of(module)
     return member.index[:, 0] // size, member.index % size
 
 
@@ -190,7 +185,7 @@ def curvature_scores(
     Args:
         curvature: gives G and the folded weights.
         groups: the neuron groups.
-        criterion: "obs" or "outgoing".
+        criterion: "obs" or "obd".
         statistics: A of every consumer.
         inverses: H of every consumer (`statistics.inverses()`), needed for "obs".
 
@@ -204,13 +199,13 @@ def curvature_scores(
     weights = {name: curvature.folded_weight(name) for name in statistics.covariances}
     arguments = []
     for reading in members:
-        G = factor_blocks(curvature.factors[f"{reading.layer}.G"])[reading.share]
+        G = factor_blocks(curvature.factors[f"{reading.layer}.G"])[reading.group]
         if criterion == "obs":
             assert inverses is not None
-            matrix = inverses[reading.layer][reading.share]
+            matrix = inverses[reading.layer][reading.group]
         else:
-            matrix = statistics.blocks(reading.layer)[reading.share]
-        V = weights[reading.layer].unflatten(0, (-1, G.shape[0]))[reading.share].to(matrix.dtype)
+            matrix = statistics.blocks(reading.layer)[reading.group]
+        V = weights[reading.layer].unflatten(0, (-1, G.shape[0]))[reading.group].to(matrix.dtype)
         arguments.append((*ordered(V, matrix, reading.entries), G, reading.entries.shape[1]))
     score = kfac_ext.obs_saliency if criterion == "obs" else kfac_ext.outgoing_saliency
     found = score(*(list(column) for column in zip(*arguments))) if arguments else []
@@ -241,35 +236,35 @@ def ordered(V: Tensor, matrix: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]
 def compensation(
     curvature: Curvature,
     groups: Sequence[NeuronGroup],
-    gone: Mapping[int, Tensor],
+    pruned: Mapping[int, Tensor],
     inverses: Mapping[str, tuple[Tensor, ...]],
 ) -> dict[str, Tensor]:
-    """New values of the weights that read the neurons gone, so that the survivors make up for them.
+    """New values of the weights that read the pruned neurons, so that the survivors make up for them.
 
-    W_K <- W_K - W_J (H_JJ)^-1 H_JK for each consumer, J all columns gone, K the rest with the constant; on the raw
+    W_K <- W_K - W_J (H_JJ)^-1 H_JK for each consumer, J all pruned columns, K the rest with the constant; on the raw
     weights. The constant part goes into the bias; without one, it is subtracted from the batch norm's running mean.
     All layers in one call of `kfac_ext.compensate`.
 
     Args:
         curvature: knows the batch norm behind each layer.
         groups: the neuron groups.
-        gone: position in `groups` -> int64 [m] neurons that go.
+        pruned: position in `groups` -> int64 [m] neurons that go.
         inverses: H of every consumer.
 
     Returns:
-        Qualified tensor name -> new values of the old shape (columns gone are left as they were), for
+        Qualified tensor name -> new values of the old shape (pruned columns are left as they were), for
         `flatprune.cutting.surgery.plan`.
     """
     arguments: list[tuple[Tensor, Tensor, Tensor]] = []
-    layers = [cut for cut in layer_cuts(groups, gone).values() if cut.inputs is not None]
+    layers = [cut for cut in layer_cuts(groups, pruned).values() if cut.inputs is not None]
     for cut in layers:
         full = _with_constant(cut.module, inverses[cut.name][0])
-        shares = shares_of(cut.module)
+        slices = groups_of(cut.module)
         lost = torch.ones(channels(cut.module, CONSUMER), dtype=torch.bool)
         lost[cut.inputs] = False
-        for part, lost_inputs in enumerate(lost.view(shares, -1)):
+        for part, lost_inputs in enumerate(lost.view(slices, -1)):
             columns = weight_columns(cut.module, lost_inputs.nonzero()).flatten().to(full.device)
-            arguments.append((full.unflatten(0, (shares, -1))[part], inverses[cut.name][part], columns))
+            arguments.append((full.unflatten(0, (slices, -1))[part], inverses[cut.name][part], columns))
     if not arguments:
         return {}
     kept = iter(kfac_ext.compensate(*(list(column) for column in zip(*arguments))))
@@ -290,10 +285,10 @@ def _with_constant(module: nn.Module, inverse: Tensor) -> Tensor:
     return torch.cat([weight, column.to(inverse.dtype)[:, None]], dim=1)
 
 
-def _scatter(full: Tensor, _inverse: Tensor, gone: Tensor, kept: Tensor) -> Tensor:
+def _scatter(full: Tensor, _inverse: Tensor, pruned: Tensor, kept: Tensor) -> Tensor:
     """`full` with `kept` in the columns that stay."""
     stay = torch.ones(full.shape[1], dtype=torch.bool, device=full.device)
-    stay[gone] = False
+    stay[pruned] = False
     result = full.clone()
     result[:, stay] = kept
     return result

@@ -14,11 +14,11 @@ from flatprune.cutting.neurons import (
     Member,
     NeuronGroup,
     channels,
-    inputs_of_share,
+    groups_of,
+    inputs_of_group,
     is_attention,
     is_depthwise,
     is_transposed,
-    shares_of,
     weight_of,
 )
 
@@ -82,9 +82,9 @@ class LayerCut(NamedTuple):
         rows, columns = (self.inputs, self.outputs) if is_transposed(self.module) else (self.outputs, self.inputs)
         if is_depthwise(self.module):
             return Cut(self.outputs)
-        shares = shares_of(self.module)
-        if columns is not None and shares > 1:
-            columns = (columns % weight_of(self.module).shape[1]).view(shares, -1)
+        groups = groups_of(self.module)
+        if columns is not None and groups > 1:
+            columns = (columns % weight_of(self.module).shape[1]).view(groups, -1)
         return Cut(rows, columns)
 
     def attributes(self) -> dict[str, Any]:
@@ -111,16 +111,16 @@ class LayerCut(NamedTuple):
         return {key: value for key, value in values.items() if value is not None}
 
 
-def layer_cuts(groups: Sequence[NeuronGroup], gone: Mapping[int, Tensor]) -> dict[str, LayerCut]:
+def layer_cuts(groups: Sequence[NeuronGroup], pruned: Mapping[int, Tensor]) -> dict[str, LayerCut]:
     """Name -> kept channels of every layer that loses some.
 
     Args:
         groups: the groups of the network.
-        gone: position of a group -> indices [m] of its neurons that go.
+        pruned: position of a group -> indices [m] of its neurons that go.
     """
     lost: dict[tuple[str, bool], list[Tensor]] = {}
     modules: dict[str, nn.Module] = {}
-    for position, neurons in gone.items():
+    for position, neurons in pruned.items():
         for member in groups[position].members:
             modules[member.name] = member.module
             lost.setdefault((member.name, member.role == CONSUMER), []).append(member.index[neurons].flatten())
@@ -137,12 +137,12 @@ def layer_cuts(groups: Sequence[NeuronGroup], gone: Mapping[int, Tensor]) -> dic
 def weight_columns(module: nn.Module, inputs: Tensor) -> Tensor:
     """Columns of a layer's matrix [O, d] that input channels [..., k] feed: [..., k kh kw], within their group."""
     area = weight_of(module)[0, 0].numel()
-    return ((inputs % inputs_of_share(module))[..., None] * area + torch.arange(area)).flatten(-2)
+    return ((inputs % inputs_of_group(module))[..., None] * area + torch.arange(area)).flatten(-2)
 
 
 def patch_size(module: nn.Module) -> int:
     """d of a layer's matrix [O, d]."""
-    return inputs_of_share(module) * weight_of(module)[0, 0].numel()
+    return inputs_of_group(module) * weight_of(module)[0, 0].numel()
 
 
 def tensor_name(layer: str, key: str) -> str:

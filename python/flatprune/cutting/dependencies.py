@@ -17,8 +17,8 @@ from torch_pruning import ops as tp_ops
 from torch_pruning.dependency.shape_infer import infer_out_channels_recursively
 
 from flatprune.cutting.neurons import (
+    CHANNELWISE,
     CONSUMER,
-    FOLLOWER,
     JOINT_NORMS,
     MATRICES,
     NORMS,
@@ -118,7 +118,7 @@ class DependencyGraph:
         rows = torch.cat([heads + part * count * size for part in range(3)], dim=1)
         members = [
             Member(self.names[attention.qkv], attention.qkv, PRODUCER, rows),
-            Member(self.names[attention], attention, FOLLOWER, torch.arange(count)[:, None]),
+            Member(self.names[attention], attention, CHANNELWISE, torch.arange(count)[:, None]),
             Member(self.names[attention.proj], attention.proj, CONSUMER, heads),
         ]
         return NeuronGroup(self.names[attention.qkv], members)
@@ -179,9 +179,9 @@ class DependencyGraph:
         if self._reads_input(node):
             raise Refused("it is coupled to the input of the model")
         if isinstance(module, (*NORMS, *JOINT_NORMS)) or is_depthwise(module):
-            return module, FOLLOWER
+            return module, CHANNELWISE
         if isinstance(module, nn.PReLU):
-            return (module, FOLLOWER) if module.num_parameters > 1 else None
+            return (module, CHANNELWISE) if module.num_parameters > 1 else None
         if module in self.names:
             raise Refused(f"{type(module).__name__} {self.names[module]!r} depends on it, which cannot be cut")
         if isinstance(module, nn.Parameter):

@@ -20,17 +20,17 @@ from torch import Tensor, nn
 
 from flatprune.cutting.dependencies import DependencyGraph
 from flatprune.cutting.neurons import (
+    CHANNELWISE,
     CONSUMER,
-    FOLLOWER,
     PRODUCER,
     Coupling,
     Member,
     NeuronGroup,
     Refused,
     channels,
+    groups_of,
     is_attention,
     is_depthwise,
-    shares_of,
 )
 from flatprune.cutting.trial import Trial
 from kfac_ext.curvature.layers import module_modes
@@ -102,7 +102,7 @@ def _is_excluded(member: Member, exclude: Sequence[str | type]) -> bool:
 
 
 def _check_group(model: nn.Module, group: NeuronGroup, exclude: Sequence[str | type]) -> None:
-    """Raise Refused for a group whose outputs must stay or whose tensors cannot be replaced; find its partition."""
+    """Raise Refused for a group whose outputs must stay or whose tensors cannot be replaced; find its slices."""
     if not group.of_role(CONSUMER):
         raise Refused("it is an output of the model", expected=True)
     if any(_is_excluded(member, exclude) for member in group.members if member.role != CONSUMER):
@@ -113,14 +113,14 @@ def _check_group(model: nn.Module, group: NeuronGroup, exclude: Sequence[str | t
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(f"{name}.{key}")
     for member in group.members:
-        plain = member.role == FOLLOWER or isinstance(member.module._parameters.get("weight"), nn.Parameter)
+        plain = member.role == CHANNELWISE or isinstance(member.module._parameters.get("weight"), nn.Parameter)
         if hasattr(member.module, "parametrizations") or not plain:
             raise Refused(f"the weight of {member.name!r} is parametrized")
         for parameter in member.module.parameters(recurse=False):
             if len(owners[id(parameter)]) > 1:
                 raise Refused(f"{' and '.join(owners[id(parameter)])} share one parameter")
         _check_kind(member)
-    _set_partition(group)
+    _set_groups(group)
 
 
 def _check_kind(member: Member) -> None:
@@ -132,33 +132,33 @@ def _check_kind(member: Member) -> None:
         raise Refused(f"attention {member.name!r} has parameters or buffers of its own, which may belong to its heads")
 
 
-def _set_partition(group: NeuronGroup) -> None:
-    """Find the shares that grouped convolutions and group norms cut the neurons into, the finest if they are nested."""
-    group.partitions, group.partition = 1, torch.zeros(group.width, dtype=torch.int64)
+def _set_groups(group: NeuronGroup) -> None:
+    """Find the slices that grouped convolutions and group norms cut the neurons into, the finest if they are nested."""
+    group.groups, group.group_of = 1, torch.zeros(group.width, dtype=torch.int64)
     for member in group.members:
-        shares, kind = _shares(member.module)
-        if shares == 1:
+        groups, kind = _slices(member.module)
+        if groups == 1:
             continue
         size = channels(member.module, member.role)
-        if member.index.shape[1] != 1 or size // shares == 1:
-            raise Refused(f"{kind} {member.name!r} with {size // shares} channels a group cannot be cut")
-        label = member.index[:, 0] // (size // shares)
-        if not torch.equal(label.bincount(minlength=shares), torch.full((shares,), len(label) // shares)):
+        if member.index.shape[1] != 1 or size // groups == 1:
+            raise Refused(f"{kind} {member.name!r} with {size // groups} channels a group cannot be cut")
+        label = member.index[:, 0] // (size // groups)
+        if not torch.equal(label.bincount(minlength=groups), torch.full((groups,), len(label) // groups)):
             raise Refused(f"{kind} {member.name!r}: the neurons are not spread evenly over its groups")
-        if _refines(label, group.partition):
-            group.partitions, group.partition = shares, label
-        elif not _refines(group.partition, label):
-            raise Refused(f"{kind} {member.name!r} cuts the neurons into other shares than another one")
+        if _refines(label, group.group_of):
+            group.groups, group.group_of = groups, label
+        elif not _refines(group.group_of, label):
+            raise Refused(f"{kind} {member.name!r} cuts the neurons into other slices than another one")
 
 
-def _shares(module: nn.Module) -> tuple[int, str]:
-    """How many shares a layer cuts its channels into, of which the same number must go; what kind of layer it is."""
+def _slices(module: nn.Module) -> tuple[int, str]:
+    """How many slices a layer cuts its channels into, of which the same number must go; what kind of layer it is."""
     if isinstance(module, nn.GroupNorm):
-        whole = module.num_groups == channels(module, FOLLOWER)  # then each group is one channel, which can go
+        whole = module.num_groups == channels(module, CHANNELWISE)  # then each group is one channel, which can go
         return (1 if whole else module.num_groups), "group norm"
-    return (1 if is_depthwise(module) else shares_of(module)), "grouped convolution"
+    return (1 if is_depthwise(module) else groups_of(module)), "grouped convolution"
 
 
 def _refines(fine: Tensor, coarse: Tensor) -> bool:
-    """Whether each share of `fine` lies within one share of `coarse`."""
+    """Whether each slice of `fine` lies within one slice of `coarse`."""
     return torch.stack([fine, coarse]).unique(dim=1).shape[1] == len(fine.unique())

@@ -22,7 +22,7 @@ NORMS = (
     nn.InstanceNorm3d,
 )
 JOINT_NORMS = (nn.LayerNorm, nn.GroupNorm)  # their statistics run over several channels
-PRODUCER, FOLLOWER, CONSUMER = "producer", "follower", "consumer"
+PRODUCER, CHANNELWISE, CONSUMER = "producer", "channelwise", "consumer"
 
 
 class Refused(Exception):  # noqa: N818 - control flow inside the package, not an error of the user's
@@ -45,9 +45,9 @@ class Member:
     Attributes:
         name: qualified name of the module.
         module: the layer.
-        role: "producer" (rows of a weight), "follower" (entries of a norm, PReLU or depthwise convolution, heads of
+        role: "producer" (rows of a weight), "channelwise" (entries of a norm, PReLU or depthwise convolution, heads of
             an attention) or "consumer" (input channels, that is columns of a weight).
-        index: int64 [neurons, k] on the CPU, the k output (producer, follower) or input (consumer) channels of
+        index: int64 [neurons, k] on the CPU, the k output (producer, channelwise) or input (consumer) channels of
             the layer that belong to each neuron, ascending; k > 1 for example behind a flatten, or for the heads of
             an attention.
     """
@@ -65,15 +65,15 @@ class NeuronGroup:
     Attributes:
         name: qualified name of the first producer in forward order.
         members: what they own, layer by layer.
-        partitions: how many equal shares the neurons fall into, of which the same number must go (grouped
+        groups: how many equal slices the neurons fall into, of which the same number must go (grouped
             convolutions, group norms); 1 without such a constraint.
-        partition: int64 [neurons] on the CPU, the share of each neuron.
+        group_of: int64 [neurons] on the CPU, the slice of each neuron.
     """
 
     name: str
     members: list[Member]
-    partitions: int = 1
-    partition: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    groups: int = 1
+    group_of: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     @property
     def width(self) -> int:
@@ -83,7 +83,7 @@ class NeuronGroup:
     @property
     def unit(self) -> int:
         """Channels that a neuron is: 1, or for example head_dim for the head of an attention."""
-        return min(member.index.shape[1] for member in self.members if member.role != FOLLOWER)
+        return min(member.index.shape[1] for member in self.members if member.role != CHANNELWISE)
 
     def of_role(self, role: str) -> list[Member]:
         """The members of one role."""
@@ -132,12 +132,12 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def channels(module: nn.Module, role: str) -> int:
-    """Current number of output (producer, follower) or input (consumer) channels, from the shapes of the tensors."""
+    """Current number of output (producer, channelwise) or input (consumer) channels, from the shapes of the tensors."""
     if isinstance(module, MATRICES):
-        weight, shares = weight_of(module), shares_of(module)
+        weight, groups = weight_of(module), groups_of(module)
         if is_transposed(module):  # [in, out/groups, kernel]
-            return weight.shape[0] if role == CONSUMER else weight.shape[1] * shares
-        return weight.shape[1] * shares if role == CONSUMER else weight.shape[0]
+            return weight.shape[0] if role == CONSUMER else weight.shape[1] * groups
+        return weight.shape[1] * groups if role == CONSUMER else weight.shape[0]
     if is_attention(module):
         return module.num_heads  # type: ignore[return-value]
     for tensor in (module.weight, getattr(module, "running_mean", None)):
@@ -164,11 +164,11 @@ def is_transposed(module: nn.Module) -> bool:
     return isinstance(module, TRANSPOSED)
 
 
-def shares_of(module: nn.Module) -> int:
+def groups_of(module: nn.Module) -> int:
     """Groups of a convolution, 1 for other layers."""
     return module.groups if isinstance(module, _ConvNd) else 1
 
 
-def inputs_of_share(module: nn.Module) -> int:
+def inputs_of_group(module: nn.Module) -> int:
     """Input channels that one group of a convolution (or a Linear) reads."""
-    return channels(module, CONSUMER) // shares_of(module)
+    return channels(module, CONSUMER) // groups_of(module)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flatprune.cutting.cuts import Cut, LayerCut, layer_cuts, patch_size, renumbered, weight_columns
-from flatprune.cutting.followers import check_follower, named_tensors, unwrapped
+from flatprune.cutting.ema_models import check_ema_model, named_tensors, unwrapped
 from flatprune.cutting.neurons import (
     CONSUMER,
     MATRICES,
@@ -25,11 +25,11 @@ from flatprune.cutting.neurons import (
     Member,
     NeuronGroup,
     channels,
+    groups_of,
     is_attention,
     is_depthwise,
-    shares_of,
 )
-from flatprune.flatness.sam import refuse_moved
+from flatprune.moved import refuse_moved
 
 if TYPE_CHECKING:
     from kfac_ext.curvature import Curvature
@@ -44,7 +44,7 @@ class Plan:
         buffers: (buffer, its new data).
         states: (an optimizer state, key, new tensor).
         modules: layers whose attributes follow from the new shapes.
-        indices: (member of a group, new index); `partitions`: (group, new partition).
+        indices: (member of a group, new index); `group_of`: (group, its new `group_of`).
         curvature: whose factors are cut, or None; `keep` and `blocks` are the arguments of its `narrow`.
     """
 
@@ -53,7 +53,7 @@ class Plan:
     states: list[tuple[dict[str, Any], str, Tensor]] = field(default_factory=list)
     modules: list[tuple[nn.Module, dict[str, Any]]] = field(default_factory=list)
     indices: list[tuple[Member, Tensor]] = field(default_factory=list)
-    partitions: list[tuple[NeuronGroup, Tensor]] = field(default_factory=list)
+    group_of: list[tuple[NeuronGroup, Tensor]] = field(default_factory=list)
     curvature: Curvature | None = None
     keep: dict[str, Tensor] = field(default_factory=dict)
     blocks: dict[str, Tensor] = field(default_factory=dict)
@@ -78,8 +78,8 @@ class Plan:
                 setattr(module, attribute, value)
         for member, index in self.indices:
             member.index = index
-        for group, partition in self.partitions:
-            group.partition = partition
+        for group, group_of in self.group_of:
+            group.group_of = group_of
 
 
 def _replace(parameter: nn.Parameter, data: Tensor, grad: Tensor | None) -> None:
@@ -100,39 +100,39 @@ def _replace(parameter: nn.Parameter, data: Tensor, grad: Tensor | None) -> None
 def plan(
     model: nn.Module,
     groups: Sequence[NeuronGroup],
-    gone: Mapping[int, Tensor],
+    pruned: Mapping[int, Tensor],
     *,
     optimizer: torch.optim.Optimizer | None = None,
     curvature: Curvature | None = None,
     replacements: Mapping[str, Tensor] | None = None,
-    followers: Sequence[nn.Module] = (),
+    ema_models: Sequence[nn.Module] = (),
 ) -> Plan:
     """Compute everything that a removal of neurons changes; nothing is changed.
 
     Args:
         model: the network.
         groups: all its neuron groups.
-        gone: position in `groups` -> int64 [m] neurons that go.
+        pruned: position in `groups` -> int64 [m] neurons that go.
         optimizer: its state tensors of a parameter's shape are cut like the parameter.
         curvature: its factors are cut.
         replacements: qualified name of a parameter or buffer -> values of its old shape that it takes before the cut
             (compensated survivors).
-        followers: copies of the model that are cut alike, see `flatprune.cutting.followers`.
+        ema_models: copies of the model that are cut alike, see `flatprune.cutting.ema_models`.
 
     Returns:
         The plan; call `commit()`.
 
     Raises:
-        ValueError: naming the group, parameter, optimizer state or follower that stands in the way.
+        ValueError: naming the group, parameter, optimizer state or averaged copy that stands in the way.
         RuntimeError: SAM has moved the parameters.
     """
     refuse_moved(model, "Pruner")
     result = Plan()
-    _check_gone(groups, gone)
+    _check_pruned(groups, pruned)
     check_states(model, optimizer)
-    for number, follower in enumerate(followers):
-        check_follower(model, follower, f"followers[{number}]")
-    cuts = layer_cuts(groups, gone)
+    for number, ema_model in enumerate(ema_models):
+        check_ema_model(model, ema_model, f"ema_models[{number}]")
+    cuts = layer_cuts(groups, pruned)
     done = set()
     for layer in cuts.values():
         for name, tensor, cut in layer.tensors():
@@ -144,9 +144,9 @@ def plan(
     for name, value in (replacements or {}).items():
         if name not in done:  # a bias or running mean that keeps its shape
             _plan_tensor(result, name, own[name], _checked(name, own[name], value), Cut(), optimizer)
-    for follower in followers:
-        _plan_follower(result, model, follower, cuts, replacements or {})
-    _plan_indices(result, groups, gone, cuts)
+    for ema_model in ema_models:
+        _plan_ema_model(result, model, ema_model, cuts, replacements or {})
+    _plan_indices(result, groups, pruned, cuts)
     if curvature is not None:
         result.curvature = curvature
         _plan_factors(result, curvature, cuts)
@@ -173,18 +173,18 @@ def check_states(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> N
                 )
 
 
-def _plan_follower(
+def _plan_ema_model(
     result: Plan,
     model: nn.Module,
-    follower: nn.Module,
+    ema_model: nn.Module,
     cuts: Mapping[str, LayerCut],
     replacements: Mapping[str, Tensor],
 ) -> None:
-    """Cut a follower's tensors as the model's, after moving them by as much as compensation moves the model's."""
-    source, copy = named_tensors(model), named_tensors(unwrapped(follower))
+    """Cut a copy's tensors as the model's, after moving them by as much as compensation moves the model's."""
+    source, copy = named_tensors(model), named_tensors(unwrapped(ema_model))
     planned: dict[str, Cut] = {name: Cut() for name in replacements}
     for layer in cuts.values():
-        own = layer._replace(module=unwrapped(follower).get_submodule(layer.name))
+        own = layer._replace(module=unwrapped(ema_model).get_submodule(layer.name))
         planned.update({name: cut for name, _, cut in own.tensors()})
         result.modules.append((own.module, own.attributes()))
     for name, cut in planned.items():
@@ -194,18 +194,18 @@ def _plan_follower(
         _plan_tensor(result, name, copy[name], _checked(name, copy[name], value), cut, None)
 
 
-def _check_gone(groups: Sequence[NeuronGroup], gone: Mapping[int, Tensor]) -> None:
-    for position, neurons in gone.items():
+def _check_pruned(groups: Sequence[NeuronGroup], pruned: Mapping[int, Tensor]) -> None:
+    for position, neurons in pruned.items():
         group = groups[position]
         unique = neurons.unique()
         if len(unique) != len(neurons) or not bool(((unique >= 0) & (unique < group.width)).all()):
             raise ValueError(f"{group.name!r}: neurons to remove must be distinct and in [0, {group.width})")
         if len(neurons) >= group.width:
             raise ValueError(f"{group.name!r}: {len(neurons)} of {group.width} neurons cannot go, one must stay")
-        counts = group.partition[neurons].bincount(minlength=group.partitions)
+        counts = group.group_of[neurons].bincount(minlength=group.groups)
         if int(counts.min()) != int(counts.max()):
             raise ValueError(
-                f"{group.name!r}: {counts.tolist()} neurons would go from the {group.partitions} shares of a grouped "
+                f"{group.name!r}: {counts.tolist()} neurons would go from the {group.groups} slices of a grouped "
                 "convolution, expected equally many from each"
             )
 
@@ -241,15 +241,15 @@ def _plan_tensor(
 
 
 def _plan_indices(
-    result: Plan, groups: Sequence[NeuronGroup], gone: Mapping[int, Tensor], cuts: Mapping[str, LayerCut]
+    result: Plan, groups: Sequence[NeuronGroup], pruned: Mapping[int, Tensor], cuts: Mapping[str, LayerCut]
 ) -> None:
     for position, group in enumerate(groups):
         stay = torch.ones(group.width, dtype=torch.bool)
-        if position in gone:
-            stay[gone[position]] = False
+        if position in pruned:
+            stay[pruned[position]] = False
         neurons = stay.nonzero().flatten()
-        if position in gone:
-            result.partitions.append((group, group.partition[neurons]))
+        if position in pruned:
+            result.group_of.append((group, group.group_of[neurons]))
         for member in group.members:
             if member.name in cuts:
                 result.indices.append((member, renumbered(member, neurons, cuts[member.name])))
@@ -261,9 +261,9 @@ def _plan_factors(result: Plan, curvature: Curvature, cuts: Mapping[str, LayerCu
     for name, cut in cuts.items():
         if f"{name}.A" not in factors:
             continue
-        shares = shares_of(cut.module)
+        groups = groups_of(cut.module)
         columns, rows = factors[f"{name}.A"].shape[-1], factors[f"{name}.G"].shape[-1]
-        if columns - patch_size(cut.module) not in (0, 1) or rows * shares != channels(cut.module, PRODUCER):
+        if columns - patch_size(cut.module) not in (0, 1) or rows * groups != channels(cut.module, PRODUCER):
             raise ValueError(f"{name}: its factors are for {columns} inputs and {rows} outputs, not for this layer")
         if is_depthwise(cut.module):
             assert cut.outputs is not None
@@ -272,7 +272,7 @@ def _plan_factors(result: Plan, curvature: Curvature, cuts: Mapping[str, LayerCu
         if cut.inputs is not None:
             result.keep[f"{name}.A"] = _factor_columns(cut, columns).to(device)
         if cut.outputs is not None:
-            kept = cut.outputs if shares == 1 else (cut.outputs % rows).view(shares, -1)
+            kept = cut.outputs if groups == 1 else (cut.outputs % rows).view(groups, -1)
             result.keep[f"{name}.G"] = kept.to(device)
 
 
@@ -282,8 +282,8 @@ def _factor_columns(cut: LayerCut, size: int) -> Tensor:
     [m], or [groups, m] for a grouped convolution.
     """
     assert cut.inputs is not None
-    shares = shares_of(cut.module)
-    columns = weight_columns(cut.module, cut.inputs if shares == 1 else cut.inputs.view(shares, -1))
+    groups = groups_of(cut.module)
+    columns = weight_columns(cut.module, cut.inputs if groups == 1 else cut.inputs.view(groups, -1))
     constant = torch.arange(patch_size(cut.module), size).expand(*columns.shape[:-1], -1)
     return torch.cat([columns, constant], dim=-1)
 

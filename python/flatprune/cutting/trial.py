@@ -21,9 +21,9 @@ from flatprune.cutting.neurons import (
     JOINT_NORMS,
     NeuronGroup,
     Refused,
-    inputs_of_share,
+    groups_of,
+    inputs_of_group,
     is_transposed,
-    shares_of,
     weight_of,
 )
 
@@ -59,16 +59,16 @@ class Trial:
         Raises:
             Refused: an operation fails, an output changes its shape, or the outputs differ.
         """
-        if group.width < 2 * group.partitions:
+        if group.width < 2 * group.groups:
             return
-        gone = _every_second(group)
-        cuts = list(layer_cuts([group], {0: gone}).values())
-        pruned = {name: cut.apply(self._tensors.get(name, tensor)) for c in cuts for name, tensor, cut in c.tensors()}
+        pruned = _every_second(group)
+        cuts = list(layer_cuts([group], {0: pruned}).values())
+        smaller = {name: cut.apply(self._tensors.get(name, tensor)) for c in cuts for name, tensor, cut in c.tensors()}
         with survivors_only(cuts):
-            expected = self._outputs(masked_weights([group], {0: gone}, self._tensors))
+            expected = self._outputs(masked_weights([group], {0: pruned}, self._tensors))
         try:
             with _trial_attributes(cuts):
-                found = self._outputs(pruned)
+                found = self._outputs(smaller)
         except (RuntimeError, ValueError, IndexError) as error:
             reason = f"the network does not run after a trial cut ({str(error).splitlines()[0][:120]})"
             raise Refused(reason) from error
@@ -93,9 +93,9 @@ def _in_double(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _every_second(group: NeuronGroup) -> Tensor:
-    rank = torch.empty(group.width, dtype=torch.int64)  # position of each neuron within its share
-    for share in range(group.partitions):
-        neurons = (group.partition == share).nonzero().flatten()
+    rank = torch.empty(group.width, dtype=torch.int64)  # position of each neuron within its slice
+    for part in range(group.groups):
+        neurons = (group.group_of == part).nonzero().flatten()
         rank[neurons] = torch.arange(len(neurons))
     return (rank % 2 == 0).nonzero().flatten()
 
@@ -106,28 +106,28 @@ def _compare(full: Tensor, masked: Tensor, cut: Tensor) -> None:
     if masked.numel() == 0:
         return
     rounding = _ROUNDING * torch.finfo(masked.dtype).eps * float(masked.abs().max())
-    share = _TOLERANCES.get(masked.dtype, _TOLERANCE)
-    tolerance = max(share * float((masked - full).abs().max()), rounding)
+    fraction = _TOLERANCES.get(masked.dtype, _TOLERANCE)
+    tolerance = max(fraction * float((masked - full).abs().max()), rounding)
     if not torch.allclose(masked, cut, rtol=0, atol=tolerance, equal_nan=True):
         raise Refused("a trial cut changed the function of the other neurons (an operation mixes channels)")
 
 
 def masked_weights(
-    groups: Sequence[NeuronGroup], gone: Mapping[int, Tensor], tensors: Mapping[str, Tensor] | None = None
+    groups: Sequence[NeuronGroup], pruned: Mapping[int, Tensor], tensors: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Weights of all consumers with zeros in the columns of the neurons gone, by qualified name.
+    """Weights of all consumers with zeros in the columns of the pruned neurons, by qualified name.
 
     A model that runs with them (`torch.func.functional_call`), and with `survivors_only`, computes what it does without
     the neurons.
 
     Args:
         groups: the neuron groups.
-        gone: position in `groups` -> int64 [m] neurons.
+        pruned: position in `groups` -> int64 [m] neurons.
         tensors: weights to take instead of the modules' own.
     """
     masked = dict(tensors or {})
     changed = {}
-    for position, neurons in gone.items():
+    for position, neurons in pruned.items():
         for member in groups[position].of_role(CONSUMER):
             name = tensor_name(member.name, "weight")
             weight = masked.get(name, weight_of(member.module))
@@ -142,8 +142,8 @@ def without_columns(module: nn.Module, weight: Tensor, inputs: Tensor) -> Tensor
     if is_transposed(module):
         masked[inputs] = 0
         return masked
-    size = inputs_of_share(module)
-    columns = masked.unflatten(0, (shares_of(module), -1)).transpose(1, 2)  # a view [groups, columns, rows, ...]
+    size = inputs_of_group(module)
+    columns = masked.unflatten(0, (groups_of(module), -1)).transpose(1, 2)  # a view [groups, columns, rows, ...]
     columns[inputs // size, inputs % size] = 0
     return masked
 

@@ -135,7 +135,7 @@ def _check_free(path: Path, to: str, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def _staging_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path`, gone at the end; one fixed name, so that a killed process leaves at most one behind."""
+    """A folder beside `path` until the end; one fixed name, so that a killed process leaves at most one behind."""
     staging = path.with_name(path.name + ".tmp")
     try:
         if staging.is_dir():

@@ -55,8 +55,8 @@ class Disout(nn.Module):
             return x
         mask = self._mask(x)
         noise = self.alpha * x.detach().std(correction=0) * torch.randn_like(x)
-        share = mask.mean().clamp_min(1 / mask.numel())
-        return torch.where(mask.bool(), x, noise) / share.to(x.dtype)
+        kept = mask.mean().clamp_min(1 / mask.numel())
+        return torch.where(mask.bool(), x, noise) / kept.to(x.dtype)
 
     def _mask(self, x: Tensor) -> Tensor:
         """0 where x is distorted, 1 elsewhere; float32, as half precision cannot count the places."""
@@ -71,7 +71,7 @@ class Disout(nn.Module):
 
 
 class DisoutHandle:
-    """Takes the distortion of `disout` off again, and raises its probability step by step.
+    """Takes the distortion of `attach_disout` off again, and raises its probability step by step.
 
     Attributes:
         distortion: the one `Disout` that all layers share.
@@ -112,8 +112,8 @@ class DisoutHandle:
         self._follow_schedule()
 
     def _follow_schedule(self) -> None:
-        share = min(1.0, self._step_count / self.steps) if self.steps else 1.0
-        self.distortion.dist_prob = self.probability * share
+        fraction = min(1.0, self._step_count / self.steps) if self.steps else 1.0
+        self.distortion.dist_prob = self.probability * fraction
 
 
 class _Hook:
@@ -130,7 +130,7 @@ class _Hook:
         return _Hook, (None,)
 
 
-def disout(
+def attach_disout(
     model: nn.Module,
     layers: Iterable[str] | None = None,
     *,
@@ -162,20 +162,22 @@ def disout(
         ValueError: an argument out of range, or no layer is left.
 
     Example:
-        >>> distortion = disout(model, probability=0.1, steps=1000)
+        >>> distortion = attach_disout(model, probability=0.1, steps=1000)
         >>> loss.backward(); optimizer.step(); distortion.step()
     """
     if isinstance(layers, str):  # would be taken apart into letters
-        raise TypeError(f"disout: layers is {layers!r}, expected a list of names")
+        raise TypeError(f"attach_disout: layers is {layers!r}, expected a list of names")
     if steps < 0:
-        raise ValueError(f"disout: steps is {steps}, expected >= 0")
+        raise ValueError(f"attach_disout: steps is {steps}, expected >= 0")
     known = dict(model.named_modules())
     if layers is None:
         layers = [name for name, module in known.items() if isinstance(module, MATRICES)][:-1]
     names = list(layers)
     for name in names:
         if name not in known:
-            raise KeyError(f"disout: the model has no module named {name!r}; it has {', '.join(filter(None, known))}")
+            raise KeyError(
+                f"attach_disout: the model has no module named {name!r}; it has {', '.join(filter(None, known))}"
+            )
     if not names:
-        raise ValueError("disout: no layer to distort; the default is every Linear and convolution but the last")
+        raise ValueError("attach_disout: no layer to distort; the default is every Linear and convolution but the last")
     return DisoutHandle({name: known[name] for name in names}, Disout(probability, block_size, alpha), steps)

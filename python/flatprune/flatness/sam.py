@@ -6,17 +6,16 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from flatprune.moved import moved_models, refuse_moved
 from kfac_ext.curvature import Curvature
 from kfac_ext.curvature.capture import ForwardHook
 from kfac_ext.curvature.layers import RngState, device_of, reading_is_free, undisturbed
 
 _MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
-_moved_models: WeakSet[nn.Module] = WeakSet()
 
 
 class SAM:
@@ -124,7 +123,7 @@ class MomentumSAM:
     v is what the optimizer keeps anyway: `momentum_buffer` of SGD (v <- mu v + g, then w <- w - lr v), `exp_avg` of
     Adam and its like (not divided by the second moments), weight decay included where the optimizer adds it to g. |v|
     is its norm over all parameters together. So the move goes *on* in the direction of the last step, where SAM goes
-    along +g: having gone that far, the steps overshoot what is narrow, and -v points uphill there.
+    along +g: having come that far, the steps overshoot what is narrow, and -v points uphill there.
 
     Inside `moved()` the parameters are moved; forward and backward are called there, `optimizer.step()` after it, when
     they are again what they were, bit for bit. Before the first step of the optimizer there is no v and no move.
@@ -202,12 +201,6 @@ class MomentumSAM:
         raise RuntimeError("MomentumSAM: optimizer.step() inside of moved(), expected after it")
 
 
-def refuse_moved(model: nn.Module, caller: str) -> None:
-    """Raise RuntimeError where the model's parameters are, for a moment, not its own: a change would be lost."""
-    if model in _moved_models:
-        raise RuntimeError(f"{caller}: the parameters are moved by SAM or MomentumSAM, expected after that has ended")
-
-
 def _check_radius(caller: str, radius: float) -> None:
     if not (radius > 0 and math.isfinite(radius)):
         raise ValueError(f"{caller}: radius is {radius}, expected a number above 0")
@@ -221,7 +214,7 @@ def _length(tensors: list[Tensor]) -> Tensor:
 def _moved(model: nn.Module, parameters: list[nn.Parameter], directions: list[Tensor], scale: Tensor) -> Iterator[None]:
     """Inside, the parameters are further by `scale` times the directions; afterwards exactly what they were."""
     kept = [p.detach().clone() for p in parameters]
-    _moved_models.add(model)
+    moved_models.add(model)
     try:
         with torch.no_grad():
             for p, direction in zip(parameters, directions):
@@ -231,4 +224,4 @@ def _moved(model: nn.Module, parameters: list[nn.Parameter], directions: list[Te
         with torch.no_grad():
             for p, value in zip(parameters, kept):
                 p.copy_(value)
-        _moved_models.discard(model)
+        moved_models.discard(model)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from flatprune.flatness.sam import refuse_moved
+from flatprune.moved import refuse_moved
 from kfac_ext.curvature.convolution import weight_like, weight_matrix
 from kfac_ext.curvature.fisher import input_covariance
 from kfac_ext.curvature.layers import LAYER_TYPES, Layer, call_hooks, module_modes, trace_layers, undisturbed

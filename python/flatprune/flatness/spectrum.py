@@ -38,7 +38,7 @@ _LEAST_KAPPA = 1e-4  # no block is pressed below this part of its radius, also w
 
 
 class _Block(NamedTuple):
-    """One layer's share: unit vectors (zero but in the group of the largest radius), weights c lambda; all constant."""
+    """One layer's part: unit vectors (zero but in the group of the largest radius), weights c lambda; all constant."""
 
     layer: Layer
     u: Tensor

@@ -1,7 +1,11 @@
-"""What a network costs while neurons are removed on paper: its parameters, multiply-accumulates or neurons."""
+"""What a network costs, in the unit of a target: parameters, multiply-accumulates, neurons or seconds.
+
+A `CostModel` removes neurons on paper; `CostTracker` gives one of the network as it stands whenever it is asked.
+"""
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +20,13 @@ from flatprune.cutting.neurons import (
     PRODUCER,
     NeuronGroup,
     channels,
+    groups_of,
     is_depthwise,
-    shares_of,
     weight_of,
 )
+from flatprune.pruning.latency import REST, LatencyTable, batch_of, measure, measure_table
+from flatprune.pruning.limits import Limits
+from flatprune.pruning.targets import Target
 from kfac_ext.curvature.convolution import TRANSPOSED
 from kfac_ext.curvature.layers import module_modes, undisturbed
 
@@ -28,17 +35,17 @@ from kfac_ext.curvature.layers import module_modes, undisturbed
 class _Layer:
     outputs: int
     inputs: int  # 1 for layers without a matrix
-    area: int  # weights an input, times the groups that share them
-    shares: int
+    area: int  # weights an input, times the groups that use them
+    groups: int
     vectors: int  # parameters an output besides the matrix: bias, or weight and bias of a norm
 
     @property
     def params(self) -> int:
-        return self.outputs * (self.inputs * self.area // self.shares + self.vectors)
+        return self.outputs * (self.inputs * self.area // self.groups + self.vectors)
 
     @property
     def weights(self) -> int:
-        return self.outputs * (self.inputs * self.area // self.shares)
+        return self.outputs * (self.inputs * self.area // self.groups)
 
 
 def _layer_sizes(module: nn.Module) -> _Layer:
@@ -46,8 +53,8 @@ def _layer_sizes(module: nn.Module) -> _Layer:
     outputs = channels(module, "")
     if isinstance(module, MATRICES):
         inputs = 1 if is_depthwise(module) else channels(module, CONSUMER)
-        shares = 1 if is_depthwise(module) else shares_of(module)
-        return _Layer(outputs, inputs, weight_of(module)[:1, :1].numel(), shares, vectors)
+        groups = 1 if is_depthwise(module) else groups_of(module)
+        return _Layer(outputs, inputs, weight_of(module)[:1, :1].numel(), groups, vectors)
     return _Layer(outputs, 0, 0, 1, vectors)
 
 
@@ -61,11 +68,11 @@ class CostModel(ABC):
 
     def __init__(self, model: nn.Module, groups: Sequence[NeuronGroup]) -> None:
         self._layers: dict[str, _Layer] = {}
-        self._shares: list[list[tuple[str, bool, int]]] = []
+        self._members: list[list[tuple[str, bool, int]]] = []
         self._widths = [group.width for group in groups]
-        self._partitions = [group.partitions for group in groups]
+        self._slices = [group.groups for group in groups]
         for group in groups:
-            self._shares.append([(m.name, m.role == CONSUMER, m.index.shape[1]) for m in group.members])
+            self._members.append([(m.name, m.role == CONSUMER, m.index.shape[1]) for m in group.members])
             for member in group.members:
                 self._layers[member.name] = _layer_sizes(member.module)
 
@@ -77,14 +84,14 @@ class CostModel(ABC):
     def remove(self, position: int, neurons: int) -> None:
         """Take `neurons` neurons of the group at `position` away, or give them back if negative."""
         self._widths[position] -= neurons
-        for name, is_input, size in self._shares[position]:
+        for name, is_input, size in self._members[position]:
             if is_input:
                 self._layers[name].inputs -= size * neurons
             else:
                 self._layers[name].outputs -= size * neurons
 
     def cost_without(self, position: int, neurons: int) -> float:
-        """The cost after `neurons` neurons of the group at `position` have gone."""
+        """The cost after `neurons` neurons of the group at `position` have been pruned."""
         self.remove(position, neurons)
         cost = self.cost
         self.remove(position, -neurons)
@@ -92,10 +99,9 @@ class CostModel(ABC):
 
     def neuron_costs(self) -> list[float]:
         """What goes with one neuron of each group, at current sizes; scores are divided by it."""
-        # a grouped convolution loses one neuron a share at least, so the cost is that of a whole round
+        # a grouped convolution loses one neuron a slice at least, so the cost is that of a whole round
         return [
-            (self.cost - self.cost_without(position, partitions)) / partitions
-            for position, partitions in enumerate(self._partitions)
+            (self.cost - self.cost_without(position, slices)) / slices for position, slices in enumerate(self._slices)
         ]
 
 
@@ -113,7 +119,7 @@ class ParameterCount(CostModel):
         return self._fixed + sum(layer.params for layer in self._layers.values())
 
 
-class FlopCount(CostModel):
+class MacCount(CostModel):
     """The exact number of multiply-accumulates of the linear and convolution layers for one sample.
 
     A layer does its weights times its output positions; a grouped or depthwise convolution only what it does.
@@ -144,6 +150,129 @@ class NeuronCount(CostModel):
     def cost(self) -> int:
         """Neurons now."""
         return sum(self._widths)
+
+
+class LatencyModel(CostModel):
+    """Predicted latency in seconds while neurons are removed on paper.
+
+    Args:
+        model: the network.
+        groups: its neuron groups, as they stand.
+        positions: what `output_positions` found.
+        table: what was measured.
+    """
+
+    def __init__(
+        self, model: nn.Module, groups: Sequence[NeuronGroup], positions: Mapping[str, int], table: LatencyTable
+    ) -> None:
+        super().__init__(model, groups)
+        modules = dict(model.named_modules())
+        self._positions, self._table = positions, table
+        self._fixed = {name: modules[name] for name in positions if name not in self._layers}
+
+    def work(self) -> dict[str, float]:
+        """Multiply-accumulates of every layer, and under "" the outputs of all of them, for one sample."""
+        work = {name: float(self._positions[name] * weight_of(module).numel()) for name, module in self._fixed.items()}
+        outputs = sum(self._positions[name] * channels(module, PRODUCER) for name, module in self._fixed.items())
+        for name, layer in self._layers.items():
+            if name in self._positions:
+                work[name] = float(self._positions[name] * layer.weights)
+                outputs += self._positions[name] * layer.outputs
+        work[REST] = float(outputs)
+        return work
+
+    @property
+    def cost(self) -> float:
+        """Predicted latency now, in seconds."""
+        return self._table.seconds(self.work())
+
+    def neuron_costs(self) -> list[float]:
+        """Seconds that go with one neuron: the mean over half of its group, since single steps drown in the noise.
+
+        Where even that gives nothing, a thousandth of the mean over all groups, so that scores stay comparable.
+        """
+        now = self.cost
+        halves = [max(p, w // 2 // p * p) for w, p in zip(self._widths, self._slices)]
+        costs = [(now - self.cost_without(position, half)) / half for position, half in enumerate(halves)]
+        least = 1e-3 * sum(costs) / len(costs) or 1.0
+        return [max(cost, least) for cost in costs]
+
+
+def smallest_cost(costs: CostModel, groups: Sequence[NeuronGroup], limits: Limits) -> float:
+    """The cost that is left when every group is as narrow as the limits allow; `costs` is left at that."""
+    for position, group in enumerate(groups):
+        costs.remove(position, group.width - limits.floor(group))
+    return costs.cost
+
+
+class CostTracker:
+    """Counts, or for a latency target measures, what a network costs; follows its groups when neurons go.
+
+    Args:
+        target: gives the unit.
+        model: the network; for multiply-accumulates and latency it is run on the inputs, for latency timed (seconds).
+        groups: its neuron groups.
+        inputs: what the model can be called with.
+        limits: how narrow the network may become.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        model: nn.Module,
+        groups: Sequence[NeuronGroup],
+        inputs: tuple[Any, ...],
+        limits: Limits,
+    ) -> None:
+        self.unit = target.unit
+        self._model, self._groups, self._limits = model, groups, limits
+        self._positions: dict[str, int] = {}
+        self._table: LatencyTable | None = None
+        if self.unit in ("macs", "latency"):
+            self._positions = output_positions(model, inputs)
+        if self.unit == "latency":
+            self._inputs = batch_of(inputs, target.latency_batch)
+            self._table = measure_table(model, groups, self._inputs, list(self._positions), limits, self._work)
+
+    def _work(self, model: nn.Module, groups: Sequence[NeuronGroup]) -> dict[str, float]:
+        return LatencyModel(model, groups, self._positions, LatencyTable()).work()
+
+    def on_paper(self) -> CostModel:
+        """The network as it stands, for neurons to be removed from on paper."""
+        if self.unit == "macs":
+            return MacCount(self._model, self._groups, self._positions)
+        if self.unit == "neurons":
+            return NeuronCount(self._model, self._groups)
+        if self._table is not None:
+            return LatencyModel(self._model, self._groups, self._positions, self._table)
+        return ParameterCount(self._model, self._groups)
+
+    @property
+    def cost(self) -> float:
+        """What the network costs now; latency is predicted, in seconds."""
+        return self.on_paper().cost
+
+    def smallest(self) -> float:
+        """The cost that is left when every group is as narrow as the limits allow."""
+        return smallest_cost(self.on_paper(), self._groups, self._limits)
+
+    def calibrate(self) -> None:
+        """Time the network itself and scale what is predicted accordingly; nothing to do in other units."""
+        if self._table is not None:
+            self._table.scale *= self.measured_latency() / self.cost
+
+    def measured_latency(self) -> float:
+        """Seconds of one forward of the network as it is, measured now; only for a latency target."""
+        return measure(copy.deepcopy(self._model), self._inputs)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """What was measured, in plain values; None if nothing was."""
+        return None if self._table is None else self._table.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Go on with what was measured then."""
+        if self._table is not None and state is not None:
+            self._table = LatencyTable.from_state(state)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The latency of a network, measured, and a model of it that predicts what removing neurons gives.
+"""The latency of a network, measured, and a table by which to predict what removing neurons gives.
 
 Before training, the network is timed at its full widths and in copies cut to a half, a quarter and the least the limits
 allow: each as a whole, and each linear and convolution layer inside it. A layer's seconds are then a curve over its
@@ -23,16 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatprune.cutting.neurons import PRODUCER, Member, NeuronGroup, channels, weight_of
+from flatprune.cutting.neurons import Member, NeuronGroup
 from flatprune.cutting.surgery import plan
-from flatprune.pruning.costs import CostModel
-from flatprune.pruning.selection import Limits
+from flatprune.pruning.limits import Limits
 from kfac_ext.curvature.layers import device_of, module_modes, undisturbed
 
-_SHARES = (1.0, 0.5, 0.25, 0.0)  # of every width, for the networks that are timed
+_FRACTIONS = (1.0, 0.5, 0.25, 0.0)  # of every width, for the networks that are timed
 _WARM_UP, _LEAST_REPEATS, _MOST_REPEATS = 2, 5, 50
 _SECONDS = 0.25  # for the repetitions of one network
-_REST = ""  # key of the curve of all that is no layer
+REST = ""  # key of the curve of all that is no layer
 
 _clock = time.perf_counter
 Curve = list[tuple[float, float]]  # (work, seconds), ascending
@@ -64,78 +63,34 @@ class LatencyTable:
         return cls({name: [(x, y) for x, y in curve] for name, curve in state["curves"].items()}, state["scale"])
 
 
-class LatencyModel(CostModel):
-    """Predicted latency in seconds while neurons are removed on paper.
-
-    Args:
-        model: the network.
-        groups: its neuron groups, as they stand.
-        positions: what `flatprune.pruning.costs.output_positions` found.
-        table: what was measured.
-    """
-
-    def __init__(
-        self, model: nn.Module, groups: Sequence[NeuronGroup], positions: Mapping[str, int], table: LatencyTable
-    ) -> None:
-        super().__init__(model, groups)
-        modules = dict(model.named_modules())
-        self._positions, self._table = positions, table
-        self._fixed = {name: modules[name] for name in positions if name not in self._layers}
-
-    def work(self) -> dict[str, float]:
-        """Multiply-accumulates of every layer, and under "" the outputs of all of them, for one sample."""
-        work = {name: float(self._positions[name] * weight_of(module).numel()) for name, module in self._fixed.items()}
-        outputs = sum(self._positions[name] * channels(module, PRODUCER) for name, module in self._fixed.items())
-        for name, layer in self._layers.items():
-            if name in self._positions:
-                work[name] = float(self._positions[name] * layer.weights)
-                outputs += self._positions[name] * layer.outputs
-        work[_REST] = float(outputs)
-        return work
-
-    @property
-    def cost(self) -> float:
-        """Predicted latency now, in seconds."""
-        return self._table.seconds(self.work())
-
-    def neuron_costs(self) -> list[float]:
-        """Seconds that go with one neuron: the mean over half of its group, since single steps drown in the noise.
-
-        Where even that gives nothing, a thousandth of the mean over all groups, so that scores stay comparable.
-        """
-        now = self.cost
-        halves = [max(p, w // 2 // p * p) for w, p in zip(self._widths, self._partitions)]
-        costs = [(now - self.cost_without(position, half)) / half for position, half in enumerate(halves)]
-        least = 1e-3 * sum(costs) / len(costs) or 1.0
-        return [max(cost, least) for cost in costs]
-
-
 def measure_table(
     model: nn.Module,
     groups: Sequence[NeuronGroup],
     inputs: tuple[Any, ...],
-    positions: Mapping[str, int],
+    layers: Sequence[str],
     limits: Limits,
+    work_of: Callable[[nn.Module, Sequence[NeuronGroup]], Mapping[str, float]],
 ) -> LatencyTable:
-    """Time the network and copies of it that are cut to shares of their widths.
+    """Time the network and copies of it that are cut to fractions of their widths.
 
     Args:
         model: the network; nothing of it changes.
         groups: its neuron groups.
         inputs: what it is called with (see `batch_of`).
-        positions: what `flatprune.pruning.costs.output_positions` found.
+        layers: names of those that are timed one by one.
         limits: how narrow the narrowest copy is.
+        work_of: from a copy and its groups to the work of each layer, and under "" (`REST`) that of all the rest.
     """
     points: dict[str, Curve] = {}
-    for share in _SHARES:
-        network, own = _cut_copy(model, groups, limits, share)
+    for fraction in _FRACTIONS:
+        network, own = _cut_copy(model, groups, limits, fraction)
         whole = measure(network, inputs)
-        layers = _layer_seconds(network, inputs, list(positions))
-        inside = sum(layers.values())
+        inside_of = _layer_seconds(network, inputs, layers)
+        inside = sum(inside_of.values())
         fit = min(1.0, whole / inside) if inside > 0.0 else 1.0  # looking at every layer costs time too
-        seconds = {name: fit * value for name, value in layers.items()}
-        seconds[_REST] = whole - sum(seconds.values())
-        for name, work in LatencyModel(network, own, positions, LatencyTable()).work().items():
+        seconds = {name: fit * value for name, value in inside_of.items()}
+        seconds[REST] = whole - sum(seconds.values())
+        for name, work in work_of(network, own).items():
             points.setdefault(name, []).append((work, seconds[name]))
     return LatencyTable({name: _ascending(curve) for name, curve in points.items()})
 
@@ -224,28 +179,28 @@ def batch_of(inputs: tuple[Any, ...], size: int) -> tuple[Any, ...]:
 
 
 def _cut_copy(
-    model: nn.Module, groups: Sequence[NeuronGroup], limits: Limits, share: float
+    model: nn.Module, groups: Sequence[NeuronGroup], limits: Limits, fraction: float
 ) -> tuple[nn.Module, list[NeuronGroup]]:
-    """A copy of the network with this share of every group's neurons, or as many as the limits demand; its groups."""
+    """A copy of the network with a fraction of every group's neurons, or as many as the limits demand; its groups."""
     network = copy.deepcopy(model)
     modules = dict(network.named_modules())
     own = [
         NeuronGroup(
             group.name,
             [Member(m.name, modules[m.name], m.role, m.index) for m in group.members],
-            group.partitions,
-            group.partition,
+            group.groups,
+            group.group_of,
         )
         for group in groups
     ]
-    gone = {}
+    pruned = {}
     for position, group in enumerate(own):
-        rounds = (group.width - max(limits.floor(group), round(share * group.width))) // group.partitions
+        rounds = (group.width - max(limits.floor(group), round(fraction * group.width))) // group.groups
         if rounds > 0:
-            parts = [(group.partition == part).nonzero().flatten()[:rounds] for part in range(group.partitions)]
-            gone[position] = torch.cat(parts)
-    if gone:
-        plan(network, own, gone).commit()
+            parts = [(group.group_of == part).nonzero().flatten()[:rounds] for part in range(group.groups)]
+            pruned[position] = torch.cat(parts)
+    if pruned:
+        plan(network, own, pruned).commit()
     return network, own
 
 

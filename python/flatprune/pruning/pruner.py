@@ -10,31 +10,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from flatprune.criteria import Criterion, Evidence, Scores, as_criterion
+from flatprune.criteria import Criterion, Scores, ScoringContext, as_criterion
 from flatprune.criteria.loss_change import LossChange
-from flatprune.criteria.saliency import has_convolution
-from flatprune.cutting.followers import checked_followers
+from flatprune.cutting.ema_models import checked_ema_models
 from flatprune.cutting.graph import neuron_groups
 from flatprune.cutting.surgery import check_states, plan
-from flatprune.pruning.choice import choose
-from flatprune.pruning.costs import ParameterCount
-from flatprune.pruning.meter import CostMeter
-from flatprune.pruning.pruner_arguments import (
-    check_arguments,
-    check_loss_budget,
-    check_optimizer,
-    check_selection,
-    check_selections,
-    choose_layers,
-    refuse_unscored,
-)
+from flatprune.pruning.costs import CostTracker, ParameterCount, smallest_cost
+from flatprune.pruning.limits import LossBudget, check_loss_budget, checked_limits
+from flatprune.pruning.prunable import choose_layers, refuse_unscored
 from flatprune.pruning.removals import Removal, loss_budget_note, removal_records, shortfall_note
 from flatprune.pruning.schedule import CubicSchedule
-from flatprune.pruning.selection import Limits, LossBudget, smallest_cost
+from flatprune.pruning.selection import check_selection, choose
 from flatprune.pruning.targets import Target
 from kfac_ext.curvature import Curvature
 
-MLP_COMPENSATION_BELOW = 0.04  # share of the parameters; above, compensating an MLP gains nothing
+MLP_COMPENSATION_BELOW = 0.04  # fraction of the parameters; above, compensating an MLP gains nothing
 
 
 class Pruner:
@@ -56,35 +46,36 @@ class Pruner:
         example_inputs: a tensor or tuple of tensors the model can be called with; one or two samples do.
         target: the size to reach, in parameters, multiply-accumulates, neurons or latency.
         total_steps: optimizer steps of the whole training.
-        criterion: a name of `flatprune.criteria.CRITERIA` (see there), a `Criterion`, or a function from `Evidence` to
-            one tensor of scores a group.
-        compensate: update the survivors; "auto": as the criterion wants it. "obs" and "outgoing": always with
+        criterion: a name of `flatprune.criteria.CRITERIA` (see there), a `Criterion`, or a function from
+            `ScoringContext` to one tensor of scores a group.
+        compensate: update the survivors; "auto": as the criterion wants it. "obs" and "obd": always with
             convolutions, without them below 4 % of the parameters; "kron_obs" and "c_obs": always; others never. Where
-            "auto" does not compensate, "obs" means the plain outgoing score, which is as good there and needs no
-            inverse; with True or False it always is the obs score.
+            "auto" does not compensate, "obs" means the plain "obd" score, which is as good there and needs no
+            inverse; with True or False it always is the "obs" score.
         selection: "independent" takes the lowest scores as they are; "greedy" takes one neuron after the other, each
-            score knowing which went before ("obs" and "outgoing" only, see `flatprune.pruning.greedy`); "auto": greedy
+            score knowing which went before ("obs" and "obd" only, see `flatprune.pruning.selection`); "auto": greedy
             for a compensated "obs" with convolutions, else independent (docs/results.md has what that gains).
         seed: of what a criterion draws.
         schedule: when to prune; default `CubicSchedule(total_steps)`.
         round_to: widths of groups that lose neurons become multiples of this.
         min_width: neurons that stay in each group at least.
-        max_layer_fraction: largest share of a group that goes at once.
+        max_layer_fraction: largest fraction of a group that goes at once.
         max_predicted_loss: at an event, neurons go only as long as the sum of their predicted changes of the loss does
             not exceed this; the record says where it bound. None: no such limit.
         measure: take down what each cut made of the loss beside what was predicted (`flatprune.criteria.loss_change`),
             for two forwards on 256 samples an event.
         exclude: layers whose outputs stay: names of modules, or types.
         layers: names of the layers to prune; default all that can be.
-        followers: copies of the model, such as `torch.optim.swa_utils.AveragedModel(model)`, that lose the same
-            neurons at the same time; see `flatprune.cutting.followers`.
+        ema_models: copies of the model, such as `torch.optim.swa_utils.AveragedModel(model)`, that lose the same
+            neurons at the same time; see `flatprune.cutting.ema_models`.
 
     Raises:
-        TypeError: `target` is no Target; `exclude`, `layers` or `followers` is no list; a follower is no module;
+        TypeError: `target` is no Target; `exclude`, `layers` or `ema_models` is no list; one of these is no module;
             `criterion` is none.
         ValueError: an argument out of range; `max_predicted_loss` with a criterion that predicts no loss; a layer that
             the criterion cannot judge; a layer of `layers` that cannot be pruned, with the reason; an optimizer that
-            holds parameters which are not the model's; a follower that is no copy of the model; no layer can be pruned.
+            holds parameters which are not the model's; one of `ema_models` that is no copy of the model; no layer can
+            be pruned.
         KeyError: `exclude` or `layers` names a module that the model does not have.
 
     Example:
@@ -101,7 +92,7 @@ class Pruner:
         *,
         target: Target,
         total_steps: int,
-        criterion: str | Criterion | Callable[[Evidence], Scores] = "obs",
+        criterion: str | Criterion | Callable[[ScoringContext], Scores] = "obs",
         compensate: str | bool = "auto",
         selection: str = "auto",
         seed: int = 0,
@@ -113,21 +104,22 @@ class Pruner:
         measure: bool = True,
         exclude: Sequence[str | type] = (),
         layers: Sequence[str] | None = None,
-        followers: Sequence[nn.Module] = (),
+        ema_models: Sequence[nn.Module] = (),
     ) -> None:
         self.criterion = as_criterion(criterion)
-        check_arguments(compensate, round_to, min_width, max_layer_fraction)
+        if not isinstance(compensate, bool) and compensate != "auto":
+            raise ValueError(f"Pruner: compensate is {compensate!r}, expected 'auto', True or False")
+        self.limits = checked_limits(round_to, min_width, max_layer_fraction)
         check_selection(selection, self.criterion)
         check_loss_budget(max_predicted_loss, self.criterion)
-        check_selections(target, exclude=exclude, layers=layers)
-        check_optimizer(model, optimizer)
+        _check_types(target, exclude=exclude, layers=layers)
+        _check_optimizer(model, optimizer)
         if curvature.model is not model:
             raise ValueError("Pruner: the curvature belongs to another model")
         self.model, self.optimizer, self.curvature = model, optimizer, curvature
-        self.followers = checked_followers(model, followers)
+        self.ema_models = checked_ema_models(model, ema_models)
         self.target, self.compensate, self.selection, self.seed = target, compensate, selection, seed
         self.schedule = schedule or CubicSchedule(total_steps)
-        self.limits = Limits(round_to, min_width, max_layer_fraction)
         self.max_predicted_loss, self.measure = max_predicted_loss, measure
         inputs = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
         curvature.trace(*inputs)
@@ -138,7 +130,7 @@ class Pruner:
         if not self.groups:
             raise ValueError(f"Pruner: no layer can be pruned: {_reasons(self.coupling.refused)}")
         if self.criterion.check is not None:
-            self.criterion.check(Evidence(model, self.groups, curvature, seed=seed))
+            self.criterion.check(ScoringContext(model, self.groups, curvature, seed=seed))
         self.refused = dict(self.coupling.refused)
         loud = {name: reason for name, reason in self.refused.items() if name not in self.coupling.expected}
         if loud:
@@ -146,7 +138,7 @@ class Pruner:
         self.history: list[Removal] = []
         self.step_count = 0
         self.stopped = ""  # why pruning ended before its time
-        self._meter = CostMeter(target, model, self.groups, inputs, self.limits)
+        self._tracker = CostTracker(target, model, self.groups, inputs, self.limits)
         self.params_start, self.cost_start = self.params, self.cost
 
     @property
@@ -157,7 +149,7 @@ class Pruner:
     @property
     def cost(self) -> float:
         """What the network costs now, in the unit of the target; latency is predicted, in seconds."""
-        return self._meter.cost
+        return self._tracker.cost
 
     @property
     def goal(self) -> float:
@@ -174,11 +166,11 @@ class Pruner:
 
     def reachable(self) -> float:
         """The same in the unit of the target; latency is predicted, in seconds."""
-        return self._meter.smallest()
+        return self._tracker.smallest()
 
     def measured_latency(self) -> float:
         """Seconds of one forward as the target counts it, measured now; only for a latency target."""
-        return self._meter.measured_latency()
+        return self._tracker.measured_latency()
 
     def is_event(self) -> bool:
         """Whether the next `step` is a removal event."""
@@ -229,13 +221,13 @@ class Pruner:
         losses = LossBudget(self.max_predicted_loss)
         removals: list[Removal] = []
         if last:
-            self._meter.calibrate()
+            self._tracker.calibrate()
         while self.cost > budget:
             found = self._remove(step, budget, last, losses, removals[-1].round + 1 if removals else 0)
             removals += found
             if not found or not last or losses.exceeded:
                 break
-            self._meter.calibrate()
+            self._tracker.calibrate()
         note = self._note(budget, last, losses, nothing=not removals)
         if not removals:
             return [self._nothing(step, budget, note)]
@@ -263,28 +255,28 @@ class Pruner:
     def _remove(self, step: int, budget: float, last: bool, losses: LossBudget, number: int) -> list[Removal]:
         """One round: score, choose, compensate, cut."""
         compensate = self._compensates(budget)
-        evidence = Evidence(self.model, self.groups, self.curvature, seed=self.seed, step=step)
-        criterion, paper = self._criterion_in_use(compensate), self._meter.on_paper()
+        context = ScoringContext(self.model, self.groups, self.curvature, seed=self.seed, step=step)
+        criterion, paper = self._criterion_in_use(compensate), self._tracker.on_paper()
         selection = self._selection_in_use(criterion, compensate)
-        choice = choose(evidence, criterion, selection, paper, budget, self.limits, losses, closely=last)
-        gone = choice.gone
-        if not gone:
+        choice = choose(context, criterion, selection, paper, budget, self.limits, losses, closely=last)
+        pruned = choice.pruned
+        if not pruned:
             return []
-        replacements = self.criterion.compensation(evidence, gone) if compensate else None
+        replacements = self.criterion.compensation(context, pruned) if compensate else None
         loss_change = LossChange(self.curvature) if self.measure and self.curvature.recent_inputs else None
         params, cost, widths = self.params, self.cost, [group.width for group in self.groups]
         plan(
             self.model,
             self.groups,
-            gone,
+            pruned,
             optimizer=self.optimizer,
             curvature=self.curvature,
             replacements=replacements,
-            followers=self.followers,
+            ema_models=self.ema_models,
         ).commit()
         return removal_records(
             self.groups,
-            gone,
+            pruned,
             widths,
             choice.scores,
             choice.costs,
@@ -307,7 +299,7 @@ class Pruner:
         if self.criterion.compensates != "method":
             return self.criterion.compensates == "always"
         left = budget if self.target.unit == "params" else self.params
-        return has_convolution(self.curvature) or left < MLP_COMPENSATION_BELOW * self.params_start
+        return self.curvature.has_convolutions or left < MLP_COMPENSATION_BELOW * self.params_start
 
     def _selection_in_use(self, criterion: Criterion, compensate: bool) -> str:
         if self.selection != "auto":
@@ -330,7 +322,7 @@ class Pruner:
             "selection": self.selection,
             "widths": self.widths(),
             "cost_start": self.cost_start,
-            "latency": self._meter.state_dict(),
+            "latency": self._tracker.state_dict(),
             "stopped": self.stopped,
             "history": [record.state() for record in self.history],
         }
@@ -341,7 +333,7 @@ class Pruner:
         Raises:
             ValueError: naming the first setting or width that differs; nothing is changed then.
         """
-        own, state = self.state_dict(), {**state, "target": asdict(Target(**state["target"]))}
+        own = self.state_dict()
         for key in ("target", "events", "criterion", "selection"):
             if state[key] != own[key]:
                 raise ValueError(f"Pruner.load_state_dict: {key} is {state[key]!r} in the state, expected {own[key]!r}")
@@ -353,10 +345,30 @@ class Pruner:
                 )
         self.history = [Removal.from_state(record) for record in state["history"]]
         self.step_count, self.params_start = state["step_count"], state["params_start"]
-        self.cost_start = state.get("cost_start", self.params_start)  # older states have a target in parameters
-        self.stopped = state.get("stopped", "")
-        self._meter.load_state_dict(state.get("latency"))
+        self.cost_start, self.stopped = state["cost_start"], state["stopped"]
+        self._tracker.load_state_dict(state["latency"])
 
 
 def _reasons(refused: Mapping[str, str]) -> str:
     return "; ".join(f"{name!r}: {reason}" for name, reason in refused.items())
+
+
+def _check_types(target: Target, **names: object) -> None:
+    """Raise TypeError for a target that is none, and for names that are given as one string."""
+    if not isinstance(target, Target):
+        raise TypeError(f"Pruner: target is {target!r}, expected a flatprune.Target")
+    for argument, value in names.items():
+        if isinstance(value, str):  # would be taken apart into letters
+            raise TypeError(f"Pruner: {argument} is {value!r}, expected a list of names")
+
+
+def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raise ValueError for an optimizer that holds parameters which are not the model's."""
+    own = {id(parameter) for parameter in model.parameters()}
+    for number, group in enumerate([] if optimizer is None else optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            if id(parameter) not in own:
+                raise ValueError(
+                    f"Pruner: parameter {index} of optimizer group {number}, shape {tuple(parameter.shape)}, is not a "
+                    "parameter of the model; build the optimizer from model.parameters()"
+                )

@@ -29,14 +29,14 @@ class Removal:
         note: anything out of the ordinary; empty otherwise.
         kind: "removal"; "event" for one at which nothing was removed; "stop" for the end of pruning before its time.
         round: of the cuts of this event, from 0; more than one is made only at the last event.
-        unit: of the target: "params", "flops", "neurons" or "latency" (seconds).
+        unit: of the target: "params", "macs", "neurons" or "latency" (seconds).
         cost_before, cost_after: of the whole network before and after the cut.
         neuron_cost: what went with a neuron of this group before the cut: scores are divided by it, but for the
             magnitude baselines.
         lowest_removed, highest_removed, lowest_kept: scores as they were ranked, of this group's neurons.
         predicted_change: the change of the loss that the whole cut was to make, the sum of its neurons' scores before
-            they were divided by their cost. Of the obs score that is the change after the survivors have been
-            compensated, of the outgoing score without; single changes are added up as if they did not meet. None where
+            they were divided by their cost. Of the "obs" score that is the change after the survivors have been
+            compensated, of the "obd" score without; single changes are added up as if they did not meet. None where
             the score predicts no loss.
         measured_change: what the whole cut made of it, see `flatprune.criteria.loss_change`; None if not measured.
     """
@@ -85,7 +85,7 @@ class Removal:
 
 def removal_records(
     groups: Sequence[NeuronGroup],
-    gone: Mapping[int, Tensor],
+    pruned: Mapping[int, Tensor],
     widths: Sequence[int],
     scores: Sequence[Tensor],
     costs: Sequence[float],
@@ -95,14 +95,14 @@ def removal_records(
 
     Args:
         groups: after the cut.
-        gone: position in `groups` -> int64 [m] neurons that went, ascending.
+        pruned: position in `groups` -> int64 [m] neurons that went, ascending.
         widths: neurons of each group before.
         scores: as they were ranked, one tensor [neurons before] a group.
         costs: what went with a neuron of each group.
         cut: the fields of `Removal` that describe the whole cut.
     """
     records = []
-    for position, neurons in sorted(gone.items()):
+    for position, neurons in sorted(pruned.items()):
         removed, kept = _split(scores[position], neurons)
         records.append(
             Removal(

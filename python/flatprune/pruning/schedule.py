@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 class CubicSchedule:
     """Removal events at equal distances, their budgets on a cubic (Zhu & Gupta 2017, arXiv 1710.01878).
 
-    With p the share of the pruning phase that is over, the budget is
+    With p the fraction of the pruning phase that is over, the budget is
     `target + (start - target) (1 - p)^3`: fast at first, while much is redundant, slow at the end.
 
     Args:
         total_steps: optimizer steps of the whole training.
-        start: share of the training after which pruning begins.
-        end: share of the training at which the last event is.
+        start: fraction of the training after which pruning begins.
+        end: fraction of the training at which the last event is.
         every: steps between events; the last one is exactly at `end`.
 
     Raises:

@@ -1,93 +1,94 @@
-"""Which neurons go at an event: the lowest scores of the whole network, within the limits, until the budget is met."""
+"""Which neurons go in one round of an event: scored, lowest first, within the limits, until the budget is met.
+
+*Independent*: by the scores as they are, over the whole network. *Greedy*: one neuron after the other, each score
+knowing which were pruned before.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from flatprune.criteria import CRITERIA, Criterion, Scores, ScoringContext
+from flatprune.criteria.base import JointScores
 from flatprune.cutting.neurons import NeuronGroup
 from flatprune.pruning.costs import CostModel
+from flatprune.pruning.limits import Limits, LossBudget
 
-SELECTIONS = ("auto", "independent", "greedy")  # does a score know which neurons went before? (see `Pruner`)
+SELECTIONS = ("auto", "independent", "greedy")  # does a score know which neurons were pruned before? (see `Pruner`)
 
 
-class LossBudget:
-    """How much the loss may rise at one event, by the scores' own prediction.
+def check_selection(selection: str, criterion: Criterion) -> None:
+    """Raise ValueError for a selection that is none, or that the criterion cannot serve."""
+    if selection not in SELECTIONS:
+        raise ValueError(f"Pruner: selection is {selection!r}, expected one of {', '.join(SELECTIONS)}")
+    if selection == "greedy" and criterion.joint is None:
+        able = ", ".join(name for name, other in CRITERIA.items() if other.joint is not None)
+        raise ValueError(f"Pruner: selection 'greedy' needs joint scores, which {criterion.name} has not; {able} have")
+
+
+class Choice(NamedTuple):
+    """The neurons of one round.
+
+    Attributes:
+        pruned: position of a group -> int64 [m] neurons that go, ascending.
+        scores: what they were ranked by, one tensor [neurons] a group; of a greedy selection, before the first went.
+        costs: what goes with a neuron of each group.
+        predicted_change: of the loss, in total; None if the criterion predicts none.
+    """
+
+    pruned: dict[int, Tensor]
+    scores: Scores
+    costs: list[float]
+    predicted_change: float | None
+
+
+@torch.no_grad()
+def choose(
+    context: ScoringContext,
+    criterion: Criterion,
+    selection: str,
+    paper: CostModel,
+    budget: float,
+    limits: Limits,
+    losses: LossBudget,
+    *,
+    closely: bool,
+) -> Choice:
+    """Score all neurons and choose those that go; `losses` is charged with what they are predicted to cost.
 
     Args:
-        limit: sum of the predicted changes that is allowed, or None for any.
+        context: of the network as it stands.
+        criterion: judges.
+        selection: "independent" or "greedy".
+        paper: the network's costs; left as the choice leaves the network.
+        budget: cost to get down to.
+        limits: how many may go.
+        losses: ends the choice where the loss is predicted to rise too much.
+        closely: end near the budget.
 
-    Attributes:
-        spent: predicted changes of what has been removed so far.
-        exceeded: whether a neuron had to stay for it.
+    Raises:
+        ValueError: scores are not finite.
     """
-
-    def __init__(self, limit: float | None = None) -> None:
-        self.limit = limit
-        self.spent = 0.0
-        self.exceeded = False
-
-    def allows(self, change: float) -> bool:
-        """Whether `change` may be added to what is spent; a refusal is noted."""
-        if self.limit is None or self.spent + change <= self.limit:
-            return True
-        self.exceeded = True
-        return False
-
-
-class Limits(NamedTuple):
-    """What a removal must respect.
-
-    Attributes:
-        round_to: widths, in channels, become multiples of this.
-        min_width: channels that stay in a group at least (of an attention: one head or more of that many together).
-        max_fraction: largest share of a group that goes at once.
-    """
-
-    round_to: int = 1
-    min_width: int = 2
-    max_fraction: float = 0.5
-
-    def step(self, group: NeuronGroup) -> int:
-        """Neurons that go together: a multiple of the rounding and of the shares of a grouped convolution."""
-        rounding = self.round_to // math.gcd(self.round_to, group.unit)
-        return math.lcm(rounding, group.partitions)
-
-    def floor(self, group: NeuronGroup) -> int:
-        """The smallest width of a group."""
-        step, least = self.step(group), -(-max(self.min_width, 1) // group.unit)
-        return min(group.width, step * -(-least // step))
-
-    def bundles(self, group: NeuronGroup) -> list[int]:
-        """Sizes of the bundles that may go at once, the first one bringing the width to a multiple of the step."""
-        step, width = self.step(group), group.width
-        removable = min(width - self.floor(group), int(self.max_fraction * width + 1e-9))
-        first = width % step or step
-        if removable < first:
-            return []
-        return [first] + [step] * ((removable - first) // step)
-
-
-class _Bundle(NamedTuple):
-    score: float
-    position: int
-    start: int
-    size: int
-
-    def sum_of(self, ranked: Tensor) -> float:
-        """Sum over its neurons of values [neurons] in the order of removal."""
-        return float(ranked[self.start : self.start + self.size].sum())
-
-
-def smallest_cost(costs: CostModel, groups: Sequence[NeuronGroup], limits: Limits) -> float:
-    """The cost that is left when every group is as narrow as the limits allow; `costs` is left at that."""
-    for position, group in enumerate(groups):
-        costs.remove(position, group.width - limits.floor(group))
-    return costs.cost
+    costs = paper.neuron_costs()
+    if selection == "greedy":
+        assert criterion.joint is not None
+        joint = criterion.joint(context)
+        criterion.refuse_not_finite(context, joint.scores)
+        scores = [score / cost for score, cost in zip(joint.scores, costs)]
+        pruned = select_greedily(paper, context.groups, joint, budget, limits, closely=closely, losses=losses)
+        predicted = joint.total if criterion.predicts_loss else None
+    else:
+        changes = criterion.scores(context)
+        scores = [score / cost for score, cost in zip(changes, costs)] if criterion.per_cost else changes
+        known = changes if criterion.predicts_loss else None
+        pruned = select(paper, context.groups, scores, budget, limits, closely=closely, changes=known, losses=losses)
+        predicted = None if known is None else sum(float(known[p][neurons].sum()) for p, neurons in pruned.items())
+    losses.spent += predicted or 0.0
+    return Choice(pruned, scores, costs, predicted)
 
 
 def select(
@@ -142,13 +143,79 @@ def select(
     return {position: orders[position][:end].sort().values for position, end in ends.items()}
 
 
+def select_greedily(
+    costs: CostModel,
+    groups: Sequence[NeuronGroup],
+    joint: JointScores,
+    budget: float,
+    limits: Limits,
+    *,
+    closely: bool = False,
+    losses: LossBudget | None = None,
+) -> dict[int, Tensor]:
+    """The neurons to remove, one by one: lowest joint score by cost first until the network costs `budget`.
+
+    Where several neurons of a group must go together (rounding, grouped convolutions), they are the lowest of the
+    group, and their mean score stands for them.
+
+    Args:
+        costs: the network as it stands; left as it is without the neurons. Scores are divided by what goes with a
+            neuron before the first one has been pruned.
+        groups: its neuron groups.
+        joint: their joint scores; it knows of the removal afterwards.
+        budget: cost to get down to.
+        limits: how many may go; where they bind, more than `budget` is left.
+        closely: the last removal is, of those that reach the budget, the one of least total score.
+        losses: choosing stops at the first neuron whose change of the loss this budget does not allow any more.
+
+    Returns:
+        Position in `groups` -> int64 [m] neurons, ascending; groups that lose none are left out.
+    """
+    prices = costs.neuron_costs()
+    left = [torch.ones(group.width, dtype=torch.bool) for group in groups]
+    sizes = [limits.bundles(group) for group in groups]
+    while costs.cost > budget:
+        moves = {p: _lowest(groups[p], joint.scores[p], left[p], sizes[p][0]) for p in range(len(groups)) if sizes[p]}
+        if not moves:
+            break
+        position = min(moves, key=lambda p: float(joint.scores[p][moves[p]].mean()) / prices[p])
+        finishing = [p for p in moves if costs.cost_without(p, len(moves[p])) <= budget]
+        if closely and position in finishing:
+            position = min(finishing, key=lambda p: float(joint.scores[p][moves[p]].sum()))
+        change = float(joint.scores[position][moves[position]].sum())
+        if losses is not None and not losses.allows(joint.total + change):
+            break
+        for neuron in moves[position].tolist():
+            joint.remove(position, neuron)
+        left[position][moves[position]] = False
+        costs.remove(position, sizes[position].pop(0))
+    return {p: (~alive).nonzero().flatten() for p, alive in enumerate(left) if not bool(alive.all())}
+
+
+def _lowest(group: NeuronGroup, score: Tensor, left: Tensor, size: int) -> Tensor:
+    """The `size` neurons of lowest score among those left, equally many of each slice."""
+    order = removal_order(group, score.masked_fill(~left, torch.inf))
+    return order[:size]
+
+
 def removal_order(group: NeuronGroup, score: Tensor) -> Tensor:
-    """Neurons by ascending score; with shares, the lowest of each share, then the second lowest of each, ..."""
+    """Neurons by ascending score; with slices, the lowest of each slice, then the second lowest of each, ..."""
     order = score.argsort(stable=True)
-    if group.partitions == 1:
+    if group.groups == 1:
         return order
-    shares = [order[group.partition[order] == share] for share in range(group.partitions)]
-    return torch.stack(shares, dim=1).flatten()
+    slices = [order[group.group_of[order] == part] for part in range(group.groups)]
+    return torch.stack(slices, dim=1).flatten()
+
+
+class _Bundle(NamedTuple):
+    score: float
+    position: int
+    start: int
+    size: int
+
+    def sum_of(self, ranked: Tensor) -> float:
+        """Sum over its neurons of values [neurons] in the order of removal."""
+        return float(ranked[self.start : self.start + self.size].sum())
 
 
 def _bundles(

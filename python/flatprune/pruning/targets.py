@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 UNITS = {
     "params": "parameters",
-    "flops": "multiply-accumulates",
+    "macs": "multiply-accumulates",
     "neurons": "neurons",
     "latency": "latency",
 }
@@ -14,11 +14,11 @@ UNITS = {
 
 @dataclass(frozen=True)
 class Target:
-    """The size to reach: exactly one share in (0, 1] of what the network has at the start.
+    """The size to reach: exactly one fraction in (0, 1] of what the network has at the start.
 
     Args:
         params: parameters left.
-        flops: multiply-accumulates of the linear and convolution layers left, for one sample. The output positions of
+        macs: multiply-accumulates of the linear and convolution layers left, for one sample. The output positions of
             every layer are measured once, the rest is arithmetic on widths, exact for grouped and depthwise
             convolutions and for Linear on sequences.
         neurons: neurons left, of those that can be pruned.
@@ -32,12 +32,12 @@ class Target:
     Example:
         >>> Target(params=0.1).goal(72666)
         7266
-        >>> Target(flops=0.3).unit
-        'flops'
+        >>> Target(macs=0.3).unit
+        'macs'
     """
 
     params: float | None = None
-    flops: float | None = None
+    macs: float | None = None
     neurons: float | None = None
     latency: float | None = None
     latency_batch: int = 64
@@ -46,34 +46,34 @@ class Target:
         given = {unit: getattr(self, unit) for unit in UNITS if getattr(self, unit) is not None}
         if len(given) != 1:
             raise ValueError(f"Target: {' and '.join(given) or 'nothing'} given, expected one of {', '.join(UNITS)}")
-        for unit, share in given.items():
-            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.0 < share <= 1.0:
-                raise ValueError(f"Target: {unit} is {share!r}, expected a number above 0 and at most 1")
+        for unit, fraction in given.items():
+            if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0.0 < fraction <= 1.0:
+                raise ValueError(f"Target: {unit} is {fraction!r}, expected a number above 0 and at most 1")
         if isinstance(self.latency_batch, bool) or not isinstance(self.latency_batch, int) or self.latency_batch < 1:
             raise ValueError(f"Target: latency_batch is {self.latency_batch!r}, expected an integer of 1 or more")
 
     @property
     def unit(self) -> str:
-        """Which of the shares is given: "params", "flops", "neurons" or "latency"."""
+        """Which of the fractions is given: "params", "macs", "neurons" or "latency"."""
         return next(unit for unit in UNITS if getattr(self, unit) is not None)
 
     @property
-    def share(self) -> float:
-        """The share that is given."""
+    def fraction(self) -> float:
+        """The fraction that is given."""
         return float(getattr(self, self.unit))
 
     def goal(self, start: float) -> float:
         """The largest cost that meets the target, for a network that costs `start`; whole but for latency (seconds)."""
         if self.unit == "latency":
-            return self.share * start
-        return int(self.share * start + 1e-6)  # 0.1 * 30 is a little above 3 only by rounding
+            return self.fraction * start
+        return int(self.fraction * start + 1e-6)  # 0.1 * 30 is a little above 3 only by rounding
 
 
 def amount(unit: str, cost: float) -> str:
     """A cost as people read it, for the name in `UNITS` to follow.
 
     Example:
-        >>> amount("latency", 0.00123), amount("flops", 1200)
+        >>> amount("latency", 0.00123), amount("macs", 1200)
         ('1.23 ms', '1200')
     """
     return f"{1e3 * cost:.3g} ms" if unit == "latency" else f"{cost:.0f}"

@@ -26,7 +26,7 @@ def label_right(axis: Axes, labels: list[tuple[float, str, str]]) -> None:
     ordered = sorted(labels, key=lambda label: label[0])
     low, high = axis.transScale.transform([(1, bound) for bound in axis.get_ylim()])[:, 1]
     wanted = [(axis.transScale.transform((1, label[0]))[1] - low) / (high - low) for label in ordered]
-    line = 0.15 / axis.get_position().height / 8.4  # the height of a line of text as a share of this panel
+    line = 0.15 / axis.get_position().height / 8.4  # the height of a line of text as a fraction of this panel
     half = [line * (0.5 + 0.5 * label[1].count("\n")) * 1.25 for label in ordered]
     for height, (_, text, color) in zip(spread(wanted, half), ordered):
         axis.text(1.02, height, text, transform=axis.transAxes, color=color, fontsize=9.5, va="center")

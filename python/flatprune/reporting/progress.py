@@ -12,9 +12,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from flatprune.pruning.predicted_vs_measured import in_words
 from flatprune.pruning.targets import UNITS, amount
-from flatprune.pruning.trust import in_words
-from flatprune.training.observer import Observer
+from flatprune.training.trainer import Observer
 
 if TYPE_CHECKING:
     from flatprune.training.trainer import Trainer
@@ -164,7 +164,7 @@ class LiveDisplay(Observer):
         loss, train = last.get("train_loss"), last.get("train_accuracy")
         if trainer.sums.seen:
             loss, train = trainer.sums.figures()
-        share = 100.0 * params / trainer.params_before
+        left = 100.0 * params / trainer.params_before
         return [
             ("loss", _figure(loss, ".4f"), _note(""), self._curve("train_loss", "yellow")),
             (
@@ -173,7 +173,12 @@ class LiveDisplay(Observer):
                 _note("" if train is None else f"train {train:.2f} %"),
                 self._curve("test_accuracy", "blue"),
             ),
-            ("parameters", _figure(share, ".1f", " %"), _note(f"{params:,}"), self._curve("params", "cyan", floor=0.0)),
+            (
+                "parameters",
+                _figure(left, ".1f", " %"),
+                _note(f"{params:,}"),
+                self._curve("params", "cyan", floor=0.0),
+            ),
             *_target_row(trainer),
             (
                 "radius",
@@ -208,7 +213,7 @@ def describe(trainer: Trainer, title: str) -> str:
     """The line above a run."""
     settings, target = trainer.settings, trainer.settings.target
     unit = "them" if target.unit == "params" else f"the {UNITS[target.unit]}"
-    goal = "without pruning" if target.share >= 1.0 else f"to {100.0 * target.share:g} % of {unit}"
+    goal = "without pruning" if target.fraction >= 1.0 else f"to {100.0 * target.fraction:g} % of {unit}"
     begun = f", going on at epoch {trainer.progress.epoch + 1}" if trainer.progress.step else ""
     return (
         f"{title}: {settings.model} on {settings.data}, {len(trainer.dataset.x_train):,} images, "
@@ -249,7 +254,7 @@ def duration(seconds: float) -> str:
 def print_summary(console: Console, summary: dict[str, Any], folder: str) -> None:
     """The result as a table (with a column for the dense network where there is one), and where the files are."""
     has_dense = "dense_test_accuracy_last" in summary
-    pruned = summary["target_share"] < 1.0
+    pruned = summary["target_fraction"] < 1.0
     table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
     table.add_column("")
     if has_dense or pruned:
@@ -270,8 +275,8 @@ def remarks(summary: dict[str, Any]) -> list[str]:
     lines = []
     if summary["pruning_stopped"]:
         lines.append(f"pruning stopped: {summary['pruning_stopped']}")
-    if summary["trust"]["cuts"]:
-        lines.append(f"trust in the criterion: {in_words(summary['trust'])}")
+    if summary["predicted_vs_measured"]["cuts"]:
+        lines.append(f"predicted and measured: {in_words(summary['predicted_vs_measured'])}")
     return lines
 
 
@@ -294,7 +299,7 @@ def _summary_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         pair("test accuracy, best epoch", "test_accuracy_best", ".2f", " %"),
         pair("training accuracy", "train_accuracy_last", ".2f", " %"),
         change("parameters", "params"),
-        change("multiply-accumulates", "flops"),
+        change("multiply-accumulates", "macs"),
         *target,
         pair("largest Hessian eigenvalue", "hessian_lambda_max", ".3g"),
         pair("spectral radius, K-FAC", "spectral_radius_kfac", ".3g"),

@@ -10,7 +10,7 @@ from flatprune.checkpoint import write_atomically
 from flatprune.pruning.targets import UNITS, amount
 from flatprune.reporting.drawing import BLUE, GREY, INK, ROSE, TEAL, label_right, log_ticks, png, style_axis
 from flatprune.reporting.page import card, document, duration, figure_of, number, value_rows
-from flatprune.reporting.report_events import events_section, trust_section
+from flatprune.reporting.report_events import events_section, predicted_vs_measured_section
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +66,7 @@ def figure(summary: dict[str, Any], history: list[dict[str, Any]], dense_history
 def headline(summary: dict[str, Any]) -> str:
     """The result in one line."""
     accuracy = f"{summary['test_accuracy_last']:.1f} % accuracy"
-    if summary["target_share"] >= 1.0:
+    if summary["target_fraction"] >= 1.0:
         return f"{summary['model']} on {_data_name(summary)}: {accuracy}"
     left = f"{100.0 * summary['cost_after'] / summary['cost_before']:.1f} % of the {UNITS[summary['target_unit']]}"
     return f"{summary['model']} on {_data_name(summary)}: {accuracy} with {left}"
@@ -75,7 +75,7 @@ def headline(summary: dict[str, Any]) -> str:
 def subline(summary: dict[str, Any]) -> str:
     """What the result compares with."""
     parts = [f"{summary['params_before']:,} → {summary['params_after']:,} parameters"]
-    if summary["target_share"] >= 1.0:
+    if summary["target_fraction"] >= 1.0:
         parts = [f"{summary['params_before']:,} parameters, not pruned"]
     if "dense_test_accuracy_last" in summary:
         parts.append(f"dense network {summary['dense_test_accuracy_last']:.1f} %")
@@ -168,7 +168,7 @@ def page(summary: dict[str, Any], history: list[dict[str, Any]], image: bytes) -
     body = _BODY.format(
         cards="".join(card(*entry) for entry in _cards(summary)),
         figure=figure_of(image, "accuracy, parameters and spectral radius over the epochs"),
-        events=trust_section(summary, history) + events_section(summary, history),
+        events=predicted_vs_measured_section(summary, history) + events_section(summary, history),
         layers=_layer_rows(summary),
         settings=value_rows(summary["settings"]),
         versions=value_rows(summary["versions"]),
@@ -187,8 +187,8 @@ def _cards(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("parameters", _left(summary), f"{summary['params_before']:,} → {summary['params_after']:,}"),
         (
             "multiply-accumulates",
-            f"{100.0 * summary['flops_after'] / summary['flops_before']:.1f} %",
-            f"{summary['flops_before']:,} → {summary['flops_after']:,} an image",
+            f"{100.0 * summary['macs_after'] / summary['macs_before']:.1f} %",
+            f"{summary['macs_before']:,} → {summary['macs_after']:,} an image",
         ),
         *_target_card(summary),
         ("λmax of the Hessian", *_with_dense(summary, "hessian_lambda_max")),

@@ -6,8 +6,8 @@ import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from flatprune.pruning.predicted_vs_measured import Cut, cuts, in_words
 from flatprune.pruning.targets import UNITS, amount
-from flatprune.pruning.trust import Cut, cuts, in_words
 from flatprune.reporting.drawing import BLUE, GREY, INK, png, style_axis
 from flatprune.reporting.page import figure_of
 
@@ -15,17 +15,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def trust_section(summary: dict[str, Any], history: Sequence[dict[str, Any]]) -> str:
+def predicted_vs_measured_section(summary: dict[str, Any], history: Sequence[dict[str, Any]]) -> str:
     """HTML: predicted against measured change of the loss, as a figure and in words; empty without both."""
     pairs = cuts(history)
     if not pairs:
         return ""
-    image = figure_of(png(trust_figure(pairs)), "predicted against measured change of the loss at each cut")
-    words = html.escape(in_words(summary["trust"]))
-    return f'<h3>Trust in the criterion</h3><p>{words}.</p><div style="max-width: 30rem">{image}</div>'
+    image = figure_of(
+        png(predicted_vs_measured_figure(pairs)), "predicted against measured change of the loss at each cut"
+    )
+    words = html.escape(in_words(summary["predicted_vs_measured"]))
+    return (
+        f'<h3>Predicted and measured changes of the loss</h3><p>{words}.</p><div style="max-width: 30rem">{image}</div>'
+    )
 
 
-def trust_figure(pairs: Sequence[Cut]) -> Figure:
+def predicted_vs_measured_figure(pairs: Sequence[Cut]) -> Figure:
     """One point a cut, darker the later it was; on the diagonal the loss changed as predicted."""
     from matplotlib.figure import Figure
 

@@ -22,9 +22,9 @@
 Special keys of a variant:
 
 - `only`: axis -> values; the variant is run at these points alone.
-- `prune_then_finetune: SHARE`: the classic pipeline in as many epochs: dense training up to this share, one removal
-  down to the target, fine-tuning (`prune_start` = `prune_end` = SHARE, `schedule: restart`, if the variant does not say
-  another).
+- `prune_then_finetune: FRACTION`: the classic pipeline in as many epochs: dense training up to this fraction, one
+  removal down to the target, fine-tuning (`prune_start` = `prune_end` = FRACTION, `schedule: restart`, if the variant
+  does not say another).
 - `scratch_of: VARIANT`: the final network of that variant at the same point and seed is trained from fresh weights.
 - `tune`: settings and values to choose from, crossed. At every point of the grid each candidate is run with the seeds
   of the study's `tune` and tested on held-out training images (`validation`); the best mean accuracy wins, of equal
@@ -233,10 +233,10 @@ class _Reader:
         for key in ("tune", "only"):
             if not isinstance(special.get(key, {}), dict):
                 raise InputError(f"{self.path}: variant {name!r}: {key} is {special[key]!r}, expected a mapping")
-        share = special.get("prune_then_finetune", 0.5)
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.0 < share < 1.0:
+        fraction = special.get("prune_then_finetune", 0.5)
+        if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0.0 < fraction < 1.0:
             raise InputError(
-                f"{self.path}: variant {name!r}: prune_then_finetune is {share!r}, expected a share between 0 and 1"
+                f"{self.path}: variant {name!r}: prune_then_finetune is {fraction!r}, expected one between 0 and 1"
             )
         return special
 
@@ -323,8 +323,12 @@ def dense_target() -> dict[str, Any]:
 
 
 def _classic(special: dict[str, Any]) -> dict[str, Any]:
-    share = special.get("prune_then_finetune")
-    return {} if share is None else {"prune_start": float(share), "prune_end": float(share), "schedule": "restart"}
+    fraction = special.get("prune_then_finetune")
+    return (
+        {}
+        if fraction is None
+        else {"prune_start": float(fraction), "prune_end": float(fraction), "schedule": "restart"}
+    )
 
 
 def _merged(parts: Any) -> Iterator[tuple[str, Any]]:

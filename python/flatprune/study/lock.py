@@ -19,7 +19,7 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold the lock of a folder.
 
     The file `lock` in it names the process that holds it. A file that a killed process left behind is no lock: the
-    system's own lock on it is gone, so it is taken over.
+    system's own lock on it has ended, so it is taken over.
 
     Args:
         folder: exists.

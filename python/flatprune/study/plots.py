@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _PANELS = (
     ("params_after", "test_accuracy_last"),
-    ("flops_after", "test_accuracy_last"),
+    ("macs_after", "test_accuracy_last"),
     ("latency_after_1", "test_accuracy_last"),
     ("latency_after_128", "test_accuracy_last"),
     ("spectral_radius_kfac", "test_accuracy_last"),

@@ -45,7 +45,7 @@ def _plain(key: str, title: str, form: str) -> Metric:
     return Metric(key, title, form, lambda summary: summary.get(key))
 
 
-def _share(key: str, title: str) -> Metric:
+def _fraction(key: str, title: str) -> Metric:
     def value(summary: Summary) -> float:
         return 100.0 * summary[f"{key}_after"] / summary[f"{key}_before"]
 
@@ -70,9 +70,9 @@ METRICS = (
     _plain("corrupted_accuracy_mean", "corrupted, %", ".2f"),
     *(_corrupted(kind) for kind in KINDS),
     _plain("params_after", "parameters", ",.0f"),
-    _share("params", "parameters left, %"),
-    _plain("flops_after", "multiply-accumulates", ",.0f"),
-    _share("flops", "multiply-accumulates left, %"),
+    _fraction("params", "parameters left, %"),
+    _plain("macs_after", "multiply-accumulates", ",.0f"),
+    _fraction("macs", "multiply-accumulates left, %"),
     _plain("hessian_lambda_max", "λmax of the Hessian", ".3g"),
     _plain("spectral_radius_kfac", "radius, K-FAC", ".3g"),
     _plain("spectral_radius_kfac_geometric_mean", "radius, geometric mean", ".3g"),

@@ -18,7 +18,7 @@ DETAILS = (
     *("corrupted_accuracy_mean", "corrupted_noise", "corrupted_blur", "corrupted_contrast"),
     *(
         "params_left",
-        "flops_left",
+        "macs_left",
         "hessian_lambda_max",
         "spectral_radius_kfac",
         "latency_after_1",

@@ -3,7 +3,7 @@
 Takes folders from its standard input, a line each. Does what `flatprune run` does with the settings in
 FOLDER/settings.json, or goes on from the checkpoint that is there; errors go to FOLDER/log.txt. Prints "STEP TOTAL" now
 and then, "ended CODE" after each run that another may follow. A run ends early, with a checkpoint, and the process with
-it, on SIGTERM, and when the standard input closes: that is how it learns that the study is gone, even by a kill.
+it, on SIGTERM, and when the standard input closes: that is how it learns that the study has ended, even by a kill.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from flatprune.settings import Settings
 from flatprune.study.lock import locked
 from flatprune.study.plan import SETTINGS_FILE
 from flatprune.study.process import LOG_FILE
-from flatprune.training.observer import Observer
+from flatprune.training.trainer import Observer
 
 if TYPE_CHECKING:
     from flatprune.training.trainer import Trainer
@@ -116,7 +116,7 @@ def _read(folders: queue.SimpleQueue[Path | None]) -> None:
 def _tell(*words: object) -> None:
     try:
         print(*words, flush=True)
-    except BrokenPipeError:  # the study is gone; the end of the standard input stops this run in good order
+    except BrokenPipeError:  # the study has ended; the end of the standard input stops this run in good order
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from flatprune.cutting.followers import named_tensors
+from flatprune.cutting.ema_models import named_tensors
 
 
 class AveragedWeights:
@@ -21,7 +21,7 @@ class AveragedWeights:
         decay: d in the long run, in [0, 1).
 
     Attributes:
-        module: the average; a follower for `flatprune.Pruner`.
+        module: the average; one of the `ema_models` of `flatprune.Pruner`.
 
     Raises:
         ValueError: decay out of range.

@@ -19,8 +19,8 @@ class Batch(NamedTuple):
 
     Attributes:
         x: images [n, channels, height, width].
-        target: what the loss is told: labels int64 [n], or shares of the classes [n, classes].
-        labels: int64 [n], the class of the largest share.
+        target: what the loss is told: labels int64 [n], or fractions of the classes [n, classes].
+        labels: int64 [n], the class of the largest fraction.
     """
 
     x: Tensor
@@ -71,10 +71,10 @@ class Batches:
 
 
 def mixed(x: Tensor, y: Tensor, classes: int, alpha: float, generator: torch.Generator) -> Batch:
-    """Mixup (Zhang et al. 2018, arXiv 1710.09412): s x + (1 - s) x[p] with the labels' shares alike.
+    """Mixup (Zhang et al. 2018, arXiv 1710.09412): s x + (1 - s) x[p] with the labels' fractions alike.
 
     p is a random permutation of the batch, s = max(b, 1 - b) and b drawn from Beta(alpha, alpha): which of a pair is
-    called the first does not matter, and so y holds the labels of the larger share.
+    called the first does not matter, and so y holds the labels of the larger fraction.
 
     Args:
         x: images [n, ...].
@@ -85,10 +85,10 @@ def mixed(x: Tensor, y: Tensor, classes: int, alpha: float, generator: torch.Gen
     """
     seed = torch.randint(2**63 - 1, (1,), generator=generator).numpy()
     drawn = float(np.random.default_rng(seed).beta(alpha, alpha))
-    share = max(drawn, 1.0 - drawn)
+    fraction = max(drawn, 1.0 - drawn)
     other = sent(torch.randperm(len(x), generator=generator), x.device)
     onehot = (y[:, None] == torch.arange(classes, device=y.device)).to(x.dtype)
-    return Batch(share * x + (1.0 - share) * x[other], share * onehot + (1.0 - share) * onehot[other], y)
+    return Batch(fraction * x + (1.0 - fraction) * x[other], fraction * onehot + (1.0 - fraction) * onehot[other], y)
 
 
 def whole_batch(settings: Settings, images: int) -> int:

@@ -17,7 +17,7 @@ from flatprune.data import Normalization
 STRENGTHS = (1, 2, 3, 4, 5)
 _NOISE_DEVIATIONS = (0.04, 0.06, 0.08, 0.09, 0.10)  # of the range of the pixels
 _BLUR_DEVIATIONS = (0.4, 0.6, 0.7, 0.8, 1.0)  # pixels, for images 32 pixels high
-_CONTRASTS = (0.75, 0.5, 0.4, 0.3, 0.15)  # share of the contrast that is left
+_CONTRASTS = (0.75, 0.5, 0.4, 0.3, 0.15)  # fraction of the contrast that is left
 _BLUR_HEIGHT = 32
 _LEAST_BLUR = 0.2  # pixels; a narrower Gaussian changes nothing on the grid
 _NOISE_SEED = 0

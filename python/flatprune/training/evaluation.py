@@ -1,102 +1,87 @@
-"""What a network gets right, and the figures of `summary.json` about the network of a run."""
+"""What a network gets right: accuracy, loss, calibration, and accuracy on corrupted images."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import statistics
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flatprune import models
 from flatprune.data import Dataset
-from flatprune.flatness.spectrum import hessian_lambda_max
-from flatprune.training.goals import target_figures
-from flatprune.training.measurements import (
-    accuracy,
-    calibration,
-    corruption_accuracies,
-    latency_figures,
-    predictions,
-    radii_of_both_kinds,
-)
+from flatprune.training.corruptions import KINDS, STRENGTHS, corrupted
+from kfac_ext.curvature.layers import module_modes
 
-if TYPE_CHECKING:
-    from flatprune.training.trainer import Trainer
-
-_EVALUATION_BATCH = 1000
-_HESSIAN_SAMPLES = 1024
-_HESSIAN_ITERATIONS = 50
+CALIBRATION_BINS = 15
+_BATCH = 1000
 
 
 @torch.no_grad()
+def predictions(model: nn.Module, x: Tensor) -> Tensor:
+    """Logits [n, classes] of inputs [n, ...] in evaluation mode; the modes of the model's modules are restored."""
+    with module_modes(dict.fromkeys(model.modules(), False)):
+        return torch.cat([model(part) for part in x.split(_BATCH)])
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Percent of the labels that the largest logit names."""
+    return 100.0 * int((logits.argmax(1) == labels).sum()) / len(labels)
+
+
 def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Accuracy in percent and mean cross entropy of `model`, in evaluation mode; its mode is restored.
+    """Accuracy in percent and mean cross entropy of `model`, in evaluation mode.
 
     Args:
         model: maps a batch of x to logits [n, classes].
         x: inputs [n, ...].
         y: labels [n].
     """
-    training = model.training
-    model.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=x.device)
-    loss = torch.zeros((), dtype=torch.float64, device=x.device)
-    for images, labels in zip(x.split(_EVALUATION_BATCH), y.split(_EVALUATION_BATCH)):
-        logits = model(images)
-        correct += (logits.argmax(1) == labels).sum()
-        loss += nn.functional.cross_entropy(logits, labels, reduction="sum")
-    model.train(training)
-    return 100.0 * int(correct) / len(x), float(loss) / len(x)
+    logits = predictions(model, x)
+    return accuracy(logits, y), float(F.cross_entropy(logits.double(), y))
 
 
-def hessian_radius(model: nn.Module, dataset: Dataset, seed: int) -> float:
-    """Largest eigenvalue of the Hessian of the mean cross entropy over the first 1,024 training images."""
-    x, y = dataset.x_train[:_HESSIAN_SAMPLES], dataset.y_train[:_HESSIAN_SAMPLES]
-    generator = torch.Generator(x.device).manual_seed(seed)
-    criterion = nn.CrossEntropyLoss()
-    return float(hessian_lambda_max(model, x, y, criterion, iterations=_HESSIAN_ITERATIONS, generator=generator))
+def calibration(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Negative log-likelihood and expected calibration error of predictions.
+
+    NLL = mean -log p_label. ECE = sum over 15 equal bins of the confidence max p of
+    |bin| / n |accuracy(bin) - mean confidence(bin)| (Guo et al. 2017, arXiv 1706.04599), as a fraction, not percent.
+
+    Args:
+        logits: [n, classes].
+        labels: int64 [n].
+
+    Returns:
+        `test_nll` and `test_ece`.
+
+    Example:
+        >>> calibration(torch.zeros(4, 2), torch.tensor([0, 0, 1, 1]))["test_ece"]
+        0.0
+    """
+    log_p = logits.double().log_softmax(1)
+    confidence, predicted = log_p.exp().max(1)
+    right = (predicted == labels).double()
+    place = (confidence * CALIBRATION_BINS).ceil().long().sub_(1).clamp_(0, CALIBRATION_BINS - 1)  # (low, high]
+    gaps = torch.zeros(CALIBRATION_BINS, dtype=torch.float64, device=logits.device)
+    gaps.index_add_(0, place, right - confidence)
+    nll = F.nll_loss(log_p, labels)
+    return {"test_nll": float(nll), "test_ece": float(gaps.abs().sum() / len(labels))}
 
 
-def tracked_radii(trainer: Trainer, epoch: int) -> dict[str, float]:
-    """The true radius and K-FAC radii of both kinds, for `history.jsonl`; empty after epochs that do not ask for it."""
-    every = trainer.settings.track_hessian
-    if every is None or (epoch % every and epoch != trainer.settings.epochs):
-        return {}
-    model, dataset, seed = trainer.result, trainer.dataset, trainer.settings.seed
-    radii = radii_of_both_kinds(model, trainer.curvature, dataset.x_train[:_HESSIAN_SAMPLES], seed)
-    return {"hessian_lambda_max": hessian_radius(model, dataset, seed), **radii}
+def corruption_accuracies(model: nn.Module, dataset: Dataset) -> dict[str, Any]:
+    """Accuracy on the corrupted test images (see `flatprune.training.corruptions`).
 
-
-def results(trainer: Trainer) -> dict[str, Any]:
-    """The figures of `summary.json` that describe the network as it is now (see `flatprune.runs`)."""
-    model, dataset = trainer.result, trainer.dataset
-    train_accuracy, _ = evaluate(model, dataset.x_train, dataset.y_train)
-    logits = predictions(model, dataset.x_test)
-    return {
-        "params_before": trainer.params_before,
-        "params_after": trainer.params,
-        "flops_before": trainer.flops_before,
-        "flops_after": models.multiply_accumulates(model, dataset.image_shape),
-        "test_accuracy_last": accuracy(logits, dataset.y_test),
-        "test_accuracy_best": trainer.progress.best_accuracy,
-        "train_accuracy_last": train_accuracy,
-        "spectral_radius_kfac": float(trainer.curvature.spectral_radius()),
-        "spectral_radius_kfac_geometric_mean": float(trainer.curvature.geometric_mean_radius()),
-        "hessian_lambda_max": hessian_radius(model, dataset, trainer.settings.seed),
-        "widths_before": trainer.widths_before,
-        "widths_after": models.layer_widths(model),
-        "seconds": trainer.progress.seconds,
-        **target_figures(trainer.settings.target, trainer.pruner, trainer.history),
-        **calibration(logits, dataset.y_test),
-        **_measurements(trainer),
+    Returns:
+        `corrupted_accuracy`: kind -> percent at strengths 1 to 5; `corrupted_accuracy_mean`: the mean of all of them.
+    """
+    found = {
+        kind: [
+            accuracy(
+                predictions(model, corrupted(dataset.x_test, dataset.normalization, kind, strength)), dataset.y_test
+            )
+            for strength in STRENGTHS
+        ]
+        for kind in KINDS
     }
-
-
-def _measurements(trainer: Trainer) -> dict[str, Any]:
-    model, dataset = trainer.result, trainer.dataset
-    found: dict[str, Any] = {}
-    if trainer.settings.corruptions:
-        found |= corruption_accuracies(model, dataset)
-    if trainer.settings.measure_latency:
-        found |= latency_figures(trainer.untrained().to(trainer.device), model, dataset.x_test[:1])
-    return found
+    mean = statistics.fmean(value for values in found.values() for value in values)
+    return {"corrupted_accuracy": found, "corrupted_accuracy_mean": mean}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flatprune.flatness.sam import SAM, MomentumSAM
 from flatprune.flatness.spectrum import Flatness
 from flatprune.training.batches import Batch
-from flatprune.training.run_state import EpochSums
+from flatprune.training.state import EpochSums
 
 AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -1,84 +1,21 @@
-"""What a network is measured by besides its accuracy: calibration, corrupted images, latency, radii of both kinds."""
+"""What a network is measured by besides what it gets right: latency, and radii of the curvature."""
 
 from __future__ import annotations
-
-import statistics
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from flatprune.data import Dataset
+from flatprune.flatness.spectrum import hessian_lambda_max
 from flatprune.pruning.latency import batch_of, measure
-from flatprune.training.corruptions import KINDS, STRENGTHS, corrupted
 from kfac_ext.curvature import Curvature
 from kfac_ext.curvature.layers import module_modes, undisturbed
 
-if TYPE_CHECKING:
-    from flatprune.data import Dataset
-
-CALIBRATION_BINS = 15
 LATENCY_BATCHES = (1, 128)
-_EVALUATION_BATCH = 1000
+_HESSIAN_SAMPLES = 1024
+_HESSIAN_ITERATIONS = 50
 _RADIUS_BATCH = 256
 _RADIUS_POWER_STEPS = 50
-
-
-@torch.no_grad()
-def predictions(model: nn.Module, x: Tensor) -> Tensor:
-    """Logits [n, classes] of inputs [n, ...] in evaluation mode; the modes of the model's modules are restored."""
-    with module_modes(dict.fromkeys(model.modules(), False)):
-        return torch.cat([model(part) for part in x.split(_EVALUATION_BATCH)])
-
-
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Percent of the labels that the largest logit names."""
-    return 100.0 * int((logits.argmax(1) == labels).sum()) / len(labels)
-
-
-def calibration(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Negative log-likelihood and expected calibration error of predictions.
-
-    NLL = mean -log p_label. ECE = sum over 15 equal bins of the confidence max p of
-    |bin| / n |accuracy(bin) - mean confidence(bin)| (Guo et al. 2017, arXiv 1706.04599), as a share, not percent.
-
-    Args:
-        logits: [n, classes].
-        labels: int64 [n].
-
-    Returns:
-        `test_nll` and `test_ece`.
-
-    Example:
-        >>> calibration(torch.zeros(4, 2), torch.tensor([0, 0, 1, 1]))["test_ece"]
-        0.0
-    """
-    log_p = logits.double().log_softmax(1)
-    confidence, predicted = log_p.exp().max(1)
-    right = (predicted == labels).double()
-    place = (confidence * CALIBRATION_BINS).ceil().long().sub_(1).clamp_(0, CALIBRATION_BINS - 1)  # (low, high]
-    gaps = torch.zeros(CALIBRATION_BINS, dtype=torch.float64, device=logits.device)
-    gaps.index_add_(0, place, right - confidence)
-    nll = torch.nn.functional.nll_loss(log_p, labels)
-    return {"test_nll": float(nll), "test_ece": float(gaps.abs().sum() / len(labels))}
-
-
-def corruption_accuracies(model: nn.Module, dataset: Dataset) -> dict[str, Any]:
-    """Accuracy on the corrupted test images (see `flatprune.training.corruptions`).
-
-    Returns:
-        `corrupted_accuracy`: kind -> percent at strengths 1 to 5; `corrupted_accuracy_mean`: the mean of all of them.
-    """
-    found = {
-        kind: [
-            accuracy(
-                predictions(model, corrupted(dataset.x_test, dataset.normalization, kind, strength)), dataset.y_test
-            )
-            for strength in STRENGTHS
-        ]
-        for kind in KINDS
-    }
-    mean = statistics.fmean(value for values in found.values() for value in values)
-    return {"corrupted_accuracy": found, "corrupted_accuracy_mean": mean}
 
 
 def latency(model: nn.Module, example: Tensor) -> dict[int, float]:
@@ -95,6 +32,14 @@ def latency_figures(before: nn.Module, after: nn.Module, example: Tensor) -> dic
     """`latency_before_1`, `latency_after_1`, `latency_before_128`, `latency_after_128`: ms an image, by `latency`."""
     old, new = latency(before, example), latency(after, example)
     return {f"latency_{name}_{size}": value[size] for size in old for name, value in (("before", old), ("after", new))}
+
+
+def hessian_radius(model: nn.Module, dataset: Dataset, seed: int) -> float:
+    """Largest eigenvalue of the Hessian of the mean cross entropy over the first 1,024 training images."""
+    x, y = dataset.x_train[:_HESSIAN_SAMPLES], dataset.y_train[:_HESSIAN_SAMPLES]
+    generator = torch.Generator(x.device).manual_seed(seed)
+    criterion = nn.CrossEntropyLoss()
+    return float(hessian_lambda_max(model, x, y, criterion, iterations=_HESSIAN_ITERATIONS, generator=generator))
 
 
 def radii_of_both_kinds(model: nn.Module, curvature: Curvature, x: Tensor, seed: int) -> dict[str, float]:
@@ -128,3 +73,9 @@ def radii_of_both_kinds(model: nn.Module, curvature: Curvature, x: Tensor, seed:
             found[f"radius_{kind}"] = float(fresh.spectral_radius())
             found[f"radius_{kind}_geometric_mean"] = float(fresh.geometric_mean_radius())
     return found
+
+
+def all_radii(model: nn.Module, curvature: Curvature, dataset: Dataset, seed: int) -> dict[str, float]:
+    """`hessian_radius` as `hessian_lambda_max`, beside `radii_of_both_kinds` on the same images."""
+    kinds = radii_of_both_kinds(model, curvature, dataset.x_train[:_HESSIAN_SAMPLES], seed)
+    return {"hessian_lambda_max": hessian_radius(model, dataset, seed), **kinds}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flatprune.data import Dataset
 from flatprune.errors import InputError
 
-VALIDATION_SHARE = 0.1  # of the training images
+VALIDATION_FRACTION = 0.1  # of the training images
 
 Evaluate = Callable[[nn.Module, Tensor, Tensor], tuple[float, float]]
 
@@ -23,7 +23,7 @@ def hold_out(dataset: Dataset, seed: int) -> tuple[Dataset, Tensor, Tensor]:
         InputError: there are fewer than 20 training images.
     """
     total = len(dataset.x_train)
-    count = round(VALIDATION_SHARE * total)
+    count = round(VALIDATION_FRACTION * total)
     if count < 2:
         raise InputError(f"stop_accuracy_drop holds out a tenth of the training images; {total} are too few, need 20")
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))

@@ -11,28 +11,46 @@ import torch
 from torch import Tensor, nn
 
 from flatprune import models
-from flatprune.cutting.followers import named_tensors
+from flatprune.checkpoint import CHECKPOINT_FORMAT, CHECKPOINT_VERSION
+from flatprune.cutting.ema_models import named_tensors
 from flatprune.data import Dataset, batch_indices
-from flatprune.errors import DivergedError, Interrupted
+from flatprune.errors import DivergedError, InputError, Interrupted
 from flatprune.export import take_tensors
-from flatprune.flatness.distortion import disout
+from flatprune.flatness.distortion import attach_disout
 from flatprune.flatness.sam import SAM, MomentumSAM
 from flatprune.flatness.shifting import optimum_shift
 from flatprune.pruning.pruner import Pruner
 from flatprune.pruning.removals import Removal
 from flatprune.settings import Settings
-from flatprune.training import parts
+from flatprune.training import builders
 from flatprune.training.averaging import AveragedWeights
 from flatprune.training.batches import Batches, whole_batch
-from flatprune.training.evaluation import evaluate, tracked_radii
-from flatprune.training.goals import check_reachable
+from flatprune.training.evaluation import evaluate
 from flatprune.training.gradients import Gradients
-from flatprune.training.observer import Observer
-from flatprune.training.run_state import EpochSums, LossWatch, Progress
+from flatprune.training.measurements import all_radii
+from flatprune.training.state import EpochSums, LossWatch, Progress, generator_states, load_generators
 from flatprune.training.stopping import AccuracyGuard, hold_out
-from flatprune.training.training_state import load_state
 
 _CHECK_STEPS = 100  # between looks at the loss where looking costs a wait
+
+
+class Observer:
+    """Told about a run while it goes on; the methods do nothing unless overridden."""
+
+    def start(self, trainer: Trainer) -> None:
+        """Training begins or goes on."""
+
+    def step(self, trainer: Trainer) -> None:
+        """An optimizer step is done."""
+
+    def removal(self, record: dict[str, Any]) -> None:
+        """Neurons were removed, or an event removed none, or pruning was stopped, by `record["kind"]`."""
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """An epoch is done and tested."""
+
+    def stop(self) -> None:
+        """Training ended, was stopped or failed."""
 
 
 class Trainer:
@@ -67,11 +85,11 @@ class Trainer:
         self.total_steps = settings.epochs * self.steps_per_epoch
         torch.manual_seed(settings.seed)
         self._make_model(state)
-        self._make_parts()
+        self._build()
         if state is not None:
-            load_state(self, state)
+            self._load(state)
         elif self.pruner is not None:
-            check_reachable(self.pruner, settings.model)
+            builders.check_reachable(self.pruner, settings.model)
 
     def _make_model(self, state: dict[str, Any] | None) -> None:
         settings, dataset = self.settings, self.dataset
@@ -83,18 +101,18 @@ class Trainer:
         }
         self.model = self.untrained().to(self.device)
         self.params_before = models.parameter_count(self.model)
-        self.flops_before = models.multiply_accumulates(self.model, dataset.image_shape)
+        self.macs_before = models.multiply_accumulates(self.model, dataset.image_shape)
         self.widths_before = models.layer_widths(self.model)
         if settings.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if state is not None:
             take_tensors(self.model, state["model"])
 
-    def _make_parts(self) -> None:
+    def _build(self) -> None:
         """Everything that acts on the model."""
         settings, model, dataset = self.settings, self.model, self.dataset
         self.peak_lr = settings.peak_lr(models.has_batch_norm(model))
-        self.optimizer = parts.make_optimizer(settings, model, self.peak_lr)
+        self.optimizer = builders.make_optimizer(settings, model, self.peak_lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
         self.order_generator = torch.Generator().manual_seed(settings.seed)
         self.batches = Batches(
@@ -108,22 +126,22 @@ class Trainer:
             parts=settings.accumulate,
         )
         self.average = None if settings.ema is None else AveragedWeights(model, settings.ema)
-        self.curvature = parts.make_curvature(settings, model)
+        self.curvature = builders.make_curvature(settings, model)
         self.flatness = self.msam = self.sam = self.pruner = self.disout = self.compiled = None
         if "on" in settings.flatness_parts:
-            self.flatness = parts.make_flatness(settings, self.curvature, self.total_steps)
+            self.flatness = builders.make_flatness(settings, self.curvature, self.total_steps)
         if "msam" in settings.flatness_parts:
             self.msam = MomentumSAM(model, self.optimizer, radius=settings.sam_radius)
         if "sam" in settings.flatness_parts:
             self.sam = SAM(model, radius=settings.sam_radius, every=settings.sam_every, curvature=self.curvature)
-        if settings.target.share < 1.0:
-            self.pruner = parts.make_pruner(
+        if settings.target.fraction < 1.0:
+            self.pruner = builders.make_pruner(
                 settings, model, self.optimizer, self.curvature, dataset, self.total_steps, self.average
             )
         if settings.disout > 0.0:
-            self.disout = disout(model, probability=settings.disout, steps=self.total_steps)
+            self.disout = attach_disout(model, probability=settings.disout, steps=self.total_steps)
         if settings.compile:
-            self.compiled = parts.Compiled(model, self.curvature)
+            self.compiled = builders.Compiled(model, self.curvature)
         self.gradients = Gradients(
             self.compiled or model,
             nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing),
@@ -138,7 +156,7 @@ class Trainer:
 
     def untrained(self) -> nn.Module:
         """The network before its first step, on the CPU."""
-        return parts.untrained(self.settings, self.arguments)
+        return builders.untrained(self.settings, self.arguments)
 
     @property
     def result(self) -> nn.Module:
@@ -149,6 +167,56 @@ class Trainer:
     def params(self) -> int:
         """Parameters of the network as it is now."""
         return models.parameter_count(self.model)
+
+    def state(self) -> dict[str, Any]:
+        """The content of `checkpoint.pt`; see `flatprune.checkpoint`."""
+        return {
+            "format": CHECKPOINT_FORMAT,
+            "version": CHECKPOINT_VERSION,
+            "settings": self.settings.as_dict(),
+            "data_digest": self.dataset.digest,
+            "progress": {**vars(self.progress), **self.sums.state_dict()},
+            "history": self.history,
+            "model": self.model.state_dict(),
+            "ema": None if self.average is None else self.average.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            **{name: None if part is None else part.state_dict() for name, part in self._stateful().items()},
+            "rng": generator_states(self.device, self.order_generator),
+        }
+
+    def _load(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, with the model's tensors taken already."""
+        if state["data_digest"] != self.dataset.digest:
+            name = self.dataset.name
+            raise InputError(f"{name}: not the data of the checkpoint; a run resumes only on the same data")
+        if self.average is not None:
+            take_tensors(self.average.module, state["ema"])
+        fused = builders.fused_optimizer(self.device)  # the device may be another one than before
+        groups = [{**group, "fused": fused} for group in state["optimizer"]["param_groups"]]
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        for name, part in self._stateful().items():
+            if part is not None:
+                part.load_state_dict(state[name])
+        sums = {name: state["progress"][name] for name in self.sums.state_dict()}
+        self.sums.load_state_dict(sums)
+        self.progress = Progress(**{name: value for name, value in state["progress"].items() if name not in sums})
+        if self.guard is not None:
+            self.guard.best = self.progress.best_held_out
+        if self.progress.order is not None:
+            self.progress.order = self.progress.order.cpu()
+        self.history = list(state["history"])
+        load_generators(state["rng"], self.device, self.order_generator)
+
+    def _stateful(self) -> dict[str, Any]:
+        """Name in the checkpoint -> what has a state of its own, or None where the run does without."""
+        return {
+            "scaler": self.scaler if self.scaler.is_enabled() else None,
+            "curvature": self.curvature,
+            "flatness": self.flatness,
+            "sam": self.sam,
+            "disout": self.disout,
+            "pruner": self.pruner,
+        }
 
     def train(
         self,
@@ -219,7 +287,7 @@ class Trainer:
 
     def _shift_optimum(self) -> None:
         """Once, after the last removal; without pruning at the same step."""
-        schedule = parts.make_schedule(self.settings, self.total_steps)
+        schedule = builders.make_schedule(self.settings, self.total_steps)
         if self.settings.optimum_shift == "off" or not schedule.is_last(self.progress.step):
             return
         where = {"kind": "optimum_shift", "epoch": self.progress.epoch + 1, "step": self.progress.step}
@@ -304,9 +372,16 @@ class Trainer:
             "spectral_radius": float(self.curvature.spectral_radius()),
             "spectral_radius_geometric_mean": float(self.curvature.geometric_mean_radius()),
             "seconds": progress.seconds,
-            **tracked_radii(self, progress.epoch),
+            **self._tracked_radii(),
         }
         self.history.append(record)
         progress.order, progress.batch = None, 0
         self.sums.reset()
         return record
+
+    def _tracked_radii(self) -> dict[str, float]:
+        """The true radius and K-FAC radii of both kinds; empty after epochs that do not ask for it."""
+        every, epoch = self.settings.track_hessian, self.progress.epoch
+        if every is None or (epoch % every and epoch != self.settings.epochs):
+            return {}
+        return all_radii(self.result, self.curvature, self.dataset, self.settings.seed)

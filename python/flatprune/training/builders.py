@@ -15,6 +15,7 @@ from flatprune.export import fresh_network
 from flatprune.flatness.spectrum import Flatness
 from flatprune.pruning.pruner import Pruner
 from flatprune.pruning.schedule import CubicSchedule
+from flatprune.pruning.targets import UNITS, amount
 from flatprune.settings import Settings
 from flatprune.training.averaging import AveragedWeights
 from kfac_ext.curvature import Curvature
@@ -63,13 +64,13 @@ def make_curvature(settings: Settings, model: nn.Module) -> Curvature:
     generator = torch.Generator().manual_seed(settings.seed)
     if settings.accumulate == 1:
         return Curvature(model, factor_update_steps=settings.factor_update_steps, generator=generator)
-    every = settings.factor_update_steps or (10 if _has_convolutions(model) else 5)
+
+    def every() -> int:  # the layers are known from the first forward on
+        return settings.factor_update_steps or (10 if curvature.has_convolutions else 5)
+
     parts = BatchInParts(settings.accumulate, every, FACTOR_DECAY)
-    return Curvature(model, factor_update_steps=parts.update_steps, factor_decay=parts.decay, generator=generator)
-
-
-def _has_convolutions(model: nn.Module) -> bool:
-    return any(isinstance(module, models.LAYERS) and not isinstance(module, nn.Linear) for module in model.modules())
+    curvature = Curvature(model, factor_update_steps=parts.update_steps, factor_decay=parts.decay, generator=generator)
+    return curvature
 
 
 class BatchInParts:
@@ -81,16 +82,16 @@ class BatchInParts:
 
     Args:
         parts: n, forwards a batch.
-        every: batches between updates.
+        every: gives the batches between updates.
         decay: d.
     """
 
-    def __init__(self, parts: int, every: int, decay: float) -> None:
+    def __init__(self, parts: int, every: Callable[[], int], decay: float) -> None:
         self._parts, self._every, self._decay = parts, every, decay
 
     def update_steps(self, forward: int) -> int:
         """For `Curvature`: 1 in forwards (from 0) that count, and what does not divide their number in others."""
-        return 1 if (forward // self._parts) % self._every == 0 else forward + 1
+        return 1 if (forward // self._parts) % self._every() == 0 else forward + 1
 
     def decay(self, forward: int) -> float:
         """For `Curvature`: the decay at a forward, from 0."""
@@ -145,10 +146,27 @@ def make_pruner(
             min_width=settings.min_width,
             max_predicted_loss=settings.max_predicted_loss,
             exclude=settings.exclude,
-            followers=[] if average is None else [average.module],
+            ema_models=[] if average is None else [average.module],
         )
     except (KeyError, ValueError) as error:
         raise InputError(str(error.args[0])) from error
+
+
+def check_reachable(pruner: Pruner, model: str) -> None:
+    """Refuse a target below what the limits leave of the network.
+
+    Raises:
+        InputError: naming target, limits and the least that is left.
+    """
+    target, start, least = pruner.target, pruner.cost_start, pruner.reachable()
+    if least <= target.fraction * start:
+        return
+    goal, whole, kept = (amount(target.unit, cost) for cost in (target.fraction * start, start, least))
+    raise InputError(
+        f"target_{target.unit} is {target.fraction:g}, {goal} of {whole} {UNITS[target.unit]}, but {model} keeps "
+        f"at least {kept} ({least / start:.2g}) with round_to {pruner.limits.round_to} and "
+        f"min_width {pruner.limits.min_width}"
+    )
 
 
 class Compiled:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from flatprune.criteria.loss_change import LossChange, divergence
 from flatprune.cutting.surgery import plan
+from flatprune.pruning.limits import LossBudget
+from flatprune.pruning.predicted_vs_measured import Cut, cuts, in_words, pearson, predicted_vs_measured, ranks
 from flatprune.pruning.schedule import CubicSchedule
-from flatprune.pruning.selection import LossBudget
 from flatprune.pruning.targets import Target
-from flatprune.pruning.trust import Cut, cuts, in_words, pearson, ranks, trust
 
 
 def removal(predicted: float | None, measured: float | None, step: int = 1, number: int = 0) -> dict:
@@ -44,7 +44,7 @@ def test_ranks_share_ties():
     assert ranks([5.0, 5.0, 5.0]) == [2.0, 2.0, 2.0]
 
 
-def test_trust_counts_each_cut_once():
+def test_predicted_vs_measured_counts_each_cut_once():
     history = [
         {"kind": "epoch", "step": 1},
         removal(0.1, 0.2),
@@ -56,22 +56,24 @@ def test_trust_counts_each_cut_once():
         removal(0.3, float("nan"), step=5),
     ]
     assert cuts(history) == [Cut(1, 0.1, 0.2), Cut(1, 0.2, 0.9), Cut(3, 0.4, 0.8)]
-    found = trust(history)
+    found = predicted_vs_measured(history)
     assert (found["cuts"], found["predicted_sum"], found["measured_sum"]) == (3, pytest.approx(0.7), pytest.approx(1.9))
     assert found["spearman"] == pytest.approx(0.5)  # ranks 1 2 3 and 1 3 2
     assert found["pearson"] == pearson([0.1, 0.2, 0.4], [0.2, 0.9, 0.8])
 
 
 def test_too_few_or_constant_changes_have_no_correlation():
-    assert trust([removal(0.1, 0.2), removal(0.2, 0.3, step=2)])["pearson"] is None
-    flat = trust([removal(0.1, 0.1 * step, step=step) for step in range(5)])
+    assert predicted_vs_measured([removal(0.1, 0.2), removal(0.2, 0.3, step=2)])["pearson"] is None
+    flat = predicted_vs_measured([removal(0.1, 0.1 * step, step=step) for step in range(5)])
     assert flat["cuts"] == 5 and flat["pearson"] is None and flat["spearman"] is None
     assert "too few" in in_words(flat)
-    assert "no cut" in in_words(trust([]))
-    assert in_words(trust([removal(0.01, 0.12)])).startswith(
+    assert "no cut" in in_words(predicted_vs_measured([]))
+    assert in_words(predicted_vs_measured([removal(0.01, 0.12)])).startswith(
         "1 cut: loss predicted +0.01, measured +0.12 (12 times as much)"
     )
-    assert "hardly alike (Spearman -1.00" in in_words(trust([removal(s, -s, step=s) for s in (1, 2, 3)]))
+    assert "hardly alike (Spearman -1.00" in in_words(
+        predicted_vs_measured([removal(s, -s, step=s) for s in (1, 2, 3)])
+    )
 
 
 def test_divergence_is_the_expected_change_of_the_loss():
@@ -94,7 +96,7 @@ def test_divergence_is_the_expected_change_of_the_loss():
 def test_the_removal_of_one_neuron_changes_the_loss_by_about_what_is_predicted(seed):
     torch.manual_seed(seed)
     schedule = CubicSchedule(100, 0.3, 0.4, 10)
-    options = {"layers": ["3"], "criterion": "outgoing", "compensate": False, "schedule": schedule}
+    options = {"layers": ["3"], "criterion": "obd", "compensate": False, "schedule": schedule}
     run = Run(chain()).prune(100, target=Target(neurons=0.92), **options)  # 11 of 12
     (record,) = run.train(41)
     assert record.removed == 1
@@ -138,14 +140,14 @@ def test_records_explain_themselves(name):
     run = Run(NETWORKS[name]()).prune(100, params=0.4)
     run.train(run.pruner.schedule.events[0] - 1)
     pruner = run.pruner
-    costs = pruner._meter.on_paper().neuron_costs()
+    costs = pruner._tracker.on_paper().neuron_costs()
     records = run.train(1)
     positions = {group.name: number for number, group in enumerate(pruner.groups)}
     predicted = 0.0
     for record in records:
         assert record.neuron_cost == costs[positions[record.layer]]
         assert record.lowest_removed <= record.highest_removed
-        if pruner.groups[positions[record.layer]].partitions == 1:
+        if pruner.groups[positions[record.layer]].groups == 1:
             assert record.highest_removed <= record.lowest_kept
         predicted += record.neuron_cost * record.lowest_removed * record.removed
     (change,) = {record.predicted_change for record in records}

@@ -28,20 +28,20 @@ def test_a_copy_that_nothing_updates_is_the_masked_copy(name):
     torch.manual_seed(0)
     model = NETWORKS[name]()
     model(digits()[0][:64])
-    follower = copy.deepcopy(model)
+    ema_model = copy.deepcopy(model)
     groups = neuron_groups(model, digits()[0][:2]).groups
-    gone = {0: torch.cat([(groups[0].partition == p).nonzero()[1:3, 0] for p in range(groups[0].partitions)])}
+    pruned = {0: torch.cat([(groups[0].group_of == p).nonzero()[1:3, 0] for p in range(groups[0].groups)])}
     with torch.no_grad():
-        for parameter in follower.parameters():  # so that cutting the model's values into it would be seen
+        for parameter in ema_model.parameters():  # so that cutting the model's values into it would be seen
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    expected = copy.deepcopy(follower)
+    expected = copy.deepcopy(ema_model)
     twin = neuron_groups(expected, digits()[0][:2]).groups
-    surgery.plan(expected, twin, gone).commit()
-    surgery.plan(model, groups, gone, followers=[follower]).commit()
-    assert shapes(follower) == shapes(model)
-    assert repr(follower) == repr(model)
+    surgery.plan(expected, twin, pruned).commit()
+    surgery.plan(model, groups, pruned, ema_models=[ema_model]).commit()
+    assert shapes(ema_model) == shapes(model)
+    assert repr(ema_model) == repr(model)
     for key, tensor in expected.state_dict().items():
-        assert torch.equal(follower.state_dict()[key], tensor), key
+        assert torch.equal(ema_model.state_dict()[key], tensor), key
 
 
 @pytest.mark.parametrize("network", [mlp, chain])
@@ -49,7 +49,7 @@ def test_averaged_weights_of_a_whole_training(network):
     torch.manual_seed(0)
     model = network()
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
-    run = Run(model).prune(150, params=0.2, compensate=True, followers=[ema])
+    run = Run(model).prune(150, params=0.2, compensate=True, ema_models=[ema])
     start = run.pruner.params
     for _ in range(100):
         run.train(1)
@@ -62,43 +62,43 @@ def test_averaged_weights_of_a_whole_training(network):
     assert accuracy > 0.8
 
 
-def test_compensation_moves_a_follower_as_much_as_the_model():
+def test_compensation_moves_a_copy_as_much_as_the_model():
     torch.manual_seed(0)
     model = mlp(12, 8)
-    follower = copy.deepcopy(model)
+    ema_model = copy.deepcopy(model)
     with torch.no_grad():
-        follower[3].weight.mul_(2.0)
+        ema_model[3].weight.mul_(2.0)
     groups = neuron_groups(model, digits()[0][:2]).groups
     before = model[3].weight.detach().clone()
     moved = {"3.weight": before + 0.5, "3.bias": model[3].bias.detach() + 1.0}
-    bias = follower[3].bias.detach().clone()
-    surgery.plan(model, groups, {0: torch.tensor([3])}, replacements=moved, followers=[follower]).commit()
+    bias = ema_model[3].bias.detach().clone()
+    surgery.plan(model, groups, {0: torch.tensor([3])}, replacements=moved, ema_models=[ema_model]).commit()
     kept = [0, 1, 2, *range(4, 12)]
-    torch.testing.assert_close(follower[3].weight.detach(), (2.0 * before + 0.5)[:, kept])
-    torch.testing.assert_close(follower[3].bias.detach(), bias + 1.0)
+    torch.testing.assert_close(ema_model[3].weight.detach(), (2.0 * before + 0.5)[:, kept])
+    torch.testing.assert_close(ema_model[3].bias.detach(), bias + 1.0)
 
 
 def test_what_is_no_copy_is_refused():
     model = mlp(12, 8)
     arguments = {"target": Target(0.5), "total_steps": 100}
-    for followers, error, message in (
-        ([mlp(12, 9)], ValueError, r"followers\[0\]: '3.weight' has shape \(9, 12\), \(8, 12\) in the model"),
-        ([copy.deepcopy(model), chain()], ValueError, r"followers\[1\]: '1.weight' has shape"),
-        ([nn.Sequential(model)], ValueError, r"followers\[0\]: '1.weight' is only in the model"),
-        ([model], ValueError, r"followers\[0\]: '1.weight' is the model's own tensor"),
-        ([3], TypeError, r"followers\[0\] is int"),
-        (copy.deepcopy(model), TypeError, "followers is Sequential, expected a list"),
+    for ema_models, error, message in (
+        ([mlp(12, 9)], ValueError, r"ema_models\[0\]: '3.weight' has shape \(9, 12\), \(8, 12\) in the model"),
+        ([copy.deepcopy(model), chain()], ValueError, r"ema_models\[1\]: '1.weight' has shape"),
+        ([nn.Sequential(model)], ValueError, r"ema_models\[0\]: '1.weight' is only in the model"),
+        ([model], ValueError, r"ema_models\[0\]: '1.weight' is the model's own tensor"),
+        ([3], TypeError, r"ema_models\[0\] is int"),
+        (copy.deepcopy(model), TypeError, "ema_models is Sequential, expected a list"),
     ):
         with pytest.raises(error, match=message):
-            Pruner(model, sgd(model), Curvature(model), digits()[0][:2], followers=followers, **arguments)
+            Pruner(model, sgd(model), Curvature(model), digits()[0][:2], ema_models=ema_models, **arguments)
 
 
-def test_a_follower_that_was_changed_stops_the_removal_before_anything_is_cut():
-    follower = mlp(12, 8)
-    run = Run(mlp(12, 8)).prune(50, params=0.5, followers=[follower])
-    follower[1].weight.data = follower[1].weight.data[:7]
+def test_a_copy_that_was_changed_stops_the_removal_before_anything_is_cut():
+    ema_model = mlp(12, 8)
+    run = Run(mlp(12, 8)).prune(50, params=0.5, ema_models=[ema_model])
+    ema_model[1].weight.data = ema_model[1].weight.data[:7]
     before = shapes(run.model)
-    with pytest.raises(ValueError, match=r"followers\[0\]: '1.weight' has shape \(7, 64\)"):
+    with pytest.raises(ValueError, match=r"ema_models\[0\]: '1.weight' has shape \(7, 64\)"):
         run.train(30)
     assert shapes(run.model) == before
 

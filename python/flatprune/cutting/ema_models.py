@@ -1,6 +1,6 @@
 """Copies of a model that lose the same neurons as the model: averaged weights (EMA, SWA), or any deep copy.
 
-A follower has the modules and tensors of the model under the same names, in the same shapes, but tensors of its own:
+A copy has the modules and tensors of the model under the same names, in the same shapes, but tensors of its own:
 `copy.deepcopy(model)`, or a `torch.optim.swa_utils.AveragedModel` of the model, whose copy inside is meant. It is cut
 with the model's own choice of neurons; where survivors are compensated, its weights move by as much as the model's.
 Nothing else is done to it: what updates it goes on doing so.
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 
-def unwrapped(follower: nn.Module) -> nn.Module:
-    """The copy of the model: what an AveragedModel averages, else the follower itself."""
-    return follower.module if isinstance(follower, AveragedModel) else follower
+def unwrapped(ema_model: nn.Module) -> nn.Module:
+    """The copy of the model: what an AveragedModel averages, else the copy itself."""
+    return ema_model.module if isinstance(ema_model, AveragedModel) else ema_model
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -24,20 +24,20 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def checked_followers(model: nn.Module, followers: Sequence[nn.Module]) -> tuple[nn.Module, ...]:
-    """The followers, once each is known to be a copy of the model; raises TypeError or ValueError otherwise."""
-    if isinstance(followers, nn.Module):  # a Sequential would be taken apart into layers
-        raise TypeError(f"Pruner: followers is {type(followers).__name__}, expected a list of modules")
-    for number, follower in enumerate(followers):
-        check_follower(model, follower, f"Pruner: followers[{number}]")
-    return tuple(followers)
+def checked_ema_models(model: nn.Module, ema_models: Sequence[nn.Module]) -> tuple[nn.Module, ...]:
+    """The copies, once each is known to be a copy of the model; raises TypeError or ValueError otherwise."""
+    if isinstance(ema_models, nn.Module):  # a Sequential would be taken apart into layers
+        raise TypeError(f"Pruner: ema_models is {type(ema_models).__name__}, expected a list of modules")
+    for number, ema_model in enumerate(ema_models):
+        check_ema_model(model, ema_model, f"Pruner: ema_models[{number}]")
+    return tuple(ema_models)
 
 
-def check_follower(model: nn.Module, follower: nn.Module, name: str) -> None:
-    """Raise TypeError or ValueError, naming the first tensor that differs, if `follower` is no copy of the model."""
-    if not isinstance(follower, nn.Module):
-        raise TypeError(f"{name} is {type(follower).__name__}, expected a torch.nn.Module")
-    own, found = named_tensors(model), named_tensors(unwrapped(follower))
+def check_ema_model(model: nn.Module, ema_model: nn.Module, name: str) -> None:
+    """Raise TypeError or ValueError, naming the first tensor that differs, if `ema_model` is no copy of the model."""
+    if not isinstance(ema_model, nn.Module):
+        raise TypeError(f"{name} is {type(ema_model).__name__}, expected a torch.nn.Module")
+    own, found = named_tensors(model), named_tensors(unwrapped(ema_model))
     for key in [*own, *found]:
         if key not in own or key not in found:
             raise ValueError(f"{name}: {key!r} is only in {'the model' if key in own else 'it'}, expected a copy")

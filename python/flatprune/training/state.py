@@ -1,4 +1,4 @@
-"""Where a run stands: its counters, the sums of the running epoch, whether its loss is still finite."""
+"""Where a run stands: counters, sums of the running epoch, whether the loss is still finite, random streams."""
 
 from __future__ import annotations
 
@@ -93,3 +93,17 @@ class LossWatch:
     def value(self) -> float:
         """The last loss, or on a device the first one that was not finite; waits for the device."""
         return float(self._kept)
+
+
+def generator_states(device: torch.device, order: torch.Generator) -> dict[str, Tensor | None]:
+    """The states of all that draws in a run: torch's streams and the generator of the samples' order."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "order": order.get_state()}
+
+
+def load_generators(states: dict[str, Any], device: torch.device, order: torch.Generator) -> None:
+    """Go on drawing from `generator_states`; on another device than before, its own stream begins as it is."""
+    torch.set_rng_state(states["torch"].cpu())
+    order.set_state(states["order"].cpu())
+    if states["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"].cpu(), device)

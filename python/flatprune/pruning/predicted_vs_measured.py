@@ -1,4 +1,4 @@
-"""Whether the criterion can be trusted: the predicted change of the loss at each cut against the measured one."""
+"""The predicted change of the loss at each cut against the measured one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def cuts(history: Iterable[Mapping[str, Any]]) -> list[Cut]:
     return list(found.values())
 
 
-def trust(history: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def predicted_vs_measured(history: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """How well predicted and measured changes of the loss agree over the cuts of a run.
 
     Returns:
@@ -35,7 +35,7 @@ def trust(history: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         them, None below 3 cuts or where one side never varies.
 
     Example:
-        >>> trust([])
+        >>> predicted_vs_measured([])
         {'cuts': 0, 'predicted_sum': 0.0, 'measured_sum': 0.0, 'pearson': None, 'spearman': None}
     """
     pairs = cuts(history)
@@ -68,7 +68,7 @@ def ranks(values: Sequence[float]) -> list[float]:
 
 
 def in_words(figures: Mapping[str, Any]) -> str:
-    """What `trust` found, for people."""
+    """What `predicted_vs_measured` found, for people."""
     if not figures["cuts"]:
         return "no cut has both a predicted and a measured change of the loss"
     predicted, measured = figures["predicted_sum"], figures["measured_sum"]

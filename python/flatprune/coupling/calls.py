@@ -1,0 +1,124 @@
+"""Calls of a model: what it is called with, and calls that leave it as it was."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
+
+from kfac_ext.curvature.layers import RngState, device_of, module_modes
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call of a model.
+
+    Example:
+        >>> Call((images,), {"return_features": True})
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors among the arguments, nested ones too."""
+        return [leaf for leaf in tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Tensor)]
+
+    def run(self, model: nn.Module) -> Any:
+        """The model's output."""
+        return model(*self.args, **self.kwargs)
+
+
+def as_calls(example_inputs: Any) -> list[Call]:
+    """Example inputs as calls: a tensor, a tuple or list of positional arguments, a dict of keywords, a `Call`, or several.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if isinstance(example_inputs, Call):
+        return [example_inputs]
+    if isinstance(example_inputs, (list, tuple)) and example_inputs and all(isinstance(c, Call) for c in example_inputs):
+        return list(example_inputs)
+    if isinstance(example_inputs, Mapping):
+        return [Call((), dict(example_inputs))]
+    if isinstance(example_inputs, (tuple, list)):
+        if not example_inputs:
+            raise ValueError("example_inputs is empty, expected what the model can be called with")
+        return [Call(tuple(example_inputs))]
+    return [Call((example_inputs,))]
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Operators as torch composes them: no fused kernels of oneDNN, cuDNN or attention's fast path."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of TF32 on Intel GPUs whenever flags are touched
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        yield
+
+
+_NEW = object()
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Forwards inside leave buffers, cached tensors and all random streams (torch, NumPy, Python) as they were; no gradients."""
+    rng, numpy_state, python_state = RngState.now(device_of(model)), np.random.get_state(), random.getstate()  # noqa: NPY002
+    buffers = [(module, key, b, b._version, b.clone()) for module in model.modules() for key, b in _buffers(module)]
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        rng.restore()
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        random.setstate(python_state)
+        for module, key, buffer, version, copy in buffers:
+            module._buffers[key] = buffer
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(copy)
+        for module, known in attributes:
+            for key, value in [(k, v) for k, v in vars(module).items() if known.get(k, _NEW) is not v]:
+                if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):  # a cache that a forward left
+                    if key in known:
+                        module.__dict__[key] = known[key]
+                    else:
+                        del module.__dict__[key]
+
+
+def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(key, buffer) for key, buffer in module._buffers.items() if buffer is not None]
+
+
+@contextmanager
+def traced_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Evaluation or training mode; batch norms normalise by running statistics in both, so that one sample is enough."""
+    modes = {
+        module: training and not (isinstance(module, _BatchNorm) and module.running_var is not None)
+        for module in model.modules()
+    }
+    with module_modes(modes):
+        yield
+
+
+def first_lines(error: BaseException, length: int = 160) -> str:
+    """An exception in a line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:length] if text else type(error).__name__
+
+
+Calls = Sequence[Call]

@@ -1,0 +1,168 @@
+"""Which tensors of a network are coupled: traced, connected, read off as neurons, proven."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatprune.coupling.attention import make_prunable, undo_prunable
+from flatprune.coupling.calls import as_calls, first_lines, plain_kernels, traced_mode, unchanged
+from flatprune.coupling.components import OUTPUT, Candidate, Components
+from flatprune.coupling.findings import AxisTable, Findings
+from flatprune.coupling.neurons import CONSUMER, Coupling
+from flatprune.coupling.operators.indexing import LOOKED_UP
+from flatprune.coupling.tracer import Labels, ModuleStack
+from flatprune.coupling.trial import TracedCall, Trial
+from flatprune.coupling.unreached import couple_unreached
+
+_ROUNDS = 4  # of trial cuts with coarser neurons
+
+
+def find_coupling(model: nn.Module, example_inputs: Any, exclude: Sequence[str | type] = ()) -> Coupling:
+    """The groups of neurons of `model`, traced in evaluation and in training mode and proven by trial cuts.
+
+    Every `nn.MultiheadAttention` gets a forward that follows the shapes of its tensors (see
+    `flatprune.coupling.attention`); else the model is left as it was: modes, tensors, gradients, random streams.
+
+    Args:
+        model: any module that runs eagerly.
+        example_inputs: a tensor, a tuple of positional arguments, a dict of keywords, a `Call`, or several calls that
+            together reach everything; one or two samples do.
+        exclude: layers whose outputs stay: qualified names (of a layer, or of a module that holds it) or types.
+
+    Returns:
+        The prunable groups in forward order, and why others stay.
+
+    Raises:
+        KeyError: `exclude` names a module that the model does not have.
+        ValueError: the model cannot be called with the example inputs; names the module that raised.
+
+    Example:
+        >>> coupling = find_coupling(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(2, 4))
+        >>> coupling.groups[0].name, coupling.groups[0].width
+        ('0', 8)
+    """
+    _check_exclude(model, exclude)
+    changed = make_prunable(model)
+    try:
+        return _Search(model, example_inputs, exclude).coupling()
+    except BaseException:
+        undo_prunable(changed)
+        raise
+
+
+class _Search:
+    def __init__(self, model: nn.Module, example_inputs: Any, exclude: Sequence[str | type]) -> None:
+        self.model, self.exclude = model, exclude
+        self.table, self.findings, self.stack = AxisTable(model), Findings(), ModuleStack(model)
+        self.traced: list[TracedCall] = []
+        self.called: set[str] = set()
+        self.read_by_host: set[str] = set()
+        for call in as_calls(example_inputs):
+            for training in (False, True):
+                self._trace(call, training)
+
+    def _trace(self, call: Any, training: bool) -> None:
+        first_joint = self.table.next_joint
+        labels = Labels(self.model, self.table, self.findings, self.stack)
+        with unchanged(self.model), plain_kernels(), traced_mode(self.model, training), self.stack.watching():
+            try:
+                with labels:
+                    output = call.run(self.model)
+            except Exception as error:
+                mode = "training" if training else "evaluation"
+                raise ValueError(
+                    f"example_inputs: the model's forward raises in {mode} mode, in {self.stack.here} "
+                    f"({first_lines(error)}); give inputs that it can be called with"
+                ) from error
+            labels.note_outputs(output)
+        self.called |= labels.called
+        self.read_by_host |= labels.read_by_host
+        self.traced.append(TracedCall(call, training, first_joint))
+
+    def coupling(self) -> Coupling:
+        """Try candidates; what fails is tried with coarser neurons, else refused."""
+        components = Components(self.table, self.findings)
+        more, unsafe = couple_unreached(self.model, components, self.called, self.read_by_host)
+        if more:
+            components = Components(self.table, self.findings, more)
+        proven: set[bytes] = set()
+        attributes: dict[str, Any] = {}
+        reasons: dict[int, str] = {}
+        for _ in range(_ROUNDS):
+            trial = Trial(self.model, self.traced, components)
+            reasons = {p: why for p, c in enumerate(components.candidates) if (why := self._excluded(c, unsafe))}
+            tried = [p for p in range(len(components.candidates)) if p not in reasons]
+            failed = trial.prove(tried)
+            reasons.update(failed)
+            attributes = {components.candidates[p].group.name: found for p, found in trial.attributes.items()}
+            coarser = [pair for p in failed for pair in _coarser(components, components.candidates[p])]
+            if not coarser:
+                break
+            more = [*more, *coarser]
+            components = Components(self.table, self.findings, more)
+        del proven
+        return self._result(components, reasons, attributes)
+
+    def _excluded(self, candidate: Candidate, unsafe: dict[int, str]) -> str:
+        modules = dict(self.model.named_modules())
+        for member in candidate.group.members:
+            if member.roles == {CONSUMER}:
+                continue
+            for item in self.exclude:
+                if isinstance(item, type):
+                    hit = isinstance(modules[member.module], item)
+                else:
+                    hit = item == "" or any((owner + ".").startswith(item + ".") for owner in (member.module, member.name))
+                if hit:
+                    return _EXCLUDED
+        for member in candidate.group.members:
+            if member.size in unsafe or member.size // member.groups in unsafe:
+                return unsafe.get(member.size) or unsafe[member.size // member.groups]
+        return ""
+
+    def _result(self, components: Components, reasons: dict[int, str], attributes: dict[str, Any]) -> Coupling:
+        found = Coupling(attributes=attributes)
+        for position, candidate in enumerate(components.candidates):
+            if position in reasons:
+                why = reasons[position]
+                found.refuse(candidate.group.producers(), why, expected=why == _EXCLUDED)
+            else:
+                found.groups.append(candidate.group)
+        for layers, why in components.refused:
+            found.refuse(layers, why, expected=why == OUTPUT or why.startswith(LOOKED_UP))
+        return found
+
+
+_EXCLUDED = "it is excluded"
+
+
+def _coarser(components: Components, candidate: Candidate) -> list[Tensor]:
+    """Pairs that make neurons of a candidate coarser: equal pieces, or equal ranks of its slices, go together."""
+    inside = torch.zeros(components.total, dtype=torch.bool)
+    inside[torch.cat(candidate.nodes)] = True
+    found = []
+    for pairs in components.findings.splits:
+        flat = components.flat(pairs)
+        touched = inside[flat].any(dim=1)
+        apart = components.component[flat[:, 0]] != components.component[flat[:, 1]]
+        if bool((touched & apart).any()):
+            found.append(flat)
+    group = candidate.group
+    if group.groups > 1:
+        first, *others = ((group.group_of == part).nonzero().flatten() for part in range(group.groups))
+        for other in others:
+            pairs = [(candidate.nodes[a][0], candidate.nodes[b][0]) for a, b in zip(first.tolist(), other.tolist())]
+            found.append(torch.tensor(pairs))
+    return found
+
+
+def _check_exclude(model: nn.Module, exclude: Sequence[str | type]) -> None:
+    known = {*dict(model.named_modules()), *dict(model.named_parameters())}
+    for item in exclude:
+        if isinstance(item, str) and item not in known:
+            modules = ", ".join(name for name, _ in model.named_modules() if name)
+            raise KeyError(f"exclude: the model has no module named {item!r}; it has {modules}")

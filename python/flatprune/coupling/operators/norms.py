@@ -1,0 +1,48 @@
+"""Normalisation by a batch, a layer or groups of channels."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from flatprune.coupling import algebra
+from flatprune.coupling.operators.pointwise import along_channels
+from flatprune.coupling.operators.table import Operation, rule
+from flatprune.coupling.values import Value, labels_of, varying
+
+
+@rule("native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training _native_batch_norm_legit_functional "
+      "cudnn_batch_norm _batch_norm_with_update _batch_norm_no_update batch_norm miopen_batch_norm instance_norm")
+def batch_norm(op: Operation) -> list[Value]:
+    """Each channel by itself; its vectors and running statistics go with it."""
+    value = op.value()
+    value = algebra.collapsed(op.labels, value, range(2, value.rank))
+    vectors = along_channels(op, list(op.args[1:5]), value.rank)
+    return [algebra.combine(op.labels, [value, *vectors], value.size)]
+
+
+@rule("native_layer_norm _fused_rms_norm rms_norm layer_norm _fused_layer_norm")
+def layer_norm(op: Operation) -> list[Value]:
+    """Statistics over the last dimensions: over the survivors after a cut."""
+    value, shape = op.value(), op.args[1]
+    _note(op, value, set(range(value.rank - len(shape), value.rank)))
+    vectors = [op.value_of(t) for t in op.args[2:4] if isinstance(t, Tensor)]
+    return [algebra.combine(op.labels, [value, *vectors], value.size)]
+
+
+@rule("native_group_norm")
+def group_norm(op: Operation) -> list[Value]:
+    """Statistics over groups of channels, of which as many must stay in each."""
+    value, groups = op.value(), op.argument("group")
+    value = algebra.collapsed(op.labels, value, range(2, value.rank))
+    if groups < value.size[1]:
+        _note(op, value, {1})
+        for layer in value.layers:
+            if varying(layer) == {1}:
+                op.labels.findings.grid(layer.reshape(groups, -1), op.labels.where)
+    return [algebra.combine(op.labels, [value, *along_channels(op, list(op.args[1:3]), value.rank)], value.size)]
+
+
+def _note(op: Operation, value: Value, dims: set[int]) -> None:
+    for layer in value.layers:
+        if varying(layer) & dims:
+            op.labels.findings.joint_norms.append((labels_of(layer), op.labels.where))

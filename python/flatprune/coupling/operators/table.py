@@ -1,0 +1,100 @@
+"""An operator call as rules see it, and the table that rules enter themselves into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from flatprune.coupling import algebra
+from flatprune.coupling.values import Value
+
+if TYPE_CHECKING:
+    from flatprune.coupling.tracer import Labels
+
+Rule = Callable[["Operation"], "Value | list[Value]"]
+RULES: dict[str, Rule] = {}
+
+
+class Operation:
+    """One call of an ATen operator.
+
+    Attributes:
+        labels: the trace.
+        func, args, kwargs, out: the call and its result.
+        name: of the operator, without overload and without the underscore of an in-place variant.
+        in_place: whether it is one.
+    """
+
+    def __init__(self, labels: Labels, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        self.labels, self.func, self.args, self.kwargs, self.out = labels, func, args, kwargs, out
+        name = func._schema.name.split("::")[1]
+        self.in_place = name.endswith("_") and not name.startswith("__")
+        self.name = name[:-1] if self.in_place else name
+
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        """All tensors among the arguments."""
+        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
+    @cached_property
+    def outputs(self) -> list[Tensor]:
+        """All tensors of the result."""
+        out = self.out if isinstance(self.out, (tuple, list)) else [self.out]
+        return [t for t in out if isinstance(t, Tensor)]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the first output."""
+        return tuple(self.outputs[0].shape)
+
+    def argument(self, name: str, default: Any = None) -> Any:
+        """The argument of that name, or its default."""
+        for i, argument in enumerate(self.func._schema.arguments):
+            if argument.name == name:
+                if i < len(self.args):
+                    return self.args[i]
+                return self.kwargs.get(name, argument.default_value if argument.has_default_value() else default)
+        return default
+
+    def value(self, i: int = 0) -> Value:
+        """What is known of the i-th positional argument, a tensor."""
+        return self.labels.get(self.args[i])
+
+    def value_of(self, tensor: Tensor) -> Value:
+        """What is known of a tensor."""
+        return self.labels.get(tensor)
+
+
+def rule(names: str, *, follows_views: bool = False) -> Callable[[Rule], Rule]:
+    """Enter a rule for operators, names apart by spaces.
+
+    Args:
+        names: as in `torch.ops.aten`.
+        follows_views: called even where no argument has labels, to know what shares memory.
+    """
+
+    def enter(function: Rule) -> Rule:
+        function.follows_views = follows_views  # type: ignore[attr-defined]
+        for name in names.split():
+            if name in RULES:
+                raise ValueError(f"operator {name} has a rule already")
+            RULES[name] = function
+        return function
+
+    return enter
+
+
+def fallback(op: Operation) -> Value | list[Value]:
+    """For operators without a rule: elementwise if torch says so, else unknown."""
+    if torch.Tag.pointwise in op.func.tags:
+        return RULES["add"](op)
+    for tensor in op.tensors:
+        for layer in op.value_of(tensor).layers:
+            op.labels.findings.pin(layer, f"operator {op.name} is not known (in {op.labels.stack.here})")
+        algebra.refuse_statistics(op.labels, op.value_of(tensor))
+    return [Value(tuple(tensor.shape)) for tensor in op.outputs]
