@@ -75,9 +75,9 @@ def _covariance(layers: list[LayerShape], variant: str) -> Callable[[], None]:
     def native() -> None:
         for layer, x, A in zip(layers, inputs, averages):
             if layer.is_convolution:
-                kfac_ext.conv2d_covariance_(x, layer.kernel, out=A, decay=0.95, scale=0.05, **layer.geometry)
+                kfac_ext.conv2d_covariance_(A, x, layer.kernel, decay=0.95, scale=0.05, **layer.geometry)
             else:
-                kfac_ext.linear_covariance_(x, out=A, decay=0.95, scale=0.05)
+                kfac_ext.linear_covariance_(A, x, decay=0.95, scale=0.05)
 
     def plain() -> None:
         method = {"unfold": baselines.by_unfold, "strided": baselines.by_strides}[variant]

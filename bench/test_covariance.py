@@ -26,9 +26,9 @@ def native(layers, inputs):
 def native_into(averages, layers, inputs):
     for A, layer, x in zip(averages, layers, inputs):
         if layer.is_convolution:
-            kfac_ext.conv2d_covariance_(x, layer.kernel, out=A, **BLEND, **layer.geometry)
+            kfac_ext.conv2d_covariance_(A, x, layer.kernel, **BLEND, **layer.geometry)
         else:
-            kfac_ext.linear_covariance_(x, out=A, **BLEND)
+            kfac_ext.linear_covariance_(A, x, **BLEND)
 
 
 def blended(method, averages, layers, inputs):
@@ -104,7 +104,7 @@ def test_gradients_of_a_network(measure, quick, name):
     agreeing(values, "matmul", {})
     averages = values["native"]()
     variants = {
-        "native": lambda: [kfac_ext.gradient_covariance_(g, out=G, **BLEND) for g, G in zip(grads, averages)],
+        "native": lambda: [kfac_ext.gradient_covariance_(G, g, **BLEND) for g, G in zip(grads, averages)],
         "matmul": lambda: [
             baselines.blend_(G, baselines.gradient_covariance(g), **BLEND) for g, G in zip(grads, averages)
         ],

@@ -12,7 +12,7 @@ def covariance_variants(layers):
     averages = [torch.zeros(layer.patch, layer.patch) for layer in layers]
     return {
         "native": lambda: [
-            kfac_ext.conv2d_covariance_(x, layer.kernel, out=A, **layer.geometry)
+            kfac_ext.conv2d_covariance_(A, x, layer.kernel, **layer.geometry)
             for A, x, layer in zip(averages, inputs, layers)
         ],
         "unfold": lambda: [baselines.unfold_covariance(x, layer) for x, layer in zip(inputs, layers)],

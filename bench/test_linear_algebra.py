@@ -72,7 +72,7 @@ def test_warm_power_iteration(measure, network):
     measure("power iteration", f"warm, {network}", variants, matrices=len(matrices))
 
 
-@pytest.mark.parametrize("criterion", ["obs_saliency", "outgoing_saliency"])
+@pytest.mark.parametrize("criterion", ["obs_saliency", "obd_saliency"])
 def test_saliency(measure, network, criterion):
     layers = NETWORKS[network]
     matrices = worksets.factors(layers)

@@ -19,7 +19,7 @@ vector = torch.ones(4)
 out = torch.zeros(4, 4)
 CALLS = {
     "linear_covariance": lambda of: lambda: of.linear_covariance(x),
-    "linear_covariance_": lambda of: lambda: of.linear_covariance_(x, out=out, decay=0.9, scale=0.1),
+    "linear_covariance_": lambda of: lambda: of.linear_covariance_(out, x, decay=0.9, scale=0.1),
     "conv2d_covariance": lambda of: lambda: of.conv2d_covariance(image, 3, padding=1),
     "gradient_covariance": lambda of: lambda: of.gradient_covariance(x),
     "damped_inverse": lambda of: lambda: of.damped_inverse([matrix], 0.1),

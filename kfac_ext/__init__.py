@@ -19,10 +19,10 @@ from kfac_ext.ops.covariance import (
     linear_covariance,
     linear_covariance_,
 )
-from kfac_ext.ops.covariance_group import CovarianceUpdate, covariance_group_
+from kfac_ext.ops.covariance_group import CovarianceUpdate
 from kfac_ext.ops.inverse import damped_inverse, damped_inverse_ex
 from kfac_ext.ops.power import PowerIteration, covariance_power_iteration, power_iteration, power_iteration_
-from kfac_ext.ops.saliency import compensate, obs_saliency, outgoing_saliency
+from kfac_ext.ops.saliency import compensate, obd_saliency, obs_saliency
 from kfac_ext.preconditioner import KFACPreconditioner
 
 __all__ = [
@@ -36,7 +36,6 @@ __all__ = [
     "compensate",
     "conv2d_covariance",
     "conv2d_covariance_",
-    "covariance_group_",
     "covariance_power_iteration",
     "damped_inverse",
     "damped_inverse_ex",
@@ -44,8 +43,8 @@ __all__ = [
     "gradient_covariance_",
     "linear_covariance",
     "linear_covariance_",
+    "obd_saliency",
     "obs_saliency",
-    "outgoing_saliency",
     "power_iteration",
     "power_iteration_",
     "reference",

@@ -32,7 +32,7 @@ class FactorSet:
 
     Example:
         >>> factors = FactorSet({"fc.A": 3, "fc.G": 2})
-        >>> _ = kfac_ext.linear_covariance_(torch.randn(8, 3), out=factors["fc.A"], decay=0.95, scale=0.05)
+        >>> _ = kfac_ext.linear_covariance_(factors["fc.A"], torch.randn(8, 3), decay=0.95, scale=0.05)
         >>> factors["fc.A"].shape
         torch.Size([3, 3])
     """
@@ -125,7 +125,7 @@ class FactorSet:
         for update in updates:
             if update.key not in self.sizes:
                 raise KeyError(f"FactorSet.accumulate_: no factor named {update.key!r}")
-        covariance_group_(updates, [self[update.key] for update in updates])
+        covariance_group_([self[update.key] for update in updates], updates)
 
     def power_iteration_(
         self, keys: Iterable[str] | None = None, *, tol: float = 1e-3, max_iter: int = 100
@@ -138,7 +138,7 @@ class FactorSet:
         matrices = [block for key in names for block in _blocks(self[key], 3)]
         vectors = [block for key in names for block in _blocks(self.vector(key), 2)]
         starts = [start for key in names for start in self._vector_starts(key)]
-        found = power_iteration_at_(matrices, self.vectors, starts, tol=tol, max_iter=max_iter)
+        found = power_iteration_at_(self.vectors, starts, matrices, tol=tol, max_iter=max_iter)
         result = PowerIteration(found[0], vectors, *found[1:])
         if keys is None:
             self.eigenvalues.copy_(result.eigenvalues)

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kfac_ext.curvature.convolution import weight_like, weight_matrix
-from kfac_ext.curvature.layers import Layer
 from kfac_ext.factors import FactorSet
+from kfac_ext.layers import Layer
 
 
 class InverseStack:
@@ -94,7 +93,7 @@ def write_gradients_(layers: Sequence[Layer], blocks: Tensor) -> None:
         matrix = block.flatten(0, 1)
         weight, bias = _parameter_gradients(layer)
         targets.append(weight)
-        values.append(weight_like(layer.module, matrix[:, : layer.patch_size]))
+        values.append(layer.weight_like(matrix[:, : layer.patch_size]))
         if bias is not None:
             targets.append(bias)
             values.append(matrix[:, -1])
@@ -104,14 +103,14 @@ def write_gradients_(layers: Sequence[Layer], blocks: Tensor) -> None:
 def _gradient(layer: Layer) -> Tensor:
     """[groups, o, d]."""
     weight, bias = _parameter_gradients(layer)
-    matrix = weight_matrix(layer.module, weight)
+    matrix = layer.weight_matrix(weight)
     if bias is not None:
         matrix = torch.cat([matrix, bias[:, None]], dim=1)
-    return matrix.view(layer.groups, -1, matrix.shape[1])
+    return matrix.reshape(layer.groups, -1, matrix.shape[1])
 
 
 def _parameter_gradients(layer: Layer) -> tuple[Tensor, Tensor | None]:
     """The `.grad` of weight and bias, which must be there."""
-    weight, bias = layer.module.weight.grad, layer.module.bias
+    weight, bias = layer.weight.grad, layer.bias
     assert weight is not None and (bias is None or bias.grad is not None)
     return weight, None if bias is None else bias.grad

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler, OptState
 
 from kfac_ext.curvature import Curvature
-from kfac_ext.curvature.layers import Layer
 from kfac_ext.factors import FactorSet
 from kfac_ext.inverse_stack import InverseStack, stack_layers, write_gradients_
+from kfac_ext.layers import Layer
 
 Number: TypeAlias = "float | Callable[[int], float]"
 Count: TypeAlias = "int | Callable[[int], int]"
@@ -31,9 +31,10 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 class KFACPreconditioner:
-    """Turns the gradient of every Linear and convolution into K-FAC's direction: call between backward and step.
+    """Turns the gradient of every layer into K-FAC's direction: call between backward and step.
 
-    For a layer with weight W, as a matrix [O, d] in the order of its patches, and its bias, if any, as the last column:
+    Layers are those of `kfac_ext.Curvature`: Linears, convolutions, and what else multiplies a parameter. For a layer
+    with weight W, as a matrix [O, d] in the order of its patches, and its bias, if any, as the last column:
 
         V = (G + sqrt(damping)/pi I)^-1  dL/d[W, b]  (A + pi sqrt(damping) I)^-1     pi^2 = mean diag A / mean diag G
 
@@ -214,9 +215,9 @@ class KFACPreconditioner:
         In the end the past weighs `decay` and each forward (1 - decay)/k.
         """
         decay = self._value("factor_decay") if self._inverted else 0.0
-        share = (1 - decay) / self.accumulation_steps
+        weight = (1 - decay) / self.accumulation_steps
         forward = self.curvature.step_count - self._first_forward
-        return (decay + share * (forward - 1)) / (decay + share * forward)
+        return (decay + weight * (forward - 1)) / (decay + weight * forward)
 
     def _loss_scale(self) -> float:
         """What the backpropagated loss is, as a multiple of the mean loss of its batch."""
@@ -275,7 +276,7 @@ class KFACPreconditioner:
             write_gradients_(layers, directions)
 
     def _has_gradient(self, layer: Layer) -> bool:
-        parameters = [p for p in (layer.module.weight, layer.module.bias) if p is not None]
+        parameters = [p for p in (layer.weight, layer.bias) if p is not None]
         missing = [p for p in parameters if p.grad is None]
         if missing and len(missing) < len(parameters):
             self._warn_once(
@@ -296,12 +297,13 @@ class KFACPreconditioner:
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and containers, to be taken between steps; loadable with `torch.load(weights_only=True)`.
 
-        `layers` has for each layer's name its factors "A", "G" and, once there, "A_inverse", "G_inverse".
+        `layers` has for each layer's name its factors "A", "G" and, once there, "A_inverse", "G_inverse"; `kinds` what
+        the layer is made of.
         """
         curvature = self.curvature.state_dict()
         state: dict[str, Any] = {"step_count": self.step_count, "generator": curvature["generator"], "layers": {}}
         if "layers" in curvature:
-            state["updated"] = curvature["started"]
+            state["updated"], state["kinds"] = curvature["started"], curvature["layers"]
             for name in self.curvature.layers:
                 state["layers"][name] = {kind: self.curvature.factors[f"{name}.{kind}"].clone() for kind in "AG"}
         for name, entry in self._inverse_state().items():
@@ -321,7 +323,7 @@ class KFACPreconditioner:
         if layers:
             factors = FactorSet.of({f"{name}.{kind}": entry[kind] for name, entry in layers.items() for kind in "AG"})
             curvature |= {
-                "layers": dict.fromkeys(layers),
+                "layers": state["kinds"],
                 "started": state["updated"],
                 "was_cut": True,  # eigenpairs are not part of this state
                 "factors": factors.state_dict(),
@@ -368,11 +370,10 @@ def _check_parameters(model: nn.Module, layers: Mapping[str, Layer]) -> None:
         for parameter in module.parameters(recurse=False):
             owners.setdefault(parameter, []).append(name)
     for name, layer in layers.items():
-        for kind in ("weight", "bias"):
-            parameter = getattr(layer.module, kind)
+        for kind, key, parameter in (("weight", layer.weight_key, layer.weight), ("bias", layer.bias_key, layer.bias)):
             if parameter is None:
                 continue
-            if kind not in layer.module._parameters:
+            if key not in layer.module._parameters:
                 raise ValueError(
                     f"KFACPreconditioner: the {kind} of layer {name!r} is computed from other parameters, whose "
                     "gradients cannot be preconditioned; name the layer in skip_layers"

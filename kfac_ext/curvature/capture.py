@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from kfac_ext.curvature.layers import Layer, RngState
+from kfac_ext.curvature.modes import RngState
+from kfac_ext.layers import Layer
 
 
 class Capture:
@@ -45,7 +46,7 @@ class Capture:
         # the edge keeps pointing at z as it is now, also after an in-place activation
         self._edges.setdefault(layer.name, []).append(get_gradient_edge(z))
         if self.rng is not None and layer.name not in self.z_squares:
-            outputs = z.shape[1 if layer.is_convolution else -1]
+            outputs = z.shape[layer.channel_dim]
             self.z_squares[layer.name] = z.detach().square().mean() * outputs
         slots = self.gradients.setdefault(layer.name, [])
         slots.append(None)

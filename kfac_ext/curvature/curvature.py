@@ -10,28 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfac_ext.curvature.calls import call_hooks
 from kfac_ext.curvature.capture import Capture, ForwardHook
 from kfac_ext.curvature.fisher import (
     LOSSES,
     checked_output,
-    fresh_covariances,
-    fresh_output,
     output_gradient,
     prediction_count,
     sample_targets,
 )
-from kfac_ext.curvature.layers import (
-    Layer,
-    RngState,
-    call_hooks,
-    check_model,
-    device_of,
-    module_modes,
-    trace_layers,
-    undisturbed,
-)
+from kfac_ext.curvature.modes import RngState, device_of
+from kfac_ext.curvature.recorder import Recorder
 from kfac_ext.curvature.running import ROUNDING, RunningFactors
+from kfac_ext.curvature.tracing import check_model, trace_layers
 from kfac_ext.factors import FactorSet
+from kfac_ext.layers import Layer
 
 _RECENT_SAMPLES = 256
 
@@ -39,10 +32,12 @@ _RECENT_SAMPLES = 256
 class Curvature:
     """Running Kronecker factors A = E[a a^T], G = E[g g^T] of every Linear and convolution of a model in training.
 
-    Layers are `nn.Linear`, `nn.Conv1d`, `nn.Conv2d`, `nn.ConvTranspose1d` and `nn.ConvTranspose2d`. Layer l maps a
-    (its input, 1 appended where there is a bias or a batch norm) to z, taken after the batch norm that directly
-    follows; g = d(loss summed over samples)/dz. A (x) G estimates the Fisher block of the mean loss in the folded
-    weights (Martens & Grosse 2015; scales as in `kfac_ext`). Radius of a block: lambda_1(A) lambda_1(G)
+    Layers are Linears and convolutions of one to three dimensions, transposed or not, kinds that are registered
+    (`kfac_ext.layers.register`), and in modules of any other type the parameters that an operator of theirs takes
+    itself as its weight, by what that operator sees. Layer l maps a (its input, 1 appended where there is a bias or a
+    batch norm) to z, taken after the batch norm that directly follows; g = d(loss summed over samples)/dz. A (x) G
+    estimates the Fisher block of the mean loss in the folded weights (Martens & Grosse 2015; scales as in `kfac_ext`).
+    Radius of a block: lambda_1(A) lambda_1(G)
     (Ebrahimi & Klabjan 2021, arXiv 2111.08577, explore the spectral radius of the Hessian with K-FAC; Sandler,
     Klabjan, Luo, arXiv 2102.11210, track it by warm power iteration).
 
@@ -50,11 +45,14 @@ class Curvature:
     gradients on, hooks on the layers are put up, and taken down when that forward ends. The model's random stream,
     running statistics, outputs and gradients are untouched. Tensor hooks of the user on activations fire once more
     in such a forward with the true Fisher. The layers and their batch norms are found out in one extra forward
-    without gradients, before the first training forward or in `trace`.
+    without gradients, before the first training forward or in `trace`; weights that get no factors are named in a
+    warning, each with the reason.
 
     The first update of a layer takes its factors whole, later ones give `factors <- decay factors + (1 - decay) new`.
     An update whose output is not finite is left out, with a warning; on a GPU the warning comes when a radius or the
     state is read next, since nothing here waits for the device after the first update.
+
+    Forwards on the side, which count for nothing in the factors, are functions of `kfac_ext.curvature.probing`.
 
     Args:
         model: not compiled; `torch.compile` hides the layers from hooks.
@@ -119,8 +117,7 @@ class Curvature:
         self._pauses = 0
         self._open: ExitStack | None = None
         self._pending: Capture | None = None
-        self._record: Capture | None = None
-        self._record_next = False
+        self.recorder = Recorder()
         self._handle = model.register_forward_pre_hook(ForwardHook(self._before_forward), with_kwargs=True)
 
     # what is there
@@ -138,7 +135,8 @@ class Curvature:
     @factors.setter
     def factors(self, factors: FactorSet) -> None:
         self._traced().replace(factors)
-        self._pending = self._record = None
+        self._pending = None
+        self.recorder.record = None
 
     @property
     def recent_inputs(self) -> tuple[Any, ...]:
@@ -168,49 +166,16 @@ class Curvature:
                 layers = trace_layers(self.model, args, kwargs, self.skip_layers, fold_norms=self.fold_norms)
             self._running = RunningFactors(layers)
 
-    def reached_layers(self, *args: Any) -> frozenset[str]:
-        """The layers whose z a gradient of the output reaches, as parameters are frozen now; others get no factors.
-
-        Args:
-            args: positional inputs of the model for one forward in evaluation mode, which disturbs nothing.
-        """
-        self.trace(*args)
-        with module_modes(dict.fromkeys(self.model.modules(), False)):
-            capture = self.observe(*args)
-        if not capture.output.requires_grad:
-            return frozenset()
-        gradients = capture.gradients_of(capture.output, torch.ones_like(capture.output))
-        return frozenset(name for name, calls in gradients.items() if any(g is not None for g in calls))
+    def layer(self, name: str) -> Layer:
+        """The layer of this name; raises KeyError that lists the names there are, RuntimeError like `layers`."""
+        layer = self.layers.get(name)
+        if layer is None:
+            raise KeyError(f"Curvature: no layer named {name!r}, there are {', '.join(self.layers)}")
+        return layer
 
     def folded_weight(self, name: str) -> Tensor:
         """V of a layer, see `Layer.folded_weight`."""
-        return self._layer(name).folded_weight()
-
-    def fresh_covariances(
-        self, names: Iterable[str], inputs: Tensor | Sequence[Any], mode: str = "expand", *, bias: bool | None = True
-    ) -> dict[str, Tensor]:
-        """A of the layers named from one forward on `inputs`, apart from the running factors.
-
-        Batch norms use batch statistics (those frozen in a training model stay frozen), dropout is off, random
-        streams and running statistics are untouched.
-
-        Args:
-            names: layers.
-            inputs: a batch, or batches as `recent_inputs` gives them (joined to one).
-            mode: "expand" or "reduce".
-            bias: append the 1, so that the last row and column hold the mean patch; None: as in the running factors.
-        """
-        with self.paused():
-            return fresh_covariances(self.model, [self._layer(name) for name in names], inputs, mode, bias)
-
-    def fresh_output(self, inputs: Tensor | Sequence[Any]) -> Tensor:
-        """The model's output [N, ...] on `inputs` without gradients, in the modes of `fresh_covariances`.
-
-        Args:
-            inputs: a batch, or batches as `recent_inputs` gives them (joined to one).
-        """
-        with self.paused():
-            return checked_output(fresh_output(self.model, inputs), self.loss)
+        return self.layer(name).folded_weight()
 
     # the radius
 
@@ -265,8 +230,8 @@ class Curvature:
         """Take every hook off the model; factors stay readable. Calling it twice does nothing."""
         self._handle.remove()
         self._close()
-        self._pending = self._record = None
-        self._record_next = False
+        self._pending = None
+        self.recorder.begin()  # forget it, and the wish for one
 
     def __enter__(self) -> Curvature:
         return self
@@ -274,11 +239,7 @@ class Curvature:
     def __exit__(self, *_exception: object) -> None:
         self.remove()
 
-    # records of single forwards, for the flatness term
-
-    def record_next_forward(self) -> None:
-        """Keep what the next training forward shows, for `take_record`."""
-        self._record_next = True
+    # forwards that are looked at
 
     @property
     def observes_next(self) -> bool:
@@ -286,26 +247,7 @@ class Curvature:
 
         Call the plain model then, and the compiled one otherwise.
         """
-        return self._running is None or self._updates_next() or self._record_next
-
-    def take_record(self, output: Tensor) -> Capture | None:
-        """The record of the forward that gave this very tensor; None if there is none, or if it ran in autocast."""
-        record, self._record = self._record, None
-        return record if record is not None and record.output is output and not record.autocast else None
-
-    def observe(self, *args: Any) -> Capture:
-        """A forward of its own on these inputs with gradients, without autocast; nothing else is disturbed."""
-        self.trace(*args)
-        device = device_of(self.model)
-        capture = Capture(RngState.now(device))
-        with ExitStack() as stack:
-            stack.enter_context(self.paused())
-            stack.enter_context(undisturbed(self.model))
-            stack.enter_context(torch.autocast(device.type, enabled=False))
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(call_hooks(self.layers.values(), capture.add))
-            capture.output = checked_output(self.model(*args), self.loss)
-        return capture
+        return self._running is None or self._updates_next() or self.recorder.is_asked
 
     def settle(self, loss: Tensor) -> None:
         """Empirical Fisher: take the gradients of a pending update from this mean loss now, not from its backward."""
@@ -350,7 +292,8 @@ class Curvature:
         device = device_of(self.model)
         self._recent = deque(tuple(x.to(device) for x in batch) for batch in state["recent_inputs"])
         self._recent_count = sum(len(batch[0]) for batch in self._recent)
-        self._pending = self._record = None
+        self._pending = None
+        self.recorder.record = None
 
     # inside
 
@@ -360,12 +303,6 @@ class Curvature:
                 "Curvature: the layers are known from the first training forward on; call trace(inputs) before"
             )
         return self._running
-
-    def _layer(self, name: str) -> Layer:
-        layer = self.layers.get(name)
-        if layer is None:
-            raise KeyError(f"Curvature: no layer named {name!r}, there are {', '.join(self.layers)}")
-        return layer
 
     def _before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._pauses or not self.model.training or not torch.is_grad_enabled():
@@ -404,7 +341,7 @@ class Curvature:
         """Put up hooks for the forward that begins now; the last one takes them all down again."""
         self._close()
         device = device_of(self.model)
-        record, self._record_next, self._record = self._record_next, False, None
+        record = self.recorder.begin()
         capture = Capture(RngState.now(device) if record else None, torch.is_autocast_enabled(device.type))
         if update and self.fisher_type == "empirical":
             capture.on_gradient = self._on_gradient
@@ -435,7 +372,7 @@ class Curvature:
                 "compiled hides its layers: call the plain model wherever `observes_next` says so"
             )
         if record:
-            self._record = capture
+            self.recorder.record = capture
         if update and self.fisher_type == "empirical":
             self._pending = capture
         elif update:

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from itertools import zip_longest
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kfac_ext.curvature.capture import Capture
-from kfac_ext.curvature.convolution import CONVOLUTIONS, Convolution, as_image, geometry_options, padded_input
-from kfac_ext.curvature.layers import Layer, batch_statistics, call_hooks, sent, undisturbed
+from kfac_ext.curvature.modes import sent
 from kfac_ext.factors import FactorSet
-from kfac_ext.geometry import conv_geometry
-from kfac_ext.ops.covariance import conv2d_covariance, linear_covariance
-from kfac_ext.ops.covariance_group import CovarianceUpdate
+from kfac_ext.geometry import accumulator_dtype
+from kfac_ext.layers import Layer
+from kfac_ext.ops.covariance_group import CovarianceUpdate, covariance_group_
 
 LOSSES = ("cross_entropy", "mse")
 
@@ -79,11 +77,11 @@ def output_variance(output: Tensor, change: Tensor, loss: str) -> Tensor:
 
 def empty_factors(layers: Mapping[str, Layer]) -> FactorSet:
     """The factors of these layers, all zero; ValueError if they are not on one device."""
-    devices = {layer.module.weight.device: name for name, layer in layers.items()}
+    devices = {layer.weight.device: name for name, layer in layers.items()}
     if len(devices) > 1:
         places = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
         raise ValueError(f"Curvature: layers are on several devices ({places}), expected one")
-    double = any(layer.module.weight.dtype == torch.float64 for layer in layers.values())
+    double = any(layer.weight.dtype == torch.float64 for layer in layers.values())
     sizes = {key: size for layer in layers.values() for key, size in layer.factor_sizes().items()}
     return FactorSet(sizes, dtype=torch.float64 if double else torch.float32, device=next(iter(devices)))
 
@@ -129,206 +127,72 @@ def _check_sizes(factors: FactorSet, layer: Layer) -> None:
             )
 
 
-@torch.no_grad()
-def fresh_covariances(
-    model: nn.Module, layers: Sequence[Layer], inputs: Tensor | Sequence[Any], mode: str, bias: bool | None
-) -> dict[str, Tensor]:
-    """See `Curvature.fresh_covariances`."""
-    found: dict[str, list[tuple[int, Tensor]]] = {}
-
-    def report(layer: Layer, x: Tensor, _z: Tensor) -> None:
-        append = layer.constant if bias is None else bias
-        found.setdefault(layer.name, []).append((len(x), input_covariance(layer, x, mode, bias=append)))
-
-    with call_hooks(layers, report):
-        fresh_output(model, inputs)
-    missing = [layer.name for layer in layers if layer.name not in found]
-    if missing:
-        raise RuntimeError(f"Curvature.fresh_covariances: the forward did not call layer {missing[0]!r}")
-    return {layer.name: _weighted_mean(found[layer.name]) for layer in layers}
-
-
-@torch.no_grad()
-def fresh_output(model: nn.Module, inputs: Tensor | Sequence[Any]) -> Any:
-    """See `Curvature.fresh_output`."""
-    with batch_statistics(model), undisturbed(model):
-        return model(*joined_inputs(inputs))
-
-
-def joined_inputs(inputs: Tensor | Sequence[Any]) -> tuple[Tensor, ...]:
-    """The positional inputs of one forward on all batches together."""
-    if isinstance(inputs, Tensor):
-        return (inputs,)
-    batches = [batch if isinstance(batch, (tuple, list)) else (batch,) for batch in inputs]
-    if not batches:
-        raise ValueError("Curvature: inputs is empty, expected a batch or a sequence of batches")
-    return tuple(torch.cat(parts) for parts in zip(*batches))
-
-
-def _weighted_mean(values: list[tuple[int, Tensor]]) -> Tensor:
-    total = sum(count for count, _ in values)
-    return values[0][1] if len(values) == 1 else torch.stack([value * (n / total) for n, value in values]).sum(dim=0)
-
-
 def input_covariance(layer: Layer, x: Tensor, mode: str, *, bias: bool) -> Tensor:
     """A of one call: [d(+1), d(+1)], or [groups, ...] for a grouped convolution."""
-    module = layer.module
-    if isinstance(module, CONVOLUTIONS):
-        image, padding = padded_input(module, _batched(layer, x))
-        return conv2d_covariance(image, **_geometry(module, padding), bias=bias, mode=mode)
-    return linear_covariance(_linear_rows(x, mode), bias=bias)
+    n = layer.patch_size + bias
+    shape = (n, n) if layer.groups == 1 else (layer.groups, n, n)
+    A = x.new_empty(shape, dtype=accumulator_dtype(x.dtype))
+    covariance_group_([A], [layer.input_update(x, mode, bias=bias, decay=0.0, scale=1.0)])
+    return A
 
 
 def input_updates(
     layer: Layer, inputs: Sequence[Tensor], mode: str, *, decay: float, scale: float
 ) -> list[CovarianceUpdate]:
     """`layer.A` <- decay A + scale (A over all calls of the layer in one forward)."""
-    key, module, bias = f"{layer.name}.A", layer.module, layer.constant
+    bias = layer.constant
     if len(inputs) > 1 and mode == "reduce":
         pixels = _mean_rows(layer, inputs)[:, :, None, None]  # one position: a block a group, as of a 1x1 convolution
-        return [CovarianceUpdate.conv2d(key, pixels, 1, groups=layer.groups, bias=bias, decay=decay, scale=scale)]
-    counts = [_position_count(layer, x) * len(x) for x in inputs] if len(inputs) > 1 else [1]
-    updates = []
-    for i, (x, count) in enumerate(zip(inputs, counts)):
-        blend: dict[str, Any] = {"decay": decay if i == 0 else 1.0, "scale": scale * count / sum(counts)}
-        if isinstance(module, CONVOLUTIONS):
-            image, padding = padded_input(module, _batched(layer, x))
-            place = _geometry(module, padding)
-            updates.append(CovarianceUpdate.conv2d(key, image, **place, bias=bias, mode=mode, **blend))
-        else:
-            updates.append(CovarianceUpdate.linear(key, _linear_rows(x, mode), bias=bias, **blend))
-    return updates
+        update = CovarianceUpdate.conv2d(
+            f"{layer.name}.A", pixels, 1, groups=layer.groups, bias=bias, decay=decay, scale=scale
+        )
+        return [update]
+    counts = [layer.position_count(x) * len(x) for x in inputs] if len(inputs) > 1 else [1]
+    return [
+        layer.input_update(x, mode, bias=bias, decay=decay if i == 0 else 1.0, scale=scale * count / sum(counts))
+        for i, (x, count) in enumerate(zip(inputs, counts))
+    ]
 
 
 def gradient_updates(
     layer: Layer, grads: Sequence[Tensor], mode: str, count: int, *, decay: float, scale: float
 ) -> list[CovarianceUpdate]:
     """`layer.G` <- decay G + scale (1/count sum of g g^T over all calls); g = d(summed loss)/dz."""
-    is_conv = layer.is_convolution
     if len(grads) > 1 and mode == "reduce":
         _same_batch(layer, grads)
-        grads = [torch.stack([_summed(g, is_conv) for g in grads]).sum(dim=0)]
-    updates = []
-    for i, g in enumerate(grads):
-        if not is_conv:
-            g = _summed(g, False) if mode == "reduce" else g.reshape(-1, g.shape[-1])
-        g = as_image(g)
-        blend: dict[str, Any] = {"decay": decay if i == 0 else 1.0, "scale": scale * len(g) / count}
-        updates.append(CovarianceUpdate.gradient(f"{layer.name}.G", g, groups=layer.groups, mode=mode, **blend))
-    return updates
+        grads = [torch.stack([layer.gradient_rows(g).sum(dim=1) for g in grads]).sum(dim=0)]
+    return [
+        layer.gradient_update(g, mode, decay=decay if i == 0 else 1.0, scale=scale / count) for i, g in enumerate(grads)
+    ]
 
 
 def projected_inputs(layer: Layer, inputs: Sequence[Tensor], unit: Tensor, mode: str) -> Tensor:
     """u.a of every row that A averages over: [rows, groups], so that its mean square is u^T A u of this batch."""
+    filters, d = unit.view(layer.groups, -1), layer.patch_size
+    constant = filters[:, d] if layer.constant else 0.0
     if mode == "expand":
-        return torch.cat([_project_input(layer, x, unit).flatten(0, 1) for x in inputs])
-    sums, counts = zip(*(_projected_sum(layer, x, unit) for x in inputs))
+        return torch.cat([(layer.projected(x, filters[:, :d]) + constant).flatten(0, 1) for x in inputs])
+    counts = [layer.position_count(x) for x in inputs]
+    sums = [layer.projected_sum(x, filters[:, :d]) + count * constant for x, count in zip(inputs, counts)]
     _same_batch(layer, sums)
     return torch.stack(sums).sum(dim=0) / sum(counts)
 
 
 def projected_gradients(layer: Layer, grads: Sequence[Tensor], unit: Tensor, mode: str) -> Tensor:
     """s.g of every row that G sums over: [rows, groups], so that its sum of squares / N is s^T G s of this batch."""
-    values = []
-    for g in grads:
-        g = g if g.dim() > 1 else g[None]
-        channels_last = g.movedim(1, -1) if layer.is_convolution else g
-        rows = channels_last.reshape(len(g), -1, layer.groups, channels_last.shape[-1] // layer.groups)
-        values.append((rows * unit.view(layer.groups, -1)).sum(dim=-1))
+    filters = unit.view(layer.groups, -1)
+    values = [(layer.gradient_rows(g).unflatten(-1, filters.shape) * filters).sum(dim=-1) for g in grads]
     if mode == "expand":
         return torch.cat([v.flatten(0, 1) for v in values])
     _same_batch(layer, values)
     return torch.cat(values, dim=1).sum(dim=1)
 
 
-def _project_input(layer: Layer, x: Tensor, unit: Tensor) -> Tensor:
-    """u.a at every position: [N, positions, groups]."""
-    module, d = layer.module, layer.patch_size
-    filters = unit.view(layer.groups, -1)
-    if isinstance(module, CONVOLUTIONS):
-        image, padding = padded_input(module, _batched(layer, x))
-        values = _filtered(module, image, padding, filters[:, :d].to(image.dtype)).flatten(2).mT
-    else:
-        values = F.linear(x.reshape(len(x), -1, d), filters[:, :d].to(x.dtype))
-    return values + filters[:, d] if layer.constant else values
-
-
-def _projected_sum(layer: Layer, x: Tensor, unit: Tensor) -> tuple[Tensor, int]:
-    """The sum over positions of u.a, [N, groups], and how many positions there are.
-
-    That of a convolution is linear in the image: one weight a pixel, the sum of what the filter's taps give it.
-    """
-    module, d = layer.module, layer.patch_size
-    filters = unit.view(layer.groups, -1)
-    if isinstance(module, CONVOLUTIONS):
-        image, padding = padded_input(module, _batched(layer, x))
-        probe = filters.new_zeros(1, *image.shape[1:], requires_grad=True)
-        with torch.enable_grad():
-            response = _filtered(module, probe, padding, filters[:, :d])
-            (weights,) = torch.autograd.grad(response.sum(), probe)
-        count = response[0, 0].numel()
-        apart = image.to(weights.dtype).unflatten(1, (layer.groups, -1))
-        total = torch.einsum("ngchw,gchw->ng", apart, weights[0].unflatten(0, (layer.groups, -1)))
-    else:
-        rows = x.reshape(len(x), -1, d)
-        count = rows.shape[1]
-        total = F.linear(rows.sum(dim=1), filters[:, :d].to(x.dtype))
-    return (total + count * filters[:, d] if layer.constant else total), count
-
-
-def _filtered(module: Convolution, image: Tensor, padding: Any, filters: Tensor) -> Tensor:
-    """The convolution with one filter [d] a group: [N, groups, H, W]."""
-    options = geometry_options(module)
-    kernel = filters.reshape(len(filters), -1, *options.pop("kernel_size"))
-    return F.conv2d(image, kernel, padding=padding, **options)
-
-
-def _geometry(module: Convolution, padding: object) -> dict:
-    return {**geometry_options(module), "padding": padding}
-
-
-def _batched(layer: Layer, x: Tensor) -> Tensor:
-    expected = "[N, C, L]" if len(layer.module.weight.shape) == 3 else "[N, C, H, W]"
-    if x.dim() != len(layer.module.weight.shape):
-        raise ValueError(f"Curvature: layer {layer.name!r} got an input {tuple(x.shape)}, expected {expected}")
-    return x
-
-
-def _linear_rows(x: Tensor, mode: str) -> Tensor:
-    return x.flatten(1, -2).mean(dim=1) if mode == "reduce" and x.dim() > 2 else x
-
-
-def _summed(g: Tensor, is_conv: bool) -> Tensor:
-    """g [N, O] summed over positions."""
-    if is_conv:
-        return g.flatten(2).sum(dim=2)
-    return g.flatten(1, -2).sum(dim=1) if g.dim() > 2 else g.reshape(-1, g.shape[-1])
-
-
-def _position_count(layer: Layer, x: Tensor) -> int:
-    if not isinstance(layer.module, CONVOLUTIONS):
-        return x[0].numel() // x.shape[-1]
-    image, padding = padded_input(layer.module, _batched(layer, x))
-    height, width = conv_geometry(image.shape, **_geometry(layer.module, padding)).output_size
-    return height * width
-
-
 def _mean_rows(layer: Layer, inputs: Sequence[Tensor]) -> Tensor:
     """a averaged over positions and calls: [N, groups d]."""
     _same_batch(layer, inputs)
-    module = layer.module
-    counts = [_position_count(layer, x) for x in inputs]
-    total = torch.zeros(())
-    for x, count in zip(inputs, counts):
-        if isinstance(module, CONVOLUTIONS):
-            image, padding = padded_input(module, x)
-            geometry = conv_geometry(image.shape, **_geometry(module, padding))
-            image = F.pad(image, geometry.padding)
-            rows = F.unfold(image, geometry.kernel_size, geometry.dilation, 0, geometry.stride).mean(dim=2)
-        else:
-            rows = _linear_rows(x, "reduce")
-        total = total.to(rows) + rows * (count / sum(counts))
-    return total
+    counts = [layer.position_count(x) for x in inputs]
+    return torch.stack([layer.mean_rows(x) * (n / sum(counts)) for x, n in zip(inputs, counts)]).sum(dim=0)
 
 
 def _same_batch(layer: Layer, tensors: Sequence[Tensor]) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from kfac_ext.curvature.capture import Capture
 from kfac_ext.curvature.fisher import empty_factors, prediction_count, update_factors_
-from kfac_ext.curvature.layers import Layer, reading_is_free
+from kfac_ext.curvature.modes import reading_is_free
 from kfac_ext.factors import FactorSet
+from kfac_ext.layers import Layer, layer_from_state
 
 ROUNDING = 1e-10  # of the largest radius: less is rounding, as of the keys of a softmax, whose sum has no gradient
 _FIRST_POWER_STEPS, _POWER_STEPS, _REMOVAL_POWER_STEPS = 20, 3, 10
@@ -25,7 +26,7 @@ class RunningFactors:
         layers: name -> Layer in forward order.
         factors: under the keys `name.A` and `name.G`.
         started: layers whose factors have been measured.
-        was_cut: neurons have gone since the eigenpairs were brought up to date.
+        was_cut: neurons have been pruned since the eigenpairs were brought up to date.
     """
 
     def __init__(self, layers: dict[str, Layer]) -> None:
@@ -102,7 +103,7 @@ class RunningFactors:
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and containers."""
         return {
-            "layers": {name: layer.norm_name for name, layer in self.layers.items()},
+            "layers": {name: layer.state() for name, layer in self.layers.items()},
             "started": sorted(self.started),
             "was_cut": self.was_cut,
             "factors": self.factors.state_dict(),
@@ -115,13 +116,7 @@ class RunningFactors:
         Raises:
             ValueError: naming the first layer or factor that does not fit.
         """
-        norms = state["layers"]
-        for name in [*norms, *(norm for norm in norms.values() if norm is not None)]:
-            if name not in modules:
-                raise ValueError(f"Curvature.load_state_dict: the model has no module named {name!r}")
-        running = cls(
-            {n: Layer(n, modules[n], None if norm is None else modules[norm], norm) for n, norm in norms.items()}
-        )
+        running = cls({name: layer_from_state(entry, modules) for name, entry in state["layers"].items()})
         running.factors.load_state_dict(state["factors"])
         running.started = set(state["started"])
         running.was_cut = state["was_cut"]

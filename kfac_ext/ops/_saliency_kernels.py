@@ -108,7 +108,7 @@ def _check_error(device: torch.device) -> float:
         layers.append((x[:outputs] + 0.1, _shifted(x.mT @ x), _shifted(g.mT @ g), block))
     errors = []
     for obs in (False, True):
-        exact = getattr(reference, "obs_saliency" if obs else "outgoing_saliency")(*map(list, zip(*layers)))
+        exact = getattr(reference, "obs_saliency" if obs else "obd_saliency")(*map(list, zip(*layers)))
         scores, _ = launch_cuda([(V.float(), A.float(), G.float(), block) for V, A, G, block in layers], obs)
         errors += [((score - wanted) / wanted).abs().max() for score, wanted in zip(scores, exact)]
     return max(float(error.nan_to_num(nan=torch.inf)) for error in errors)

@@ -57,7 +57,7 @@ def _run(problem: Problem) -> None:
 # ---- rows ----
 
 
-def _check_linear(x: Tensor, out: Tensor, bias: bool) -> None:
+def _check_linear(out: Tensor, x: Tensor, bias: bool) -> None:
     operation = "linear_covariance"
     check_floating(operation, "x", x)
     if x.dim() == 0:
@@ -66,27 +66,27 @@ def _check_linear(x: Tensor, out: Tensor, bias: bool) -> None:
     check_output(operation, out, (n, n), accumulator_dtype(x.dtype), x.device)
 
 
-def _linear(x: Tensor, out: Tensor, bias: bool, decay: float, scale: float) -> None:
-    _check_linear(x, out, bias)
+def _linear(out: Tensor, x: Tensor, bias: bool, decay: float, scale: float) -> None:
+    _check_linear(out, x, bias)
     if not _run_native("linear_covariance", linear_problem, x, out, bias, decay, scale):
-        reference.linear_covariance_(x, out=out, decay=decay, scale=scale, bias=bias)
+        reference.linear_covariance_(out, x, decay=decay, scale=scale, bias=bias)
 
 
-def _linear_fake(x: Tensor, out: Tensor, bias: bool, decay: float, scale: float) -> None:
-    _check_linear(x, out, bias)
+def _linear_fake(out: Tensor, x: Tensor, bias: bool, decay: float, scale: float) -> None:
+    _check_linear(out, x, bias)
 
 
 _linear_op = define(
-    "linear_covariance_(Tensor x, Tensor(a!) out, bool bias, float decay, float scale) -> ()", _linear, _linear_fake
+    "linear_covariance_(Tensor(a!) out, Tensor x, bool bias, float decay, float scale) -> ()", _linear, _linear_fake
 )
 
 
-def linear_covariance_(x: Tensor, *, out: Tensor, decay: float = 0.0, scale: float = 1.0, bias: bool = False) -> Tensor:
+def linear_covariance_(out: Tensor, x: Tensor, *, decay: float = 0.0, scale: float = 1.0, bias: bool = False) -> Tensor:
     """out <- decay out + scale linear_covariance(x, bias=bias), in one pass; returns `out`.
 
     Args:
-        x: [..., d], as for `linear_covariance`.
         out: [d(+1), d(+1)], contiguous, float32 (float64 for float64 x); mutated.
+        x: [..., d], as for `linear_covariance`.
         decay: weight of what `out` holds; 0 overwrites it, NaN included.
         scale: weight of the new value. A running average has decay 0.95 and scale 0.05.
         bias: append 1 to every row.
@@ -96,9 +96,9 @@ def linear_covariance_(x: Tensor, *, out: Tensor, decay: float = 0.0, scale: flo
 
     Example:
         >>> A = torch.zeros(5, 5)
-        >>> _ = kfac_ext.linear_covariance_(torch.randn(32, 4), out=A, decay=0.95, scale=0.05, bias=True)
+        >>> _ = kfac_ext.linear_covariance_(A, torch.randn(32, 4), decay=0.95, scale=0.05, bias=True)
     """
-    _linear_op(x.detach(), out, bias, decay, scale)
+    _linear_op(out, x.detach(), bias, decay, scale)
     return out
 
 
@@ -124,13 +124,13 @@ def linear_covariance(x: Tensor, *, bias: bool = False) -> Tensor:
     """
     check_floating("linear_covariance", "x", x)
     n = (x.shape[-1] if x.dim() else 0) + bias
-    return linear_covariance_(x, out=x.new_empty(n, n, dtype=accumulator_dtype(x.dtype)), bias=bias)
+    return linear_covariance_(x.new_empty(n, n, dtype=accumulator_dtype(x.dtype)), x, bias=bias)
 
 
 # ---- images ----
 
 
-def _check_conv(x: Tensor, out: Tensor, geometry: ConvGeometry, bias: bool) -> None:
+def _check_conv(out: Tensor, x: Tensor, geometry: ConvGeometry, bias: bool) -> None:
     operation = "conv2d_covariance"
     check_floating(operation, "x", x)
     shape = _factor_shape(geometry.groups, geometry.patch_size(x.shape[1]) + bias)
@@ -147,8 +147,8 @@ def _geometry(
 
 
 def _conv(
-    x: Tensor,
     out: Tensor,
+    x: Tensor,
     kernel_size: list[int],
     stride: list[int],
     padding: list[int],
@@ -160,18 +160,18 @@ def _conv(
     scale: float,
 ) -> None:
     geometry = padded_geometry(x.shape, kernel_size, stride, padding, dilation, groups)
-    _check_conv(x, out, geometry, bias)
+    _check_conv(out, x, geometry, bias)
     if _run_native("conv2d_covariance", conv_problem, x, out, geometry, bias, reduce, decay, scale):
         return
     image = torch.nn.functional.pad(x, padding)
     options: dict[str, Any] = {"stride": stride, "dilation": dilation, "groups": groups, "bias": bias}
     options["mode"] = _MODES[reduce]
-    reference.conv2d_covariance_(image, kernel_size, out=out, decay=decay, scale=scale, **options)
+    reference.conv2d_covariance_(out, image, kernel_size, decay=decay, scale=scale, **options)
 
 
 def _conv_fake(
-    x: Tensor,
     out: Tensor,
+    x: Tensor,
     kernel_size: list[int],
     stride: list[int],
     padding: list[int],
@@ -182,11 +182,11 @@ def _conv_fake(
     decay: float,
     scale: float,
 ) -> None:
-    _check_conv(x, out, padded_geometry(x.shape, kernel_size, stride, padding, dilation, groups), bias)
+    _check_conv(out, x, padded_geometry(x.shape, kernel_size, stride, padding, dilation, groups), bias)
 
 
 _conv_op = define(
-    "conv2d_covariance_(Tensor x, Tensor(a!) out, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
+    "conv2d_covariance_(Tensor(a!) out, Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
     "int groups, bool bias, bool reduce, float decay, float scale) -> ()",
     _conv,
     _conv_fake,
@@ -194,10 +194,10 @@ _conv_op = define(
 
 
 def conv2d_covariance_(
+    out: Tensor,
     x: Tensor,
     kernel_size: Pair,
     *,
-    out: Tensor,
     decay: float = 0.0,
     scale: float = 1.0,
     stride: Pair = 1,
@@ -210,8 +210,8 @@ def conv2d_covariance_(
     """out <- decay out + scale conv2d_covariance(x, kernel_size, ...), in one pass; returns `out`.
 
     Args:
-        x, kernel_size, stride, padding, dilation, groups, bias, mode: as for `conv2d_covariance`.
         out: [d, d] or [groups, d, d], contiguous, float32 (float64 for float64 x); mutated.
+        x, kernel_size, stride, padding, dilation, groups, bias, mode: as for `conv2d_covariance`.
         decay: weight of what `out` holds; 0 overwrites it, NaN included.
         scale: weight of the new value.
 
@@ -220,12 +220,12 @@ def conv2d_covariance_(
 
     Example:
         >>> A = torch.zeros(27, 27)
-        >>> _ = kfac_ext.conv2d_covariance_(torch.randn(8, 3, 32, 32), 3, out=A, decay=0.95, scale=0.05, padding=1)
+        >>> _ = kfac_ext.conv2d_covariance_(A, torch.randn(8, 3, 32, 32), 3, decay=0.95, scale=0.05, padding=1)
     """
     geometry = _geometry(x, kernel_size, stride, padding, dilation, groups)
     _conv_op(
-        x.detach(),
         out,
+        x.detach(),
         geometry.kernel_size,
         geometry.stride,
         geometry.padding,
@@ -279,9 +279,9 @@ def conv2d_covariance(
     geometry = _geometry(x, kernel_size, stride, padding, dilation, groups)
     shape = _factor_shape(groups, geometry.patch_size(x.shape[1]) + bias)
     return conv2d_covariance_(
+        x.new_empty(shape, dtype=accumulator_dtype(x.dtype)),
         x,
         kernel_size,
-        out=x.new_empty(shape, dtype=accumulator_dtype(x.dtype)),
         stride=stride,
         padding=padding,
         dilation=dilation,
@@ -294,7 +294,7 @@ def conv2d_covariance(
 # ---- gradients ----
 
 
-def _check_gradient(g: Tensor, out: Tensor, groups: int) -> None:
+def _check_gradient(out: Tensor, g: Tensor, groups: int) -> None:
     operation = "gradient_covariance"
     check_floating(operation, "g", g)
     n = _gradient_size(g, groups)
@@ -311,31 +311,31 @@ def _gradient_size(g: Tensor, groups: int) -> int:
     return g.shape[1] // groups
 
 
-def _gradient(g: Tensor, out: Tensor, groups: int, reduce: bool, decay: float, scale: float) -> None:
-    _check_gradient(g, out, groups)
+def _gradient(out: Tensor, g: Tensor, groups: int, reduce: bool, decay: float, scale: float) -> None:
+    _check_gradient(out, g, groups)
     if not _run_native("gradient_covariance", gradient_problem, g, out, groups, reduce, decay, scale):
-        reference.gradient_covariance_(g, out=out, decay=decay, scale=scale, groups=groups, mode=_MODES[reduce])
+        reference.gradient_covariance_(out, g, decay=decay, scale=scale, groups=groups, mode=_MODES[reduce])
 
 
-def _gradient_fake(g: Tensor, out: Tensor, groups: int, reduce: bool, decay: float, scale: float) -> None:
-    _check_gradient(g, out, groups)
+def _gradient_fake(out: Tensor, g: Tensor, groups: int, reduce: bool, decay: float, scale: float) -> None:
+    _check_gradient(out, g, groups)
 
 
 _gradient_op = define(
-    "gradient_covariance_(Tensor g, Tensor(a!) out, int groups, bool reduce, float decay, float scale) -> ()",
+    "gradient_covariance_(Tensor(a!) out, Tensor g, int groups, bool reduce, float decay, float scale) -> ()",
     _gradient,
     _gradient_fake,
 )
 
 
 def gradient_covariance_(
-    g: Tensor, *, out: Tensor, decay: float = 0.0, scale: float = 1.0, groups: int = 1, mode: str = "expand"
+    out: Tensor, g: Tensor, *, decay: float = 0.0, scale: float = 1.0, groups: int = 1, mode: str = "expand"
 ) -> Tensor:
     """out <- decay out + scale gradient_covariance(g, ...), in one pass; returns `out`.
 
     Args:
-        g, groups, mode: as for `gradient_covariance`.
         out: [O, O] or [groups, O/groups, O/groups], contiguous, float32 (float64 for float64 g); mutated.
+        g, groups, mode: as for `gradient_covariance`.
         decay: weight of what `out` holds; 0 overwrites it, NaN included.
         scale: weight of the new value.
 
@@ -344,9 +344,9 @@ def gradient_covariance_(
 
     Example:
         >>> G = torch.zeros(10, 10)
-        >>> _ = kfac_ext.gradient_covariance_(torch.randn(32, 10), out=G, decay=0.95, scale=0.05)
+        >>> _ = kfac_ext.gradient_covariance_(G, torch.randn(32, 10), decay=0.95, scale=0.05)
     """
-    _gradient_op(g.detach(), out, groups, _reduces("gradient_covariance", mode), decay, scale)
+    _gradient_op(out, g.detach(), groups, _reduces("gradient_covariance", mode), decay, scale)
     return out
 
 
@@ -374,4 +374,4 @@ def gradient_covariance(g: Tensor, *, groups: int = 1, mode: str = "expand") -> 
     check_floating("gradient_covariance", "g", g)
     shape = _factor_shape(groups, _gradient_size(g, groups))
     out = g.new_empty(shape, dtype=accumulator_dtype(g.dtype))
-    return gradient_covariance_(g, out=out, groups=groups, mode=mode)
+    return gradient_covariance_(out, g, groups=groups, mode=mode)

@@ -112,18 +112,18 @@ class CovarianceUpdate(NamedTuple):
 
 class _Entry(NamedTuple):
     call: _Call
-    x: Tensor
     out: Tensor
+    x: Tensor
     decay: float
     scale: float
 
     def check(self) -> None:
         if self.call.kind == _LINEAR:
-            single._check_linear(self.x, self.out, self.call.bias)
+            single._check_linear(self.out, self.x, self.call.bias)
         elif self.call.kind == _CONV:
-            single._check_conv(self.x, self.out, self.call.geometry(self.x), self.call.bias)
+            single._check_conv(self.out, self.x, self.call.geometry(self.x), self.call.bias)
         else:
-            single._check_gradient(self.x, self.out, self.call.groups)
+            single._check_gradient(self.out, self.x, self.call.groups)
 
     def problem(self) -> Problem:
         call, rest = self.call, (self.decay, self.scale)
@@ -136,25 +136,25 @@ class _Entry(NamedTuple):
     def run_alone(self) -> None:
         call, rest = self.call, (self.decay, self.scale)
         if call.kind == _LINEAR:
-            single._linear(self.x, self.out, call.bias, *rest)
+            single._linear(self.out, self.x, call.bias, *rest)
         elif call.kind == _CONV:
-            single._conv(self.x, self.out, *call.place(), call.groups, call.bias, call.reduce, *rest)
+            single._conv(self.out, self.x, *call.place(), call.groups, call.bias, call.reduce, *rest)
         else:
-            single._gradient(self.x, self.out, call.groups, call.reduce, *rest)
+            single._gradient(self.out, self.x, call.groups, call.reduce, *rest)
 
 
 def _entries(
-    xs: list[Tensor], outs: list[Tensor], calls: list[int], decays: list[float], scales: list[float]
+    outs: list[Tensor], xs: list[Tensor], calls: list[int], decays: list[float], scales: list[float]
 ) -> list[_Entry]:
     starts = range(0, len(calls), _CALL_INTS)
     ints = [calls[start : start + _CALL_INTS] for start in starts]
-    entries = [_Entry(_Call.from_ints(c), *rest) for c, rest in zip(ints, zip(xs, outs, decays, scales))]
+    entries = [_Entry(_Call.from_ints(c), *rest) for c, rest in zip(ints, zip(outs, xs, decays, scales))]
     for entry in entries:  # all of them before the first changes anything
         entry.check()
     return entries
 
 
-def _group(xs: list[Tensor], outs: list[Tensor], calls: list[int], decays: list[float], scales: list[float]) -> None:
+def _group(outs: list[Tensor], xs: list[Tensor], calls: list[int], decays: list[float], scales: list[float]) -> None:
     waiting: list[Problem] = []
 
     def flush() -> None:
@@ -162,7 +162,7 @@ def _group(xs: list[Tensor], outs: list[Tensor], calls: list[int], decays: list[
             run_cuda(waiting)
             waiting.clear()
 
-    for entry in _entries(xs, outs, calls, decays, scales):
+    for entry in _entries(outs, xs, calls, decays, scales):
         # a launch writes its outs in no order: what goes into the same one again waits for the next
         if any(entry.out.data_ptr() == other.out.data_ptr() for other in waiting):
             flush()
@@ -184,19 +184,19 @@ def _joins_group(x: Tensor) -> bool:
 
 
 def _group_fake(
-    xs: list[Tensor], outs: list[Tensor], calls: list[int], decays: list[float], scales: list[float]
+    outs: list[Tensor], xs: list[Tensor], calls: list[int], decays: list[float], scales: list[float]
 ) -> None:
-    _entries(xs, outs, calls, decays, scales)
+    _entries(outs, xs, calls, decays, scales)
 
 
 _group_op = define(
-    "covariance_group_(Tensor[] xs, Tensor(a!)[] outs, int[] calls, float[] decays, float[] scales) -> ()",
+    "covariance_group_(Tensor(a!)[] outs, Tensor[] xs, int[] calls, float[] decays, float[] scales) -> ()",
     _group,
     _group_fake,
 )
 
 
-def covariance_group_(updates: Sequence[CovarianceUpdate], outs: Sequence[Tensor]) -> None:
+def covariance_group_(outs: Sequence[Tensor], updates: Sequence[CovarianceUpdate]) -> None:
     """outs[i] <- decay_i outs[i] + scale_i covariance of updates[i], for all i in the order given.
 
     On CUDA one launch of each kernel serves up to 128 updates (1 GiB of workspace), whatever their layers' shapes; on
@@ -206,8 +206,8 @@ def covariance_group_(updates: Sequence[CovarianceUpdate], outs: Sequence[Tensor
         TypeError, ValueError: naming the argument, what was given and what is wanted; no out is changed then.
     """
     _group_op(
-        [update.x.detach() for update in updates],
         list(outs),
+        [update.x.detach() for update in updates],
         [value for update in updates for value in update.call],
         [float(update.decay) for update in updates],
         [float(update.scale) for update in updates],

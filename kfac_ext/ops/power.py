@@ -62,7 +62,7 @@ def _check_problems(matrices: Sequence[Tensor], vectors: Tensor, starts: Sequenc
             raise ValueError(f"{operation}: starts[{i}] is {start}, vectors has {size} entries")
 
 
-def _power(matrices: list[Tensor], vectors: Tensor, starts: list[int], tol: float, max_iter: int) -> Results:
+def _power(vectors: Tensor, starts: list[int], matrices: list[Tensor], tol: float, max_iter: int) -> Results:
     _check_problems(matrices, vectors, starts)
     if not native_device("power_iteration", matrices[0], _FAMILY):
         return _run_reference(matrices, vectors, starts, tol, max_iter)
@@ -82,13 +82,13 @@ def _run(matrices: list[Tensor], vectors: Tensor, starts: list[int], tol: float,
     return run_cuda(matrices, vectors, starts, tol, max_iter)
 
 
-def _power_fake(matrices: list[Tensor], vectors: Tensor, starts: list[int], tol: float, max_iter: int) -> Results:
+def _power_fake(vectors: Tensor, starts: list[int], matrices: list[Tensor], tol: float, max_iter: int) -> Results:
     _check_problems(matrices, vectors, starts)
     return empty_results(len(matrices), matrices[0])
 
 
 _power_op = define(
-    "power_iteration_(Tensor[] matrices, Tensor(a!) vectors, SymInt[] starts, float tol, int max_iter) "
+    "power_iteration_(Tensor(a!) vectors, SymInt[] starts, Tensor[] matrices, float tol, int max_iter) "
     "-> (Tensor, Tensor, Tensor)",
     _power,
     _power_fake,
@@ -96,7 +96,7 @@ _power_op = define(
 
 
 def power_iteration_at_(
-    matrices: Sequence[Tensor], vectors: Tensor, starts: Sequence[int], *, tol: float, max_iter: int
+    vectors: Tensor, starts: Sequence[int], matrices: Sequence[Tensor], *, tol: float, max_iter: int
 ) -> Results:
     """`power_iteration_` with all vectors in one tensor [n], that of matrix i from starts[i] on; mutated.
 
@@ -106,7 +106,7 @@ def power_iteration_at_(
     _check_method("power_iteration", tol, max_iter)
     if not matrices:
         return torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.int32)
-    return _power_op(matrices, vectors, starts, tol, max_iter)
+    return _power_op(vectors, starts, matrices, tol, max_iter)
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:
@@ -136,13 +136,13 @@ def _joined(matrices: Sequence[Tensor], sizes: Sequence[int], vectors: Sequence[
 
 
 def power_iteration_(
-    matrices: Sequence[Tensor], vectors: Sequence[Tensor], *, tol: float = 1e-3, max_iter: int = 100
+    vectors: Sequence[Tensor], matrices: Sequence[Tensor], *, tol: float = 1e-3, max_iter: int = 100
 ) -> PowerIteration:
     """`power_iteration` from `vectors`, which become the eigenvectors.
 
     Args:
-        matrices, tol, max_iter: as for `power_iteration`.
         vectors: one [n_i] a matrix, of its dtype and device; mutated.
+        matrices, tol, max_iter: as for `power_iteration`.
 
     Returns:
         PowerIteration, whose `eigenvectors` are `vectors`.
@@ -152,13 +152,13 @@ def power_iteration_(
 
     Example:
         >>> A, v = torch.eye(3), torch.ones(3)
-        >>> kfac_ext.power_iteration_([A], [v]).eigenvalues
+        >>> kfac_ext.power_iteration_([v], [A]).eigenvalues
         tensor([1.0000])
     """
     symmetric, units = as_list("power_iteration", "matrices", matrices), as_list("power_iteration", "vectors", vectors)
     sizes = _sizes(symmetric)
     flat = _joined(symmetric, sizes, units)
-    values, residuals, iterations = power_iteration_at_(symmetric, flat, _starts(sizes), tol=tol, max_iter=max_iter)
+    values, residuals, iterations = power_iteration_at_(flat, _starts(sizes), symmetric, tol=tol, max_iter=max_iter)
     if units:
         torch._foreach_copy_(units, list(flat.split(sizes)))
     return PowerIteration(values, list(vectors), residuals, iterations)
@@ -205,7 +205,7 @@ def power_iteration(
         flat = _joined(symmetric, sizes, as_list("power_iteration", "vectors", vectors))
     else:  # zero: replaced by the default start
         flat = symmetric[0].new_zeros(sum(sizes)) if symmetric else torch.zeros(0)
-    values, residuals, iterations = power_iteration_at_(symmetric, flat, _starts(sizes), tol=tol, max_iter=max_iter)
+    values, residuals, iterations = power_iteration_at_(flat, _starts(sizes), symmetric, tol=tol, max_iter=max_iter)
     return PowerIteration(values, list(torch.unsafe_split_with_sizes(flat, sizes)), residuals, iterations)
 
 
@@ -223,8 +223,8 @@ def _check_covariance(x: Tensor, vector: Tensor, kernel_size: list[int], bias: b
 
 
 def _covariance(
-    x: Tensor,
     vector: Tensor,
+    x: Tensor,
     kernel_size: list[int],
     stride: list[int],
     padding: list[int],
@@ -255,8 +255,8 @@ def _run_covariance(
 
 
 def _covariance_fake(
-    x: Tensor,
     vector: Tensor,
+    x: Tensor,
     kernel_size: list[int],
     stride: list[int],
     padding: list[int],
@@ -270,7 +270,7 @@ def _covariance_fake(
 
 
 _covariance_op = define(
-    "covariance_power_iteration_(Tensor x, Tensor(a!) vector, int[] kernel_size, int[] stride, int[] padding, "
+    "covariance_power_iteration_(Tensor(a!) vector, Tensor x, int[] kernel_size, int[] stride, int[] padding, "
     "int[] dilation, bool bias, float tol, int max_iter) -> (Tensor, Tensor, Tensor)",
     _covariance,
     _covariance_fake,
@@ -333,5 +333,5 @@ def covariance_power_iteration(
     if not isinstance(vector, Tensor):
         raise TypeError(f"{operation}: vector is a {type(vector).__name__}, expected a tensor")
     unit = vector.detach().clone(memory_format=torch.contiguous_format)
-    values, residuals, iterations = _covariance_op(x.detach(), unit, *steps, bias, tol, max_iter)
+    values, residuals, iterations = _covariance_op(unit, x.detach(), *steps, bias, tol, max_iter)
     return PowerIteration(values, [unit], residuals, iterations)

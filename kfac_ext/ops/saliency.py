@@ -14,7 +14,7 @@ from kfac_ext.ops._lists import as_list, check_count, check_matrix, check_square
 from kfac_ext.ops._saliency_kernels import Layer, fits_cuda, run_cpu, run_cuda
 from kfac_ext.ops.inverse import damped_inverse_ex
 
-__all__ = ["compensate", "obs_saliency", "outgoing_saliency"]
+__all__ = ["compensate", "obd_saliency", "obs_saliency"]
 
 _FAMILY = "saliency"
 
@@ -22,7 +22,7 @@ _FAMILY = "saliency"
 
 
 def _operation(obs: bool) -> str:
-    return "obs_saliency" if obs else "outgoing_saliency"
+    return "obs_saliency" if obs else "obd_saliency"
 
 
 def _check_scores(
@@ -103,7 +103,7 @@ def _score_layers(
     return _scores_op(*lists, [int(block) for block in blocks], obs)
 
 
-def outgoing_saliency(
+def obd_saliency(
     weights: Sequence[Tensor], As: Sequence[Tensor], Gs: Sequence[Tensor], blocks: Sequence[int]
 ) -> list[Tensor]:
     """Score of every neuron by the weights that read it: S_j = 1/2 tr(V_J^T G V_J A_JJ).
@@ -126,7 +126,7 @@ def outgoing_saliency(
 
     Example:
         >>> V, A, G = torch.ones(3, 2), torch.eye(2), torch.eye(3)
-        >>> kfac_ext.outgoing_saliency([V], [A], [G], [1])
+        >>> kfac_ext.obd_saliency([V], [A], [G], [1])
         [tensor([1.5000, 1.5000])]
     """
     return _score_layers(weights, As, Gs, blocks, False)
@@ -144,7 +144,7 @@ def obs_saliency(
         weights: V of each layer, [O, d], float32 or float64, of one dtype and device.
         inverses: H of each layer, [d, d], symmetric positive definite, from `damped_inverse`.
         Gs: [O, O] covariance of the gradients at its outputs, symmetric.
-        blocks: columns a neuron feeds, as for `outgoing_saliency`.
+        blocks: columns a neuron feeds, as for `obd_saliency`.
 
     Returns:
         One [d // block] a layer.
@@ -164,59 +164,59 @@ def obs_saliency(
 # ---- compensation ----
 
 
-def _check_compensate(weights: Sequence[Tensor], inverses: Sequence[Tensor], gone: Sequence[Tensor]) -> None:
+def _check_compensate(weights: Sequence[Tensor], inverses: Sequence[Tensor], pruned: Sequence[Tensor]) -> None:
     operation = "compensate"
-    for given, argument in ((inverses, "inverses"), (gone, "gone")):
+    for given, argument in ((inverses, "inverses"), (pruned, "pruned")):
         check_count(operation, argument, len(given), len(weights), "weights")
-    for i, (weight, inverse, index) in enumerate(zip(weights, inverses, gone)):
+    for i, (weight, inverse, index) in enumerate(zip(weights, inverses, pruned)):
         check_matrix(operation, f"weights[{i}]", weight, weights[0])
         check_square(operation, f"inverses[{i}]", inverse, weights[0], weight.shape[1])
         if index.dtype != torch.int64 or index.dim() != 1:
             raise TypeError(
-                f"{operation}: gone[{i}] has dtype {index.dtype} and shape {tuple(index.shape)}, expected int64 [m]"
+                f"{operation}: pruned[{i}] has dtype {index.dtype} and shape {tuple(index.shape)}, expected int64 [m]"
             )
         if index.device != weight.device:
-            raise ValueError(f"{operation}: gone[{i}] is on {index.device}, the weights on {weight.device}")
+            raise ValueError(f"{operation}: pruned[{i}] is on {index.device}, the weights on {weight.device}")
         if index.shape[0] > weight.shape[1]:
-            raise ValueError(f"{operation}: gone[{i}] has {index.shape[0]} indices of {weight.shape[1]} columns")
+            raise ValueError(f"{operation}: pruned[{i}] has {index.shape[0]} indices of {weight.shape[1]} columns")
 
 
 def _kept_columns(i: int, index: Tensor, columns: int) -> Tensor:
     """The columns not in `index`, in order; raise unless those are distinct columns."""
     if index.numel() and (int(index.min()) < 0 or int(index.max()) >= columns):
         raise ValueError(
-            f"compensate: gone[{i}] has indices from {int(index.min())} to {int(index.max())}, "
+            f"compensate: pruned[{i}] has indices from {int(index.min())} to {int(index.max())}, "
             f"expected columns 0 to {columns - 1}"
         )
     kept = index.new_ones(columns, dtype=torch.bool).index_fill_(0, index, False).nonzero().flatten()
     if kept.numel() != columns - index.numel():
-        raise ValueError(f"compensate: gone[{i}] names a column twice")
+        raise ValueError(f"compensate: pruned[{i}] names a column twice")
     return kept
 
 
-def _compensate(weights: list[Tensor], inverses: list[Tensor], gone: list[Tensor]) -> list[Tensor]:
-    _check_compensate(weights, inverses, gone)
-    on_host = torch.cat(gone).cpu().split([len(index) for index in gone])  # waits for the device once
+def _compensate(weights: list[Tensor], inverses: list[Tensor], pruned: list[Tensor]) -> list[Tensor]:
+    _check_compensate(weights, inverses, pruned)
+    on_host = torch.cat(pruned).cpu().split([len(index) for index in pruned])  # waits for the device once
     kept = [
         _kept_columns(i, index, weight.shape[1]).to(weight.device)
         for i, (weight, index) in enumerate(zip(weights, on_host))
     ]
     if not native_device("compensate", weights[0], "damped_inverse"):
-        return reference.compensate(weights, inverses, gone)
-    found, failed = (_compensate_cpu if weights[0].is_cpu else _compensate_grouped)(weights, inverses, gone, kept)
+        return reference.compensate(weights, inverses, pruned)
+    found, failed = (_compensate_cpu if weights[0].is_cpu else _compensate_grouped)(weights, inverses, pruned, kept)
     if failed:
         raise torch.linalg.LinAlgError(
-            f"compensate: inverses[{failed[0]}] at the columns gone[{failed[0]}] is not positive definite"
+            f"compensate: inverses[{failed[0]}] at the columns pruned[{failed[0]}] is not positive definite"
         )
     return found
 
 
 def _compensate_cpu(
-    weights: list[Tensor], inverses: list[Tensor], gone: list[Tensor], kept: list[Tensor]
+    weights: list[Tensor], inverses: list[Tensor], pruned: list[Tensor], kept: list[Tensor]
 ) -> tuple[list[Tensor], list[int]]:
     """New weights, and the layers whose H_JJ is not positive definite."""
     rows = [(row_major(weight), row_major(inverse)) for weight, inverse in zip(weights, inverses)]
-    lost = [index.contiguous() for index in gone]
+    lost = [index.contiguous() for index in pruned]
     found = [weight.new_empty(weight.shape[0], len(keep)) for weight, keep in zip(weights, kept)]
     problems = [
         (W.data_ptr(), len(W), W.stride(0), H.data_ptr(), H.stride(0), *_span(index), *_span(keep), out.data_ptr())
@@ -227,18 +227,18 @@ def _compensate_cpu(
 
 
 def _compensate_grouped(
-    weights: list[Tensor], inverses: list[Tensor], gone: list[Tensor], kept: list[Tensor]
+    weights: list[Tensor], inverses: list[Tensor], pruned: list[Tensor], kept: list[Tensor]
 ) -> tuple[list[Tensor], list[int]]:
     """As `_compensate_cpu`, for a GPU: all H_JJ are inverted in one call, the products are torch's."""
     found = [weight.index_select(1, keep) for weight, keep in zip(weights, kept)]
-    layers = [i for i, index in enumerate(gone) if len(index)]
+    layers = [i for i, index in enumerate(pruned) if len(index)]
     if not layers:
         return found, []
-    rows = [inverses[i].index_select(0, gone[i]) for i in layers]  # H_J.
-    solved, info = damped_inverse_ex([row.index_select(1, gone[i]) for i, row in zip(layers, rows)], 0.0)
+    rows = [inverses[i].index_select(0, pruned[i]) for i in layers]  # H_J.
+    solved, info = damped_inverse_ex([row.index_select(1, pruned[i]) for i, row in zip(layers, rows)], 0.0)
     with full_precision():  # in tf32 the products would lose what H_JJ, of high condition, needs
         for i, row, inverse in zip(layers, rows, solved):
-            found[i] -= weights[i].index_select(1, gone[i]) @ inverse @ row.index_select(1, kept[i])
+            found[i] -= weights[i].index_select(1, pruned[i]) @ inverse @ row.index_select(1, kept[i])
     return found, [layers[k] for k in info.nonzero().flatten().tolist()]
 
 
@@ -246,18 +246,20 @@ def _span(index: Tensor) -> tuple[int, int]:
     return index.data_ptr(), index.numel()
 
 
-def _compensate_fake(weights: list[Tensor], inverses: list[Tensor], gone: list[Tensor]) -> list[Tensor]:
-    _check_compensate(weights, inverses, gone)
-    return [weight.new_empty(weight.shape[0], weight.shape[1] - index.shape[0]) for weight, index in zip(weights, gone)]
+def _compensate_fake(weights: list[Tensor], inverses: list[Tensor], pruned: list[Tensor]) -> list[Tensor]:
+    _check_compensate(weights, inverses, pruned)
+    return [
+        weight.new_empty(weight.shape[0], weight.shape[1] - index.shape[0]) for weight, index in zip(weights, pruned)
+    ]
 
 
 _compensate_op = define(
-    "compensate(Tensor[] weights, Tensor[] inverses, Tensor[] gone) -> Tensor[]", _compensate, _compensate_fake
+    "compensate(Tensor[] weights, Tensor[] inverses, Tensor[] pruned) -> Tensor[]", _compensate, _compensate_fake
 )
 
 
-def compensate(weights: Sequence[Tensor], inverses: Sequence[Tensor], gone: Sequence[Tensor]) -> list[Tensor]:
-    """Weights of the columns K that stay, making up for the columns J gone: W_K - W_J (H_JJ)^-1 H_JK.
+def compensate(weights: Sequence[Tensor], inverses: Sequence[Tensor], pruned: Sequence[Tensor]) -> list[Tensor]:
+    """Weights of the columns K that stay, making up for the pruned columns J: W_K - W_J (H_JJ)^-1 H_JK.
 
     The minimum of the layer's squared change under its input covariance: since H = (A + D)^-1, it equals
     W_K + W_J R^T with R = (A_KK + D)^-1 A_KJ (optimal brain surgeon, Hassibi & Stork 1992). All layers in one call.
@@ -265,7 +267,7 @@ def compensate(weights: Sequence[Tensor], inverses: Sequence[Tensor], gone: Sequ
     Args:
         weights: W of each layer, [O, d], float32 or float64, of one dtype and device.
         inverses: H of each layer, [d, d], symmetric positive definite, from `damped_inverse`.
-        gone: J of each layer, int64 [m], distinct column indices in any order; may be empty.
+        pruned: J of each layer, int64 [m], distinct column indices in any order; may be empty.
 
     Returns:
         One new [O, d - m] a layer, the columns in their old order.
@@ -282,6 +284,6 @@ def compensate(weights: Sequence[Tensor], inverses: Sequence[Tensor], gone: Sequ
     operation = "compensate"
     lists = [
         as_list(operation, name, tensors)
-        for name, tensors in (("weights", weights), ("inverses", inverses), ("gone", gone))
+        for name, tensors in (("weights", weights), ("inverses", inverses), ("pruned", pruned))
     ]
     return _compensate_op(*lists) if lists[0] else []

@@ -10,7 +10,7 @@ from kfac_ext.reference.covariance import (
 )
 from kfac_ext.reference.inverse import damped_inverse, damped_inverse_ex
 from kfac_ext.reference.power import covariance_power_iteration, power_iteration
-from kfac_ext.reference.saliency import compensate, obs_saliency, outgoing_saliency
+from kfac_ext.reference.saliency import compensate, obd_saliency, obs_saliency
 from kfac_ext.reference.shifts import conv2d_covariance_by_shifts
 
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
     "gradient_covariance_",
     "linear_covariance",
     "linear_covariance_",
+    "obd_saliency",
     "obs_saliency",
-    "outgoing_saliency",
     "power_iteration",
 ]

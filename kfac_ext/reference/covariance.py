@@ -56,20 +56,20 @@ def gradient_covariance(g: Tensor, *, groups: int = 1, mode: str = "expand") -> 
     return factors if groups > 1 else factors[0]
 
 
-def linear_covariance_(x: Tensor, *, out: Tensor, decay: float = 0.0, scale: float = 1.0, bias: bool = False) -> Tensor:
+def linear_covariance_(out: Tensor, x: Tensor, *, decay: float = 0.0, scale: float = 1.0, bias: bool = False) -> Tensor:
     """out <- decay out + scale linear_covariance(x)."""
     return _blend_(out, linear_covariance(x, bias=bias), decay, scale)
 
 
 def conv2d_covariance_(
-    x: Tensor, kernel_size: Pair, *, out: Tensor, decay: float = 0.0, scale: float = 1.0, **geometry: object
+    out: Tensor, x: Tensor, kernel_size: Pair, *, decay: float = 0.0, scale: float = 1.0, **geometry: object
 ) -> Tensor:
     """out <- decay out + scale conv2d_covariance(x, kernel_size, ...)."""
     return _blend_(out, conv2d_covariance(x, kernel_size, **geometry), decay, scale)  # type: ignore[arg-type]
 
 
 def gradient_covariance_(
-    g: Tensor, *, out: Tensor, decay: float = 0.0, scale: float = 1.0, groups: int = 1, mode: str = "expand"
+    out: Tensor, g: Tensor, *, decay: float = 0.0, scale: float = 1.0, groups: int = 1, mode: str = "expand"
 ) -> Tensor:
     """out <- decay out + scale gradient_covariance(g)."""
     return _blend_(out, gradient_covariance(g, groups=groups, mode=mode), decay, scale)

@@ -14,20 +14,20 @@ def _blocks(matrix: Tensor, count: int, block: int) -> Tensor:
     return used.unflatten(0, (count, block)).unflatten(2, (count, block)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
 
 
-def _outgoing_forms(weight: Tensor, G: Tensor, block: int) -> Tensor:
+def _column_forms(weight: Tensor, G: Tensor, block: int) -> Tensor:
     """V_J^T G V_J [count, block, block] of every neuron j, J = its `block` columns of V = weight [O, d]."""
     count = weight.shape[1] // block
     columns = weight[:, : count * block].unflatten(1, (count, block)).transpose(0, 1)  # [count, O, block]
     return columns.mT @ (G @ columns)
 
 
-def outgoing_saliency(
+def obd_saliency(
     weights: Sequence[Tensor], As: Sequence[Tensor], Gs: Sequence[Tensor], blocks: Sequence[int]
 ) -> list[Tensor]:
-    """S_j = 1/2 tr(V_J^T G V_J A_JJ); see `kfac_ext.outgoing_saliency`."""
+    """S_j = 1/2 tr(V_J^T G V_J A_JJ); see `kfac_ext.obd_saliency`."""
     scores = []
     for weight, A, G, block in zip(weights, As, Gs, blocks):
-        forms = _outgoing_forms(weight, G, block)
+        forms = _column_forms(weight, G, block)
         scores.append(0.5 * (forms * _blocks(A, len(forms), block)).sum(dim=(1, 2)))
     return scores
 
@@ -38,7 +38,7 @@ def obs_saliency(
     """S_j = 1/2 tr(V_J^T G V_J (H_JJ)^-1); see `kfac_ext.obs_saliency`."""
     scores = []
     for i, (weight, inverse, G, block) in enumerate(zip(weights, inverses, Gs, blocks)):
-        forms = _outgoing_forms(weight, G, block)
+        forms = _column_forms(weight, G, block)
         factors, info = torch.linalg.cholesky_ex(_blocks(inverse, len(forms), block))
         if bool(info.any()):
             neuron = int(info.nonzero()[0])
@@ -50,16 +50,16 @@ def obs_saliency(
     return scores
 
 
-def compensate(weights: Sequence[Tensor], inverses: Sequence[Tensor], gone: Sequence[Tensor]) -> list[Tensor]:
-    """W_K - W_J (H_JJ)^-1 H_JK of every layer, J = the columns gone, K = the rest; see `kfac_ext.compensate`."""
+def compensate(weights: Sequence[Tensor], inverses: Sequence[Tensor], pruned: Sequence[Tensor]) -> list[Tensor]:
+    """W_K - W_J (H_JJ)^-1 H_JK of every layer, J = the pruned columns, K = the rest; see `kfac_ext.compensate`."""
     kept = []
-    for i, (weight, inverse, index) in enumerate(zip(weights, inverses, gone)):
+    for i, (weight, inverse, index) in enumerate(zip(weights, inverses, pruned)):
         keep = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
         keep[index] = False
         factor, info = torch.linalg.cholesky_ex(inverse[index][:, index])
         if bool(info.any()):
             raise torch.linalg.LinAlgError(
-                f"compensate: inverses[{i}] at the columns gone[{i}] is not positive definite"
+                f"compensate: inverses[{i}] at the columns pruned[{i}] is not positive definite"
             )
         update = torch.cholesky_solve(inverse[index][:, keep], factor)
         kept.append(weight[:, keep] - weight[:, index] @ update)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flatprune.errors import InputError
-from kfac_ext.curvature.layers import sent
+from kfac_ext.curvature.modes import sent
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 _DIGITS_TEST_FRACTION = 0.25

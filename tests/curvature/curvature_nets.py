@@ -110,7 +110,36 @@ def transposed(kind=nn.ConvTranspose2d, **options):
     )  # fmt: skip
 
 
+class Volumes(nn.Module):
+    """A convolution over volumes called twice, on two sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.head = nn.Conv3d(2, 2, 2, padding=1), nn.Linear(2, 3)
+
+    def forward(self, x):
+        x = torch.tanh(self.shared(x))
+        return self.head(torch.tanh(self.shared(x[:, :, ::2])).mean(dim=(2, 3, 4)))
+
+
+def volumes(**options):
+    """Convolutions over [N, C, D, H, W]; `options` of the second one, which has a batch norm behind it."""
+    return nn.Sequential(
+        nn.Conv3d(2, 4, (2, 1, 2), bias=False), nn.ReLU(), nn.Conv3d(4, 6, (2, 3, 2), **options), nn.BatchNorm3d(6),
+        nn.ReLU(inplace=True), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(6, 3),
+    )  # fmt: skip
+
+
+def transposed_volumes(**options):
+    """A transposed convolution over volumes; `options` of it."""
+    return nn.Sequential(
+        nn.Conv3d(2, 4, 2, stride=2), nn.ReLU(), nn.ConvTranspose3d(4, 6, (2, 3, 2), **options), nn.BatchNorm3d(6),
+        nn.ReLU(inplace=True), nn.Conv3d(6, 3, 1),
+    )  # fmt: skip
+
+
 IMAGE = (2, 6, 5)
+VOLUME = (2, 4, 3, 4)
 SEQUENCE = (2, 9)
 NETS = {
     "mlp": (mlp, (4,)),
@@ -135,6 +164,19 @@ NETS = {
     "transposed_cropped": (lambda: transposed(stride=(4, 2), padding=2, dilation=(1, 2), bias=False), IMAGE),
     "transposed_grouped": (lambda: transposed(groups=2), IMAGE),
     "transposed_sequence": (lambda: transposed(nn.ConvTranspose1d, stride=2, output_padding=1), SEQUENCE),
+    "volumes_called_twice": (Volumes, VOLUME),
+    "volumes": (lambda: volumes(stride=(1, 2, 3), padding=(2, 1, 2), dilation=(2, 1, 1)), VOLUME),
+    "volumes_same": (lambda: volumes(padding="same", dilation=(1, 2, 1), bias=False), VOLUME),
+    "volumes_valid": (lambda: volumes(padding="valid", groups=2), VOLUME),
+    "volumes_grouped": (lambda: volumes(padding=(1, 0, 2), stride=2, groups=2), VOLUME),
+    "volumes_circular": (lambda: volumes(padding=(1, 2, 0), padding_mode="circular"), VOLUME),
+    "volumes_reflect": (lambda: volumes(padding=(1, 2, 1), padding_mode="reflect", groups=2), VOLUME),
+    "volumes_replicate": (lambda: volumes(padding="same", padding_mode="replicate"), VOLUME),
+    "transposed_volumes": (lambda: transposed_volumes(stride=(2, 1, 2), output_padding=(1, 0, 0)), VOLUME),
+    "transposed_volumes_grouped": (
+        lambda: transposed_volumes(stride=2, padding=(1, 1, 0), dilation=(1, 2, 1), groups=2),
+        VOLUME,
+    ),
 }
 
 
@@ -144,7 +186,9 @@ def make(name, *, seed=0, dtype=torch.float64):
     builder, shape = NETS[name]
     model = builder().to(dtype)
     for module in model.modules():
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):  # an affine map that is not the identity
+        if isinstance(
+            module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+        ):  # an affine map that is not the identity
             module.weight.data.uniform_(0.5, 1.5)
             module.bias.data.uniform_(-0.5, 0.5)
             module.running_mean.uniform_(-0.5, 0.5)

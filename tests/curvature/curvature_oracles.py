@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -23,75 +24,52 @@ def source_index(i, size, mode):
 
 
 def conv_patches(image, conv):
-    """[positions, C kh kw] of one image [C, H, W], pixel by pixel."""
-    (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
-    channels, height, width = image.shape
+    """[positions, C kernel] of one image [C, pixels] of any number of dimensions, pixel by pixel."""
+    sizes, kernel, stride, dilation = image.shape[1:], conv.kernel_size, conv.stride, conv.dilation
+    reach = [(k - 1) * d for k, d in zip(kernel, dilation)]
     if conv.padding == "same":
-        top, left = dh * (kh - 1) // 2, dw * (kw - 1) // 2
-        bottom, right = dh * (kh - 1) - top, dw * (kw - 1) - left
+        before = [r // 2 for r in reach]
+        after = [r - b for r, b in zip(reach, before)]
     else:
-        top, left = conv.padding
-        bottom, right = top, left
+        before = after = (0,) * len(sizes) if conv.padding == "valid" else conv.padding
+    outputs = [(s + b + a - r - 1) // step + 1 for s, b, a, r, step in zip(sizes, before, after, reach, stride)]
     rows = []
-    for oy in range((height + top + bottom - dh * (kh - 1) - 1) // sh + 1):
-        for ox in range((width + left + right - dw * (kw - 1) - 1) // sw + 1):
-            patch = image.new_zeros(channels, kh, kw)
-            for ky in range(kh):
-                for kx in range(kw):
-                    y = source_index(oy * sh - top + ky * dh, height, conv.padding_mode)
-                    x = source_index(ox * sw - left + kx * dw, width, conv.padding_mode)
-                    if y is not None and x is not None:
-                        patch[:, ky, kx] = image[:, y, x]
-            rows.append(patch.flatten())
+    for place in product(*map(range, outputs)):
+        patch = image.new_zeros(len(image), *kernel)
+        for tap in product(*map(range, kernel)):
+            pixel = [o * step - b + k * d for o, step, b, k, d in zip(place, stride, before, tap, dilation)]
+            pixel = [source_index(i, size, conv.padding_mode) for i, size in zip(pixel, sizes)]
+            if None not in pixel:
+                patch[(slice(None), *tap)] = image[(slice(None), *pixel)]
+        rows.append(patch.flatten())
     return torch.stack(rows)
 
 
 def transposed_patches(image, conv):
-    """[positions, C kh kw] of one image [C, H, W]: which input pixel reaches an output pixel by which weight.
+    """[positions, C kernel] of one image [C, pixels]: which input pixel reaches an output pixel by which weight.
 
     Output pixel o gets weight k times input pixel i where i stride - padding + k dilation = o; the patch lists k from
     the last to the first.
     """
-    (kh, kw), (sh, sw), (dh, dw), (ph, pw) = conv.kernel_size, conv.stride, conv.dilation, conv.padding
-    channels, height, width = image.shape
-    sizes = conv(image[None]).shape[2:]
+    kernel, sizes = conv.kernel_size, image.shape[1:]
     rows = []
-    for oy in range(sizes[0]):
-        for ox in range(sizes[1]):
-            patch = image.new_zeros(channels, kh, kw)
-            for ky in range(kh):
-                for kx in range(kw):
-                    (y, ry), (x, rx) = divmod(oy + ph - ky * dh, sh), divmod(ox + pw - kx * dw, sw)
-                    if ry == rx == 0 and 0 <= y < height and 0 <= x < width:
-                        patch[:, kh - 1 - ky, kw - 1 - kx] = image[:, y, x]
-            rows.append(patch.flatten())
+    for place in product(*map(range, conv(image[None]).shape[2:])):
+        patch = image.new_zeros(len(image), *kernel)
+        for tap in product(*map(range, kernel)):
+            steps = zip(place, conv.padding, tap, conv.dilation, conv.stride)
+            pixel, rest = zip(*(divmod(o + p - k * d, step) for o, p, k, d, step in steps))
+            if not any(rest) and all(0 <= i < size for i, size in zip(pixel, sizes)):
+                turned = tuple(k - 1 - t for k, t in zip(kernel, tap))
+                patch[(slice(None), *turned)] = image[(slice(None), *pixel)]
+        rows.append(patch.flatten())
     return torch.stack(rows)
-
-
-def as_2d(conv):
-    """The two-dimensional convolution that does to images of height 1 what a one-dimensional one does to sequences."""
-    options = {
-        "kernel_size": (1, *conv.kernel_size),
-        "stride": (1, *conv.stride),
-        "dilation": (1, *conv.dilation),
-        "padding": conv.padding if isinstance(conv.padding, str) else (0, *conv.padding),
-        "groups": conv.groups,
-        "padding_mode": conv.padding_mode,
-        "dtype": conv.weight.dtype,
-    }
-    if isinstance(conv, nn.ConvTranspose1d):
-        options["output_padding"] = (0, *conv.output_padding)
-        return nn.ConvTranspose2d(conv.in_channels, conv.out_channels, **options)
-    return nn.Conv2d(conv.in_channels, conv.out_channels, **options)
 
 
 def input_rows(module, x):
     """[N, positions, in] of one call."""
-    if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
-        return input_rows(as_2d(module), x[:, :, None])
-    if isinstance(module, nn.ConvTranspose2d):
+    if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
         return torch.stack([transposed_patches(image, module) for image in x])
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return torch.stack([conv_patches(image, module) for image in x])
     return torch.stack([sample.reshape(-1, sample.shape[-1]) for sample in x])
 

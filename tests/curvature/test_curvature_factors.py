@@ -10,16 +10,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from kfac_ext import Curvature, FactorSet
 from kfac_ext.curvature.fisher import prediction_count, sample_targets
+from kfac_ext.curvature.probing import fresh_covariances
 
 NORMS = {
     "mlp_norm": {"0": "1"},
     "residual": {"first": "norm"},
     "conv_norm_depthwise": {"0": "1", "4": "5"},
     **{name: {"0": "1"} for name in curvature_nets.NETS if name.startswith("sequence_conv")},
-    **{name: {"2": "3"} for name in curvature_nets.NETS if name.startswith("transposed")},
+    **{name: {"2": "3"} for name in curvature_nets.NETS if name.startswith(("transposed", "volumes"))},
+    "volumes_called_twice": {},
 }
 
 
@@ -30,7 +33,7 @@ def oracle_layers(model, name):
     return {
         key: (module, modules[norms.get(key, key)])
         for key, module in modules.items()
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d))
+        if isinstance(module, (nn.Linear, _ConvNd))
     }
 
 
@@ -259,7 +262,7 @@ def test_fresh_covariances():
     factors = curvature.factors.buffer.clone()
     for training in (True, False):
         model.train(training)
-        fresh = curvature.fresh_covariances(["4", "9"], curvature.recent_inputs, mode="expand")
+        fresh = fresh_covariances(curvature, ["4", "9"], curvature.recent_inputs, mode="expand")
         assert model.training is training and model[1].training is training
     assert all(torch.equal(v, buffers[k]) for k, v in model.named_buffers())
     assert torch.equal(torch.get_rng_state(), rng) and torch.equal(curvature.factors.buffer, factors)
@@ -272,7 +275,7 @@ def test_fresh_covariances():
         torch.testing.assert_close(fresh["4"][channel], a.T @ a / len(a))
     assert fresh["9"].shape == (5, 5)
     with pytest.raises(KeyError, match="no layer named 'x'"):
-        curvature.fresh_covariances(["x"], x)
+        fresh_covariances(curvature, ["x"], x)
 
 
 def test_recent_inputs_hold_256_samples():

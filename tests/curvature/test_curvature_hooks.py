@@ -138,17 +138,19 @@ def test_unused_and_unsupported_layers_are_named_once():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.used, self.spare, self.up = nn.Linear(3, 4), nn.Linear(4, 4), nn.Conv3d(4, 2, 1)
+            self.used, self.spare, self.mix = nn.Linear(3, 4), nn.Linear(4, 4), nn.Bilinear(4, 4, 2)
 
         def forward(self, x):
-            return self.up(self.used(x)[:, :, None, None, None])[:, :, 0, 0, 0]
+            x = self.used(x)
+            return self.mix(x, x)
 
     model = Net()
     curvature = Curvature(model, factor_update_steps=1)
     with pytest.warns(UserWarning) as caught:
         model(torch.randn(5, 3))
     messages = [str(w.message) for w in caught]
-    assert len(messages) == 2 and "never calls 'spare'" in messages[0] and "'up' (Conv3d)" in messages[1]
+    assert len(messages) == 2 and "never calls 'spare'" in messages[0]
+    assert "no factors for 'mix' (Bilinear: bilinear takes its weight)" in messages[1]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(torch.randn(5, 3))

@@ -19,6 +19,7 @@ from flatprune.flatness import spectrum
 from flatprune.flatness.spectrum import Flatness, hessian_lambda_max
 from kfac_ext import Curvature
 from kfac_ext.curvature.fisher import projected_inputs, sample_targets
+from kfac_ext.curvature.probing import observe
 
 
 def zs(curvature):
@@ -40,7 +41,8 @@ def mean_log_radius(model, layers, constants, x, targets, mode):
 
 @pytest.mark.parametrize("mode", ["reduce", "expand"])
 @pytest.mark.parametrize(
-    "name", ["mlp", "mlp_norm", "sequence", "called_twice", "segmenter", "conv_norm_depthwise", "conv_circular"]
+    "name",
+    ["mlp", "mlp_norm", "sequence", "called_twice", "segmenter", "conv_norm_depthwise", "conv_circular", "volumes"],
 )
 def test_double_backward_gradient_equals_finite_differences(name, mode):
     model, x = curvature_nets.make(name)
@@ -130,7 +132,7 @@ def test_every_kind_of_layer(name, approx, mode):
 def test_mean_projection_is_the_mean_over_positions_and_calls(name):
     model, x = curvature_nets.make(name)
     curvature = Curvature(model)
-    capture = curvature.observe(x)
+    capture = observe(curvature, x)
     for layer in curvature.layers.values():
         inputs = [a.detach().double().requires_grad_() for a in capture.inputs(layer.name)]
         unit = torch.randn(layer.groups, layer.patch_size + layer.constant, dtype=torch.float64)
@@ -371,7 +373,7 @@ def attending(backend, approx):
     with sdpa_kernel(backend):
         output = model(x)
     curvature.generator.manual_seed(9)  # the labels of a repeated forward are those of the first
-    capture = curvature._record
+    capture = curvature.recorder.record
     capture.targets = None
     penalty = flatness.penalty(x, output, F.cross_entropy(output, y))
     return torch.autograd.grad(penalty, list(model.parameters()), allow_unused=True), len(calls)

@@ -12,6 +12,7 @@ from kfac_ext import _C, CovarianceUpdate, FactorSet, reference
 from kfac_ext.ops import _covariance_kernels as kernels
 from kfac_ext.ops import covariance, covariance_group
 from kfac_ext.ops._launch import full_precision, tf32_allowed
+from kfac_ext.ops.covariance_group import covariance_group_
 from tests.conftest import relative_error
 from tests.ops.test_covariance import CONVOLUTIONS, allowed, oracle
 
@@ -173,12 +174,12 @@ def test_many_layers_and_a_large_workspace_take_more_launches(launches, monkeypa
     kernels._launches.cache_clear()
     outs = [torch.empty(3, 3) for _ in range(300)]
     x = torch.randn(5, 3)
-    kfac_ext.covariance_group_([CovarianceUpdate.linear("", x)] * 300, outs)
+    covariance_group_(outs, [CovarianceUpdate.linear("", x)] * 300)
     assert sum(launches) == 300 and max(launches) <= _C.max_group_layers
     assert all(torch.equal(out, outs[0]) for out in outs)
     launches.clear()
     monkeypatch.setattr(kernels, "_WORKSPACE_BYTES", 40_000)
-    kfac_ext.covariance_group_([CovarianceUpdate.linear("", x)] * 12, outs[:12])
+    covariance_group_(outs[:12], [CovarianceUpdate.linear("", x)] * 12)
     assert sum(launches) == 12 and 1 < len(launches) < 12
     kernels._launches.cache_clear()
 

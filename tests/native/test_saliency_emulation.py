@@ -39,7 +39,7 @@ def launches(emulation, monkeypatch):
 def test_all_layers_in_one_launch(launches, obs):
     layers = [layer(*shape, seed=i) for i, shape in enumerate(LAYERS)]
     weights, As, Gs, inverses, blocks = map(list, zip(*layers))
-    matrices, function = (inverses, kfac_ext.obs_saliency) if obs else (As, kfac_ext.outgoing_saliency)
+    matrices, function = (inverses, kfac_ext.obs_saliency) if obs else (As, kfac_ext.obd_saliency)
     scores = function(weights, matrices, Gs, blocks)
     for score, V, matrix, G, block in zip(scores, weights, matrices, Gs, blocks):
         assert worst(score, oracle(V, matrix, G, block, obs)) < 1e-5

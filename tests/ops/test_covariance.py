@@ -217,9 +217,9 @@ def test_running_average(device, threads, name):
     x = torch.randn(shape, dtype=torch.float64, device=device)
     value = function(x, *lead.values(), **options)
     out = torch.full_like(value, math.nan)
-    assert accumulate(x, *lead.values(), out=out, **options) is out
+    assert accumulate(out, x, *lead.values(), **options) is out
     assert relative_error(out, value) < 1e-14  # decay 0 forgets NaN
-    accumulate(x, *lead.values(), out=out, decay=0.9, scale=0.5, **options)
+    accumulate(out, x, *lead.values(), decay=0.9, scale=0.5, **options)
     assert relative_error(out, 1.4 * value) < 1e-14
 
 
@@ -236,9 +236,9 @@ def test_opcheck(name):
     x = torch.randn(shape)
     out = torch.empty_like(function(x, *lead.values(), **options))
     arguments = {
-        "linear": (x, out, True, 0.5, 1.0),
-        "conv": (x, out, [3, 3], [1, 1], [1, 1, 1, 1], [1, 1], 1, True, False, 0.5, 1.0),
-        "gradient": (x, out, 1, False, 0.5, 1.0),
+        "linear": (out, x, True, 0.5, 1.0),
+        "conv": (out, x, [3, 3], [1, 1], [1, 1, 1, 1], [1, 1], 1, True, False, 0.5, 1.0),
+        "gradient": (out, x, 1, False, 0.5, 1.0),
     }[name]
     name = {"linear": "linear", "conv": "conv2d", "gradient": "gradient"}[name]
     torch.library.opcheck(getattr(torch.ops.kfac_ext, f"{name}_covariance_").default, arguments)
@@ -301,10 +301,10 @@ BAD_CALLS = [
     (lambda: kfac_ext.linear_covariance(torch.ones(3, 2, dtype=torch.int64)), TypeError, "dtype torch.int64"),
     (lambda: kfac_ext.linear_covariance([1.0]), TypeError, "x is a list"),
     (lambda: kfac_ext.linear_covariance(torch.eye(3).to_sparse()), TypeError, "layout"),
-    (lambda: kfac_ext.linear_covariance_(Y, out=torch.zeros(5, 5)), ValueError, r"out has shape \(5, 5\).*\(6, 6\)"),
-    (lambda: kfac_ext.linear_covariance_(Y, out=torch.zeros(6, 6).double()), TypeError, "out has dtype torch.float64"),
-    (lambda: kfac_ext.linear_covariance_(Y, out=torch.zeros(12, 6)[::2]), ValueError, "out is not contiguous"),
-    (lambda: kfac_ext.linear_covariance_(Y, out=torch.zeros(6, 6, device="meta")), ValueError, "expected the same dev"),
+    (lambda: kfac_ext.linear_covariance_(torch.zeros(5, 5), Y), ValueError, r"out has shape \(5, 5\).*\(6, 6\)"),
+    (lambda: kfac_ext.linear_covariance_(torch.zeros(6, 6).double(), Y), TypeError, "out has dtype torch.float64"),
+    (lambda: kfac_ext.linear_covariance_(torch.zeros(12, 6)[::2], Y), ValueError, "out is not contiguous"),
+    (lambda: kfac_ext.linear_covariance_(torch.zeros(6, 6, device="meta"), Y), ValueError, "expected the same dev"),
     (lambda: kfac_ext.conv2d_covariance(X[0], 3), ValueError, r"input has 3 dimensions \(6, 8, 8\), expected 4"),
     (lambda: kfac_ext.conv2d_covariance(X, 11), ValueError, "exceeds the padded input"),
     (lambda: kfac_ext.conv2d_covariance(X, 0), ValueError, "kernel_size is"),
@@ -315,7 +315,7 @@ BAD_CALLS = [
     (lambda: kfac_ext.conv2d_covariance(X, 3, padding="same", stride=2), ValueError, "needs stride 1"),
     (lambda: kfac_ext.conv2d_covariance(X, 3, groups=4), ValueError, "groups is 4"),
     (lambda: kfac_ext.conv2d_covariance(X, 3, mode="mean"), ValueError, "mode is 'mean'"),
-    (lambda: kfac_ext.conv2d_covariance_(X, 3, out=torch.zeros(9, 9)), ValueError, "conv2d_covariance: out has shape"),
+    (lambda: kfac_ext.conv2d_covariance_(torch.zeros(9, 9), X, 3), ValueError, "conv2d_covariance: out has shape"),
     (lambda: kfac_ext.gradient_covariance(X[0]), ValueError, "g has 3 dimensions"),
     (lambda: kfac_ext.gradient_covariance(X, groups=5), ValueError, "groups is 5"),
     (lambda: kfac_ext.gradient_covariance(X, mode="x"), ValueError, "mode is 'x'"),
@@ -331,7 +331,7 @@ def test_bad_input(call, error, message):
 def test_bad_input_leaves_out_unchanged():
     out = torch.full((6, 6), 7.0)
     with pytest.raises(TypeError):
-        kfac_ext.linear_covariance_(torch.ones(4, 6, dtype=torch.int32), out=out)
+        kfac_ext.linear_covariance_(out, torch.ones(4, 6, dtype=torch.int32))
     assert bool((out == 7).all())
 
 

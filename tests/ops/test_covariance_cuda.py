@@ -56,7 +56,7 @@ def test_no_call_waits_for_the_device():
     torch.cuda.set_sync_debug_mode("error")
     try:
         factors.accumulate_(given)
-        kfac_ext.conv2d_covariance_(given[0].x, 3, padding=1, bias=True, out=factors["conv.A"])
+        kfac_ext.conv2d_covariance_(factors["conv.A"], given[0].x, 3, padding=1, bias=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

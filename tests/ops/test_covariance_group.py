@@ -82,5 +82,5 @@ def test_opcheck():
     outs = [torch.zeros(size if isinstance(size, tuple) else (size, size)) for size in SIZES.values()]
     outs[2] = torch.zeros(18, 9, 9)
     calls = [value for update in given for value in update.call]
-    arguments = ([u.x for u in given], outs, calls, [u.decay for u in given], [u.scale for u in given])
+    arguments = (outs, [u.x for u in given], calls, [u.decay for u in given], [u.scale for u in given])
     torch.library.opcheck(torch.ops.kfac_ext.covariance_group_.default, arguments)

@@ -33,7 +33,7 @@ def test_everything_lies_in_one_buffer_of_aligned_slots(factors):
 
 def test_operations_write_into_the_views(factors):
     x = torch.randn(9, 17, dtype=torch.float64)
-    kfac_ext.linear_covariance_(x, out=factors["fc.A"])
+    kfac_ext.linear_covariance_(factors["fc.A"], x)
     assert torch.equal(factors["fc.A"], kfac_ext.linear_covariance(x))
 
 
@@ -181,7 +181,7 @@ def test_operators_keep_the_device_of_their_inputs():
             *kfac_ext.damped_inverse([A], 0.1),
             *kfac_ext.power_iteration([A])[:1],
             *kfac_ext.covariance_power_iteration(x, 3)[:1],
-            *kfac_ext.outgoing_saliency([A], [A], [A], [1]),
+            *kfac_ext.obd_saliency([A], [A], [A], [1]),
             *kfac_ext.obs_saliency([A], [A], [A], [1]),
             *kfac_ext.compensate([A], [A], [index]),
         ]

@@ -73,10 +73,10 @@ def test_no_step_waits_for_the_device(request):
     factors, _ = filled()
     step(factors)
     weights, As, Gs, blocks = layers()
-    kfac_ext.outgoing_saliency(weights, As, Gs, blocks)
+    kfac_ext.obd_saliency(weights, As, Gs, blocks)
     request.getfixturevalue("no_waiting")
     step(factors)
-    kfac_ext.outgoing_saliency(weights, As, Gs, blocks)
+    kfac_ext.obd_saliency(weights, As, Gs, blocks)
 
 
 def test_twice_the_same_bits():

@@ -239,10 +239,10 @@ for dtype, tolerance in ((torch.float32, 3e-4), (torch.float64, 1e-11)):
         values = [m.covariance_power_iteration(x, k, padding=p, max_iter=9).eigenvalues for m in (kfac_ext, reference)]
         assert torch.allclose(*values, rtol=tolerance)
     layer = [torch.randn(21, 36, dtype=dtype)], [spd(36, dtype)], [spd(21, dtype)], [9]
-    for name in ("outgoing_saliency", "obs_saliency"):
+    for name in ("obd_saliency", "obs_saliency"):
         assert torch.allclose(*(getattr(m, name)(*layer)[0] for m in (kfac_ext, reference)), rtol=tolerance)
-    gone = [torch.arange(20)]
-    native, plain = (m.compensate(*layer[:2], gone)[0] for m in (kfac_ext, reference))
+    pruned = [torch.arange(20)]
+    native, plain = (m.compensate(*layer[:2], pruned)[0] for m in (kfac_ext, reference))
     assert (native - plain).norm() <= tolerance * plain.norm()
 print(kfac_ext.build_info()["simd"])
 """

@@ -67,7 +67,7 @@ def test_a_warm_start_needs_fewer_steps(device):
 def test_in_place_overwrites_the_vectors(device):
     matrices, vectors = [spd(3, device=device), spd(40, device=device)], [torch.ones(3), 7 * torch.ones(40)]
     vectors = [v.to(device) for v in vectors]
-    result = kfac_ext.power_iteration_(matrices, vectors, tol=1e-6)
+    result = kfac_ext.power_iteration_(vectors, matrices, tol=1e-6)
     assert all(a is b for a, b in zip(result.eigenvectors, vectors))
     expected = kfac_ext.power_iteration(
         matrices, [torch.ones(3, device=device), torch.ones(40, device=device)], tol=1e-6
@@ -95,7 +95,7 @@ def test_a_matrix_that_is_not_finite(device, threads, bad, n, native):
     matrix[n // 2, n // 3] = matrix[n // 3, n // 2] = bad
     vectors = [torch.ones(n, device=device), torch.ones(n, device=device)]
     with kfac_ext.use_native(native):
-        result = kfac_ext.power_iteration_([matrix, spd(n, device=device)], vectors, tol=1e-5, max_iter=100)
+        result = kfac_ext.power_iteration_(vectors, [matrix, spd(n, device=device)], tol=1e-5, max_iter=100)
     assert math.isnan(result.eigenvalues[0]) and math.isnan(result.residuals[0])
     assert int(result.iterations[0]) < 10
     assert float(vectors[0].norm()) == pytest.approx(1, abs=1e-5)
@@ -194,7 +194,7 @@ def test_bad_calls(name, native):
 def test_vectors_in_place_of_any_strides(device):
     matrices = [spd(n, torch.float32, device=device) for n in (3, 40)]
     columns = torch.ones(40, 2, device=device)
-    kfac_ext.power_iteration_(matrices, [columns[:3, 0], columns[:, 1]])
+    kfac_ext.power_iteration_([columns[:3, 0], columns[:, 1]], matrices)
     expected = kfac_ext.power_iteration(matrices, [torch.ones(n, device=device) for n in (3, 40)]).eigenvectors
     assert torch.equal(columns[:3, 0], expected[0]) and torch.equal(columns[:, 1], expected[1])
     assert bool((columns[3:, 0] == 1).all())
@@ -204,7 +204,7 @@ def test_vectors_in_place_of_any_strides(device):
 def test_starts_that_do_not_fit(starts):
     vectors = torch.ones(8)
     with pytest.raises(ValueError, match=r"^power_iteration: starts"):
-        torch.ops.kfac_ext.power_iteration_.default([spd(4), spd(4)], vectors, starts, 1e-3, 5)
+        torch.ops.kfac_ext.power_iteration_.default(vectors, starts, [spd(4), spd(4)], 1e-3, 5)
     assert bool((vectors == 1).all())
 
 
@@ -323,9 +323,9 @@ def test_bad_matrix_free_calls(message, x, lead, options):
 
 def test_opcheck():
     ops = torch.ops.kfac_ext
-    torch.library.opcheck(ops.power_iteration_.default, ([spd(4), spd(20)], torch.ones(25), [21, 0], 1e-3, 5))
+    torch.library.opcheck(ops.power_iteration_.default, (torch.ones(25), [21, 0], [spd(4), spd(20)], 1e-3, 5))
     x = torch.randn(2, 3, 5, 5)
-    arguments = (x, torch.ones(28), [3, 3], [1, 1], [1, 1, 1, 1], [1, 1], True, 1e-3, 5)
+    arguments = (torch.ones(28), x, [3, 3], [1, 1], [1, 1, 1, 1], [1, 1], True, 1e-3, 5)
     torch.library.opcheck(ops.covariance_power_iteration_.default, arguments)
 
 

@@ -57,7 +57,7 @@ LAYERS = [
 @pytest.mark.parametrize("shape", LAYERS)
 def test_scores(device, threads, dtype, obs, shape):
     V, A, G, H, block = layer(*shape, dtype=dtype, device=device)
-    matrix, name = (H, "obs_saliency") if obs else (A, "outgoing_saliency")
+    matrix, name = (H, "obs_saliency") if obs else (A, "obd_saliency")
     exact = oracle(V, matrix, G, block, obs)
     (scores,) = getattr(kfac_ext, name)([V], [matrix], [G], [block])
     (plain,) = getattr(reference, name)([V], [matrix], [G], [block])
@@ -68,7 +68,7 @@ def test_scores(device, threads, dtype, obs, shape):
 def test_a_list_of_layers(device, threads):
     layers = [layer(*shape, dtype=torch.float64, seed=i, device=device) for i, shape in enumerate(LAYERS)]
     V, A, G, H, blocks = (list(column) for column in zip(*layers))
-    for i, scores in enumerate(kfac_ext.outgoing_saliency(V, A, G, blocks)):
+    for i, scores in enumerate(kfac_ext.obd_saliency(V, A, G, blocks)):
         assert worst(scores, oracle(V[i], A[i], G[i], blocks[i], False)) < 1e-11
     for i, scores in enumerate(kfac_ext.obs_saliency(V, H, G, blocks)):
         assert worst(scores, oracle(V[i], H[i], G[i], blocks[i], True)) < 1e-11
@@ -81,10 +81,10 @@ def test_obs_score_is_the_change_that_compensation_leaves(device):
     (H,) = kfac_ext.damped_inverse([A], 0.1)
     (scores,) = kfac_ext.obs_saliency([V], [H], [G], [block])
     for j in range(6):
-        gone = torch.arange(j * block, (j + 1) * block, device=device)
-        kept = torch.tensor([c for c in range(24) if c not in gone.tolist()], device=device)
+        pruned = torch.arange(j * block, (j + 1) * block, device=device)
+        kept = torch.tensor([c for c in range(24) if c not in pruned.tolist()], device=device)
         change = -V.clone()
-        change[:, kept] += kfac_ext.compensate([V], [H], [gone])[0]
+        change[:, kept] += kfac_ext.compensate([V], [H], [pruned])[0]
         assert float(scores[j]) == pytest.approx(float(0.5 * torch.trace(change.T @ G @ change @ damped)), rel=1e-10)
 
 
@@ -102,7 +102,7 @@ def test_obs_names_the_block_that_is_not_positive_definite(device, native):
 def test_weights_that_are_not_finite_show_in_their_scores_only(device):
     V, A, G, H, block = layer(5, 20, 3, device=device)
     V[2, 3 * 7 + 1] = math.nan
-    for scores in (kfac_ext.outgoing_saliency([V], [A], [G], [block]), kfac_ext.obs_saliency([V], [H], [G], [block])):
+    for scores in (kfac_ext.obd_saliency([V], [A], [G], [block]), kfac_ext.obs_saliency([V], [H], [G], [block])):
         assert scores[0].isnan().nonzero().flatten().tolist() == [7]
 
 
@@ -111,19 +111,21 @@ def test_any_strides(device):
     apart = torch.full((18, 48), math.nan, device=device, dtype=torch.float64)
     seen = apart[::2, ::2].copy_(V), A.T, G.T
     exact = oracle(V, A, G, block, False)
-    assert worst(kfac_ext.outgoing_saliency(*([t] for t in seen), [block])[0], exact) < 1e-12
-    gone = torch.arange(0, 24, device=device)[::2]
-    assert torch.allclose(kfac_ext.compensate([seen[0]], [H.T], [gone])[0], reference.compensate([V], [H], [gone])[0])
+    assert worst(kfac_ext.obd_saliency(*([t] for t in seen), [block])[0], exact) < 1e-12
+    pruned = torch.arange(0, 24, device=device)[::2]
+    assert torch.allclose(
+        kfac_ext.compensate([seen[0]], [H.T], [pruned])[0], reference.compensate([V], [H], [pruned])[0]
+    )
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 2, 3, 9]), st.booleans(), st.integers(0, 99))
 def test_random_layers(outputs, neurons, block, bias, seed):
     V, A, G, H, _ = layer(outputs, neurons, block, int(bias), torch.float64, seed)
-    assert worst(kfac_ext.outgoing_saliency([V], [A], [G], [block])[0], oracle(V, A, G, block, False)) < 1e-10
+    assert worst(kfac_ext.obd_saliency([V], [A], [G], [block])[0], oracle(V, A, G, block, False)) < 1e-10
     assert worst(kfac_ext.obs_saliency([V], [H], [G], [block])[0], oracle(V, H, G, block, True)) < 1e-10
-    gone = torch.randperm(V.shape[1], generator=torch.Generator().manual_seed(seed))[: seed % V.shape[1]]
-    difference = kfac_ext.compensate([V], [H], [gone])[0] - reference.compensate([V], [H], [gone])[0]
+    pruned = torch.randperm(V.shape[1], generator=torch.Generator().manual_seed(seed))[: seed % V.shape[1]]
+    difference = kfac_ext.compensate([V], [H], [pruned])[0] - reference.compensate([V], [H], [pruned])[0]
     assert float(difference.norm()) <= 1e-10 * float(V.norm())
 
 
@@ -144,9 +146,9 @@ def way(request, monkeypatch):
 )
 def test_compensate(device, threads, dtype, outputs, columns, removed):
     W, _, _, H, _ = layer(outputs, columns, 1, dtype=dtype, device=device)
-    gone = torch.randperm(columns, generator=torch.Generator().manual_seed(1))[:removed].to(device)
-    (native,), (plain,) = kfac_ext.compensate([W], [H], [gone]), reference.compensate([W], [H], [gone])
-    (exact,) = reference.compensate([W.double()], [H.double()], [gone])
+    pruned = torch.randperm(columns, generator=torch.Generator().manual_seed(1))[:removed].to(device)
+    (native,), (plain,) = kfac_ext.compensate([W], [H], [pruned]), reference.compensate([W], [H], [pruned])
+    (exact,) = reference.compensate([W.double()], [H.double()], [pruned])
     error = (native.double() - exact).norm() / exact.norm()
     allowed = 2 * (plain.double() - exact).norm() / exact.norm()
     assert float(error) <= (1e-10 if dtype == torch.float64 else max(float(allowed), 5e-7))
@@ -156,15 +158,15 @@ def test_compensate(device, threads, dtype, outputs, columns, removed):
 def test_compensation_solves_the_least_squares_problem(device):
     """It equals W_K + W_J A_JK (A_KK + D)^-1, the best the survivors can do."""
     W, A, _, H, _ = layer(7, 30, 1, dtype=torch.float64, device=device)
-    gone, kept = torch.arange(5, device=device), torch.arange(5, 30, device=device)
+    pruned, kept = torch.arange(5, device=device), torch.arange(5, 30, device=device)
     damped = A + 0.01 * torch.eye(30, device=device, dtype=torch.float64)
-    expected = W[:, kept] + W[:, gone] @ damped[gone][:, kept] @ torch.linalg.inv(damped[kept][:, kept])
-    assert torch.allclose(kfac_ext.compensate([W], [H], [gone])[0], expected, rtol=1e-10, atol=1e-12)
+    expected = W[:, kept] + W[:, pruned] @ damped[pruned][:, kept] @ torch.linalg.inv(damped[kept][:, kept])
+    assert torch.allclose(kfac_ext.compensate([W], [H], [pruned])[0], expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("native", [True, False])
-def test_nothing_and_everything_gone(device, native):
+def test_nothing_and_everything_pruned(device, native):
     W, _, _, H, _ = layer(7, 20, 1, device=device)
     none, every = torch.arange(0, device=device), torch.arange(20, device=device)
     with kfac_ext.use_native(native):
@@ -179,14 +181,14 @@ def test_compensate_names_the_layer_that_has_no_solution(device, native):
     W, _, _, H, _ = layer(7, 20, 1, device=device)
     bad = H.clone()
     bad[3, 3] = -1
-    gone = torch.arange(5, device=device)
-    message = r"^compensate: inverses\[1\] at the columns gone\[1\] is not positive definite"
+    pruned = torch.arange(5, device=device)
+    message = r"^compensate: inverses\[1\] at the columns pruned\[1\] is not positive definite"
     with kfac_ext.use_native(native), pytest.raises(torch.linalg.LinAlgError, match=message):
-        kfac_ext.compensate([W, W], [H, bad], [gone, gone])
+        kfac_ext.compensate([W, W], [H, bad], [pruned, pruned])
 
 
 def test_empty_lists():
-    assert kfac_ext.outgoing_saliency([], [], [], []) == []
+    assert kfac_ext.obd_saliency([], [], [], []) == []
     assert kfac_ext.obs_saliency([], [], [], []) == []
     assert kfac_ext.compensate([], [], []) == []
 
@@ -223,29 +225,29 @@ BAD_SCORES = {
 def test_bad_scores(name, native):
     error, message, arguments = BAD_SCORES[name]
     with kfac_ext.use_native(native):
-        with pytest.raises(error, match=f"^outgoing_saliency: {message}"):
-            kfac_ext.outgoing_saliency(*arguments)
+        with pytest.raises(error, match=f"^obd_saliency: {message}"):
+            kfac_ext.obd_saliency(*arguments)
         with pytest.raises(error, match=f"^obs_saliency: {message.replace('As', 'inverses')}"):
             kfac_ext.obs_saliency(*arguments)
 
 
 BAD_COMPENSATIONS = {
-    "dtype": (TypeError, r"gone\[0\] has dtype torch.bool and shape \(4,\), expected int64", torch.ones(4).bool()),
-    "shape": (TypeError, r"gone\[0\] has dtype torch.int64 and shape \(1, 1\)", torch.zeros(1, 1).long()),
-    "range": (ValueError, r"gone\[0\] has indices from 1 to 4, expected columns 0 to 3", torch.tensor([1, 4])),
-    "negative": (ValueError, r"gone\[0\] has indices from -1 to 0, expected columns 0 to 3", torch.tensor([0, -1])),
-    "twice": (ValueError, r"gone\[0\] names a column twice", torch.tensor([2, 2])),
-    "too many": (ValueError, r"gone\[0\] has 5 indices of 4 columns", torch.arange(5)),
-    "device": (ValueError, r"gone\[0\] is on meta", torch.zeros(1, device="meta").long()),
+    "dtype": (TypeError, r"pruned\[0\] has dtype torch.bool and shape \(4,\), expected int64", torch.ones(4).bool()),
+    "shape": (TypeError, r"pruned\[0\] has dtype torch.int64 and shape \(1, 1\)", torch.zeros(1, 1).long()),
+    "range": (ValueError, r"pruned\[0\] has indices from 1 to 4, expected columns 0 to 3", torch.tensor([1, 4])),
+    "negative": (ValueError, r"pruned\[0\] has indices from -1 to 0, expected columns 0 to 3", torch.tensor([0, -1])),
+    "twice": (ValueError, r"pruned\[0\] names a column twice", torch.tensor([2, 2])),
+    "too many": (ValueError, r"pruned\[0\] has 5 indices of 4 columns", torch.arange(5)),
+    "device": (ValueError, r"pruned\[0\] is on meta", torch.zeros(1, device="meta").long()),
 }
 
 
 @pytest.mark.parametrize("name", BAD_COMPENSATIONS)
 @pytest.mark.parametrize("native", [True, False])
 def test_bad_compensations(name, native):
-    error, message, gone = BAD_COMPENSATIONS[name]
+    error, message, pruned = BAD_COMPENSATIONS[name]
     with kfac_ext.use_native(native), pytest.raises(error, match=f"^compensate: {message}"):
-        kfac_ext.compensate([V], [A], [gone])
+        kfac_ext.compensate([V], [A], [pruned])
 
 
 # ---- operators ----
@@ -266,9 +268,9 @@ def test_opcheck_compensate():
 def test_the_reference_serves_when_native_is_off(monkeypatch):
     monkeypatch.delattr(kfac_ext._C, "saliency_cpu")
     monkeypatch.delattr(kfac_ext._C, "compensate_cpu")
-    gone = [torch.tensor([1])]
+    pruned = [torch.tensor([1])]
     with kfac_ext.use_native(False):
         assert torch.equal(kfac_ext.obs_saliency([V], [A], [G], [1])[0], torch.full((4,), 1.5))
-        assert torch.equal(kfac_ext.compensate([V], [A], gone)[0], V[:, 1:])
+        assert torch.equal(kfac_ext.compensate([V], [A], pruned)[0], V[:, 1:])
     with pytest.raises(AttributeError):
-        kfac_ext.compensate([V], [A], gone)
+        kfac_ext.compensate([V], [A], pruned)

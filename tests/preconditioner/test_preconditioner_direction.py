@@ -10,12 +10,12 @@ from preconditioner_helpers import DAMPING, backward, classes, generator, precon
 from torch import nn
 
 from kfac_ext import KFACPreconditioner
-from tests.curvature import curvature_nets, curvature_oracles
+from tests.curvature import curvature_nets, curvature_oracles, foreign_layers
 
 
 def as_matrix(module, weight):
     """[O, d] in the order of the patches; entry by entry for transposed convolutions, [in, out/groups, kernel]."""
-    if not isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d)):
+    if not isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
         return weight.flatten(1)
     inputs, outputs = module.in_channels // module.groups, module.out_channels // module.groups
     rows = []
@@ -57,6 +57,12 @@ NETS = {
     "transposed_cropped": "0 2 5",
     "transposed_grouped": "0 2 5",
     "transposed_sequence": "0 2 5",
+    "volumes_called_twice": "shared head",
+    "volumes": "0 2 7",
+    "volumes_grouped": "0 2 7",
+    "volumes_reflect": "0 2 7",
+    "transposed_volumes": "0 2 5",
+    "transposed_volumes_grouped": "0 2 5",
 }  # fmt: skip
 
 
@@ -86,6 +92,20 @@ def test_direction_is_that_of_the_dense_blocks(name, mode):
             torch.testing.assert_close(after[f"{layer}.bias"], V[:, d], rtol=1e-8, atol=1e-10)
         touched |= {f"{layer}.weight", f"{layer}.bias"}
     assert all(torch.equal(before[key], after[key]) for key in before if key not in touched)  # norms
+
+
+@pytest.mark.parametrize("mode", ["expand", "reduce"])
+@pytest.mark.parametrize("name", sorted(set(foreign_layers.CASES) - {"multiplied"}))  # its bias is added later
+def test_foreign_layers_get_the_direction_of_plain_ones(name, mode):
+    model, plain, x, places = foreign_layers.make(name)
+    y = classes(x)
+    before, found = preconditioned(model, x, y, fisher_type="empirical", kfac_approx=mode)
+    _, expected = preconditioned(plain, x, y, fisher_type="empirical", kfac_approx=mode)
+    for layer, (place, _z) in places.items():
+        key = layer if layer in found else f"{layer}.weight"
+        value = expected[f"{place}.weight"]
+        assert not torch.equal(before[key], found[key])
+        torch.testing.assert_close(found[key], value if value.shape == found[key].shape else value.T)
 
 
 def test_one_input_and_many_labels_give_the_natural_gradient():

@@ -21,8 +21,8 @@ from flatprune.pruning.pruner import Pruner
 from flatprune.pruning.schedule import CubicSchedule
 from flatprune.pruning.targets import Target, amount
 from kfac_ext import Curvature
-from kfac_ext.curvature.convolution import TRANSPOSED
-from kfac_ext.curvature.layers import LAYER_TYPES
+from kfac_ext.layers import kind_of
+from kfac_ext.layers.convolution import TRANSPOSED
 
 
 class Sequence(nn.Module):
@@ -57,7 +57,7 @@ def counted_by_hooks(model: nn.Module) -> int:
         values = inputs[0] if isinstance(module, TRANSPOSED) else output
         total += values.numel() * module.weight[0].numel()
 
-    handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, LAYER_TYPES)]
+    handles = [m.register_forward_hook(count) for m in model.modules() if kind_of(m) is not None]
     with torch.no_grad():
         model.eval()(digits()[0][:1])
     for handle in handles:

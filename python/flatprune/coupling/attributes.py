@@ -146,25 +146,27 @@ def attention(module: PrunableAttention, shapes: Shapes) -> dict[str, Any]:
 # integers that no layer of a known kind has
 
 
-def integers(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:
-    """(name, position in it or None, value) of every integer above 1 among a module's attributes, tuples and lists."""
+def integers(module: nn.Module) -> Iterator[tuple[str, int | str | None, int]]:
+    """(name, place in it or None, value) of every integer above 1 among a module's attributes, tuples, lists and dicts."""
     for key, value in vars(module).items():
         if key.startswith("__") or key in ("_version",):
             continue
         if type(value) is int and value > 1:
             yield key, None, value
-        elif isinstance(value, (tuple, list)):
-            for place, item in enumerate(value):
-                if type(item) is int and item > 1:
+        elif isinstance(value, (tuple, list, dict)):
+            for place, item in value.items() if isinstance(value, dict) else enumerate(value):
+                if type(item) is int and item > 1 and isinstance(place, (int, str)):
                     yield key, place, item
 
 
-def with_integer(held: Any, place: int | None, value: int) -> Any:
+def with_integer(held: Any, place: int | str | None, value: int) -> Any:
     """An attribute with another integer in it."""
     if place is None:
         return value
+    if isinstance(held, dict):
+        return {**held, place: value}
     items = list(held)
-    items[place] = value
+    items[place] = value  # type: ignore[index]
     return items if isinstance(held, list) else tuple(items)
 
 

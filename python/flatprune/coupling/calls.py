@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from kfac_ext.curvature.layers import RngState, device_of, module_modes
+from kfac_ext.curvature.modes import RngState, device_of, module_modes
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +17,7 @@ from flatprune.coupling.neurons import CONSUMER, PRODUCER, Member, NeuronGroup, 
 from flatprune.coupling.slices import slices_of
 from flatprune.coupling.values import JOINT, Axis
 
+_PRIMES = (1_000_003, 7_919, 2_147_483_647)  # of signatures, which wrap around
 OUTPUT = "it is an output of the model"
 UNITED = "all its channels depend on each other"
 
@@ -28,15 +28,27 @@ class Candidate:
 
     Attributes:
         group: the group.
-        nodes: of each neuron, all its flat labels, those that no tensor has too.
+        labels: flat labels of its neurons [n], those that no tensor has too.
+        neuron_of: int64 [n], the neuron of each.
         where: the operator that asks for slices, "" without.
         joint_norms: norms whose statistics run over these neurons.
     """
 
     group: NeuronGroup
-    nodes: list[Tensor]
+    labels: Tensor
+    neuron_of: Tensor
     where: str = ""
     joint_norms: list[str] = field(default_factory=list)
+
+    def labels_of(self, neurons: Tensor) -> Tensor:
+        """The flat labels of some neurons [m]."""
+        return self.labels[torch.isin(self.neuron_of, neurons)]
+
+    def first_labels(self) -> Tensor:
+        """One flat label of each neuron."""
+        first = torch.empty(self.group.width, dtype=torch.int64)
+        first[self.neuron_of.flip(0)] = self.labels.flip(0)
+        return first
 
 
 class Components:
@@ -62,11 +74,11 @@ class Components:
                 axis.roles.add(role)
         findings.roles.clear()
         self._flat_findings = self._with_flat_labels()
-        self._reasons: dict[int, str] = {}
-        self.component = self._connect()
-        for labels, why in findings.pins:
-            for c in self.component[self.flat(labels)].unique().tolist():
-                self._reasons.setdefault(c, why)
+        self._reasons: list[str] = []
+        self.component, broadcast = self._connect()
+        self._reason = torch.full((int(self.component.max()) + 1,), -1, dtype=torch.int64)
+        for labels, why in (*findings.pins, *broadcast):
+            self._note_reason(self.component[self.flat(labels)].unique(), why)
         self.candidates: list[Candidate] = []
         self.refused: list[tuple[tuple[str, ...], str]] = []
         self._read_off()
@@ -74,6 +86,9 @@ class Components:
     def flat(self, labels: Tensor) -> Tensor:
         """Labels as positions from 0 to `total`."""
         return torch.where(labels >= JOINT, labels - JOINT + self._nodes, labels)
+
+    def _unflat(self, labels: Tensor) -> Tensor:
+        return torch.where(labels >= self._nodes, labels - self._nodes + JOINT, labels)
 
     def _with_flat_labels(self) -> Findings:
         """Grids and slices with flat labels, `total` for none."""
@@ -88,11 +103,11 @@ class Components:
 
     # components
 
-    def _connect(self) -> Tensor:
+    def _connect(self) -> tuple[Tensor, list[tuple[Tensor, str]]]:
         """Components over hard and soft edges; soft ones are dropped where they would swallow a whole axis.
 
         First those of broadcast vectors (a rotary table over the heads), then those of heads over their channels. The
-        coarse side of an edge that was dropped cannot go.
+        coarse side of an edge that was dropped cannot go: it is returned with the reason.
         """
         hard = [*(self.flat(pairs) for pairs in self.findings.hard), *self.more]
         soft = [(self.flat(pairs), where) for pairs, where in self.findings.soft]
@@ -110,11 +125,12 @@ class Components:
             finer = self._components([p[inside[p[:, 0]] & inside[p[:, 1]]] for p in level])
             component = torch.where(inside, finer + int(component.max()) + 1, component)
             component = component.unique(return_inverse=True)[1]
-        for pairs, where in soft:
-            dropped = pairs[component[pairs[:, 0]] != component[pairs[:, 1]]]
-            for c in component[dropped[:, 0]].unique().tolist():
-                self._reasons.setdefault(c, f"it is broadcast over channels ({where})")
-        return component
+        dropped = []
+        for pairs, (_, where) in zip((pairs for pairs, _ in soft), self.findings.soft):
+            apart_now = component[pairs[:, 0]] != component[pairs[:, 1]]
+            if bool(apart_now.any()):
+                dropped.append((self._unflat(pairs[apart_now, 0]), f"it is broadcast over channels ({where})"))
+        return component, dropped
 
     def _components(self, pairs: Iterable[Tensor]) -> Tensor:
         found = [p for p in pairs if len(p)]
@@ -136,71 +152,91 @@ class Components:
 
     def _read_off(self) -> None:
         """Neurons that own the same axes and counts form a group."""
-        read = set()
+        count = int(self.component.max()) + 1
+        made, used = (self._touched_by(role, count) for role in (PRODUCER, CONSUMER))
         for labels in self.findings.read:
-            read.update(self.component[self.flat(labels)].unique().tolist())
-        groups: dict[tuple[tuple[int, int], ...], list[tuple[int, list[tuple[Axis, Tensor]]]]] = defaultdict(list)
-        refused: dict[tuple[tuple[str, ...], str], None] = {}
-        for c, owned in self._owned().items():
-            roles = set().union(*(axis.roles for axis, _ in owned))
-            why = self._reasons.get(c)
-            if why is None and PRODUCER not in roles:
-                continue  # nothing makes it: no neuron
-            if why is None and CONSUMER not in roles and c not in read:
-                why = "nothing reads it"
-            if why is None:
-                groups[tuple((axis.start, len(entries)) for axis, entries in owned)].append((c, owned))
-            elif PRODUCER in roles:
-                refused.setdefault((_makers(owned), why))
-        members = self.component.argsort(stable=True)
-        bounds = torch.searchsorted(self.component[members].contiguous(), torch.arange(int(self.component.max()) + 2))
-        for neurons in groups.values():
-            try:
-                self.candidates.append(self._candidate(neurons, members, bounds))
-            except Refused as refusal:
-                refused.setdefault((_makers(neurons[0][1]), str(refusal)))
-        self.candidates.sort(key=lambda candidate: candidate.nodes[0][0].item())
+            used[self.component[self.flat(labels)]] = True
+        self._note_reason(made & ~used, "nothing reads it")
+        eligible = made & (self._reason < 0)
+        self._refuse(made & (self._reason >= 0))
+        for signature in self._signatures(eligible, counting=True)[eligible].unique().tolist():
+            self._add(signature)
+        self.candidates.sort(key=lambda candidate: int(candidate.labels.min()))
         _name_apart([candidate.group for candidate in self.candidates])
-        self.refused = list(refused)
         self._note_joint_norms()
 
-    def _owned(self) -> dict[int, list[tuple[Axis, Tensor]]]:
-        """Component -> the entries of each axis that it holds."""
-        owned: dict[int, list[tuple[Axis, Tensor]]] = defaultdict(list)
+    def _touched_by(self, role: str, count: int) -> Tensor:
+        """Whether a component holds entries of an axis of that role: bool [components]."""
+        touched = torch.zeros(count, dtype=torch.bool)
         for axis in self.table.axes:
-            c = self.component[axis.start : axis.start + axis.size]
-            order = c.argsort(stable=True)
-            values, counts = c[order].unique_consecutive(return_counts=True)
-            for value, entries in zip(values.tolist(), order.split(counts.tolist())):
-                owned[value].append((axis, entries))
-        return owned
+            if role in axis.roles:
+                touched[self._of(axis)] = True
+        return touched
 
-    def _candidate(
-        self, neurons: list[tuple[int, list[tuple[Axis, Tensor]]]], members: Tensor, bounds: Tensor
-    ) -> Candidate:
-        if len(neurons) < 2:
-            raise Refused(UNITED)
-        axes = [axis for axis, _ in neurons[0][1]]
-        lead = next(i for i, axis in enumerate(axes) if PRODUCER in axis.roles)
-        neurons = sorted(neurons, key=lambda neuron: int(neuron[1][lead][1][0]))
-        parts = [
-            Member(
-                axis.names,
-                axis.dim,
-                axis.groups,
-                frozenset(axis.roles),
-                torch.stack([neuron[1][i][1] for neuron in neurons]),
-                axis.size,
-            )
-            for i, axis in enumerate(axes)
-        ]
-        number = torch.full((self.total + 1,), -1, dtype=torch.int64)
-        nodes = [members[bounds[c] : bounds[c + 1]] for c, _ in neurons]
-        for j, labels in enumerate(nodes):
-            number[labels] = j
-        count, slice_of, where = slices_of(self._flat_findings, number, len(neurons))
-        group = NeuronGroup(module_of(axes[lead].names[0]), parts, count, slice_of, self._multiple(number, parts))
-        return Candidate(group, nodes, where)
+    def _of(self, axis: Axis) -> Tensor:
+        """The component of each entry of an axis."""
+        return self.component[axis.start : axis.start + axis.size]
+
+    def _note_reason(self, where: Tensor, why: str) -> None:
+        """Why components (a mask, or their numbers) cannot go; the first reason counts."""
+        components = where.nonzero().flatten() if where.dtype == torch.bool else where
+        new = components[self._reason[components] < 0]
+        if len(new):
+            self._reason[new] = len(self._reasons)
+            self._reasons.append(why)
+
+    def _signatures(self, wanted: Tensor, *, counting: bool) -> Tensor:
+        """A number for the axes that each component owns entries of (and how many): equal for equal ones."""
+        signature = torch.zeros_like(self._reason)
+        for number, axis in enumerate(self.table.axes):
+            if counting or PRODUCER in axis.roles:
+                found, counts = self._of(axis).unique(return_counts=True)
+                counts, found = counts[wanted[found]], found[wanted[found]]
+                term = (number + 1) * _PRIMES[0] + (counts * _PRIMES[1] if counting else 0)
+                signature[found] = signature[found] * _PRIMES[2] + term
+        self._signature = signature
+        return signature
+
+    def _refuse(self, stays: Tensor) -> None:
+        """One entry for each set of producers and reason."""
+        signature = self._signatures(stays, counting=False)
+        seen = set()
+        for c in stays.nonzero().flatten()[_first_places(torch.stack([signature, self._reason])[:, stays])].tolist():
+            makers = [a.names[0] for a in self.table.axes if PRODUCER in a.roles and bool((self._of(a) == c).any())]
+            entry = (tuple(dict.fromkeys(map(module_of, makers))), self._reasons[int(self._reason[c])])
+            if entry not in seen:
+                seen.add(entry)
+                self.refused.append(entry)
+
+    def _add(self, signature: int) -> None:
+        """The group of all components of one signature, or a reason against it."""
+        inside = self._signature == signature
+        axes = [axis for axis in self.table.axes if bool(inside[self._of(axis)].any())]
+        lead = next(axis for axis in axes if PRODUCER in axis.roles)
+        owners = self._of(lead)[inside[self._of(lead)]]
+        neurons = owners[_first_places(owners[None]).sort().values]
+        number = torch.full_like(self._reason, -1)
+        number[neurons] = torch.arange(len(neurons))
+        makers = tuple(dict.fromkeys(module_of(axis.names[0]) for axis in axes if PRODUCER in axis.roles))
+        of_label = torch.cat([number[self.component], torch.tensor([-1])])
+        members = [self._member(axis, number, len(neurons)) for axis in axes]
+        try:
+            if len(neurons) < 2:
+                raise Refused(UNITED)
+            slices, slice_of, where = slices_of(self._flat_findings, of_label, len(neurons))
+        except Refused as refusal:
+            self.refused.append((makers, str(refusal)))
+            return
+        group = NeuronGroup(module_of(lead.names[0]), members, slices, slice_of, self._multiple(of_label, members))
+        labels = (of_label >= 0).nonzero().flatten()
+        self.candidates.append(Candidate(group, labels, of_label[labels], where))
+
+    def _member(self, axis: Axis, number: Tensor, count: int) -> Member:
+        of_entry = number[self._of(axis)]
+        entries = (of_entry >= 0).nonzero().flatten()
+        order = of_entry[entries].argsort(stable=True)
+        index = entries[order].view(count, -1)
+        return Member(axis.names, axis.dim, axis.groups, frozenset(axis.roles), index, axis.size)
 
     def _multiple(self, number: Tensor, members: Sequence[Member]) -> int:
         unit = min(member.index.shape[1] for member in members)
@@ -215,7 +251,7 @@ class Components:
         for labels, where in self.findings.joint_norms:
             touched = set(self.component[self.flat(labels)].unique().tolist())
             for candidate in self.candidates:
-                if int(self.component[candidate.nodes[0][0]]) in touched and where not in candidate.joint_norms:
+                if int(self.component[candidate.labels[0]]) in touched and where not in candidate.joint_norms:
                     candidate.joint_norms.append(where)
 
 
@@ -228,5 +264,8 @@ def _name_apart(groups: Sequence[NeuronGroup]) -> None:
             group.name = f"{group.name}#{number}"
 
 
-def _makers(owned: Iterable[tuple[Axis, Tensor]]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(module_of(axis.names[0]) for axis, _ in owned if PRODUCER in axis.roles))
+def _first_places(columns: Tensor) -> Tensor:
+    """Where each different column of [rows, n] stands first."""
+    _, place = columns.unique(dim=1, return_inverse=True)
+    first = torch.full((int(place.max()) + 1 if len(place) else 0,), len(place), dtype=torch.int64)
+    return first.scatter_reduce(0, place, torch.arange(len(place)), "amin")

@@ -89,7 +89,6 @@ class _Search:
         more, unsafe = couple_unreached(self.model, components, self.called, self.read_by_host)
         if more:
             components = Components(self.table, self.findings, more)
-        proven: set[bytes] = set()
         attributes: dict[str, Any] = {}
         reasons: dict[int, str] = {}
         for _ in range(_ROUNDS):
@@ -104,7 +103,6 @@ class _Search:
                 break
             more = [*more, *coarser]
             components = Components(self.table, self.findings, more)
-        del proven
         return self._result(components, reasons, attributes)
 
     def _excluded(self, candidate: Candidate, unsafe: dict[int, str]) -> str:
@@ -143,7 +141,7 @@ _EXCLUDED = "it is excluded"
 def _coarser(components: Components, candidate: Candidate) -> list[Tensor]:
     """Pairs that make neurons of a candidate coarser: equal pieces, or equal ranks of its slices, go together."""
     inside = torch.zeros(components.total, dtype=torch.bool)
-    inside[torch.cat(candidate.nodes)] = True
+    inside[candidate.labels] = True
     found = []
     for pairs in components.findings.splits:
         flat = components.flat(pairs)
@@ -155,8 +153,8 @@ def _coarser(components: Components, candidate: Candidate) -> list[Tensor]:
     if group.groups > 1:
         first, *others = ((group.group_of == part).nonzero().flatten() for part in range(group.groups))
         for other in others:
-            pairs = [(candidate.nodes[a][0], candidate.nodes[b][0]) for a, b in zip(first.tolist(), other.tolist())]
-            found.append(torch.tensor(pairs))
+            labels = candidate.first_labels()
+            found.append(torch.stack([labels[first], labels[other]], dim=1))
     return found
 
 

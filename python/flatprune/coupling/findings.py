@@ -104,7 +104,7 @@ class Findings:
         coarse, fine = torch.broadcast_tensors(coarse, fine)
         known = (coarse > 0) & (fine > 0) & (coarse != fine)
         if bool(known.any()):
-            pairs = torch.stack([coarse[known], fine[known]], dim=1).unique(dim=0)
+            pairs = torch.stack([coarse[known], fine[known]], dim=1)
             if soft:
                 self.soft.append((pairs, where))
             else:
@@ -128,6 +128,22 @@ class Findings:
         pairs = pairs[(pairs > 0).all(dim=1)]
         if len(pairs):
             self.splits.append(pairs)
+
+
+class NoFindings(Findings):
+    """For a run that only follows labels."""
+
+    def pin(self, layer: Tensor, why: str) -> None:
+        """Nothing."""
+
+    def edge(self, coarse: Tensor, fine: Tensor, where: str, *, soft: bool = False) -> None:
+        """Nothing."""
+
+    def grid(self, layer: Tensor, where: str) -> None:
+        """Nothing."""
+
+    def split(self, pieces: Sequence[Tensor]) -> None:
+        """Nothing."""
 
 
 def storage_keys(tensors: Mapping[int, Tensor]) -> dict[tuple[object, ...], int]:

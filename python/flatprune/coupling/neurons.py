@@ -112,14 +112,14 @@ class Attribute(NamedTuple):
     Attributes:
         module: qualified name.
         key: name of the attribute.
-        place: position in it if it is a tuple or list, else None.
+        place: where in it if it is a tuple, list or dict, else None.
         step: by how much it falls
         per: with so many neurons of the group.
     """
 
     module: str
     key: str
-    place: int | None
+    place: int | str | None
     step: int
     per: int = 1
 

@@ -16,15 +16,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from flatprune.coupling.components import Components
-from flatprune.coupling.findings import AxisTable, Findings
+from flatprune.coupling.findings import AxisTable, NoFindings
 from flatprune.coupling.operators.reductions import STATISTICS, reduced_dims
-from flatprune.coupling.operators.table import Operation
+from flatprune.coupling.operators.table import RULES, Operation
 from flatprune.coupling.tracer import Labels, ModuleStack
 from flatprune.coupling.values import varying
 
 _RANDOM = 0.37  # in place of random numbers of any distribution
-_JOINT = {"native_layer_norm", "_fused_rms_norm", "rms_norm", "native_group_norm"}
+_JOINT = {"native_layer_norm", "_fused_rms_norm", "rms_norm", "native_group_norm", "_weight_norm_interface"}
 _STATISTICS = frozenset(STATISTICS.split())
+# whether these run at all can depend on sizes and strides (contiguous, reshape): no steps of their own
+_QUIET = frozenset(name for name, found in RULES.items() if found in (RULES["view"], RULES["clone"])) - {"native_dropout"}
 
 
 @dataclass
@@ -49,16 +51,27 @@ class Arithmetic:
 
     Args:
         double: convert floating arguments and results.
+
+    Attributes:
+        completed: steps that are done; moving entries is none.
+        moved: operators that only moved entries since then.
+        running: the operator that runs now, "" between two.
     """
 
     def __init__(self, double: bool) -> None:
         self.double = double
-        self.completed = 0
+        self.completed = self.moved = 0
+        self.running = ""
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The operator's result."""
+        self.running = operator_name(func)
         out = self._run(func, args, kwargs)
-        self.completed += 1
+        if self.running in _QUIET:
+            self.moved += 1
+        else:
+            self.completed, self.moved = self.completed + 1, 0
+        self.running = ""
         return out
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -81,6 +94,12 @@ class Arithmetic:
                 if isinstance(tensor, Tensor) and tensor.is_floating_point():
                     tensor.fill_(1.0 if "bernoulli" in name or "dropout" in name else _RANDOM)
         return out
+
+
+def operator_name(func: Any) -> str:
+    """As the table of rules has it."""
+    name = func._schema.name.split("::")[1]
+    return name if name.startswith("__") else name.removesuffix("_")
 
 
 def _converted(leaf: Any) -> Any:
@@ -113,7 +132,7 @@ class MaskedRun(Labels):
         table = components.table
         after, table.next_joint = table.next_joint, first_joint
         self._after = after
-        super().__init__(model, table, Findings(), stack)
+        super().__init__(model, table, NoFindings(), stack)
         self._components, self._gone, self._arithmetic = components, gone, arithmetic
         self.steps: list[Step] = []
 
@@ -144,7 +163,8 @@ class MaskedRun(Labels):
             comparable = comparable and (i == 0 or bool(value.layers))  # others are means, log-sums and the like
             comparable = comparable and "empty" not in op.name
             digests.append(digest(tensor) if comparable else None)
-        self.steps.append(Step(op.name, tuple(self.stack.names), layers, digests))
+        if op.name not in _QUIET:
+            self.steps.append(Step(op.name, tuple(self.stack.names), layers, digests))
         return out
 
     def mask(self, layers: Sequence[Tensor], tensor: Tensor) -> Tensor | None:
@@ -164,7 +184,11 @@ class MaskedRun(Labels):
         if gone is None:
             return
         x = _converted(x) if self._arithmetic.double else x
-        if op.name in _JOINT:
+        if op.name == "_weight_norm_interface":
+            kept = x.masked_fill(gone, 0)
+            for old, new in zip(op.outputs, op.func(kept, *op.args[1:], **op.kwargs)):
+                old.copy_(new)
+        elif op.name in _JOINT:
             op.outputs[0].copy_(_norm(op, x, ~gone))
         else:
             self._statistic(op, x)
@@ -228,7 +252,6 @@ class CutRun(TorchDispatchMode):
         arithmetic: of both.
 
     Attributes:
-        reached: operators that ran.
         first_off: the first step whose result differs, or None.
     """
 
@@ -238,14 +261,19 @@ class CutRun(TorchDispatchMode):
         self.first_off: int | None = None
 
     @property
-    def reached(self) -> int:
-        """Operators that ran."""
-        return self._arithmetic.completed
+    def reached(self) -> tuple[int, int]:
+        """Steps that ran, and operators that only moved entries since then."""
+        return self._arithmetic.completed, self._arithmetic.moved
+
+    @property
+    def running(self) -> str:
+        """The operator that raised, if one did."""
+        return self._arithmetic.running
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator and compare."""
         out = self._arithmetic.run(func, args, kwargs or {})
-        if self.first_off is None:
+        if self.first_off is None and operator_name(func) not in _QUIET:
             number = self._arithmetic.completed - 1
             outputs = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, Tensor)]
             if number >= len(self._steps) or self._differs(self._steps[number], func, outputs):
@@ -253,8 +281,7 @@ class CutRun(TorchDispatchMode):
         return out
 
     def _differs(self, step: Step, func: Any, outputs: Sequence[Tensor]) -> bool:
-        name = func._schema.name.split("::")[1]
-        if step.name not in (name, name.removesuffix("_")):
+        if step.name != operator_name(func):
             return True
         tolerance = 1e-7 if self._arithmetic.double else 1e-3
         for expected, tensor in zip(step.digests, outputs):

@@ -56,13 +56,13 @@ class Failure:
         reason: for people.
         suspects: positions of the candidates that meet where the runs part.
         modules: running there, outermost first.
-        reached: operators that agreed.
+        reached: steps that agreed, and operators that only moved entries since then.
     """
 
     reason: str
     suspects: list[int]
     modules: tuple[str, ...]
-    reached: int
+    reached: tuple[int, int]
 
 
 @dataclass
@@ -182,8 +182,7 @@ class Trial:
     def _masked(self, plan: _Plan, number: int) -> tuple[list[Tensor], list[Step]]:
         gone = torch.zeros(self._components.total + 1, dtype=torch.bool)
         for position, neurons in plan.pruned.items():
-            nodes = self._components.candidates[position].nodes
-            gone[torch.cat([nodes[j] for j in neurons.tolist()])] = True
+            gone[self._components.candidates[position].labels_of(neurons)] = True
         call, training, first_joint = self._calls[number]
         run = MaskedRun(self._model, self._stack, self._components, first_joint, gone, Arithmetic(self._double))
         try:
@@ -199,16 +198,17 @@ class Trial:
             try:
                 found = self._outputs(run, call, training)
             except Exception as error:  # whatever the model raises is a reason
-                at = run.reached if run.first_off is None else run.first_off
-                return self._failure(plan, steps, at, f"fails ({first_lines(error)})", tuple(self._stack.names))
+                at = run.reached if run.first_off is None else (run.first_off, 0)
+                where = run.running if run.first_off is None else ""
+                return self._failure(plan, steps, at, f"fails ({first_lines(error)})", tuple(self._stack.names), where)
         if run.first_off is not None:
-            return self._failure(plan, steps, run.first_off, "computes something else")
+            return self._failure(plan, steps, (run.first_off, 0), "computes something else")
         if [t.shape for t in found] != [t.shape for t in expected]:
-            return Failure("an output changes its shape in a trial cut", list(plan.chosen), (), len(steps))
+            return Failure("an output changes its shape in a trial cut", list(plan.chosen), (), (len(steps), 0))
         for full, masked, cut in zip(self._full[number], expected, found):
             if not self._equal(full, masked, cut):
                 reason = "a trial cut changes the function of the other neurons"
-                return Failure(reason, list(plan.chosen), (), len(steps))
+                return Failure(reason, list(plan.chosen), (), (len(steps), 0))
         return None
 
     def _equal(self, full: Tensor, masked: Tensor, cut: Tensor) -> bool:
@@ -220,9 +220,16 @@ class Trial:
         return torch.allclose(masked, cut, rtol=0, atol=tolerance, equal_nan=True)
 
     def _failure(
-        self, plan: _Plan, steps: list[Step], at: int, what: str, modules: tuple[str, ...] = ()
+        self,
+        plan: _Plan,
+        steps: list[Step],
+        reached: tuple[int, int],
+        what: str,
+        modules: tuple[str, ...] = (),
+        operator: str = "",
     ) -> Failure:
         """Who is involved where the runs part."""
+        at = reached[0]
         near = steps[max(0, at - 1) : at + 1] if modules else steps[at : at + 1]
         suspects: dict[int, None] = {}
         for step in reversed(near):
@@ -232,8 +239,9 @@ class Trial:
                         suspects[owner] = None
         step = near[-1] if near else None
         modules = modules or (step.modules if step else ())
-        place = f"{step.name} in {(modules[-1] if modules else '') or 'the model'}" if step else "its end"
-        return Failure(f"a trial cut {what} at {place}", list(suspects), modules, at)
+        operator = operator or (step.name if step else "the end")
+        place = f"{operator} in {(modules[-1] if modules else '') or 'the model'}"
+        return Failure(f"a trial cut {what} at {place}", list(suspects), modules, reached)
 
     # integers in the code
 
@@ -241,12 +249,12 @@ class Trial:
         self, plan: _Plan, number: int, expected: list[Tensor], steps: list[Step], failure: Failure
     ) -> tuple[Failure | None] | None:
         """The integer near a failure with whose change the cut network gets furthest, added to the plan; or None."""
-        best: tuple[int, Failure | None, int, Attribute] | None = None
+        best: tuple[tuple[int, int], Failure | None, int, Attribute] | None = None
         for position, attribute in self._followable(plan, failure):
             trial = _Plan(plan.chosen, plan.pruned, {**plan.attributes})
             trial.attributes[position] = [*plan.attributes.get(position, ()), attribute]
             outcome = self._cut(trial, number, expected, steps)
-            reached = len(steps) + 1 if outcome is None else outcome.reached
+            reached = (len(steps) + 1, 0) if outcome is None else outcome.reached
             if reached > failure.reached and (best is None or reached > best[0]):
                 best = (reached, outcome, position, attribute)
             if outcome is None:
@@ -260,7 +268,7 @@ class Trial:
     def _followable(self, plan: _Plan, failure: Failure) -> Iterator[tuple[int, Attribute]]:
         """Integers of the modules around a failure that equal a size which a suspect changes."""
         taken = {(a.module, a.key, a.place) for found in plan.attributes.values() for a in found}
-        for name in failure.modules[::-1][:_LEVELS]:
+        for name in self._around(failure.modules):
             module = self._modules[name]
             settled = known_attributes(module, own_shapes(module))
             for key, place, value in integers(module):
@@ -269,6 +277,13 @@ class Trial:
                 for position in failure.suspects:
                     for step, per in self._changes(position, value):
                         yield position, Attribute(name, key, place, step, per)
+
+    def _around(self, modules: tuple[str, ...]) -> list[str]:
+        """The modules around a failure, innermost first, then what stands beside the innermost."""
+        around = list(dict.fromkeys(modules[::-1]))[:_LEVELS]
+        parent = around[1] if len(around) > 1 else around[0] if around else ""
+        beside = [name for name in self._modules if name.startswith(parent + ".") and parent and name not in around]
+        return [*around, *beside]
 
     def _changes(self, position: int, value: int) -> Iterator[tuple[int, int]]:
         """How an integer of this value may follow a candidate's width: (step, per)."""
@@ -360,7 +375,7 @@ class Trial:
         """Flat label -> position of the candidate it belongs to, -1 for none (and at the end)."""
         owner = torch.full((self._components.total + 1,), -1, dtype=torch.int64)
         for position, candidate in enumerate(self._components.candidates):
-            owner[torch.cat(candidate.nodes)] = position
+            owner[candidate.labels] = position
         return owner
 
 

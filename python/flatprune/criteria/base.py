@@ -20,9 +20,9 @@ from flatprune.criteria.saliency import (
 )
 from flatprune.cutting.neurons import CONSUMER, PRODUCER, NeuronGroup
 from kfac_ext.curvature import Curvature
-from kfac_ext.curvature.convolution import weight_matrix
-from kfac_ext.curvature.fisher import joined_inputs
-from kfac_ext.curvature.layers import batch_statistics, undisturbed
+from kfac_ext.curvature.modes import batch_statistics, undisturbed
+from kfac_ext.curvature.probing import joined_inputs
+from kfac_ext.layers import layer_of
 
 Scores = list[Tensor]  # one tensor [neurons] a group
 Inverses = dict[str, tuple[Tensor, ...]]
@@ -237,7 +237,7 @@ def mean_over_producers(group: NeuronGroup, per_row: Callable[[Tensor], Tensor])
     The rule for magnitudes of neurons coupled over several layers.
     """
     means = [
-        per_row(weight_matrix(member.module).detach()).cpu().double()[member.index].mean(dim=1)
+        per_row(layer_of(member.module).weight_matrix().detach()).cpu().double()[member.index].mean(dim=1)
         for member in group.of_role(PRODUCER)
     ]
     return torch.stack(means).mean(dim=0)

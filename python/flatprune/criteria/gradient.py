@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from flatprune.criteria.base import Criterion, Scores, ScoringContext
 from flatprune.cutting.neurons import PRODUCER, Member, NeuronGroup
+from kfac_ext.curvature.calls import call_hooks
 from kfac_ext.curvature.capture import Capture
-from kfac_ext.curvature.convolution import weight_matrix
 from kfac_ext.curvature.fisher import checked_output, output_gradient, prediction_count, sample_targets
-from kfac_ext.curvature.layers import Layer, call_hooks
+from kfac_ext.layers import Layer, layer_of
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def _first_order(context: ScoringContext, group: NeuronGroup) -> Tensor:
         for name, parameter in _affine_map(context, member):
             rows = (parameter * context.gradient(parameter, name)).double()
             if rows.dim() > 1:
-                rows = weight_matrix(member.module, rows).sum(dim=1)
+                rows = layer_of(member.module).weight_matrix(rows).sum(dim=1)
             total += rows.cpu()[member.index].sum(dim=1)
     return total
 

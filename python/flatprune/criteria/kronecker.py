@@ -26,8 +26,7 @@ from flatprune.criteria.base import Criterion, Scores, ScoringContext
 from flatprune.criteria.saliency import Reading, ordered, readings, summed
 from flatprune.cutting.cuts import layer_cuts, tensor_name
 from flatprune.cutting.neurons import PRODUCER, channels, groups_of
-from kfac_ext.curvature.convolution import weight_like, weight_matrix
-from kfac_ext.curvature.layers import Layer
+from kfac_ext.layers import Layer
 
 _SOURCE = "Wang et al. 2019, EigenDamage, arXiv 1905.05934"
 _LEAST_SCALE = 1e-6  # a batch norm that scales a row by less cannot pass a change on to its output
@@ -56,7 +55,7 @@ class _Rows:
 
 def kron_obd_scores(context: ScoringContext) -> Scores:
     """S_j = 1/2 tr(V_J A V_J^T G_JJ): for one row 1/2 G_ii v_i^T A v_i."""
-    return _row_scores(_Rows(context), context.gradient_factors(PRODUCER), kfac_ext.outgoing_saliency)
+    return _row_scores(_Rows(context), context.gradient_factors(PRODUCER), kfac_ext.obd_saliency)
 
 
 def kron_obs_scores(context: ScoringContext) -> Scores:
@@ -146,10 +145,10 @@ def _without_rows(V: Tensor, inverses: Sequence[Tensor], lost: Tensor) -> Tensor
 
 def _as_tensors(layer: Layer, new: Tensor, As: Sequence[Tensor]) -> dict[str, Tensor]:
     """The folded rows `new` [O, d (+1)] as tensors of the layer and its batch norm."""
-    bias = layer.module.bias
+    bias = layer.bias
     if layer.norm is not None:
         return _behind_norm(layer, new, As)
-    values = {tensor_name(layer.name, "weight"): weight_like(layer.module, new[:, : layer.patch_size])}
+    values = {tensor_name(layer.name, "weight"): layer.weight_like(new[:, : layer.patch_size])}
     if bias is not None:
         values[tensor_name(layer.name, "bias")] = new[:, -1]
     return values
@@ -162,17 +161,17 @@ def _behind_norm(layer: Layer, new: Tensor, As: Sequence[Tensor]) -> dict[str, T
         return {}
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     heard = scale.abs() > _LEAST_SCALE
-    old = weight_matrix(layer.module)
+    old = layer.weight_matrix()
     rows = torch.where(heard[:, None], new[:, :-1] / scale[:, None], old)
     mean, variance = (after - before for after, before in zip(_output_moments(rows, As), _output_moments(old, As)))
     running_mean = norm.running_mean + mean
     running_var = (norm.running_var + variance).clamp_min(0.0)
     gamma = norm.weight * ((running_var + norm.eps) / (norm.running_var + norm.eps)).sqrt()
-    constant = -running_mean if layer.module.bias is None else layer.module.bias - running_mean
+    constant = -running_mean if layer.bias is None else layer.bias - running_mean
     beta = torch.where(heard, new[:, -1] - scale * constant, norm.bias)
     own = {"weight": gamma, "bias": beta, "running_mean": running_mean, "running_var": running_var}
     values = {tensor_name(str(layer.norm_name), key): value for key, value in own.items()}
-    return {tensor_name(layer.name, "weight"): weight_like(layer.module, rows), **values}
+    return {tensor_name(layer.name, "weight"): layer.weight_like(rows), **values}
 
 
 def _output_moments(weight: Tensor, As: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

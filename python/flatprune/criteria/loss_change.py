@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from kfac_ext.curvature import Curvature
+from kfac_ext.curvature.probing import fresh_output
 
 _SAMPLES = 256
 
@@ -31,11 +32,11 @@ class LossChange:
     def __init__(self, curvature: Curvature) -> None:
         self._curvature = curvature
         self._inputs = _last_samples(curvature.recent_inputs)
-        self._before = curvature.fresh_output(self._inputs)
+        self._before = fresh_output(curvature, self._inputs)
 
     def measure(self) -> float:
         """The change since this object was made."""
-        return divergence(self._before, self._curvature.fresh_output(self._inputs), self._curvature.loss)
+        return divergence(self._before, fresh_output(self._curvature, self._inputs), self._curvature.loss)
 
 
 def divergence(before: Tensor, after: Tensor, loss: str) -> float:

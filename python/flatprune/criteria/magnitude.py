@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flatprune.criteria.base import Criterion, Scores, ScoringContext, mean_over_producers, ranks
 from flatprune.cutting.neurons import CHANNELWISE, NORMS, PRODUCER, Member, NeuronGroup
-from kfac_ext.curvature.convolution import weight_matrix
+from kfac_ext.layers import layer_of
 
 
 def l1_scores(context: ScoringContext) -> Scores:
@@ -46,7 +46,7 @@ def median_distances(context: ScoringContext) -> Scores:
 
 def _distances(group: NeuronGroup) -> Tensor:
     parts = [
-        weight_matrix(member.module).detach().double().cpu()[member.index].flatten(1)
+        layer_of(member.module).weight_matrix().detach().double().cpu()[member.index].flatten(1)
         for member in group.of_role(PRODUCER)
     ]
     filters = torch.cat(parts, dim=1)

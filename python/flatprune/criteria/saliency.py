@@ -24,7 +24,8 @@ from torch import Tensor, nn
 import kfac_ext
 from flatprune.cutting.cuts import layer_cuts, tensor_name, weight_columns
 from flatprune.cutting.neurons import CONSUMER, Member, NeuronGroup, channels, groups_of, inputs_of_group
-from kfac_ext.curvature.convolution import weight_like, weight_matrix
+from kfac_ext.curvature.probing import fresh_covariances
+from kfac_ext.layers import layer_of
 
 if TYPE_CHECKING:
     from kfac_ext.curvature import Curvature
@@ -124,7 +125,7 @@ def input_statistics(curvature: Curvature, names: Iterable[str]) -> InputStatist
         raise RuntimeError("no factors yet: the model must make a training forward before neurons can be scored")
     constant = {name: curvature.layers[name].constant for name in names}
     if curvature.has_convolutions:
-        covariances = curvature.fresh_covariances(names, curvature.recent_inputs, "expand", bias=None)
+        covariances = fresh_covariances(curvature, names, curvature.recent_inputs, "expand", bias=None)
     else:
         covariances = {name: curvature.factors[f"{name}.A"] for name in names}
     return InputStatistics(covariances, constant)
@@ -207,7 +208,7 @@ def curvature_scores(
             matrix = statistics.blocks(reading.layer)[reading.group]
         V = weights[reading.layer].unflatten(0, (-1, G.shape[0]))[reading.group].to(matrix.dtype)
         arguments.append((*ordered(V, matrix, reading.entries), G, reading.entries.shape[1]))
-    score = kfac_ext.obs_saliency if criterion == "obs" else kfac_ext.outgoing_saliency
+    score = kfac_ext.obs_saliency if criterion == "obs" else kfac_ext.obd_saliency
     found = score(*(list(column) for column in zip(*arguments))) if arguments else []
     return summed(groups, members, found)
 
@@ -278,7 +279,7 @@ def compensation(
 
 def _with_constant(module: nn.Module, inverse: Tensor) -> Tensor:
     """The raw weight as a matrix [O, d], with the bias (or zeros) as a last column if the inverse has one for the 1."""
-    weight = weight_matrix(module).to(inverse.dtype)
+    weight = layer_of(module).weight_matrix().to(inverse.dtype)
     if inverse.shape[0] == weight.shape[1]:
         return weight
     column = module.bias if isinstance(module.bias, Tensor) else weight.new_zeros(len(weight))
@@ -296,9 +297,9 @@ def _scatter(full: Tensor, _inverse: Tensor, pruned: Tensor, kept: Tensor) -> Te
 
 def _as_tensors(curvature: Curvature, name: str, full: Tensor) -> dict[str, Tensor]:
     layer = curvature.layers[name]
-    weight, bias = layer.module.weight, layer.module.bias
+    weight, bias = layer.weight, layer.bias
     size = layer.patch_size
-    values = {tensor_name(name, "weight"): weight_like(layer.module, full[:, :size]).to(weight.dtype)}
+    values = {tensor_name(name, "weight"): layer.weight_like(full[:, :size]).to(weight.dtype)}
     if full.shape[1] == size:
         return values
     constant = full[:, size]

@@ -33,7 +33,7 @@ from flatprune.cutting.neurons import (
     is_depthwise,
 )
 from flatprune.cutting.trial import Trial
-from kfac_ext.curvature.layers import module_modes
+from kfac_ext.curvature.modes import module_modes
 
 _LOOKED_UP = "an embedding is left alone: its rows are looked up, so there are no factors to judge them by"
 _RECURRENT = "a recurrent layer is left alone: its units feed themselves through stacked gates"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from kfac_ext.curvature.convolution import TRANSPOSED
+from kfac_ext.layers.convolution import TRANSPOSED
 
 MATRICES = (nn.Linear, _ConvNd)  # what produces and reads neurons
 NORMS = (

@@ -13,8 +13,9 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kfac_ext.curvature.convolution import weight_like
-from kfac_ext.curvature.layers import Layer, module_modes, trace_layers, undisturbed
+from kfac_ext.curvature.modes import module_modes, undisturbed
+from kfac_ext.curvature.tracing import trace_layers
+from kfac_ext.layers import Layer
 
 Criterion = Callable[[Any, Tensor], Tensor]
 Product = Callable[[Tensor], Tensor]
@@ -159,7 +160,7 @@ def _folded_parameters(model: nn.Module, example: Tensor) -> tuple[dict[str, Ten
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for layer in layers:
         for name, value, is_leaf in _folded_layer(layer):
-            carried = is_leaf and f"{layer.name}.weight".lstrip(".") in trainable
+            carried = is_leaf and layer.weight_name in trainable
             (leaves if carried else fixed)[name] = value
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and name not in fixed and name not in leaves:
@@ -178,7 +179,7 @@ def _layers(model: nn.Module, example: Tensor) -> list[Layer]:
     return [
         layer
         for layer in layers
-        if layer.norm_name is not None and norms[layer.norm_name] == holders[id(layer.module.weight)] == 1
+        if layer.norm_name is not None and norms[layer.norm_name] == holders[id(layer.weight)] == 1
     ]
 
 
@@ -187,14 +188,13 @@ def _folded_layer(layer: Layer) -> Iterator[tuple[str, Tensor, bool]]:
     norm = layer.norm
     assert norm is not None and norm.running_mean is not None and norm.running_var is not None
     folded = layer.folded_weight()
-    prefix = f"{layer.name}." if layer.name else ""
-    weight, constant = weight_like(layer.module, folded[:, :-1]), folded[:, -1]
+    weight, constant = layer.weight_like(folded[:, :-1]), folded[:, -1]
     zero = torch.zeros_like(norm.running_mean)
-    yield f"{prefix}weight", weight, True
+    yield layer.weight_name, weight, True
     yield f"{layer.norm_name}.running_var", torch.full_like(norm.running_var, 1 - norm.eps), False
-    in_bias, in_norm = layer.module.bias is not None, norm.bias is not None
-    if in_bias:
-        yield f"{prefix}bias", constant, True
+    in_bias, in_norm = layer.bias is not None, norm.bias is not None
+    if layer.bias_name is not None:
+        yield layer.bias_name, constant, True
     if norm.weight is not None:
         yield f"{layer.norm_name}.weight", torch.ones_like(norm.weight), False
     if norm.bias is not None:

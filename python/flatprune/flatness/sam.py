@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flatprune.moved import moved_models, refuse_moved
 from kfac_ext.curvature import Curvature
 from kfac_ext.curvature.capture import ForwardHook
-from kfac_ext.curvature.layers import RngState, device_of, reading_is_free, undisturbed
+from kfac_ext.curvature.modes import RngState, device_of, reading_is_free, undisturbed
 
 _MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
 

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from flatprune.moved import refuse_moved
-from kfac_ext.curvature.convolution import weight_like, weight_matrix
+from kfac_ext.curvature.calls import call_hooks
 from kfac_ext.curvature.fisher import input_covariance
-from kfac_ext.curvature.layers import LAYER_TYPES, Layer, call_hooks, module_modes, trace_layers, undisturbed
+from kfac_ext.curvature.modes import module_modes, undisturbed
+from kfac_ext.curvature.tracing import trace_layers
+from kfac_ext.layers import Layer
 
 
 class LayerShift(NamedTuple):
@@ -84,7 +86,7 @@ def optimum_shift(
     batch = inputs if isinstance(inputs, tuple) else (inputs,)
     chosen = _chosen(model, batch, layers)
     covariances = _covariances(model, chosen, batch)
-    planned = [(layer.module.weight, *_projected(layer, covariances[layer.name], tolerance)) for layer in chosen]
+    planned = [(layer.weight, *_projected(layer, covariances[layer.name], tolerance)) for layer in chosen]
     for weight, projected, _shift in planned:
         weight.copy_(projected)
     return [shift for _weight, _projected_weight, shift in planned]
@@ -95,7 +97,7 @@ def _chosen(model: nn.Module, batch: tuple[Tensor, ...], names: Iterable[str] | 
         warnings.simplefilter("ignore")  # what cannot be shifted stays, which is no news
         found = trace_layers(model, batch)
     holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    usable = {name: layer for name, layer in found.items() if _can_be_shifted(layer.module, holders)}
+    usable = {name: layer for name, layer in found.items() if _can_be_shifted(layer, holders)}
     if names is None:
         return list(usable.values())
     names = set(names)
@@ -104,10 +106,9 @@ def _chosen(model: nn.Module, batch: tuple[Tensor, ...], names: Iterable[str] | 
     return [layer for name, layer in usable.items() if name in names]
 
 
-def _can_be_shifted(module: nn.Module, holders: Counter[int]) -> bool:
-    weight = module.weight
-    own = isinstance(weight, nn.Parameter) and holders[id(weight)] == 1 and weight.requires_grad
-    return own and isinstance(module, LAYER_TYPES)
+def _can_be_shifted(layer: Layer, holders: Counter[int]) -> bool:
+    weight = layer.weight
+    return isinstance(weight, nn.Parameter) and holders[id(weight)] == 1 and weight.requires_grad
 
 
 def _covariances(model: nn.Module, layers: list[Layer], batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -129,7 +130,7 @@ def _covariances(model: nn.Module, layers: list[Layer], batch: tuple[Tensor, ...
 
 def _projected(layer: Layer, A: Tensor, tolerance: float | None) -> tuple[Tensor, LayerShift]:
     """W P in the weight's shape (the weight itself where P is the identity), and the record of it."""
-    weight = layer.module.weight
+    weight = layer.weight
     values, vectors = torch.linalg.eigh(A)
     if tolerance is None:
         tolerance = A.shape[-1] * torch.finfo(A.dtype).eps
@@ -138,7 +139,7 @@ def _projected(layer: Layer, A: Tensor, tolerance: float | None) -> tuple[Tensor
     projected = weight
     if rank < inputs:
         U = vectors * kept[:, None]
-        rows = weight_matrix(layer.module).double().unflatten(0, (layer.groups, -1))
-        projected = weight_like(layer.module, (rows @ U @ U.mT).flatten(0, 1)).to(weight.dtype)
+        rows = layer.weight_matrix().double().unflatten(0, (layer.groups, -1))
+        projected = layer.weight_like((rows @ U @ U.mT).flatten(0, 1)).to(weight.dtype)
     norms = [float(w.double().norm()) for w in (weight, projected)]
     return projected, LayerShift(layer.name, rank, inputs, *norms)

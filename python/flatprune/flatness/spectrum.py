@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatprune.flatness.hessian import hessian_lambda_max
 from kfac_ext.curvature import Curvature
+from kfac_ext.curvature.calls import call_hooks
 from kfac_ext.curvature.capture import Capture
 from kfac_ext.curvature.fisher import (
     output_gradient,
@@ -25,8 +26,10 @@ from kfac_ext.curvature.fisher import (
     projected_inputs,
     sample_targets,
 )
-from kfac_ext.curvature.layers import Layer, call_hooks, device_of, reading_is_free, sent, undisturbed
+from kfac_ext.curvature.modes import device_of, reading_is_free, sent, undisturbed
+from kfac_ext.curvature.probing import observe
 from kfac_ext.curvature.running import ROUNDING
+from kfac_ext.layers import Layer
 
 __all__ = ["Flatness", "hessian_lambda_max"]
 
@@ -194,7 +197,7 @@ class Flatness:
     def _ask_for_record(self) -> None:
         """Have the next training forward recorded if the next call of `penalty` acts (or may act) on it."""
         if self._acts() or (self.floors is None and self.step_count >= self.warmup_steps):
-            self.curvature.record_next_forward()
+            self.curvature.recorder.ask()
 
     def _acts(self) -> bool:
         return self.floors is not None and (self.step_count - self._start_step) % self.every == 0
@@ -241,13 +244,13 @@ class Flatness:
 
     def _capture(self, inputs: tuple[Tensor, ...], logits: Tensor) -> Capture:
         """The user's forward if it was recorded and can be differentiated as often as it must be, else one more."""
-        record = self.curvature.take_record(logits)
+        record = self.curvature.recorder.take(logits)
         if self.mode == "forward":
-            return record or self.curvature.observe(*inputs)
+            return record or observe(self.curvature, *inputs)
         if record is not None and not _has_fused_attention(logits):
             return record
         with sdpa_kernel(SDPBackend.MATH):
-            return self.curvature.observe(*inputs)
+            return observe(self.curvature, *inputs)
 
     def _blocks(self) -> list[_Block]:
         """The blocks above their floor; on a GPU all, those below with weight 0, so that the host need not wait."""

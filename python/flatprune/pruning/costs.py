@@ -27,8 +27,8 @@ from flatprune.cutting.neurons import (
 from flatprune.pruning.latency import REST, LatencyTable, batch_of, measure, measure_table
 from flatprune.pruning.limits import Limits
 from flatprune.pruning.targets import Target
-from kfac_ext.curvature.convolution import TRANSPOSED
-from kfac_ext.curvature.layers import module_modes, undisturbed
+from kfac_ext.curvature.modes import module_modes, undisturbed
+from kfac_ext.layers.convolution import TRANSPOSED
 
 
 @dataclass

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from flatprune.cutting.neurons import Member, NeuronGroup
 from flatprune.cutting.surgery import plan
 from flatprune.pruning.limits import Limits
-from kfac_ext.curvature.layers import device_of, module_modes, undisturbed
+from kfac_ext.curvature.modes import device_of, module_modes, undisturbed
 
 _FRACTIONS = (1.0, 0.5, 0.25, 0.0)  # of every width, for the networks that are timed
 _WARM_UP, _LEAST_REPEATS, _MOST_REPEATS = 2, 5, 50

@@ -11,6 +11,7 @@ from flatprune.criteria import Criterion
 from flatprune.criteria.base import consumer_compensation
 from flatprune.cutting.neurons import CONSUMER, PRODUCER, Coupling, NeuronGroup
 from kfac_ext.curvature import Curvature
+from kfac_ext.curvature.probing import reached_layers
 
 
 def choose_layers(coupling: Coupling, model: nn.Module, layers: Sequence[str] | None) -> None:
@@ -40,7 +41,7 @@ def refuse_unscored(
         roles.add(CONSUMER)
     if not roles:
         return
-    reached = curvature.reached_layers(*inputs)
+    reached = reached_layers(curvature, *inputs)
     for role in sorted(roles):
         _refuse_without_factors(coupling, role, curvature, reached)
 

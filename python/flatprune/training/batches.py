@@ -11,7 +11,7 @@ from torch import Tensor
 from flatprune.data import augmented
 from flatprune.errors import InputError
 from flatprune.settings import Settings
-from kfac_ext.curvature.layers import sent
+from kfac_ext.curvature.modes import sent
 
 
 class Batch(NamedTuple):

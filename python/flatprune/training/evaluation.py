@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flatprune.data import Dataset
 from flatprune.training.corruptions import KINDS, STRENGTHS, corrupted
-from kfac_ext.curvature.layers import module_modes
+from kfac_ext.curvature.modes import module_modes
 
 CALIBRATION_BINS = 15
 _BATCH = 1000

@@ -9,7 +9,7 @@ from flatprune.data import Dataset
 from flatprune.flatness.spectrum import hessian_lambda_max
 from flatprune.pruning.latency import batch_of, measure
 from kfac_ext.curvature import Curvature
-from kfac_ext.curvature.layers import module_modes, undisturbed
+from kfac_ext.curvature.modes import module_modes, undisturbed
 
 LATENCY_BATCHES = (1, 128)
 _HESSIAN_SAMPLES = 1024

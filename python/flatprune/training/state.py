@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac_ext.curvature.layers import reading_is_free
+from kfac_ext.curvature.modes import reading_is_free
 
 
 @dataclass

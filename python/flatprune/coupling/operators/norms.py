@@ -46,3 +46,12 @@ def _note(op: Operation, value: Value, dims: set[int]) -> None:
     for layer in value.layers:
         if varying(layer) & dims:
             op.labels.findings.joint_norms.append((labels_of(layer), op.labels.where))
+
+
+@rule("_weight_norm_interface")
+def weight_norm(op: Operation) -> list[Value]:
+    """g v / |v|, the norm over all dimensions but one: over the survivors after a cut."""
+    direction, scale = op.value(0), op.value(1)
+    kept = op.argument("dim", 0) % direction.rank
+    _note(op, direction, set(range(direction.rank)) - {kept})
+    return [algebra.combine(op.labels, [direction, scale], direction.size), Value(tuple(op.outputs[1].shape))]
