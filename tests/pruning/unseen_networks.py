@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pruning_networks import Attention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from tests.pruning.pruning_networks import Attention
 
 relu = torch.relu
 
