@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from flatprune.coupling import CONSUMER, Coupling, cut_tensor, tensor_cuts
 from flatprune.coupling.attributes import followed, known_attributes, own_shapes
@@ -55,8 +56,14 @@ def cut(model: nn.Module, coupling: Coupling, pruned: Pruned) -> nn.Module:
 
 
 def masked(model: nn.Module, coupling: Coupling, pruned: Pruned) -> nn.Module:
-    """A copy whose consumers have zeros where they read the neurons; without consumers, its makers have zeros."""
+    """A copy that is masked, see `mask`."""
     model = copy.deepcopy(model)
+    mask(model, coupling, pruned)
+    return model
+
+
+def mask(model: nn.Module, coupling: Coupling, pruned: Pruned) -> list[RemovableHandle]:
+    """Zeros where consumers read the neurons, without consumers where they are made; hooks of norms are returned."""
     tensors, modules = tensors_of(model), dict(model.named_modules())
     lost: dict[str, list[Tensor]] = {}
     for position, neurons in pruned.items():
@@ -67,19 +74,17 @@ def masked(model: nn.Module, coupling: Coupling, pruned: Pruned) -> nn.Module:
             owner = member.names[0].rpartition(".")[0]
             if isinstance(modules[owner], JOINT_NORMS) and member.names[0].endswith("weight"):
                 lost.setdefault(owner, []).append(member.index[neurons].flatten())
-    for name, entries in lost.items():
-        modules[name].register_forward_hook(_over_survivors(modules[name], torch.cat(entries)))
-    return model
+    return [modules[n].register_forward_hook(_over_survivors(modules[n], torch.cat(e))) for n, e in lost.items()]
 
 
 @torch.no_grad()
 def set_to_zero(tensor: Tensor, member: Any, entries: Tensor) -> None:
     """Zeros at these entries of a member; those of a grouped convolution count all channels, group by group."""
     if member.groups == 1:
-        tensor.index_fill_(member.dim, entries, 0)
+        tensor.data.index_fill_(member.dim, entries, 0)
         return
     size = tensor.shape[member.dim]
-    by_group = tensor.unflatten(0, (member.groups, -1)).movedim(member.dim + 1, 1)  # a view [groups, size, ...]
+    by_group = tensor.data.unflatten(0, (member.groups, -1)).movedim(member.dim + 1, 1)  # a view [groups, size, ...]
     by_group[entries // size, entries % size] = 0
 
 

@@ -10,18 +10,17 @@ import torch.nn.functional as F
 from pruning_networks import Run, digits, mlp, zeroed_inputs
 from torch import Tensor
 
+from flatprune.coupling import CONSUMER, PRODUCER, find_coupling
 from flatprune.criteria import CRITERIA, ScoringContext, banzhaf, shapley
 from flatprune.criteria.game import MaskedNetwork
 from flatprune.criteria.saliency import weight_columns
-from flatprune.cutting.graph import neuron_groups
-from flatprune.cutting.neurons import CONSUMER, PRODUCER
 from kfac_ext.curvature.fisher import sample_targets
 
 pytestmark = pytest.mark.filterwarnings("ignore:Curvature")
 
 
 def context_of(run: Run) -> ScoringContext:
-    return ScoringContext(run.model, neuron_groups(run.model, digits()[0][:2].to(run.dtype)).groups, run.curvature)
+    return ScoringContext(run.model, find_coupling(run.model, digits()[0][:2].to(run.dtype)).groups, run.curvature)
 
 
 def damped(M: Tensor, constant: bool) -> Tensor:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from pruning_networks import zeroed_inputs
+from pruning_networks import masked
 from random_networks import drawn
 from torch import Tensor
 
+from flatprune.coupling import find_coupling
 from flatprune.cutting import surgery
-from flatprune.cutting.graph import neuron_groups
 
 
 def half_of(groups) -> dict[int, Tensor]:
@@ -30,17 +30,14 @@ def half_of(groups) -> dict[int, Tensor]:
 def test_pruned_equals_masked_and_trains(seed):
     model, x = drawn(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    coupling = neuron_groups(model, x[:2])
+    coupling = find_coupling(model, x[:2])
     allowed = ("output of the model", "spread evenly", "1 channels a group", "into other slices")
     assert all(any(word in reason for word in allowed) for reason in coupling.refused.values()), coupling.refused
     pruned = half_of(coupling.groups)
     assert pruned
-    handles = zeroed_inputs(coupling.groups, pruned)
-    with torch.no_grad():
+    with torch.no_grad(), masked(model, coupling, pruned):
         full, expected = drawn(seed)[0](x), model(x)
-    for handle in handles:
-        handle.remove()
-    surgery.plan(model, coupling.groups, pruned, optimizer=optimizer).commit()
+    surgery.plan(model, coupling, pruned, optimizer=optimizer).commit()
     with torch.no_grad():
         found = model(x)
     effect = float((expected - full).abs().max())

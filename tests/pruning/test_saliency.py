@@ -10,10 +10,9 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 import kfac_ext
+from flatprune.coupling import CONSUMER, PRODUCER, find_coupling
 from flatprune.criteria import saliency
 from flatprune.cutting import surgery
-from flatprune.cutting.graph import neuron_groups
-from flatprune.cutting.neurons import CONSUMER, PRODUCER
 from flatprune.pruning.costs import ParameterCount
 
 
@@ -47,7 +46,7 @@ def dense_blocks(run: Run, name: str) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.filterwarnings("ignore:Curvature")
 def test_scores_are_the_formula(criterion, name, position, layer, columns):
     run = trained(name, 12)
-    groups = neuron_groups(run.model, digits()[0][:2]).groups
+    groups = find_coupling(run.model, digits()[0][:2]).groups
     statistics = saliency.input_statistics(run.curvature, consumers(groups))
     scores = saliency.curvature_scores(run.curvature, groups, criterion, statistics, statistics.inverses())
     V, A, G = dense_blocks(run, layer)
@@ -63,7 +62,7 @@ def test_scores_are_the_formula(criterion, name, position, layer, columns):
 
 def test_scores_of_several_consumers_and_of_grouped_convolutions_add_up():
     run = trained("resnet", 12)
-    groups = neuron_groups(run.model, digits()[0][:2]).groups
+    groups = find_coupling(run.model, digits()[0][:2]).groups
     statistics = saliency.input_statistics(run.curvature, consumers(groups))
     total = saliency.curvature_scores(run.curvature, groups, "obd", statistics)[0]
     expected = torch.zeros(8, dtype=torch.float64)
@@ -76,7 +75,7 @@ def test_scores_of_several_consumers_and_of_grouped_convolutions_add_up():
     torch.testing.assert_close(total, expected, rtol=1e-3, atol=1e-9)
 
     run = trained("grouped", 12)
-    groups = neuron_groups(run.model, digits()[0][:2]).groups
+    groups = find_coupling(run.model, digits()[0][:2]).groups
     statistics = saliency.input_statistics(run.curvature, consumers(groups))
     total = saliency.curvature_scores(run.curvature, groups, "obd", statistics)[0]
     A, G = statistics.covariances["grouped"].double(), run.curvature.factors["grouped.G"].double()
@@ -121,7 +120,7 @@ def _quadratic_change(run: Run, group, neuron: int) -> float:
 def test_a_coupled_neuron_is_judged_by_the_joint_change_of_all_that_reads_it(name, position):
     """Residual streams, flattened positions, concatenations: the score is the quadratic model of masking it whole."""
     run = trained(name, 30)
-    groups = neuron_groups(run.model, digits()[0][:2]).groups
+    groups = find_coupling(run.model, digits()[0][:2]).groups
     statistics = saliency.input_statistics(run.curvature, consumers(groups))
     scores = saliency.curvature_scores(run.curvature, groups, "obd", statistics)[position]
     assert name != "resnet" or len(groups[position].of_role(CONSUMER)) > 1
@@ -138,7 +137,7 @@ def test_heads_are_scored_by_all_their_columns_together(criterion, head_dim):
     model.attn = model.Heads(12, 3, head_dim)
     run = Run(model)
     run.train(12)
-    groups = neuron_groups(model, digits()[0][:2]).groups
+    groups = find_coupling(model, digits()[0][:2]).groups
     statistics = saliency.InputStatistics({n: run.curvature.factors[f"{n}.A"] for n in consumers(groups)}, {})
     statistics.constant = dict.fromkeys(statistics.covariances, True)
     scores = saliency.curvature_scores(run.curvature, groups, criterion, statistics, statistics.inverses())
@@ -168,7 +167,7 @@ def test_obd_score_ranks_neurons_like_their_real_removal(network, bound):
     model = mlp(32, 24) if network == "mlp" else chain()
     run = Run(model)
     run.train(200)
-    groups = neuron_groups(model, digits()[0][:2]).groups
+    groups = find_coupling(model, digits()[0][:2]).groups
     statistics = saliency.input_statistics(run.curvature, consumers(groups))
     scores = saliency.curvature_scores(run.curvature, groups, "obd", statistics)
     model.eval()
@@ -203,13 +202,13 @@ def layer_outputs(model: nn.Module, names: list[str], x: Tensor) -> dict[str, Te
 
 def after_removal(run: Run, position: int, pruned: Tensor, compensate: bool) -> nn.Module:
     """A copy of the run's model without these neurons."""
-    groups = neuron_groups(run.model, digits()[0][:2]).groups
+    groups = find_coupling(run.model, digits()[0][:2]).groups
     values = None
     if compensate:
         inverses = saliency.input_statistics(run.curvature, consumers(groups)).inverses()
         values = saliency.compensation(run.curvature, groups, {position: pruned}, inverses)
     model = copy.deepcopy(run.model)
-    surgery.plan(model, neuron_groups(model, digits()[0][:2]).groups, {position: pruned}, replacements=values).commit()
+    surgery.plan(model, find_coupling(model, digits()[0][:2]).groups, {position: pruned}, replacements=values).commit()
     return model
 
 
@@ -218,7 +217,7 @@ def after_removal(run: Run, position: int, pruned: Tensor, compensate: bool) -> 
 def test_compensation_brings_the_layers_after_nearer_to_the_unpruned_ones(name):
     run = trained(name, 60)
     x = digits()[0][-600:]
-    groups = neuron_groups(run.model, x[:2]).groups
+    groups = find_coupling(run.model, x[:2]).groups
     layers = run.curvature.layers
     run.curvature.remove()
     for position, group in enumerate(groups):
@@ -241,14 +240,14 @@ def test_compensation_brings_the_layers_after_nearer_to_the_unpruned_ones(name):
 
 def test_constant_part_goes_to_the_bias_or_the_running_mean():
     run = trained("chain", 30)
-    groups = neuron_groups(run.model, digits()[0][:2]).groups
+    groups = find_coupling(run.model, digits()[0][:2]).groups
     inverses = saliency.input_statistics(run.curvature, consumers(groups)).inverses()
     values = saliency.compensation(
         run.curvature, groups, {0: torch.tensor([1]), 1: torch.tensor([2]), 2: torch.tensor([3])}, inverses
     )
     assert set(values) == {"3.weight", "3.bias", "8.weight", "8.bias", "10.weight", "10.bias"}
     run = trained("depthwise", 30)
-    groups = neuron_groups(run.model, digits()[0][:2]).groups
+    groups = find_coupling(run.model, digits()[0][:2]).groups
     inverses = saliency.input_statistics(run.curvature, consumers(groups)).inverses()
     values = saliency.compensation(run.curvature, groups, {0: torch.tensor([1])}, inverses)
     assert set(values) == {"project.weight", "norm2.running_mean"}
@@ -258,7 +257,7 @@ def test_constant_part_goes_to_the_bias_or_the_running_mean():
 def test_compensation_is_the_least_squares_update():
     """With the raw A (damping aside) the survivors' update minimises the mean squared change of W a."""
     run = trained("mlp", 40)
-    groups = neuron_groups(run.model, digits()[0][:2]).groups
+    groups = find_coupling(run.model, digits()[0][:2]).groups
     pruned = torch.tensor([0, 3, 10])
     statistics = saliency.input_statistics(run.curvature, ["3", "5"])
     values = saliency.compensation(run.curvature, groups, {0: pruned}, statistics.inverses())
@@ -277,10 +276,10 @@ def test_compensation_is_the_least_squares_update():
 def test_parameters_that_go_with_a_neuron_are_exact(name):
     source = NETWORKS[name]()
     total = sum(p.numel() for p in source.parameters())
-    costs = ParameterCount(source, neuron_groups(source, digits()[0][:2]).groups).neuron_costs()
+    costs = ParameterCount(source, find_coupling(source, digits()[0][:2]).groups).neuron_costs()
     for position, cost in enumerate(costs):
         model = copy.deepcopy(source)
-        groups = neuron_groups(model, digits()[0][:2]).groups
+        groups = find_coupling(model, digits()[0][:2]).groups
         group = groups[position]
         pruned = torch.cat([(group.group_of == p).nonzero()[:1, 0] for p in range(group.groups)])
         surgery.plan(model, groups, {position: pruned}).commit()
@@ -299,7 +298,7 @@ def test_bad_factors_are_named():
     run.curvature.factors["3.A"].fill_(torch.nan)
     with pytest.raises(ValueError, match="3: the covariance"):
         saliency.input_statistics(run.curvature, ["3"]).inverses()
-    groups = neuron_groups(run.model, digits()[0][:2]).groups
+    groups = find_coupling(run.model, digits()[0][:2]).groups
     statistics = saliency.input_statistics(run.curvature, ["3", "5"])
     with pytest.raises(ValueError, match="1: the scores"):
         saliency.curvature_scores(run.curvature, groups, "obd", statistics)

@@ -10,9 +10,8 @@ import torch
 from pruning_networks import NETWORKS, Run, digits, mlp, sgd
 from torch import Tensor, nn
 
+from flatprune.coupling import Member, NeuronGroup, find_coupling
 from flatprune.cutting import surgery
-from flatprune.cutting.graph import neuron_groups
-from flatprune.cutting.neurons import Member, NeuronGroup
 from flatprune.pruning import latency
 from flatprune.pruning.costs import LatencyModel, MacCount, NeuronCount, ParameterCount, output_positions
 from flatprune.pruning.latency import LatencyTable
@@ -84,7 +83,7 @@ def test_multiply_accumulates_on_paper_are_those_after_the_cut(name):
     changed = 0
     for seed in range(4):
         model = copy.deepcopy(source)
-        groups = neuron_groups(model, digits()[0][:2]).groups
+        groups = find_coupling(model, digits()[0][:2]).groups
         count = MacCount(model, groups, positions)
         assert count.cost == counted_by_hooks(model)
         pruned = random_removal(groups, seed)
@@ -114,7 +113,7 @@ def test_tracing_the_positions_leaves_the_model_alone():
 
 def test_neurons_are_those_of_the_groups():
     model = NETWORKS["depthwise"]()
-    groups = neuron_groups(model, digits()[0][:2]).groups
+    groups = find_coupling(model, digits()[0][:2]).groups
     count = NeuronCount(model, groups)
     assert count.cost == 12 + 16
     count.remove(1, 5)
@@ -267,7 +266,7 @@ def test_latency_is_really_measured():
     small, large = mlp(16, 16).eval(), mlp(1024, 1024).eval()
     x = (digits()[0][:256],)
     assert latency.measure(small, x) < latency.measure(large, x)
-    groups = neuron_groups(large, x[0][:2]).groups
+    groups = find_coupling(large, x[0][:2]).groups
     positions = output_positions(large, x)
 
     def work_of(network, own):
@@ -296,7 +295,7 @@ def test_batches_repeat_the_examples():
 
 def test_copies_for_timing_are_cut_within_the_limits():
     model = NETWORKS["grouped"]()
-    groups = neuron_groups(model, digits()[0][:2]).groups
+    groups = find_coupling(model, digits()[0][:2]).groups
     before = [group.width for group in groups]
     for fraction, widths in ((1.0, before), (0.0, [6, 6, 4, 4][: len(before)])):
         cut, own = latency._cut_copy(model, groups, Limits(2, 3), fraction)

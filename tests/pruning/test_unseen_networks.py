@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from pruning_networks import sgd, zeroed_inputs
+from pruning_networks import masked, sgd
 from unseen_networks import CASES, inputs_of
 
 import flatprune.pruning.pruner
@@ -38,12 +38,11 @@ def test_pruned_equals_masked_and_trains(name, monkeypatch):
         model.train()
         return found
 
-    def checking_plan(model, groups, pruned, **options):
-        full, handles = outputs(), zeroed_inputs(groups, pruned)
-        expected = outputs()
-        for handle in handles:
-            handle.remove()
-        result = surgery.plan(model, groups, pruned, **options)
+    def checking_plan(model, coupling, pruned, **options):
+        full = outputs()
+        with masked(model, coupling, pruned):
+            expected = outputs()
+        result = surgery.plan(model, coupling, pruned, **options)
         commit = result.commit
 
         def checked_commit():
