@@ -62,13 +62,17 @@ def masked(model: nn.Module, coupling: Coupling, pruned: Pruned) -> nn.Module:
     return model
 
 
-def mask(model: nn.Module, coupling: Coupling, pruned: Pruned) -> list[RemovableHandle]:
-    """Zeros where consumers read the neurons, without consumers where they are made; hooks of norms are returned."""
+def mask(model: nn.Module, coupling: Coupling, pruned: Pruned, where_made: bool = False) -> list[RemovableHandle]:
+    """Zeros where consumers read the neurons, if `where_made` or without consumers where they are made too.
+
+    Returns:
+        The hooks of the norms.
+    """
     tensors, modules = tensors_of(model), dict(model.named_modules())
     lost: dict[str, list[Tensor]] = {}
     for position, neurons in pruned.items():
         group = coupling.groups[position]
-        for member in group.of_role(CONSUMER) or group.members:
+        for member in group.members if where_made else group.of_role(CONSUMER) or group.members:
             set_to_zero(tensors[member.names[0]], member, member.index[neurons].flatten())
         for member in group.members:
             owner = member.names[0].rpartition(".")[0]

@@ -263,10 +263,12 @@ class Run:
 
 
 @contextmanager
-def masked(model: nn.Module, coupling: Coupling, pruned: Mapping[int, Tensor]) -> Iterator[None]:
+def masked(
+    model: nn.Module, coupling: Coupling, pruned: Mapping[int, Tensor], where_made: bool = False
+) -> Iterator[None]:
     """The model computes what it does without the neurons; see `tests.coupling.oracle.mask`."""
     before = {name: tensor.detach().clone() for name, tensor in tensors_of(model).items()}
-    handles = mask(model, coupling, pruned)
+    handles = mask(model, coupling, pruned, where_made)
     yield
     for handle in handles:
         handle.remove()
