@@ -7,7 +7,7 @@ import io
 
 import pytest
 import torch
-from pruning_networks import NETWORKS, Run, digits, mlp, sgd
+from pruning_networks import NETWORKS, Attention, Run, digits, mlp, sgd
 from torch import Tensor, nn
 
 from flatprune.coupling import Member, NeuronGroup, find_coupling
