@@ -10,7 +10,7 @@ from pruning_networks import Run, chain, digits, mlp
 from scipy.stats import spearmanr
 from torch import nn
 
-from flatprune.coupling import find_coupling
+from flatprune.coupling import Coupling, find_coupling
 from flatprune.criteria import CRITERIA, Criterion, ScoringContext, as_criterion, banzhaf, shapley
 from flatprune.cutting import surgery
 
@@ -86,22 +86,10 @@ def real_changes(run: Run, context: ScoringContext, criterion: Criterion, compen
         for j in range(group.width):
             pruned = {position: torch.tensor([j])}
             values = criterion.compensation(context, pruned) if compensate else None
-            model = copy.deepcopy(run.model)
-            groups = neuron_groups_of_copy(model, context)
-            surgery.plan(model, groups, pruned, replacements=values).commit()
+            model, groups = copy.deepcopy((run.model, list(context.groups)))
+            surgery.plan(model, Coupling(groups), pruned, replacements=values).commit()
             changes.append(mean_loss(model) - start)
     return changes
-
-
-def neuron_groups_of_copy(model: nn.Module, context: ScoringContext) -> list:
-    modules = dict(model.named_modules())
-    groups = copy.copy(list(context.groups))
-    for i, group in enumerate(groups):
-        groups[i] = copy.copy(group)
-        groups[i].members = [copy.copy(member) for member in group.members]
-        for member in groups[i].members:
-            member.module = modules[member.name]
-    return groups
 
 
 BOUNDS = {  # least rank correlation with real removals on the perceptron and on the conv net
