@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 import kfac_ext
-from flatprune.coupling import CONSUMER, PRODUCER, find_coupling
+from flatprune.coupling import CONSUMER, PRODUCER, Coupling, find_coupling
 from flatprune.criteria import ScoringContext, saliency
 from flatprune.cutting import surgery
 from flatprune.pruning.costs import ParameterCount
@@ -237,7 +237,9 @@ def test_compensation_brings_the_layers_after_nearer_to_the_unpruned_ones(name):
             layer_outputs(after_removal(run, coupling, {position: pruned}, flag), list(seen.values()), x)
             for flag in (True, False)
         )
-        first = seen[names[0]]  # later ones also see changed inputs
+        # later ones also see changed inputs; layer norms on a stream take their statistics over the survivors, which no
+        # linear update foresees: there the last one tells
+        first = seen[names[-1 if group.name == "embed" else 0]]
         error_on, error_off = (float((z[first] - expected[first]).square().mean()) for z in (on, off))
         assert error_on < 0.9 * error_off, (group.name, first)
 
