@@ -16,7 +16,7 @@ from tests.coupling.oracle import assert_every_group_is_right, cut, some_of
 OPTIONS = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=40, derandomize=True, **OPTIONS)
+@settings(max_examples=15, derandomize=True, **OPTIONS)
 @given(st.randoms(use_true_random=False))
 def test_every_group_cut_computes_what_it_does_masked(draw: random.Random):
     model, x = composed(draw)
@@ -27,7 +27,7 @@ def test_every_group_cut_computes_what_it_does_masked(draw: random.Random):
     assert_every_group_is_right(model, coupling, x)
 
 
-@settings(max_examples=15, derandomize=True, **OPTIONS)
+@settings(max_examples=6, derandomize=True, **OPTIONS)
 @given(st.randoms(use_true_random=False))
 def test_a_network_that_is_cut_trains(draw: random.Random):
     model, x = composed(draw)
@@ -44,7 +44,7 @@ def test_a_network_that_is_cut_trains(draw: random.Random):
     assert losses[-1] < losses[0]
 
 
-@settings(max_examples=10, derandomize=True, **OPTIONS)
+@settings(max_examples=4, derandomize=True, **OPTIONS)
 @given(st.randoms(use_true_random=False))
 def test_finding_changes_nothing(draw: random.Random):
     model, x = composed(draw)

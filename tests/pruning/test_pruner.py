@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 
 import pytest
 import torch
@@ -14,8 +15,13 @@ from kfac_ext import Curvature
 
 
 @pytest.mark.filterwarnings("ignore:Curvature")
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("criterion", ["obs", "obd", "kron_obs", "l1", "l1_uniform"])
+@pytest.mark.parametrize(
+    ("criterion", "name"),
+    [
+        *(("obs", name) for name in NETWORKS),
+        *itertools.product(("obd", "kron_obs", "l1", "l1_uniform"), ("resnet", "grouped", "transposed", "attention")),
+    ],
+)
 def test_the_target_is_reached_and_the_records_agree(name, criterion):
     torch.manual_seed(0)
     run = Run(NETWORKS[name]()).prune(100, params=0.4, criterion=criterion)

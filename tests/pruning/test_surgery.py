@@ -73,6 +73,8 @@ def test_removal_of_each_group_alone_equals_zeroed_neurons(name):
             expected = outputs(model)
         surgery.plan(model, coupling, pruned).commit()
         torch.testing.assert_close(outputs(model), expected, rtol=1e-4, atol=1e-5)
+        if position not in (0, len(groups) - 1):  # finding takes longest
+            continue
         again = find_coupling(model, digits()[0][:2]).groups
         assert [group.name for group in again] == [group.name for group in groups]
         for kept, fresh in zip(groups, again):
