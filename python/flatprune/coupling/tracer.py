@@ -124,7 +124,7 @@ class Labels(TorchDispatchMode):
         operation = Operation(self, func, args, kwargs, out)
         rule = RULES.get(operation.name)
         known = [self.get(t) for t in operation.tensors]
-        if not any(v.layers or v.stats or v.loose for v in known) and not getattr(rule, "follows_views", False):
+        if not any(v.layers or v.stats or v.loose for v in known) and not getattr(rule, "always", False):
             free = all(v.free for v in known) or operation.makes_anew
             for tensor in operation.outputs:
                 self.put(tensor, Value(tuple(tensor.shape), free=free))

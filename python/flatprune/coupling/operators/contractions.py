@@ -39,20 +39,20 @@ def _product(op: Operation, a: Value, b: Value) -> Value:
     return _contracted(op, a, (0,), b, (0,), 0)
 
 
-@rule("mm bmm mv dot vdot")
+@rule("mm bmm mv dot vdot", always=True)
 def product(op: Operation) -> Value:
     """[m, k] [k, n], batches of such, a vector on either side."""
     return _product(op, op.value(0), op.value(1))
 
 
-@rule("addmm baddbmm addmv")
+@rule("addmm baddbmm addmv", always=True)
 def product_and_sum(op: Operation) -> Value:
     """The same with something added."""
     result = _product(op, op.value(1), op.value(2))
     return algebra.combine(op.labels, [result, op.value(0)], op.shape)
 
 
-@rule("linear")
+@rule("linear", always=True)
 def linear(op: Operation) -> Value:
     """x [..., I], weight [O, I], bias [O]: where a backend has it as one operator."""
     x, weight = op.value(0), op.value(1)
@@ -63,7 +63,7 @@ def linear(op: Operation) -> Value:
     return result if bias is None else algebra.combine(op.labels, [result, op.value_of(bias)], op.shape)
 
 
-@rule("_grouped_mm")
+@rule("_grouped_mm", always=True)
 def experts(op: Operation) -> Value:
     """Rows [n, k], each by the matrix of its expert [experts, k, n]; experts stay."""
     a, b = op.value(0), op.value(1)
@@ -105,7 +105,7 @@ def _repeated_heads(value: Value, heads: int) -> Value:
     return value.having(size=(value.size[0], heads, *value.size[2:]), layers=layers)
 
 
-@rule("convolution _convolution cudnn_convolution mkldnn_convolution")
+@rule("convolution _convolution cudnn_convolution mkldnn_convolution", always=True)
 def convolution(op: Operation) -> Value:
     """x [N, I, ...], weight [O, I/groups, kernel] or, transposed, [I, O/groups, kernel]; kernels stay."""
     x, w, bias = op.args[0], op.args[1], op.argument("bias")

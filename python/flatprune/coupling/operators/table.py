@@ -76,16 +76,16 @@ class Operation:
         return self.labels.get(tensor)
 
 
-def rule(names: str, *, follows_views: bool = False) -> Callable[[Rule], Rule]:
+def rule(names: str, *, always: bool = False) -> Callable[[Rule], Rule]:
     """Enter a rule for operators, names apart by spaces.
 
     Args:
         names: as in `torch.ops.aten`.
-        follows_views: called even where no argument has labels, to know what shares memory.
+        always: called even where no argument has labels: to know what shares memory, or to count products.
     """
 
     def enter(function: Rule) -> Rule:
-        function.follows_views = follows_views  # type: ignore[attr-defined]
+        function.always = always  # type: ignore[attr-defined]
         for name in names.split():
             if name in RULES:
                 raise ValueError(f"operator {name} has a rule already")
