@@ -175,7 +175,8 @@ def contract(m: Labels, a: Value, b: Value, k: int, times: int = 1) -> Value:
     refuse_statistics(m, a, b)
     size = tuple(map(max, a.size, b.size))
     others = set(range(len(size))) - {k}
-    m.findings.products.append(Product(m.stack.here, times, size, [*a.layers, *b.layers], k))
+    once = _sees_no_samples(a) and _sees_no_samples(b)
+    m.findings.products.append(Product(m.stack.here, times, size, [*a.layers, *b.layers], k, once))
     for value in (a, b):
         note_role(m, value, CONSUMER, {k})
         note_role(m, value, PRODUCER, others)
@@ -184,6 +185,12 @@ def contract(m: Labels, a: Value, b: Value, k: int, times: int = 1) -> Value:
     plain = [value.having(param=False, stats=frozenset(), loose=frozenset()) for value in (a, b)]
     product = combine(m, plain, size, discharge=False)
     return reduce(m, product, [k], keep=False, statistic=False).having(param=a.param and b.param)
+
+
+def _sees_no_samples(value: Value) -> bool:
+    """Made of parameters of which no entry is repeated, as queries are for each sample."""
+    along = set().union(*(varying(layer) for layer in value.layers if len(labels_of(layer)) == layer.numel()))
+    return value.param and all(n == 1 or d in along for d, n in enumerate(value.size))
 
 
 def collapsed(m: Labels, value: Value, dims: Iterable[int], why: str = "its entries are mixed by") -> Value:
