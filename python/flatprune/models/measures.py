@@ -51,7 +51,11 @@ def multiply_accumulates(model: nn.Module, *args: Any, **kwargs: Any) -> int:
         32
     """
     evaluating = module_modes(dict.fromkeys(model.modules(), False))
-    # the fused kernels of an attention are not all known to the counter
-    with evaluating, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(*args, **kwargs)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not know all fused kernels of an attention
+    try:
+        with evaluating, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(*args, **kwargs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     return counter.get_total_flops() // 2
