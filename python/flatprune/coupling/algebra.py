@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from flatprune.coupling.findings import Product
+from flatprune.coupling.labels import Labels
 from flatprune.coupling.neurons import CHANNELWISE, CONSUMER, PRODUCER
 from flatprune.coupling.values import Value, aligned, canonical, canonical_layers, labels_of, varying
-
-if TYPE_CHECKING:
-    from flatprune.coupling.tracer import Labels
 
 Size = Sequence[int]
 
@@ -176,7 +173,7 @@ def contract(m: Labels, a: Value, b: Value, k: int, times: int = 1) -> Value:
     size = tuple(map(max, a.size, b.size))
     others = set(range(len(size))) - {k}
     once = _sees_no_samples(a) and _sees_no_samples(b)
-    m.findings.products.append(Product(m.stack.here, times, size, [*a.layers, *b.layers], k, once))
+    m.findings.products.append(Product(m.here, times, size, [*a.layers, *b.layers], k, once))
     for value in (a, b):
         note_role(m, value, CONSUMER, {k})
         note_role(m, value, PRODUCER, others)

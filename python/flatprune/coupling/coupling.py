@@ -15,7 +15,7 @@ from flatprune.coupling.findings import AxisTable, Findings
 from flatprune.coupling.neurons import CONSUMER, Coupling
 from flatprune.coupling.operators.indexing import LOOKED_UP
 from flatprune.coupling.products import mac_terms
-from flatprune.coupling.tracer import Labels, ModuleStack
+from flatprune.coupling.tracer import ModuleStack, Tracer
 from flatprune.coupling.trial import TracedCall, Trial
 from flatprune.coupling.unreached import couple_unreached
 
@@ -68,7 +68,7 @@ class _Search:
 
     def _trace(self, call: Any, training: bool) -> None:
         first_joint, known = self.table.next_joint, len(self.findings.products)
-        labels = Labels(self.model, self.table, self.findings, self.stack)
+        labels = Tracer(self.model, self.table, self.findings, self.stack)
         with unchanged(self.model), plain_kernels(), traced_mode(self.model, training), self.stack.watching():
             try:
                 with labels:

@@ -20,7 +20,7 @@ from flatprune.coupling.findings import NoFindings
 from flatprune.coupling.operators.movement import shares_memory
 from flatprune.coupling.operators.reductions import STATISTICS, reduced_dims
 from flatprune.coupling.operators.table import RULES, Operation
-from flatprune.coupling.tracer import Labels, ModuleStack
+from flatprune.coupling.tracer import ModuleStack, Tracer
 from flatprune.coupling.values import varying
 
 _RANDOM = 0.37  # in place of random numbers of any distribution
@@ -120,7 +120,7 @@ def _converted(leaf: Any) -> Any:
     return leaf
 
 
-class MaskedRun(Labels):
+class MaskedRun(Tracer):
     """The network in which some labels are zero everywhere and statistics run over the others.
 
     Args:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from flatprune.coupling import algebra
+from flatprune.coupling.labels import Labels
 from flatprune.coupling.values import Value
-
-if TYPE_CHECKING:
-    from flatprune.coupling.tracer import Labels
 
 Rule = Callable[["Operation"], "Value | list[Value]"]
 RULES: dict[str, Rule] = {}
@@ -100,6 +98,6 @@ def fallback(op: Operation) -> Value | list[Value]:
         return RULES["add"](op)
     for tensor in op.tensors:
         for layer in op.value_of(tensor).layers:
-            op.labels.findings.pin(layer, f"operator {op.name} is not known (in {op.labels.stack.here})")
+            op.labels.findings.pin(layer, f"operator {op.name} is not known (in {op.labels.here})")
         algebra.refuse_statistics(op.labels, op.value_of(tensor))
     return [Value(tuple(tensor.shape)) for tensor in op.outputs]
