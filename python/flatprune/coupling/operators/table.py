@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from flatprune.coupling import algebra
 from flatprune.coupling.labels import Labels
+from flatprune.coupling.neurons import PRODUCER
 from flatprune.coupling.values import Value
 
 Rule = Callable[["Operation"], "Value | list[Value]"]
@@ -97,6 +98,7 @@ def fallback(op: Operation) -> Value | list[Value]:
     if torch.Tag.pointwise in op.func.tags:
         return RULES["add"](op)
     for tensor in op.tensors:
+        algebra.note_role(op.labels, op.value_of(tensor), PRODUCER)  # so that the refusal names its layer
         for layer in op.value_of(tensor).layers:
             op.labels.findings.pin(layer, f"operator {op.name} is not known (in {op.labels.here})")
         algebra.refuse_statistics(op.labels, op.value_of(tensor))
