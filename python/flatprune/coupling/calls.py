@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -65,20 +63,6 @@ def as_calls(example_inputs: Any) -> list[Call]:
             raise ValueError("example_inputs is empty, expected what the model can be called with")
         return [Call(tuple(example_inputs))]
     return [Call((example_inputs,))]
-
-
-@contextmanager
-def plain_kernels() -> Iterator[None]:
-    """Operators as torch composes them: no fused kernels of oneDNN, cuDNN or attention's fast path."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    with ExitStack() as stack, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of TF32 on Intel GPUs whenever flags are touched
-        torch.backends.mha.set_fastpath_enabled(False)
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-        stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        yield
 
 
 _NEW = object()

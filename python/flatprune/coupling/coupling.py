@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flatprune.coupling.attention import make_prunable, undo_prunable
-from flatprune.coupling.calls import as_calls, first_lines, plain_kernels, traced_mode, unchanged
+from flatprune.coupling.calls import as_calls, first_lines, traced_mode, unchanged
 from flatprune.coupling.components import OUTPUT, Candidate, Components
 from flatprune.coupling.findings import AxisTable, Findings
 from flatprune.coupling.neurons import CONSUMER, Coupling
@@ -18,6 +18,7 @@ from flatprune.coupling.products import mac_terms
 from flatprune.coupling.tracer import ModuleStack, Tracer
 from flatprune.coupling.trial import TracedCall, Trial
 from flatprune.coupling.unreached import couple_unreached
+from kfac_ext.curvature.modes import plain_kernels
 
 _ROUNDS = 4  # of trial cuts with coarser neurons
 

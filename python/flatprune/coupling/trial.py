@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from flatprune.coupling.attributes import integers, known_attributes, own_shapes, with_integer
-from flatprune.coupling.calls import Call, first_lines, plain_kernels, traced_mode, unchanged
+from flatprune.coupling.calls import Call, first_lines, traced_mode, unchanged
 from flatprune.coupling.components import Components
 from flatprune.coupling.cuts import cut_tensor, tensor_cuts
 from flatprune.coupling.neurons import Attribute, module_of
 from flatprune.coupling.runs import Arithmetic, CutRun, MaskedRun, Step
 from flatprune.coupling.tracer import ModuleStack, tensor_leaves
+from kfac_ext.curvature.modes import plain_kernels
 
 _OF_EFFECT = {True: 1e-6, False: 1e-3}  # in float64, in the model's own dtype
 _OF_SCALE = {True: 1e-10, False: 1e-4}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
-from kfac_ext.curvature.modes import module_modes
+from kfac_ext.curvature.modes import module_modes, plain_kernels
 
 LAYERS = (nn.Linear, _ConvNd)
 
@@ -51,11 +52,14 @@ def multiply_accumulates(model: nn.Module, *args: Any, **kwargs: Any) -> int:
         32
     """
     evaluating = module_modes(dict.fromkeys(model.modules(), False))
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not know all fused kernels of an attention
-    try:
-        with evaluating, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(*args, **kwargs)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+    with evaluating, plain_kernels(), FlopCounterMode(display=False, custom_mapping=_VECTORS) as counter:
+        model(*args, **kwargs)
     return counter.get_total_flops() // 2
+
+
+def _flops_by_vector(matrix: Sequence[int], *_rest: Any, **_options: Any) -> int:
+    return 2 * math.prod(matrix)
+
+
+# products with a vector, which torch's counter leaves out
+_VECTORS = {torch.ops.aten.mv: _flops_by_vector, torch.ops.aten.dot: _flops_by_vector}
