@@ -43,7 +43,7 @@ def _copied(leaf: Any) -> Any:
 
 
 def as_calls(example_inputs: Any) -> list[Call]:
-    """Example inputs as calls: a tensor, a tuple or list of positional arguments, a dict of keywords, a `Call`, or several.
+    """Example inputs as calls: a tensor, a tuple or list of arguments, a dict of keywords, a `Call`, or several.
 
     Raises:
         ValueError: there is none.
@@ -71,8 +71,9 @@ _PLAIN = (bool, int, float, str, type(None))
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Forwards inside leave buffers, cached tensors and all random streams (torch, NumPy, Python) as they were; no gradients."""
-    rng, numpy_state, python_state = RngState.now(device_of(model)), np.random.get_state(), random.getstate()  # noqa: NPY002
+    """Forwards inside leave buffers, cached tensors and all random streams as they were; there are no gradients."""
+    rng, python_state = RngState.now(device_of(model)), random.getstate()
+    numpy_state = np.random.get_state()  # noqa: NPY002
     buffers = [(module, key, b, b._version, b.clone()) for module in model.modules() for key, b in _buffers(module)]
     attributes = [(module, dict(vars(module))) for module in model.modules()]
     try:
@@ -102,7 +103,7 @@ def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 @contextmanager
 def traced_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Evaluation or training mode; batch norms normalise by running statistics in both, so that one sample is enough."""
+    """Evaluation or training mode; batch norms normalise by running statistics in both, so that one sample will do."""
     modes = {
         module: training and not (isinstance(module, _BatchNorm) and module.running_var is not None)
         for module in model.modules()

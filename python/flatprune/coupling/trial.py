@@ -1,9 +1,9 @@
 """The trial that proves groups of neurons: the network cut must compute what the network computes with them masked.
 
-All groups are cut at once: a random part of each (as many from each slice), then what stayed, then one neuron of each. Both networks run
-operator by operator; the first operator at which they part says which groups to try alone, and what to name when one
-stays. Tensors of one value get random ones for the trial, so that nothing hides behind a gain of zero; the model is left
-as it was.
+All groups are cut at once: a random part of each (as many from each slice), then what stayed, then one neuron of each.
+Both networks run operator by operator; the first operator at which they part says which groups to try alone, and what
+to name when one stays. Tensors of one value get random ones for the trial, so that nothing hides behind a gain of zero;
+the model is left as it was.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Trial:
             if position in bad or (bad and position in others):
                 continue
             alone = failure if len(good) == 1 else self._attempt([position], how)
-            if alone is not None and self.attributes.pop(position, None):  # integers that were another group's
+            if alone is not None and self.attributes.pop(position, []):  # integers that were another group's
                 alone = self._attempt([position], how)
             if alone is not None:
                 bad[position] = alone.reason
@@ -254,9 +254,9 @@ class Trial:
                 for owner in self._owner[torch.where(layer > 0, self._components.flat(layer), -1)].unique().tolist():
                     if owner in plan.chosen:
                         suspects[owner] = None
-        step = near[-1] if near else None
-        modules = modules or (step.modules if step else ())
-        operator = operator or (step.name if step else "the end")
+        last = near[-1] if near else None
+        modules = modules or (last.modules if last else ())
+        operator = operator or (last.name if last else "the end")
         place = f"{operator} in {(modules[-1] if modules else '') or 'the model'}"
         return Failure(f"a trial cut {what} at {place}", list(suspects), modules, reached)
 

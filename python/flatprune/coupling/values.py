@@ -6,9 +6,9 @@ A *label* stands for an entry of a dimension of a parameter or buffer (a node of
     0       nothing known: it adapts
     -1      it cannot go (padding, a constant, an input)
 
-A *layer* is an int64 tensor of the rank of the data whose dimensions are full size where its labels vary and 1 where they
-do not. A weight [O, I] has two layers, its rows and its columns; an activation usually one. An entry of a tensor goes
-when the node of any of its layers does.
+A *layer* is an int64 tensor of the rank of the data whose dimensions are full size where its labels vary and 1 where
+they do not. A weight [O, I] has two layers, its rows and its columns; an activation usually one. An entry of a tensor
+goes when the node of any of its layers does.
 """
 
 from __future__ import annotations
