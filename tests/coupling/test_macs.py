@@ -94,6 +94,21 @@ class Tokens(nn.Module):
         return self.head(x) + F.linear(x, self.up @ self.down)
 
 
+class Recurrent(nn.Module):
+    """An LSTM, and a layer whose weight is divided by what products with vectors give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 12)
+        self.recurrent = nn.LSTM(12, 16, batch_first=True)
+        self.normed = nn.utils.parametrizations.spectral_norm(nn.Linear(16, 10))
+        self.head = nn.Linear(10, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, _ = self.recurrent(torch.relu(self.embed(x.squeeze(1))))
+        return self.head(torch.relu(self.normed(x[:, -1])))
+
+
 def images(*shape: int) -> Tensor:
     return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
 
@@ -129,6 +144,7 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "one_output_a_group": lambda: (OneOutputAGroup(), images(1, 9, 9)),
     "volume": lambda: (Volume(), images(1, 8, 8)),
     "tokens": lambda: (Tokens(), images(1, 6, 8)),
+    "recurrent": lambda: (Recurrent(), images(1, 6, 8)),
     "mlp": shipped("mlp"),
     "convnet": shipped("convnet"),
     "mobilenetv2": shipped("mobilenetv2", 8, 4, 8, 8, 12, 12, 12, 16, 24),

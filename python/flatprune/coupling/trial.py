@@ -197,11 +197,11 @@ class Trial:
         return torch.cat(found).sort().values
 
     def _masked(self, plan: _Plan, number: int) -> tuple[list[Tensor], list[Step]]:
-        gone = torch.zeros(self._components.total + 1, dtype=torch.bool)
+        masked = torch.zeros(self._components.total + 1, dtype=torch.bool)
         for position, neurons in plan.pruned.items():
-            gone[self._components.candidates[position].labels_of(neurons)] = True
+            masked[self._components.candidates[position].labels_of(neurons)] = True
         call, training, first_joint = self._calls[number]
-        run = MaskedRun(self._model, self._stack, self._components, first_joint, gone, Arithmetic(self._double))
+        run = MaskedRun(self._model, self._stack, self._components, first_joint, masked, Arithmetic(self._double))
         try:
             return self._outputs(run, call, training), run.steps
         finally:

@@ -82,10 +82,10 @@ class Value:
         """Dimensions in another order; None inserts one of size 1, a dimension left out must be of constant labels."""
         dims = list(dims)
         kept = [d for d in dims if d is not None]
-        gone = [d for d in range(self.rank) if d not in kept]
+        dropped = [d for d in range(self.rank) if d not in kept]
 
         def moved(layer: Tensor) -> Tensor:
-            for d in reversed(gone):
+            for d in reversed(dropped):
                 layer = layer.select(d, 0)
             order = [sorted(kept).index(d) for d in kept]
             layer = layer.permute(order)

@@ -57,9 +57,9 @@ def multiply_accumulates(model: nn.Module, *args: Any, **kwargs: Any) -> int:
     return counter.get_total_flops() // 2
 
 
-def _flops_by_vector(matrix: Sequence[int], *_rest: Any, **_options: Any) -> int:
-    return 2 * math.prod(matrix)
+def _flops_by_vector(*shapes: Sequence[int], **_options: Any) -> int:
+    return 2 * max(map(math.prod, shapes))  # the matrix is the largest
 
 
 # products with a vector, which torch's counter leaves out
-_VECTORS = {torch.ops.aten.mv: _flops_by_vector, torch.ops.aten.dot: _flops_by_vector}
+_VECTORS = {getattr(torch.ops.aten, name): _flops_by_vector for name in ("mv", "addmv", "dot", "vdot")}
