@@ -52,7 +52,7 @@ def multiply_accumulates(model: nn.Module, *args: Any, **kwargs: Any) -> int:
         32
     """
     evaluating = module_modes(dict.fromkeys(model.modules(), False))
-    with evaluating, plain_kernels(), FlopCounterMode(display=False, custom_mapping=_VECTORS) as counter:
+    with evaluating, plain_kernels(), FlopCounterMode(display=False, custom_mapping=_MORE) as counter:
         model(*args, **kwargs)
     return counter.get_total_flops() // 2
 
@@ -61,5 +61,11 @@ def _flops_by_vector(*shapes: Sequence[int], **_options: Any) -> int:
     return 2 * max(map(math.prod, shapes))  # the matrix is the largest
 
 
-# products with a vector, which torch's counter leaves out
-_VECTORS = {getattr(torch.ops.aten, name): _flops_by_vector for name in ("mv", "addmv", "dot", "vdot")}
+def _flops_of_experts(rows: Sequence[int], matrices: Sequence[int], *_rest: Any, **_options: Any) -> int:
+    return 2 * math.prod(rows) * matrices[-1]
+
+
+# what torch's counter leaves out: products with a vector, rows that each meet the matrix of their expert
+_MORE: dict[Any, Any] = {getattr(torch.ops.aten, name): _flops_by_vector for name in ("mv", "addmv", "dot", "vdot")}
+if hasattr(torch.ops.aten, "_grouped_mm"):
+    _MORE[torch.ops.aten._grouped_mm] = _flops_of_experts
