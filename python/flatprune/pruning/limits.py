@@ -23,7 +23,7 @@ class Limits(NamedTuple):
     max_fraction: float = 0.5
 
     def step(self, group: NeuronGroup) -> int:
-        """Neurons that go together: a multiple of the rounding, of slices that lose alike, of what kernels take."""
+        """Neurons that go together: a multiple of the rounding, of the slices that lose alike, and of what kernels take."""
         rounding = self.round_to // math.gcd(self.round_to, group.unit)
         return math.lcm(rounding, group.groups, group.multiple)
 
