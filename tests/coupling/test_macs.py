@@ -83,6 +83,8 @@ class Tokens(nn.Module):
         self.key = nn.Linear(16, 12)
         self.value = nn.Linear(16, 20, bias=False)
         self.block = nn.TransformerEncoderLayer(20, 4, 32, batch_first=True)
+        self.register_buffer("table", torch.randn(3, 5, 2))
+        self.bias = nn.Sequential(nn.Linear(2, 7), nn.ReLU(), nn.Linear(7, 1))
         self.down, self.up = nn.Parameter(torch.randn(4, 20)), nn.Parameter(torch.randn(5, 4))
         self.head = nn.Linear(20, 5)
 
@@ -91,7 +93,7 @@ class Tokens(nn.Module):
         q = self.query(torch.relu(self.expand(self.queries)))
         scores = (q @ self.key(x).mT).softmax(-1)
         x = self.block(scores @ torch.relu(self.value(x))).mean(1)
-        return self.head(x) + F.linear(x, self.up @ self.down)
+        return self.head(x) + F.linear(x, self.up @ self.down) + self.bias(self.table).sum()
 
 
 class Recurrent(nn.Module):

@@ -198,8 +198,12 @@ def contract(m: Labels, a: Value, b: Value, k: int, times: int = 1) -> Value:
 
 def _sees_no_samples(value: Value) -> bool:
     """Made of parameters of which no entry is repeated, as queries are for each sample."""
-    along = set().union(*(varying(layer) for layer in value.layers if len(labels_of(layer)) == layer.numel()))
-    return value.param and all(n == 1 or d in along for d, n in enumerate(value.size))
+    along: list[list[Tensor]] = [[] for _ in value.size]
+    for layer in value.layers if value.param else ():
+        if len(varying(layer)) == 1:
+            along[varying(layer).pop()].append(layer.flatten())
+    entries = [torch.stack(layers).unique(dim=1).shape[1] if layers else 1 for layers in along]
+    return value.param and entries == list(value.size)
 
 
 def collapsed(m: Labels, value: Value, dims: Iterable[int], why: str = "its entries are mixed by") -> Value:
