@@ -62,7 +62,7 @@ class ModuleStack:
             yield
 
 
-class Labels(TorchDispatchMode):
+class Tracer(TorchDispatchMode):
     """One forward with labels.
 
     Args:
@@ -85,6 +85,11 @@ class Labels(TorchDispatchMode):
         self._values: Any = WeakTensorKeyDictionary()
         self._views: Any = WeakTensorKeyDictionary()  # view -> (base, value of the base then, how to take it)
         self._storage = storage_keys(table.tensors)
+
+    @property
+    def here(self) -> str:
+        """The module that is running."""
+        return self.stack.here
 
     @property
     def where(self) -> str:

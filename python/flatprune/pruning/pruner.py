@@ -46,7 +46,8 @@ class Pruner:
         model: the network; its parameters stay the same objects.
         optimizer: holds the model's parameters; or None.
         curvature: the model's running factors.
-        example_inputs: what the model can be called with, see `flatprune.coupling.find_coupling`; one or two samples do.
+        example_inputs: what the model can be called with, see `flatprune.coupling.find_coupling`; one or two
+            samples do.
         target: the size to reach, in parameters, multiply-accumulates, neurons or latency.
         total_steps: optimizer steps of the whole training.
         criterion: a name of `flatprune.criteria.CRITERIA` (see there), a `Criterion`, or a function from

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from flatprune.coupling import algebra
 from flatprune.coupling.findings import Product
+from flatprune.coupling.labels import Labels
 from flatprune.coupling.neurons import CHANNELWISE, CONSUMER, PRODUCER
 from flatprune.coupling.operators.pointwise import vector
 from flatprune.coupling.operators.table import Operation, rule
 from flatprune.coupling.values import Axis, Value, labels_of, varying
-
-if TYPE_CHECKING:
-    from flatprune.coupling.tracer import Labels
 
 Dims = Sequence[int | None]
 _GROUPED_ALIGNMENT = 8  # widths that torch's grouped product takes: 16 bytes of the narrowest dtype
@@ -153,7 +150,7 @@ def _grouped(op: Operation, value: Value, w: Tensor, groups: int, transposed: bo
     seen = layers[0].reshape(groups, -1) if layers else None
     of_one = w.shape[0] // groups if transposed else w.shape[1]
     m.findings.products.append(
-        Product(m.stack.here, _applications(op, w, transposed), (value.size[0], outputs, of_one), [], 2)
+        Product(m.here, _applications(op, w, transposed), (value.size[0], outputs, of_one), [], 2)
     )
     if key is None:
         return blank.having(layers=_computed(op, w, groups, transposed, seen, value.free))

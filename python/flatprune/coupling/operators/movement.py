@@ -16,8 +16,8 @@ _RESHAPING = ("view", "_unsafe_view")
 
 
 @rule(
-    "view permute transpose t expand slice select unsqueeze squeeze unbind split split_with_sizes chunk unfold diagonal "
-    "unflatten narrow alias detach as_strided movedim swapaxes view_as_real view_as_complex _reshape_alias "
+    "view permute transpose t expand slice select unsqueeze squeeze unbind split split_with_sizes chunk unfold "
+    "diagonal unflatten narrow alias detach as_strided movedim swapaxes view_as_real view_as_complex _reshape_alias "
     "_unsafe_view unsafe_split unsafe_split_with_sizes unsafe_chunk squeeze_copy expand_copy _reshape_copy "
     "flip roll repeat repeat_interleave pixel_shuffle pixel_unshuffle index_select im2col rot90 tile",
     always=True,
