@@ -65,7 +65,8 @@ class Loop:
 
     def train(self, steps: int = 20) -> list:
         records = []
-        for self.step in range(self.step + 1, self.step + 1 + steps):
+        for _ in range(steps):
+            self.step += 1
             generator = torch.Generator().manual_seed(self.step)
             x = torch.randn(16, 8, 8, generator=generator)
             self.optimizer.zero_grad()
