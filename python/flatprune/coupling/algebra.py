@@ -49,7 +49,7 @@ def combine(m: Labels, values: Sequence[Value], size: Size, *, discharge: bool =
     the slices that it holds must stay equally large. A single label that is a factor of all entries pins its neuron.
     """
     size, rank = tuple(size), len(size)
-    sizes = [(1,) * (rank - v.rank) + tuple(v.size) for v in values]
+    sizes = [_own_size(value, rank) for value in values]
     slots: list[_Slot] = []
     constant: list[tuple[Tensor, int]] = []
     for i, value in enumerate(values):
@@ -63,7 +63,9 @@ def combine(m: Labels, values: Sequence[Value], size: Size, *, discharge: bool =
                     break
             else:
                 slots.append(_Slot(layer, sizes[i], i))
-    layers = [slot.layer for slot in slots if _adapts(m, slot.layer, values, sizes)]
+    layers = [slot.layer for slot in slots]
+    for layer in layers:
+        _check_partners(m, layer, values, sizes)
     for layer, i in constant:
         if any(i not in slot.operands for slot in slots):
             m.findings.pin(layer, f"a single channel of it is a factor of others ({m.where})")
@@ -77,7 +79,7 @@ def combine(m: Labels, values: Sequence[Value], size: Size, *, discharge: bool =
     stats = frozenset().union(*(v.stats for v in values))
     if discharge and stats:
         stats = _used_up(m, values, stats)
-    loose = {d - rank for d in range(rank) if all(n[d] == 1 or d - rank in v.loose for v, n in zip(values, sizes))}
+    loose = {d - rank for d in range(rank) if all(n[d] == 1 for n in sizes)}
     return Value(
         size,
         tuple(layers),
@@ -88,22 +90,26 @@ def combine(m: Labels, values: Sequence[Value], size: Size, *, discharge: bool =
     )
 
 
-def _adapts(m: Labels, layer: Tensor, values: Sequence[Value], sizes: Sequence[Size]) -> bool:
-    """Whether entries of a layer can go beside operands that have no labels along its dimensions."""
+def _own_size(value: Value, rank: int) -> Size:
+    """Its size with leading ones; dimensions that an expand made count as 1."""
+    size = (1,) * (rank - value.rank) + tuple(value.size)
+    return tuple(1 if d - rank in value.loose else n for d, n in enumerate(size))
+
+
+def _check_partners(m: Labels, layer: Tensor, values: Sequence[Value], sizes: Sequence[Size]) -> None:
+    """Pin a layer beside operands without labels along its dimensions; where they hold some of these, note slices."""
     rank = layer.dim()
     held = set()
     for value, size in zip(values, sizes):
         if not value.free:
             own = set().union(*(varying(aligned(x, rank)) for x in value.layers))
-            held |= {d for d in varying(layer) if size[d] > 1 and d not in own and d - rank not in value.loose}
-    if held == varying(layer):
+            held |= {d for d in varying(layer) if size[d] > 1 and d not in own}
+    if held and held == varying(layer):
         m.findings.pin(layer, f"it meets something of its width that cannot be cut, an input or a constant ({m.where})")
-        return False
-    if held:
+    elif held:
         order = sorted(held) + [d for d in range(rank) if d not in held]
         slices = math.prod(layer.shape[d] for d in held)
         m.findings.slices.append((layer.permute(order).reshape(slices, -1), m.where))
-    return True
 
 
 def note_role(m: Labels, value: Value, role: str, dims: set[int] | None = None) -> None:
@@ -180,13 +186,13 @@ def contract(m: Labels, a: Value, b: Value, k: int, times: int = 1) -> Value:
     return reduce(m, product, [k], keep=False, statistic=False).having(param=a.param and b.param)
 
 
-def collapsed(m: Labels, value: Value, dims: Iterable[int]) -> Value:
+def collapsed(m: Labels, value: Value, dims: Iterable[int], why: str = "its entries are mixed by") -> Value:
     """Before an operator that mixes positions: labels that differ over `dims` become one, or cannot go."""
-    dims, layers = {d % value.rank for d in dims}, []
+    dims, layers = {d % value.rank for d in dims} if value.rank else set(), []
     for layer in value.layers:
         over = varying(layer) & dims
         if over and over == varying(layer):
-            m.findings.pin(layer, f"its entries are mixed by {m.where}")
+            m.findings.pin(layer, f"{why} {m.where}")
             continue
         for d in over:
             first = layer.amax(d, keepdim=True)

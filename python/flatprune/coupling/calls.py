@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from kfac_ext.curvature.modes import RngState, device_of, module_modes
 
@@ -34,8 +34,13 @@ class Call:
         return [leaf for leaf in tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Tensor)]
 
     def run(self, model: nn.Module) -> Any:
-        """The model's output."""
-        return model(*self.args, **self.kwargs)
+        """The model's output on a copy of the arguments, to which it may write."""
+        args, kwargs = tree_map(_copied, (self.args, dict(self.kwargs)))
+        return model(*args, **kwargs)
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def as_calls(example_inputs: Any) -> list[Call]:
@@ -75,6 +80,7 @@ def plain_kernels() -> Iterator[None]:
 
 
 _NEW = object()
+_PLAIN = (bool, int, float, str, type(None))
 
 
 @contextmanager
@@ -97,11 +103,11 @@ def unchanged(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(copy)
         for module, known in attributes:
             for key, value in [(k, v) for k, v in vars(module).items() if known.get(k, _NEW) is not v]:
-                if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):  # a cache that a forward left
-                    if key in known:
-                        module.__dict__[key] = known[key]
-                    else:
-                        del module.__dict__[key]
+                holds_tensors = any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+                if key in known and (holds_tensors or isinstance(value, _PLAIN)):  # a counter, say
+                    module.__dict__[key] = known[key]
+                elif key not in known and holds_tensors:  # a cache
+                    del module.__dict__[key]
 
 
 def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:

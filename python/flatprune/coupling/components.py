@@ -13,7 +13,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from flatprune.coupling.findings import AxisTable, Findings
-from flatprune.coupling.neurons import CONSUMER, PRODUCER, Member, NeuronGroup, Refused, module_of
+from flatprune.coupling.neurons import CHANNELWISE, CONSUMER, PRODUCER, Member, NeuronGroup, Refused, module_of
 from flatprune.coupling.slices import slices_of
 from flatprune.coupling.values import JOINT, Axis
 
@@ -153,10 +153,11 @@ class Components:
     def _read_off(self) -> None:
         """Neurons that own the same axes and counts form a group."""
         count = int(self.component.max()) + 1
-        made, used = (self._touched_by(role, count) for role in (PRODUCER, CONSUMER))
+        made, used, acted = (self._touched_by(role, count) for role in (PRODUCER, CONSUMER, CHANNELWISE))
         for labels in self.findings.read:
             used[self.component[self.flat(labels)]] = True
         self._note_reason(made & ~used, "nothing reads it")
+        made |= acted & used & (self._reason < 0)  # learned positions or queries alone
         eligible = made & (self._reason < 0)
         self._refuse(made & (self._reason >= 0))
         for signature in self._signatures(eligible, counting=True)[eligible].unique().tolist():
@@ -212,7 +213,7 @@ class Components:
         """The group of all components of one signature, or a reason against it."""
         inside = self._signature == signature
         axes = [axis for axis in self.table.axes if bool(inside[self._of(axis)].any())]
-        lead = next(axis for axis in axes if PRODUCER in axis.roles)
+        lead = min(axes, key=lambda axis: (PRODUCER not in axis.roles, CHANNELWISE not in axis.roles, axis.start))
         owners = self._of(lead)[inside[self._of(lead)]]
         neurons = owners[_first_places(owners[None]).sort().values]
         number = torch.full_like(self._reason, -1)

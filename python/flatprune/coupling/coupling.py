@@ -117,7 +117,7 @@ class _Search:
                 continue
             for item in self.exclude:
                 if isinstance(item, type):
-                    hit = isinstance(modules[member.module], item)
+                    hit = any(isinstance(modules[name], item) for name in _around(member.module))
                 else:
                     hit = item == "" or any(
                         (owner + ".").startswith(item + ".") for owner in (member.module, member.name)
@@ -165,6 +165,12 @@ def _coarser(components: Components, candidate: Candidate) -> list[Tensor]:
             labels = candidate.first_labels()
             found.append(torch.stack([labels[first], labels[other]], dim=1))
     return found
+
+
+def _around(module: str) -> list[str]:
+    """A module and all that hold it, without the model itself."""
+    parts = module.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def _check_exclude(model: nn.Module, exclude: Sequence[str | type]) -> None:

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from flatprune.coupling.components import Components
-from flatprune.coupling.findings import AxisTable, NoFindings
+from flatprune.coupling.findings import NoFindings
+from flatprune.coupling.operators.movement import shares_memory
 from flatprune.coupling.operators.reductions import STATISTICS, reduced_dims
 from flatprune.coupling.operators.table import RULES, Operation
 from flatprune.coupling.tracer import Labels, ModuleStack
@@ -87,6 +88,8 @@ class Arithmetic:
             if torch.Tag.nondeterministic_seeded in func.tags
             else func(*given, **named)
         )
+        if "empty" in self.running and isinstance(out, Tensor):
+            out.zero_()  # what happens to lie in memory is nothing to compare
         return tree_map(_converted, out) if self.double and not writes else out
 
     def _steady(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -95,10 +98,13 @@ class Arithmetic:
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
         torch.manual_seed(self.completed)  # integers, say: the same ones in both runs
         out = func(*args, **kwargs)
-        if "attention" not in name:
-            for tensor in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                    tensor.fill_(1.0 if "bernoulli" in name or "dropout" in name else _RANDOM)
+        if "attention" in name:
+            return out
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                tensor.fill_(1.0 if "bernoulli" in name or "dropout" in name else _RANDOM)
+            elif isinstance(tensor, Tensor) and "randint" in name and tensor.numel():
+                tensor.fill_(int(tensor.min()))  # one number, whatever the size
         return out
 
 
@@ -161,10 +167,10 @@ class MaskedRun(Labels):
             value = self.get(tensor)
             layers += value.layers
             owned = id(tensor) in self.table.names
-            if tensor.is_floating_point() and not owned:
+            if tensor.is_floating_point() and not owned and not _is_view(op, tensor):  # of what is masked already
                 mask = self.mask(value.layers, tensor)
                 if mask is not None:
-                    tensor.masked_fill_(mask, 0)
+                    tensor.data.masked_fill_(mask, 0)
             comparable = not value.free and not value.loose and not owned and not value.stats
             comparable = comparable and (i == 0 or bool(value.layers))  # others are means, log-sums and the like
             comparable = comparable and "empty" not in op.name
@@ -215,6 +221,11 @@ class MaskedRun(Labels):
         for old, value in zip(op.outputs, new if isinstance(new, (tuple, list)) else [new]):
             if old.shape == value.shape:
                 old.copy_(value)
+
+
+def _is_view(op: Operation, tensor: Tensor) -> bool:
+    """Whether a result shares memory with an argument that the operator does not write to."""
+    return not op.in_place and any(other is not tensor and shares_memory(tensor, other) for other in op.tensors)
 
 
 def _norm(op: Operation, x: Tensor, stays: Tensor) -> Tensor:
@@ -303,8 +314,3 @@ def digest(tensor: Tensor) -> tuple[float, float] | None:
         return None
     total, size = float(tensor.sum(dtype=torch.float64)), float(tensor.abs().sum(dtype=torch.float64))
     return (total, size) if size - size == 0.0 else None
-
-
-def runs_in_double(model: nn.Module, table: AxisTable) -> bool:
-    """Whether the model's device has float64."""
-    return all(tensor.device.type != "mps" for tensor in table.tensors.values())

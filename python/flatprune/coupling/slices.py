@@ -76,9 +76,9 @@ def _of_fixed_slices(findings: Findings, number: Tensor, count: int) -> Iterable
         if not bool((ids >= 0).any()):
             continue
         kind = _kind(ids, count)
-        if isinstance(kind, Tensor):
+        if isinstance(kind, Tensor) and len(kind.unique()) == len(ids):
             yield _Constraint([kind], where)
-        elif kind != EVEN:
+        elif not isinstance(kind, str) or kind != EVEN:
             raise Refused(f"it meets something of fixed size ({where})")
 
 

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from flatprune.coupling import algebra
 from flatprune.coupling.findings import AxisTable, Findings, storage_key, storage_keys
 from flatprune.coupling.operators import RULES, Operation, fallback
-from flatprune.coupling.values import Value, canonical_layers
+from flatprune.coupling.values import Value, canonical, canonical_layers, varying
 
 Taking = Callable[[Tensor], Tensor]  # how a view is taken of its base
 
@@ -125,7 +125,7 @@ class Labels(TorchDispatchMode):
         rule = RULES.get(operation.name)
         known = [self.get(t) for t in operation.tensors]
         if not any(v.layers or v.stats or v.loose for v in known) and not getattr(rule, "follows_views", False):
-            free = all(v.free for v in known)
+            free = all(v.free for v in known) or operation.makes_anew
             for tensor in operation.outputs:
                 self.put(tensor, Value(tuple(tensor.shape), free=free))
             return
@@ -178,12 +178,27 @@ class Labels(TorchDispatchMode):
                 full.copy_(under.layers[i].expand(under.size))
             if i < len(value.layers):
                 take(full).copy_(value.layers[i].expand(value.size))
-            layers.append(full)
+            layers.append(self._united_places(full, under, value, i, take))
         now = Value(
             under.size, canonical_layers(layers), free=under.free and value.free, stats=under.stats | value.stats
         )
         self._views[tensor] = (base, now, take)
         self.put(base, now)
+
+    def _united_places(self, full: Tensor, under: Value, value: Value, i: int, take: Taking) -> Tensor:
+        """A layer that is written in part: labels that differ only between what is written and what is not are one."""
+        found = canonical(full)
+        if found is None or i >= len(under.layers) or i >= len(value.layers):
+            return full
+        written = torch.zeros_like(full)
+        take(written).copy_(value.layers[i].expand(value.size))
+        own = canonical(written)
+        allowed = varying(under.layers[i]) | (set() if own is None else varying(own))
+        for d in varying(found) - allowed:
+            first = found.amax(d, keepdim=True)
+            self.findings.edge(first, found, self.where)
+            found = first
+        return found.expand(full.shape)
 
     def _leaf(self, key: int, tensor: Tensor) -> Value:
         """A parameter or buffer: one layer for each dimension."""

@@ -1,6 +1,6 @@
 """The trial that proves groups of neurons: the network cut must compute what the network computes with them masked.
 
-All groups are cut at once, a random part of each (as many from each slice), then one neuron of each. Both networks run
+All groups are cut at once: a random part of each (as many from each slice), then what stayed, then one neuron of each. Both networks run
 operator by operator; the first operator at which they part says which groups to try alone, and what to name when one
 stays. Tensors of one value get random ones for the trial, so that nothing hides behind a gain of zero; the model is left
 as it was.
@@ -31,7 +31,7 @@ _OF_EFFECT = {True: 1e-6, False: 1e-3}  # in float64, in the model's own dtype
 _OF_SCALE = {True: 1e-10, False: 1e-4}
 _SMALL = 0.1  # constants below are drawn anew like zeros
 _LEVELS = 3  # modules around a failure whose integers are looked at, innermost first
-_HALF, _ONE = "half", "one"
+_HALF, _REST, _ONE = "half", "rest", "one"
 
 
 class TracedCall(NamedTuple):
@@ -106,9 +106,11 @@ class Trial:
     def prove(self, positions: Sequence[int]) -> dict[int, str]:
         """Try these candidates; those that fail, with the reason."""
         good, bad = list(positions), {}
-        with unchanged(self._model), plain_kernels(), self._stack.watching(), self._random_constants():
-            self._measure_full()
-            for how in (_HALF, _ONE):
+        with ExitStack() as stack:
+            for context in (unchanged(self._model), plain_kernels(), self._stack.watching(), self._random_constants()):
+                stack.enter_context(context)
+            self._prepare(stack)
+            for how in (_HALF, _REST, _ONE):
                 while good:
                     failure = self._attempt(good, how)
                     if failure is None:
@@ -123,8 +125,9 @@ class Trial:
         """The suspects that fail alone; if none does, one of them, for it fails beside others."""
         suspects = [position for position in failure.suspects if position in good] or list(good)
         bad: dict[int, str] = {}
-        for position in suspects:
-            if position in bad:
+        others = [position for position in good if position not in suspects]
+        for position in (*suspects, *others):
+            if position in bad or (bad and position in others):
                 continue
             alone = failure if len(good) == 1 else self._attempt([position], how)
             if alone is not None:
@@ -158,7 +161,10 @@ class Trial:
         return None
 
     def _attempt_call(self, plan: _Plan, number: int) -> Failure | None:
-        expected, steps = self._masked(plan, number)
+        try:
+            expected, steps = self._masked(plan, number)
+        except Exception as error:  # an operator that does not bear what masking does to its results
+            return Failure(f"it cannot be masked ({first_lines(error)})", list(plan.chosen), (), (0, 0))
         failure = self._cut(plan, number, expected, steps)
         while failure is not None:
             better = self._better_integer(plan, number, expected, steps, failure)
@@ -179,7 +185,12 @@ class Trial:
         if count >= own:
             return torch.empty(0, dtype=torch.int64)
         parts = [(group.group_of == part).nonzero().flatten() for part in range(group.groups)]
-        found = [part[torch.randperm(own, generator=generator)[:count]] for part in parts]
+        orders = [torch.randperm(own, generator=generator) for _ in parts]
+        if how == _REST:  # so that every neuron goes once, in another number for each candidate
+            fewer = max(0, min(position % 3 * step, own - count - least))
+            found = [part[order[count : own - fewer]] for part, order in zip(parts, orders)]
+        else:
+            found = [part[order[:count]] for part, order in zip(parts, orders)]
         return torch.cat(found).sort().values
 
     def _masked(self, plan: _Plan, number: int) -> tuple[list[Tensor], list[Step]]:
@@ -197,13 +208,13 @@ class Trial:
         """Run the network as it is cut and compare."""
         call, training, _ = self._calls[number]
         run = CutRun(steps, Arithmetic(self._double))
-        with self._applied(plan):
-            try:
+        try:
+            with self._applied(plan):
                 found = self._outputs(run, call, training)
-            except Exception as error:  # whatever the model raises is a reason
-                at = run.reached if run.first_off is None else (run.first_off, 0)
-                where = run.running if run.first_off is None else ""
-                return self._failure(plan, steps, at, f"fails ({first_lines(error)})", tuple(self._stack.names), where)
+        except Exception as error:  # whatever the model raises is a reason
+            at = run.reached if run.first_off is None else (run.first_off, 0)
+            where = run.running if run.first_off is None else ""
+            return self._failure(plan, steps, at, f"fails ({first_lines(error)})", tuple(self._stack.names), where)
         if run.first_off is not None:
             return self._failure(plan, steps, (run.first_off, 0), "computes something else")
         if [t.shape for t in found] != [t.shape for t in expected]:
@@ -305,22 +316,33 @@ class Trial:
         torch.manual_seed(0)
         random.seed(0)
         np.random.seed(0)  # noqa: NPY002 - models that draw from NumPy draw from its global stream
-        with traced_mode(self._model, training), mode:
+        with unchanged(self._model), traced_mode(self._model, training), mode:
             output = call.run(self._model)
         return tensor_leaves(output)
 
     def _measure_full(self) -> None:
-        """The outputs of the whole network; in its own dtype where it does not run in float64."""
-        for double in (True, False):
-            self._double = double
+        """The outputs of the whole network."""
+        self._full = [
+            self._outputs(CutRun([], Arithmetic(self._double)), call, training) for call, training, _ in self._calls
+        ]
+
+    def _prepare(self, stack: ExitStack) -> None:
+        """Parameters and buffers in float64 where the model runs in that, so that a wrong channel cannot hide."""
+        floating = [t for t in self._components.table.tensors.values() if t.is_floating_point()]
+        self._double = all(tensor.device.type != "mps" for tensor in floating)
+        if self._double:
+            held = ExitStack()
+            for tensor in floating:
+                held.enter_context(_holding(tensor, tensor.data.double()))
             try:
-                self._full = [
-                    self._outputs(CutRun([], Arithmetic(double)), call, training) for call, training, _ in self._calls
-                ]
+                self._measure_full()
+            except Exception:  # a dtype that the code checks
+                held.close()
+                self._double = False
+            else:
+                stack.callback(held.close)
                 return
-            except Exception:  # a dtype that the code checks, or a device without float64
-                if not double:
-                    raise
+        self._measure_full()
 
     @contextmanager
     def _applied(self, plan: _Plan) -> Iterator[None]:

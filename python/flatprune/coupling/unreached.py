@@ -39,7 +39,7 @@ def couple_unreached(
             continue  # its parent is not reached either, and is dealt with
         if _holds_called(name, called) or not any(p.dim() > 1 for p in module.parameters()):
             continue
-        if not _decides(name, called, read_by_host):
+        if not _decides(modules, name, called, read_by_host):
             continue
         twin = _twin(modules, name, called)
         if twin is not None:
@@ -66,8 +66,11 @@ def _holds_called(name: str, called: Iterable[str]) -> bool:
     return any(other.startswith(name + ".") for other in called)
 
 
-def _decides(name: str, called: set[str], read_by_host: set[str]) -> bool:
-    """Whether the nearest module around it that ran looked at values in its own code."""
+def _decides(modules: dict[str, nn.Module], name: str, called: set[str], read_by_host: set[str]) -> bool:
+    """Whether it stands beside others that ran in a container, or the module around it looked at values in its own code."""
+    parent = name.rpartition(".")[0]
+    if isinstance(modules.get(parent), (nn.ModuleList, nn.ModuleDict)) and _holds_called(parent, called):
+        return True  # one of several was chosen
     while name:
         name = name.rpartition(".")[0]
         if name in called or not name:

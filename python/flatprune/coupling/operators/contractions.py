@@ -200,7 +200,7 @@ def _computed(
         m.findings.edge(seen if seen is not None else rows[:, :1], rows, m.where)
         columns = None
     else:
-        m.findings.grid(rows, m.where)
+        m.findings.slices.append((rows, m.where))
         columns = second.view(1, -1)
         if seen is not None:
             m.findings.edge(columns, seen, m.where)
@@ -245,8 +245,7 @@ def _blocks(
     rows, columns = (second, first) if transposed else (first, second)
     columns.roles.add(CONSUMER)
     rows.roles.add(PRODUCER)
-    findings.grid(_by_group(columns, groups), where)
-    findings.grid(_by_group(rows, groups), where)
+    findings.slices += [(_by_group(columns, groups), where), (_by_group(rows, groups), where)]
     if seen is not None:
         findings.edge(seen, _by_group(columns, groups), where)
     elif not free:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from flatprune.coupling import algebra
-from flatprune.coupling.neurons import PRODUCER
+from flatprune.coupling.neurons import CHANNELWISE, PRODUCER
 from flatprune.coupling.operators.table import Operation, rule
 from flatprune.coupling.values import Value, varying
 
@@ -14,7 +14,14 @@ LOOKED_UP = "its rows are looked up:"  # nobody expects entries of a vocabulary 
 
 @rule("index gather take_along_dim _unsafe_index")
 def pick(op: Operation) -> Value:
-    """The same picks from the labels."""
+    """The same picks from the labels; a parameter is a table whose rows are looked up."""
+    value = op.value()
+    if value.param and op.name == "index":
+        indexed = [d for d, index in enumerate(op.args[1]) if index is not None]
+        value = algebra.refused_along(op.labels, value, indexed, LOOKED_UP)
+        algebra.note_role(op.labels, value, CHANNELWISE)
+        value = value.having(param=False)
+        return algebra.moved(value, lambda full: op.func(full, *op.args[1:], **op.kwargs), op.shape)
     return algebra.moved(op.value(), lambda full: op.func(full, *op.args[1:], **op.kwargs), op.shape)
 
 

@@ -39,7 +39,7 @@ def move(op: Operation) -> list[Value]:
             new = {d for d in range(-out.dim(), 0) if size[d] == 1 < out.shape[d]}
             result = result.having(loose=frozenset(new | set(value.loose)))
         results.append(result)
-        if out is not source and not value.param and _shares_memory(out, source):
+        if out is not source and not value.param and shares_memory(out, source):
             op.labels.note_view(out, source, value, take)
     return results
 
@@ -63,7 +63,8 @@ def _taking(op: Operation, pick: int | None) -> Callable[[Tensor], Tensor]:
     return take
 
 
-def _shares_memory(a: Tensor, b: Tensor) -> bool:
+def shares_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether one is a view of the other, or both of a third."""
     try:
         return a.untyped_storage()._cdata == b.untyped_storage()._cdata
     except (RuntimeError, NotImplementedError):
@@ -125,5 +126,7 @@ def stack(op: Operation) -> Value:
 def copy(op: Operation) -> Value:
     """The target takes the source's labels."""
     target, source = op.value(), op.value(1)
+    if target.layers and source.layers:  # a part is written over by what is computed of it: equally wide
+        algebra.combine(op.labels, [target, source], target.size)
     layers = tuple(aligned(layer, target.rank) for layer in source.layers)
     return Value(target.size, layers, free=source.free and target.free, stats=source.stats)

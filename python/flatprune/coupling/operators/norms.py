@@ -40,7 +40,7 @@ def group_norm(op: Operation) -> list[Value]:
         _note(op, value, {1})
         for layer in value.layers:
             if varying(layer) == {1}:
-                op.labels.findings.grid(layer.reshape(groups, -1), op.labels.where)
+                op.labels.findings.slices.append((layer.reshape(groups, -1), op.labels.where))
     return [algebra.combine(op.labels, [value, *along_channels(op, list(op.args[1:3]), value.rank)], value.size)]
 
 

@@ -26,7 +26,7 @@ def _reduce(op: Operation, *, statistic: bool) -> list[Value]:
     return [result] * len(op.outputs)
 
 
-@rule("sum nansum any all count_nonzero")
+@rule("sum nansum any all count_nonzero _is_all_true _is_any_true")
 def total(op: Operation) -> list[Value]:
     """What goes leaves a smaller sum: nothing else changes."""
     return _reduce(op, statistic=False)

@@ -48,6 +48,11 @@ class Operation:
         return [t for t in out if isinstance(t, Tensor)]
 
     @property
+    def makes_anew(self) -> bool:
+        """Whether its result holds nothing of its arguments but sizes."""
+        return self.name.startswith("new_") or self.name.endswith("_like")
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Of the first output."""
         return tuple(self.outputs[0].shape)
