@@ -27,7 +27,9 @@ def unify(m: Labels, a: Tensor, a_size: Size, b: Tensor, b_size: Size) -> Tensor
     soft = bool(only_b) and not only_a and all(a_size[d] == 1 for d in only_b)
     m.findings.edge(a, b, m.where, soft=soft)
     a, b = torch.broadcast_tensors(a, b)
-    return torch.where(b > 0, b, a)
+    united = canonical(torch.where(b > 0, b, a))
+    assert united is not None
+    return united
 
 
 class _Slot:
@@ -79,7 +81,7 @@ def combine(m: Labels, values: Sequence[Value], size: Size, *, discharge: bool =
     stats = frozenset().union(*(v.stats for v in values))
     if discharge and stats:
         stats = _used_up(m, values, stats)
-    loose = {d - rank for d in range(rank) if all(n[d] == 1 for n in sizes)}
+    loose = {d - rank for d in range(rank) if all(n[d] == 1 for v, n in zip(values, sizes) if not v.free)}
     return Value(
         size,
         tuple(layers),
@@ -156,8 +158,7 @@ def reduce(m: Labels, value: Value, dims: Iterable[int], *, keep: bool, statisti
         if over and over == varying(layer):
             continue
         if over:
-            shape = [1 if d in dims else n for d, n in enumerate(layer.shape)]
-            left = m.table.joint(math.prod(shape)).view(shape)
+            left = _joint_labels(m, layer, dims)
             m.findings.edge(left, layer, m.where, soft=True)
             layer = left
         layers.append(layer)
@@ -165,6 +166,17 @@ def reduce(m: Labels, value: Value, dims: Iterable[int], *, keep: bool, statisti
     size = tuple(1 if d in dims else value.size[d] for d in kept)
     reduced = tuple(layer.reshape([1 if d in dims else layer.shape[d] for d in kept]) for layer in layers)
     return Value(size, reduced, free=value.free, param=value.param, stats=frozenset(stats))
+
+
+def _joint_labels(m: Labels, layer: Tensor, dims: set[int]) -> Tensor:
+    """A new label for each entry that a sum over `dims` leaves; entries that sum over the same labels share one."""
+    kept = [d for d in range(layer.dim()) if d not in dims]
+    rows = layer.permute(kept + sorted(dims)).reshape(math.prod(layer.shape[d] for d in kept), -1)
+    different, which = rows.unique(dim=0, return_inverse=True)
+    labels = m.table.joint(len(different))[which]
+    left = canonical(labels.view([1 if d in dims else n for d, n in enumerate(layer.shape)]))
+    assert left is not None
+    return left
 
 
 def contract(m: Labels, a: Value, b: Value, k: int, times: int = 1) -> Value:

@@ -130,6 +130,8 @@ class Trial:
             if position in bad or (bad and position in others):
                 continue
             alone = failure if len(good) == 1 else self._attempt([position], how)
+            if alone is not None and self.attributes.pop(position, None):  # integers that were another group's
+                alone = self._attempt([position], how)
             if alone is not None:
                 bad[position] = alone.reason
                 alike = [p for p in good if p not in bad and self._alike(p, position)]
@@ -180,7 +182,7 @@ class Trial:
         own = group.width // group.groups
         step = group.multiple // math.gcd(group.multiple, group.groups)  # of each slice
         least = own % step or step
-        most = max(least, own // 2 - (position % 2 if own > 7 else 0))
+        most = max(least, own // 2 - position % max(1, own // 4) * step)  # different numbers tell groups apart
         count = least if how == _ONE else least + (most - least) // step * step
         if count >= own:
             return torch.empty(0, dtype=torch.int64)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from flatprune.coupling import algebra
+from flatprune.coupling.neurons import PRODUCER
 from flatprune.coupling.values import Value
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ def fallback(op: Operation) -> Value | list[Value]:
     if torch.Tag.pointwise in op.func.tags:
         return RULES["add"](op)
     for tensor in op.tensors:
+        algebra.note_role(op.labels, op.value_of(tensor), PRODUCER)  # so that the refusal names its layer
         for layer in op.value_of(tensor).layers:
             op.labels.findings.pin(layer, f"operator {op.name} is not known (in {op.labels.stack.here})")
         algebra.refuse_statistics(op.labels, op.value_of(tensor))
