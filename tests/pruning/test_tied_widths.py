@@ -241,3 +241,17 @@ def test_ties_outlast_a_resume():
     assert again.pruner.widths() == whole.pruner.widths()
     for mine, other in zip(whole.model.parameters(), again.model.parameters()):
         assert torch.equal(mine, other)
+
+
+def test_keywords_as_example_inputs():
+    class Keywords(Transformer):
+        def forward(self, *, rows: Tensor) -> Tensor:
+            return super().forward(rows)
+
+    model, inputs = Keywords(20, 20), {"rows": torch.randn(2, 8, 8)}
+    options = {"total_steps": 10, "tie_widths": True}
+    pruner = flatprune.Pruner(model, None, flatprune.Curvature(model), inputs, target=flatprune.Target(0.5), **options)
+    assert set(pruner.widths().values()) == {16, 6, 20}
+    with pytest.raises(ValueError, match=r"has keywords \(rows\), a latency target needs positional ones"):
+        target = flatprune.Target(latency=0.5)
+        flatprune.Pruner(model, None, flatprune.Curvature(model), inputs, target=target, **options)

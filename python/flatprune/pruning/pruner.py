@@ -132,11 +132,14 @@ class Pruner:
         self.target, self.compensate, self.selection, self.seed = target, compensate, selection, seed
         self.schedule = schedule or CubicSchedule(total_steps)
         self.max_predicted_loss, self.measure = max_predicted_loss, measure
-        inputs = as_calls(example_inputs)[0].args
+        call = as_calls(example_inputs)[0]
+        if target.unit == "latency" and call.kwargs:
+            given = ", ".join(call.kwargs)
+            raise ValueError(f"Pruner: example_inputs has keywords ({given}), a latency target needs positional ones")
         with curvature.paused():
             self.coupling = find_coupling(model, example_inputs, exclude)
-        curvature.trace(*inputs)
-        refuse_unscored(self.coupling, curvature, self.criterion, compensate, inputs)
+        curvature.trace(*call.args, **call.kwargs)
+        refuse_unscored(self.coupling, curvature, self.criterion, compensate, call)
         choose_layers(self.coupling, model, layers)
         self.groups = self.coupling.groups
         if not self.groups:
@@ -152,7 +155,7 @@ class Pruner:
         self.history: list[Removal] = []
         self.step_count = 0
         self.stopped = ""  # why pruning ended before its time
-        self._tracker = CostTracker(target, model, self.coupling, inputs, self.limits, self.ties)
+        self._tracker = CostTracker(target, model, self.coupling, call.args, self.limits, self.ties)
         self.params_start, self.cost_start = self.params, self.cost
 
     @property
