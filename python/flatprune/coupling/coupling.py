@@ -94,20 +94,23 @@ class _Search:
         more, unsafe = couple_unreached(self.model, components, self.called, self.read_by_host)
         if more:
             components = Components(self.table, self.findings, more)
-        attributes: dict[str, Any] = {}
-        reasons: dict[int, str] = {}
         for _ in range(_ROUNDS):
             trial = Trial(self.model, self.traced, components)
             reasons = {p: why for p, c in enumerate(components.candidates) if (why := self._excluded(c, unsafe))}
-            tried = [p for p in range(len(components.candidates)) if p not in reasons]
-            failed = trial.prove(tried)
+            failed = trial.prove([p for p in range(len(components.candidates)) if p not in reasons])
             reasons.update(failed)
-            attributes = {components.candidates[p].group.name: found for p, found in trial.attributes.items()}
             coarser = [pair for p in failed for pair in _coarser(components, components.candidates[p])]
+            if not coarser:
+                coarser = [pair for p in failed for q in trial.partners.get(p, ()) for pair in _tied(components, p, q)]
             if not coarser:
                 break
             more = [*more, *coarser]
             components = Components(self.table, self.findings, more)
+        else:
+            trial = Trial(self.model, self.traced, components)
+            reasons = {p: why for p, c in enumerate(components.candidates) if (why := self._excluded(c, unsafe))}
+            reasons.update(trial.prove([p for p in range(len(components.candidates)) if p not in reasons]))
+        attributes = {components.candidates[p].group.name: found for p, found in trial.attributes.items()}
         return self._result(components, reasons, attributes)
 
     def _excluded(self, candidate: Candidate, unsafe: dict[int, str]) -> str:
@@ -165,6 +168,15 @@ def _coarser(components: Components, candidate: Candidate) -> list[Tensor]:
             labels = candidate.first_labels()
             found.append(torch.stack([labels[first], labels[other]], dim=1))
     return found
+
+
+def _tied(components: Components, one: int, other: int) -> list[Tensor]:
+    """Pairs that make one of two candidates whose widths the code takes for equal (or one for a multiple)."""
+    narrow, wide = (components.candidates[p] for p in (one, other))
+    times, rest = divmod(wide.group.width, narrow.group.width)
+    if one == other or rest or not times or (times == 1 and one > other):
+        return []
+    return [torch.stack([narrow.first_labels().repeat_interleave(times), wide.first_labels()], dim=1)]
 
 
 def _around(module: str) -> list[str]:

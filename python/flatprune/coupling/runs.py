@@ -159,7 +159,7 @@ class MaskedRun(Labels):
     def finish(self, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
         """Mask the result."""
         op = Operation(self, func, args, kwargs, out)
-        if op.name in _JOINT or op.name in _STATISTICS:
+        if op.name in _JOINT or op.argument("training") is True or op.name in _STATISTICS:
             self._over_survivors(op)
         digests: list[tuple[float, float] | None] = []
         layers = [layer for t in op.tensors for layer in self.get(t).layers]
@@ -200,7 +200,7 @@ class MaskedRun(Labels):
             kept = x.masked_fill(gone, 0)
             for old, new in zip(op.outputs, op.func(kept, *op.args[1:], **op.kwargs)):
                 old.copy_(new)
-        elif op.name in _JOINT:
+        elif op.name in _JOINT or op.argument("training") is True:
             op.outputs[0].copy_(_norm(op, x, ~gone))
         else:
             self._statistic(op, x)
@@ -237,11 +237,13 @@ def _norm(op: Operation, x: Tensor, stays: Tensor) -> Tensor:
         groups = op.argument("group")
         rows, alive = (t.reshape(len(x), groups, -1) for t in (rows, alive))
         dims: tuple[int, ...] = (2,)
+    elif op.name not in _JOINT:  # a batch norm
+        dims = (0, *range(2, x.dim()))
     else:
         dims = tuple(range(x.dim() - len(op.args[1]), x.dim()))
     count = alive.sum(dim=dims, keepdim=True).clamp_min(1)
     if "rms" in op.name:
-        eps = torch.finfo(op.args[0].dtype).eps if eps is None else eps
+        eps = torch.finfo(x.dtype).eps if eps is None else eps
         values = rows * ((alive * rows.square()).sum(dim=dims, keepdim=True) / count + eps).rsqrt()
     else:
         mean = (alive * rows).sum(dim=dims, keepdim=True) / count
@@ -254,7 +256,7 @@ def _norm(op: Operation, x: Tensor, stays: Tensor) -> Tensor:
 
 def _affine(op: Operation, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
     vectors = [op.argument("weight"), op.argument("bias")]
-    shape = [1, -1, *[1] * (x.dim() - 2)] if op.name == "native_group_norm" else None
+    shape = [1, -1, *[1] * (x.dim() - 2)] if op.name == "native_group_norm" or op.name not in _JOINT else None
     found = [t if t is None or shape is None else t.view(shape) for t in vectors]
     return found[0], found[1]
 

@@ -87,6 +87,10 @@ class Trial:
         model: it is left as it was.
         calls: as they were traced.
         components: the candidates.
+
+    Attributes:
+        attributes: position of a candidate -> integers found to follow its width.
+        partners: position of a candidate that failed -> others that failed at the same place.
     """
 
     def __init__(self, model: nn.Module, calls: Sequence[TracedCall], components: Components) -> None:
@@ -101,6 +105,7 @@ class Trial:
         self._double = True
         self._full: list[list[Tensor]] = []
         self.attributes: dict[int, list[Attribute]] = {}
+        self.partners: dict[int, set[int]] = {}
         self._owner = self._candidates_by_label()
 
     def prove(self, positions: Sequence[int]) -> dict[int, str]:
@@ -137,6 +142,8 @@ class Trial:
                 alike = [p for p in good if p not in bad and self._alike(p, position)]
                 if alike and self._attempt(alike, how) is not None:
                     bad.update(dict.fromkeys(alike, alone.reason))
+        for position in bad:
+            self.partners.setdefault(position, set()).update(p for p in suspects if p in bad)
         if not bad:
             smallest = min(suspects, key=lambda p: self._components.candidates[p].group.width)
             bad[smallest] = failure.reason

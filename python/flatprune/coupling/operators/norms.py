@@ -15,9 +15,17 @@ from flatprune.coupling.values import Value, labels_of, varying
     "cudnn_batch_norm _batch_norm_with_update _batch_norm_no_update batch_norm miopen_batch_norm instance_norm"
 )
 def batch_norm(op: Operation) -> list[Value]:
-    """Each channel by itself; its vectors and running statistics go with it."""
+    """Each channel by itself; its vectors and running statistics go with it.
+
+    Labels over positions alone (of a weight that is standardised) leave statistics over the survivors.
+    """
     value = op.value()
-    value = algebra.collapsed(op.labels, value, range(2, value.rank))
+    positions = set(range(2, value.rank))
+    over = tuple(layer for layer in value.layers if varying(layer) and varying(layer) <= positions)
+    _note(op, value.having(layers=over), positions)
+    rest = tuple(layer for layer in value.layers if not any(layer is other for other in over))
+    value = algebra.collapsed(op.labels, value.having(layers=rest), positions)
+    value = value.having(layers=(*value.layers, *over))
     vectors = along_channels(op, list(op.args[1:5]), value.rank)
     return [algebra.combine(op.labels, [value, *vectors], value.size)]
 
