@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from flatprune.criteria import CRITERIA, Criterion
     from flatprune.data import Normalization
     from flatprune.errors import DivergedError, InputError, Interrupted
-    from flatprune.export import load, take_tensors
+    from flatprune.export import load, take_tensors, update_config
     from flatprune.flatness.distortion import Disout, attach_disout
     from flatprune.flatness.hessian import hessian_eigenvalues
     from flatprune.flatness.sam import SAM, MomentumSAM
@@ -68,6 +68,7 @@ _HOMES = {
     "resume": "flatprune.runs",
     "run": "flatprune.runs",
     "take_tensors": "flatprune.export",
+    "update_config": "flatprune.export",
 }
 __all__ = [
     "CRITERIA",
@@ -96,6 +97,7 @@ __all__ = [
     "resume",
     "run",
     "take_tensors",
+    "update_config",
 ]
 
 

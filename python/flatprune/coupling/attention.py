@@ -51,7 +51,9 @@ class PrunableAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention.forward`."""
+        """As `nn.MultiheadAttention.forward`; `is_causal` only says of a mask that it is causal."""
+        if is_causal and attn_mask is None:
+            raise RuntimeError("PrunableAttention: is_causal is True and attn_mask None, expected the causal mask too")
         batched, same = query.dim() == 3, query is key and key is value
         if not self.batch_first and batched:
             query, key, value = (
