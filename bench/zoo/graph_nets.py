@@ -65,7 +65,9 @@ def stack(kind: str, inputs: Callable[[int], Inputs] = graph, **options: Any) ->
         from torch_geometric import nn as pyg
 
         layer = getattr(pyg, kind)
-        return Network(Stack([layer(FEATURES, 32, **options), layer(32, 32, **options)], nn.Linear(32, CLASSES)), inputs)
+        return Network(
+            Stack([layer(FEATURES, 32, **options), layer(32, 32, **options)], nn.Linear(32, CLASSES)), inputs
+        )
 
     return build
 

@@ -7,7 +7,15 @@ from typing import Any
 
 from bench.zoo.network import Builder, Network, classes_last, images, normal, whole_numbers
 
-VIT: dict[str, Any] = {"image_size": 32, "patch_size": 8, "num_classes": 10, "dim": 64, "depth": 2, "heads": 4, "mlp_dim": 128}
+VIT: dict[str, Any] = {
+    "image_size": 32,
+    "patch_size": 8,
+    "num_classes": 10,
+    "dim": 64,
+    "depth": 2,
+    "heads": 4,
+    "mlp_dim": 128,
+}
 
 
 def vision(name: str, **options: Any) -> Builder:
@@ -59,8 +67,18 @@ NETWORKS: dict[str, Builder] = {
     "vp_registers": vision("simple_vit_with_register_tokens.SimpleViT", **VIT),
     "vp_cait": vision("cait.CaiT", **VIT, cls_depth=1),
     "vp_cct": vision(
-        "cct.CCT", img_size=(32, 32), embedding_dim=64, n_conv_layers=1, kernel_size=3, stride=1, padding=1, num_layers=2,
-        num_heads=4, mlp_ratio=2.0, num_classes=10, positional_embedding="learnable",
+        "cct.CCT",
+        img_size=(32, 32),
+        embedding_dim=64,
+        n_conv_layers=1,
+        kernel_size=3,
+        stride=1,
+        padding=1,
+        num_layers=2,
+        num_heads=4,
+        mlp_ratio=2.0,
+        num_classes=10,
+        positional_embedding="learnable",
     ),
     "vp_max_vit": vision("max_vit.MaxViT", num_classes=10, dim=32, depth=(1, 1), dim_head=16, window_size=2),
     "vp_cvt": vision("cvt.CvT", num_classes=10, s1_emb_dim=16, s2_emb_dim=32, s3_emb_dim=48, s3_depth=1),

@@ -73,7 +73,9 @@ class Variational(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = nn.Sequential(convolved(1, 16, 2), convolved(16, 32, 2), nn.Flatten(), nn.Linear(512, 64), nn.ReLU())
+        self.encoder = nn.Sequential(
+            convolved(1, 16, 2), convolved(16, 32, 2), nn.Flatten(), nn.Linear(512, 64), nn.ReLU()
+        )
         self.mean, self.log_variance = nn.Linear(64, 8), nn.Linear(64, 8)
         self.start = nn.Linear(8, 32 * 16)
         self.decoder = nn.Sequential(

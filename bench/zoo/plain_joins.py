@@ -1,4 +1,4 @@
-"""The kinds of networks that only-train-once checks itself with: norms behind concatenations, shared layers, cascades."""
+"""The kinds of networks that only-train-once checks itself with: norms behind joins, shared layers, cascades."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class SeveralInputs(nn.Module):
 
 
 class Cascade(nn.Module):
-    """CARN: blocks whose every output joins all that came before and goes through a 1x1 convolution; pixels shuffled up."""
+    """CARN: every block's output joins all that came before and goes through a 1x1 convolution; pixels shuffled up."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()

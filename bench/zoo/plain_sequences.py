@@ -1,4 +1,4 @@
-"""Plain PyTorch for sequences: its transformer layers, recurrent layers, convolutions over time, mixtures of experts."""
+"""Plain PyTorch for sequences: its transformer layers, recurrent layers, convolutions over time, mixed experts."""
 
 from __future__ import annotations
 
@@ -122,8 +122,14 @@ class Listener(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.convolutions = nn.Sequential(
-            nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(16, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(), nn.MaxPool2d((2, 1)),
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 24, 3, padding=1),
+            nn.BatchNorm2d(24),
+            nn.ReLU(),
+            nn.MaxPool2d((2, 1)),
         )
         self.recurrent = nn.GRU(24 * 4, 32, bidirectional=True)
         self.head = nn.Linear(64, 20)
@@ -230,9 +236,7 @@ NETWORKS: dict[str, Builder] = {
     "plain_encoder_prenorm": lambda: Network(Encoder(norm_first=True, activation="gelu"), normal(12, 16)),
     "plain_language_model": lambda: Network(LanguageModel(tied=False), sentence, classes_last()),
     "plain_language_model_tied": lambda: Network(LanguageModel(tied=True), sentence, classes_last()),
-    "plain_translator": lambda: Network(
-        Translator(), lambda n: (whole_numbers(n, 12), whole_numbers(n, 8)), over_time
-    ),
+    "plain_translator": lambda: Network(Translator(), lambda n: (whole_numbers(n, 12), whole_numbers(n, 8)), over_time),
     "plain_cross_attention": lambda: Network(CrossAttention(), normal(12, 16)),
     "plain_lstm": recurrent(nn.LSTM),
     "plain_lstm_deep": recurrent(nn.LSTM, num_layers=2, bidirectional=True),

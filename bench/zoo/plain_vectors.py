@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +15,7 @@ CLASSES = 5
 def perceptron(*widths: int, act: type[nn.Module] = nn.ReLU) -> nn.Sequential:
     """Linear layers with an activation between them."""
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(widths, widths[1:]):
+    for inputs, outputs in pairwise(widths):
         layers += [nn.Linear(inputs, outputs), act()]
     return nn.Sequential(*layers[:-1])
 
@@ -84,7 +86,11 @@ class Duel(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body, self.value, self.advantage = perceptron(10, 48, 32), perceptron(32, 24, 1), perceptron(32, 24, CLASSES)
+        self.body, self.value, self.advantage = (
+            perceptron(10, 48, 32),
+            perceptron(32, 24, 1),
+            perceptron(32, 24, CLASSES),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Values of actions [n, actions]."""

@@ -18,16 +18,42 @@ def model(name: str, size: int) -> Builder:
     return build
 
 
-SMALL_IMAGES = """
-    densenet40_k12_cifar10 diaresnet20_cifar10 nin_cifar10 preresnet20_cifar10 pyramidnet110_a48_cifar10 resnet20_cifar10
-    resnext29_32x4d_cifar10 rir_cifar10 seresnet20_cifar10 shakeshakeresnet20_2x16d_cifar10 wrn16_10_cifar10
-    xdensenet40_2_k24_bc_cifar10
-""".split()
-LARGE_IMAGES = """
-    bam_resnet18 bninception cbam_resnet18 condensenet74_c4_g4 diracnet18v2 fbnet_cb hardnet39ds hrnet_w18_small_v1
-    igcv3_wd2 menet108_8x1_g3 mobilenet_w1 peleenet proxylessnas_cpu regnetx002 shufflenet_g3_w1 shufflenetv2_wd2
-    shufflenetv2b_wd2 spnasnet squeezenet_v1_0 vovnet27s
-""".split()
+SMALL_IMAGES = [
+    "densenet40_k12_cifar10",
+    "diaresnet20_cifar10",
+    "nin_cifar10",
+    "preresnet20_cifar10",
+    "pyramidnet110_a48_cifar10",
+    "resnet20_cifar10",
+    "resnext29_32x4d_cifar10",
+    "rir_cifar10",
+    "seresnet20_cifar10",
+    "shakeshakeresnet20_2x16d_cifar10",
+    "wrn16_10_cifar10",
+    "xdensenet40_2_k24_bc_cifar10",
+]
+LARGE_IMAGES = [
+    "bam_resnet18",
+    "bninception",
+    "cbam_resnet18",
+    "condensenet74_c4_g4",
+    "diracnet18v2",
+    "fbnet_cb",
+    "hardnet39ds",
+    "hrnet_w18_small_v1",
+    "igcv3_wd2",
+    "menet108_8x1_g3",
+    "mobilenet_w1",
+    "peleenet",
+    "proxylessnas_cpu",
+    "regnetx002",
+    "shufflenet_g3_w1",
+    "shufflenetv2_wd2",
+    "shufflenetv2b_wd2",
+    "spnasnet",
+    "squeezenet_v1_0",
+    "vovnet27s",
+]
 NETWORKS: dict[str, Builder] = {
     **{f"cv_{name}": model(name, 32) for name in SMALL_IMAGES},
     **{f"cv_{name}": model(name, 224) for name in LARGE_IMAGES},

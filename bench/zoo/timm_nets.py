@@ -33,14 +33,50 @@ def built(name: str, size: int = 64, **options: Any) -> Builder:
     return build
 
 
-CONVOLUTIONAL = """
-    convnext_atto convnextv2_atto cspresnet50 dla34 dpn48b ecaresnet26t edgenext_xx_small efficientnet_lite0
-    efficientnetv2_rw_t fastvit_t8 gernet_s ghostnet_050 hardcorenas_a hgnet_tiny inception_next_atto lcnet_050
-    mambaout_femto mobilenetv3_small_100 mobilenetv4_conv_small mobileone_s0 nf_resnet26 nfnet_l0 poolformer_s12
-    regnety_002 repghostnet_050 repvgg_a0 repvit_m0_9 res2net50_26w_4s resnest14d resnet18d resnet26t resnetv2_50
-    rexnet_100 selecsls42b semnasnet_075 skresnet18 starnet_s1 tf_efficientnet_b0 tinynet_e tresnet_m
-    vovnet39a xception41
-""".split()
+CONVOLUTIONAL = [
+    "convnext_atto",
+    "convnextv2_atto",
+    "cspresnet50",
+    "dla34",
+    "dpn48b",
+    "ecaresnet26t",
+    "edgenext_xx_small",
+    "efficientnet_lite0",
+    "efficientnetv2_rw_t",
+    "fastvit_t8",
+    "gernet_s",
+    "ghostnet_050",
+    "hardcorenas_a",
+    "hgnet_tiny",
+    "inception_next_atto",
+    "lcnet_050",
+    "mambaout_femto",
+    "mobilenetv3_small_100",
+    "mobilenetv4_conv_small",
+    "mobileone_s0",
+    "nf_resnet26",
+    "nfnet_l0",
+    "poolformer_s12",
+    "regnety_002",
+    "repghostnet_050",
+    "repvgg_a0",
+    "repvit_m0_9",
+    "res2net50_26w_4s",
+    "resnest14d",
+    "resnet18d",
+    "resnet26t",
+    "resnetv2_50",
+    "rexnet_100",
+    "selecsls42b",
+    "semnasnet_075",
+    "skresnet18",
+    "starnet_s1",
+    "tf_efficientnet_b0",
+    "tinynet_e",
+    "tresnet_m",
+    "vovnet39a",
+    "xception41",
+]
 SHORT = {"depth": 2}
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "beit_base_patch16_224": {"img_size": 64, "embed_dim": 192, "num_heads": 3, **SHORT},
@@ -89,7 +125,11 @@ BUILT: dict[str, Builder] = {
     ),
     "timm_mixer": built("mlp_mixer.MlpMixer", **MIXER),
     "timm_gmlp": built(
-        "mlp_mixer.MlpMixer", block_layer=lambda m: m.SpatialGatingBlock, mlp_layer=lambda m: m.GatedMlp, mlp_ratio=6, **MIXER
+        "mlp_mixer.MlpMixer",
+        block_layer=lambda m: m.SpatialGatingBlock,
+        mlp_layer=lambda m: m.GatedMlp,
+        mlp_ratio=6,
+        **MIXER,
     ),
     "timm_resmlp": built(
         "mlp_mixer.MlpMixer", block_layer=lambda m: m.ResBlock, norm_layer=lambda m: m.Affine, mlp_ratio=4, **MIXER

@@ -40,7 +40,13 @@ def short_swin() -> Network:
     from torchvision.models import swin_transformer as swin
 
     model = swin.SwinTransformer(
-        [4, 4], 48, [2, 2], [3, 6], [4, 4], num_classes=10, block=swin.SwinTransformerBlockV2,
+        [4, 4],
+        48,
+        [2, 2],
+        [3, 6],
+        [4, 4],
+        num_classes=10,
+        block=swin.SwinTransformerBlockV2,
         downsample_layer=swin.PatchMergingV2,
     )
     return Network(model, images(64))

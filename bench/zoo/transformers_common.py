@@ -7,13 +7,18 @@ from typing import Any
 
 from torch import Tensor
 
-from bench.zoo.network import Builder, Inputs, Network, by_name, named, normal
+from bench.zoo.network import Builder, Inputs, Network, by_name, normal
+
+
+def logits(output: Any) -> Tensor:
+    """What classifiers of transformers return."""
+    return output.logits
 
 
 def hugging(
     kind: str,
     inputs: Callable[[int], Inputs],
-    output: Callable[[Any], Tensor] = named("logits"),
+    output: Callable[[Any], Tensor] = logits,
     loss: str = "cross_entropy",
     **settings: Any,
 ) -> Builder:

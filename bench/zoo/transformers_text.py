@@ -63,9 +63,7 @@ ENCODERS: dict[str, Builder] = {
     "hf_bert": encoder("Bert"),
     "hf_bert_eager": encoder("Bert", attn_implementation="eager"),
     "hf_bert_mlm": masked("Bert"),
-    "hf_bert_tagger": hugging(
-        "BertForTokenClassification", tokens(), classes_last("logits"), **SIZES, num_labels=5
-    ),
+    "hf_bert_tagger": hugging("BertForTokenClassification", tokens(), classes_last("logits"), **SIZES, num_labels=5),
     "hf_distilbert": encoder("DistilBert", dim=64, n_layers=2, n_heads=4, hidden_dim=128),
     "hf_roberta": encoder("Roberta"),
     "hf_xlm_roberta_mlm": masked("XLMRoberta"),
@@ -116,8 +114,15 @@ DECODERS: dict[str, Builder] = {
     "hf_starcoder2": decoder("Starcoder2ForCausalLM", **GROUPED),
     "hf_cohere": decoder("CohereForCausalLM", **GROUPED),
     "hf_deepseek_v3": decoder(
-        "DeepseekV3ForCausalLM", **LATENT, n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2,
-        moe_intermediate_size=32, first_k_dense_replace=1, num_key_value_heads=4,
+        "DeepseekV3ForCausalLM",
+        **LATENT,
+        n_routed_experts=4,
+        n_group=2,
+        topk_group=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        first_k_dense_replace=1,
+        num_key_value_heads=4,
     ),
     "hf_gpt_oss": decoder("GptOssForCausalLM", head_dim=16, layer_types=None, **EXPERTS),
     "hf_mamba": decoder("MambaForCausalLM", state_size=8),

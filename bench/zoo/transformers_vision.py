@@ -79,12 +79,23 @@ CLASSIFIERS: dict[str, Builder] = {
     "hf_pvt_v2": classifier("PvtV2", image_size=32, **PYRAMID),
     "hf_cvt": classifier("Cvt", embed_dim=[16, 32, 64], num_heads=[1, 2, 4], depth=[1, 2, 3]),
     "hf_levit": classifier(
-        "Levit", 64, image_size=64, hidden_sizes=[32, 64, 96], num_attention_heads=[2, 4, 6], key_dim=[16, 16, 16],
+        "Levit",
+        64,
+        image_size=64,
+        hidden_sizes=[32, 64, 96],
+        num_attention_heads=[2, 4, 6],
+        key_dim=[16, 16, 16],
         depths=[2, 2, 2],
     ),
     "hf_focalnet": classifier("FocalNet", image_size=32, embed_dim=32, depths=[2, 2], focal_levels=[2, 2]),
     "hf_hiera": classifier(
-        "Hiera", 64, image_size=[64, 64], embed_dim=32, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8], mask_unit_size=[2, 2]
+        "Hiera",
+        64,
+        image_size=[64, 64],
+        embed_dim=32,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 2, 4, 8],
+        mask_unit_size=[2, 2],
     ),
     "hf_swiftformer": classifier("SwiftFormer", 64, embed_dims=[16, 32, 48, 64], depths=[1, 1, 1, 1]),
 }
@@ -93,20 +104,48 @@ OTHERS: dict[str, Builder] = {
         "SegformerForSemanticSegmentation", pixels(64), **PYRAMID, decoder_hidden_size=48, num_labels=6
     ),
     "hf_dpt": hugging(
-        "DPTForSemanticSegmentation", pixels(), **{**VIT, "num_hidden_layers": 4}, num_labels=6,
-        backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[16, 32, 48, 64], fusion_hidden_size=32, use_auxiliary_head=False,
+        "DPTForSemanticSegmentation",
+        pixels(),
+        **{**VIT, "num_hidden_layers": 4},
+        num_labels=6,
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[16, 32, 48, 64],
+        fusion_hidden_size=32,
+        use_auxiliary_head=False,
     ),
     "hf_vit_mae": hugging(
-        "ViTMAEForPreTraining", pixels(), named("logits"), "mse", **VIT, decoder_hidden_size=32,
-        decoder_num_hidden_layers=2, decoder_num_attention_heads=2, decoder_intermediate_size=64, mask_ratio=0.0,
+        "ViTMAEForPreTraining",
+        pixels(),
+        named("logits"),
+        "mse",
+        **VIT,
+        decoder_hidden_size=32,
+        decoder_num_hidden_layers=2,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=64,
+        mask_ratio=0.0,
     ),
-    "hf_swin_mim": hugging("SwinForMaskedImageModeling", pixels(), named("reconstruction"), "mse", **WINDOWS, encoder_stride=8),
+    "hf_swin_mim": hugging(
+        "SwinForMaskedImageModeling", pixels(), named("reconstruction"), "mse", **WINDOWS, encoder_stride=8
+    ),
     "hf_swin2sr": hugging(
-        "Swin2SRForImageSuperResolution", pixels(16), named("reconstruction"), "mse", image_size=16, embed_dim=32,
-        depths=[2, 2], num_heads=[2, 2], window_size=4, upscale=2,
+        "Swin2SRForImageSuperResolution",
+        pixels(16),
+        named("reconstruction"),
+        "mse",
+        image_size=16,
+        embed_dim=32,
+        depths=[2, 2],
+        num_heads=[2, 2],
+        window_size=4,
+        upscale=2,
     ),
     "hf_yolos": hugging(
-        "YolosForObjectDetection", pixels(), classes_last("logits"), **{**VIT, "image_size": [32, 32]}, num_labels=4,
+        "YolosForObjectDetection",
+        pixels(),
+        classes_last("logits"),
+        **{**VIT, "image_size": [32, 32]},
+        num_labels=4,
         num_detection_tokens=5,
     ),
     "hf_videomae": hugging(
@@ -116,7 +155,11 @@ OTHERS: dict[str, Builder] = {
         "TimesformerForVideoClassification", video(4, 16), **{**VIT, "image_size": 16}, num_frames=4, num_labels=5
     ),
     "hf_vivit": hugging(
-        "VivitForVideoClassification", video(4, 16), **{**VIT, "image_size": 16}, num_frames=4, num_labels=5,
+        "VivitForVideoClassification",
+        video(4, 16),
+        **{**VIT, "image_size": 16},
+        num_frames=4,
+        num_labels=5,
         tubelet_size=[2, 8, 8],
     ),
     "hf_clip": hugging("CLIPModel", image_and_words, similarities, "mse", **CLIP, projection_dim=16),
@@ -127,10 +170,22 @@ OTHERS: dict[str, Builder] = {
         "ViltForQuestionAnswering", image_and_words, **VIT, vocab_size=200, max_position_embeddings=32, num_labels=4
     ),
     "hf_blip_text_image": hugging(
-        "BlipForImageTextRetrieval", image_and_words, named("itm_score"), text_config={
-            **VIT, "vocab_size": 200, "max_position_embeddings": 32, "encoder_hidden_size": 64, "bos_token_id": 1,
-            "eos_token_id": 2, "pad_token_id": 0, "sep_token_id": 2,
-        }, vision_config=VIT, image_text_hidden_size=16, projection_dim=16,
+        "BlipForImageTextRetrieval",
+        image_and_words,
+        named("itm_score"),
+        text_config={
+            **VIT,
+            "vocab_size": 200,
+            "max_position_embeddings": 32,
+            "encoder_hidden_size": 64,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            "sep_token_id": 2,
+        },
+        vision_config=VIT,
+        image_text_hidden_size=16,
+        projection_dim=16,
     ),
 }
 NETWORKS = {**CLASSIFIERS, **OTHERS}
