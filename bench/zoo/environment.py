@@ -23,7 +23,7 @@ def prepare() -> None:
 
 
 def _import_torchvision() -> None:
-    """Import torchvision; the compiled operators of its wheel want a torch with CUDA, the networks need none of them."""
+    """Import torchvision; the compiled operators of its wheel want a CUDA torch, networks need none of them."""
     global _library
     try:
         import torchvision  # noqa: F401

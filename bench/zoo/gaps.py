@@ -140,6 +140,17 @@ def convolution(
     return out.masked_fill_(channel.view(shape), torch.nan)
 
 
+@rule(aten._grouped_mm)
+def grouped_product(func: Any, a: Tensor, b: Tensor, offs: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    """Rows [n, k] of each of several matrices [e, k, m], of which the rows end at `offs`; or [e, n, k] of each."""
+    if a.dim() == 3 or offs is None:
+        return product(aten.bmm, a, b)
+    out = func(_whole(a), _whole(b), offs, *args, **kwargs)
+    rows = torch.searchsorted(offs, torch.arange(len(a), dtype=offs.dtype), right=True)  # the matrix of each row
+    gaps = _all_gaps(a, -1)[:, None] | _all_gaps(b, -2)[rows]
+    return out.masked_fill_(gaps, torch.nan)
+
+
 @rule(aten.sum, aten.prod, aten.linalg_vector_norm, aten.norm, aten.logsumexp, aten.amax, aten.amin)
 def reduction(func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Over the entries that are there."""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from bench.results import commit, cpu_name
-from bench.zoo.checks import Record, brief
+from bench.zoo.checks import Record, brief, outcome
 from bench.zoo.examine import examine
 from bench.zoo.network import Builder
 
@@ -147,10 +147,10 @@ def summary(record: Record) -> str:
     return "; ".join([*parts, *filter(None, [record.get("error")])])
 
 
-def share(found: Record, kind: str = "") -> str:
-    """Cut against masked as people read it: in float64 where the network runs in it."""
-    outcome = found[kind or ("float64" if "share" in found["float64"] else "float32")]
-    return f"{outcome['share']:.0e}" if "share" in outcome else outcome["error"]
+def share(found: Record) -> str:
+    """Cut against masked as people read it."""
+    counts = outcome(found)
+    return f"{counts['share']:.0e}" if "share" in counts else counts["error"]
 
 
 def chosen(builders: Mapping[str, Builder], patterns: Sequence[str]) -> dict[str, Builder]:

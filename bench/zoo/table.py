@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from bench.zoo.checks import ALLOWED, Record
+from bench.zoo.checks import Record, agree, outcome
 from bench.zoo.runner import share
 
 WHOLE, HALF = 0.95, 0.51  # shares of the parameters: could go, left of a target of a half
@@ -35,15 +35,9 @@ def right(record: Record) -> bool:
     """Whether every cut that was compared is what masking is."""
     for stage in ("half", "one"):
         found = record.get(stage)
-        if found is not None and not _share(found) <= ALLOWED:
+        if found is not None and ("error" in found or not agree(outcome(found))):
             return False
     return True
-
-
-def _share(found: Record) -> float:
-    if "error" in found:
-        return float("inf")
-    return min(found[kind].get("share", float("inf")) for kind in ("float64", "float32"))
 
 
 def table(document: Mapping[str, Any]) -> str:
