@@ -98,6 +98,7 @@ DECODERS: dict[str, Builder] = {
     "hf_llama_classifier": encoder("Llama", **NO_TOKENS, **GROUPED, use_cache=False),
     "hf_mistral": decoder("MistralForCausalLM", **GROUPED, sliding_window=8),
     "hf_mixtral": decoder("MixtralForCausalLM", **EXPERTS),
+    "hf_mixtral_eager": decoder("MixtralForCausalLM", **EXPERTS, experts_implementation="eager"),
     "hf_qwen2": decoder("Qwen2ForCausalLM", **GROUPED),
     "hf_qwen2_moe": decoder(
         "Qwen2MoeForCausalLM", num_experts=4, moe_intermediate_size=32, shared_expert_intermediate_size=48, **GROUPED
