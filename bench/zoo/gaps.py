@@ -231,6 +231,14 @@ def group_norm(
     return y if bias is None else y + bias.view(shape), x, x
 
 
+@rule(aten._weight_norm_interface)
+def weight_norm(func: Any, v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    """G v / |v|, the norm of each slice of a dimension over the entries that are there."""
+    others = [d for d in range(v.dim()) if d != dim % v.dim()]
+    norm = reduction(aten.linalg_vector_norm.default, v, 2, others, True)
+    return v * (g / norm), norm
+
+
 @rule(aten._softmax, aten._log_softmax, aten._safe_softmax)
 def softmax(func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Gaps have no share."""

@@ -24,10 +24,10 @@ def model(kind: str, encoder: str, size: int = 64, **options: Any) -> Builder:
 NETWORKS: dict[str, Builder] = {
     "smp_unet_resnet18": model("Unet", "resnet18"),
     "smp_unet_scse": model("Unet", "mobilenet_v2", decoder_attention_type="scse"),
-    "smp_unetplusplus": model("UnetPlusPlus", "efficientnet-b0"),
+    "smp_unetplusplus": model("UnetPlusPlus", "mobilenet_v2"),
     "smp_fpn": model("FPN", "mobilenet_v2"),
     "smp_linknet": model("Linknet", "resnet18"),
-    "smp_pspnet": model("PSPNet", "resnet18"),
+    "smp_pspnet": model("PSPNet", "resnet18", encoder_depth=5),
     "smp_pan": model("PAN", "mobilenet_v2", 128),
     "smp_manet": model("MAnet", "resnet18"),
     "smp_deeplabv3plus": model("DeepLabV3Plus", "mobilenet_v2"),
