@@ -19,12 +19,13 @@ from torch.utils._pytree import tree_map
 
 import flatprune
 from bench.zoo.gaps import Gaps, open_gaps, plainly
-from bench.zoo.network import Inputs, Network, call
+from bench.zoo.network import Inputs, Network, by_position, call
 from flatprune.coupling import Coupling, NeuronGroup, find_coupling
 from flatprune.cutting.surgery import plan
 
 Record = dict[str, Any]
 Pruned = Mapping[int, Tensor]
+Amount = Callable[[int, torch.Generator], int]
 ALLOWED = 1e-5  # difference of cut and masked, as a share of what masking changes
 ROUNDING = 8  # units in the last place of the largest output, which sums in another order are off by
 STEPS, BATCH = 10, 4
@@ -77,34 +78,43 @@ def reasons(coupling: Coupling) -> dict[str, int]:
 # a cut against the masked network
 
 
-def part_of_each(groups: list[NeuronGroup], at_once: Callable[[int], int], seed: int = 0) -> dict[int, Tensor]:
-    """Random neurons of every group: of each slice of n neurons about `at_once(n)`, so that the width is allowed."""
+def part_of_each(groups: list[NeuronGroup], amount: Amount, seed: int = 0) -> dict[int, Tensor]:
+    """Random neurons of the groups: of each slice of n neurons about `amount(n)`, so that the width is allowed."""
     generator = torch.Generator().manual_seed(seed)
     pruned = {}
     for position, group in enumerate(groups):
         slices = [(group.group_of == part).nonzero().flatten() for part in range(group.groups)]
         allowed = [n for n in range(1, len(slices[0])) if (group.width - n * group.groups) % group.multiple == 0]
-        if allowed:
-            count = min(allowed, key=lambda n: abs(n - at_once(len(slices[0]))))
+        wanted = amount(len(slices[0]), generator)
+        if allowed and wanted:
+            count = min(allowed, key=lambda n: abs(n - wanted))
             chosen = [own[torch.randperm(len(own), generator=generator)[:count]] for own in slices]
             pruned[position] = torch.cat(chosen).sort().values
     return pruned
 
 
-def half(neurons: int) -> int:
+def half(neurons: int, generator: torch.Generator) -> int:
     """Of a slice, rounded up."""
     return math.ceil(neurons / 2)
 
 
-def one(neurons: int) -> int:
+def uneven(neurons: int, generator: torch.Generator) -> int:
+    """Another number of each group, none of some: what is the same for all of them by chance shows."""
+    return int(torch.randint(neurons, (), generator=generator))
+
+
+def one(neurons: int, generator: torch.Generator) -> int:
     """Of a slice."""
     return 1
 
 
-def cut_and_masked(network: Network, coupling: Coupling, at_once: Callable[[int], int]) -> Record:
+AMOUNTS: dict[str, Amount] = {"half": half, "uneven": uneven, "one": one}
+
+
+def cut_and_masked(network: Network, coupling: Coupling, amount: Amount) -> Record:
     """How far the network cut is from the network masked, as a share of what masking changes; suspects if it is far."""
     found: Record = {}
-    pruned = part_of_each(coupling.groups, at_once)
+    pruned = part_of_each(coupling.groups, amount)
     found["neurons"] = sum(map(len, pruned.values()))
     for dtype in (torch.float32, torch.float64):
         found[str(dtype)[len("torch.") :]] = _difference(network, coupling, pruned, dtype)
@@ -196,6 +206,7 @@ def _output(model: nn.Module, inputs: Inputs) -> Tensor:
 def train(network: Network, criterion: str) -> Record:
     """Ten steps of training, pruned to half the parameters on the way."""
     record: Record = {}
+    network = by_position(network)
     model = network.one_tensor().train()
     torch.manual_seed(3)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench.zoo.checks import Record, brief, cut_and_masked, find, half, one, train
+from bench.zoo.checks import AMOUNTS, Record, brief, cut_and_masked, find, train
 from bench.zoo.network import Builder
 
 CHEAP = 3_000_000  # parameters, above which the default criterion is not tried
@@ -54,8 +54,8 @@ def examine(build: Builder, seconds: float, keep: Callable[[Record], None]) -> R
     record["parameters"] = sum(parameter.numel() for parameter in network.model.parameters())
     found = stage("coupling", lambda: find(network))
     if found is not None and found[0].groups:
-        stage("half", lambda: cut_and_masked(network, found[0], half))
-        stage("one", lambda: cut_and_masked(network, found[0], one))
+        for name, amount in AMOUNTS.items():
+            stage(name, lambda amount=amount: cut_and_masked(network, found[0], amount))
     stage("l1", lambda: train(build(), "l1"))
     if record["parameters"] <= CHEAP and "error" not in record["l1"]:
         stage("obs", lambda: train(build(), "obs"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,15 +39,26 @@ class Network:
 
 
 class OneTensor(nn.Module):
-    """A model of whose output one tensor counts."""
+    """A model of whose output one tensor counts; `names` are those of its positional arguments if it wants keywords."""
 
-    def __init__(self, model: nn.Module, output: Callable[[Any], Tensor]) -> None:
+    def __init__(self, model: nn.Module, output: Callable[[Any], Tensor], names: Sequence[str] = ()) -> None:
         super().__init__()
-        self.model, self._output = model, output
+        self.model, self._output, self._names = model, output, names
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Call the model and take that tensor."""
+        if self._names:
+            args, kwargs = (), {**dict(zip(self._names, args)), **kwargs}
         return self._output(self.model(*args, **kwargs))
+
+
+def by_position(network: Network) -> Network:
+    """The same network with positional arguments, of which recent ones can be kept while it trains."""
+    example = network.inputs(2)
+    if not isinstance(example, dict):
+        return network
+    model = OneTensor(network.model, network.output, tuple(example))
+    return Network(model, lambda n: tuple(dict(network.inputs(n)).values()), loss=network.loss)
 
 
 Builder = Callable[[], Network]

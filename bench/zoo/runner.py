@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from bench.results import commit, cpu_name
-from bench.zoo.checks import Record, brief, outcome
+from bench.zoo.checks import AMOUNTS, Record, brief, outcome
 from bench.zoo.examine import examine
 from bench.zoo.network import Builder
 
@@ -132,7 +132,7 @@ def _cause(exit_code: int | None, limits: Limits) -> str:
 def summary(record: Record) -> str:
     """One line of an outcome."""
     parts = []
-    for stage in ("coupling", "half", "one", "l1", "obs"):
+    for stage in ("coupling", *AMOUNTS, "l1", "obs"):
         found = record.get(stage)
         if found is None:
             continue
@@ -140,7 +140,7 @@ def summary(record: Record) -> str:
             parts.append(f"{stage} {found['error']}")
         elif stage == "coupling":
             parts.append(f"{found['could_go']:.1%} could go in {found['cpu']:.3g} s")
-        elif stage in ("half", "one"):
+        elif stage in AMOUNTS:
             parts.append(f"{stage} {share(found)}")
         else:
             parts.append(f"{stage} {found['left']:.0%} left")

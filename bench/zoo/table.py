@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from bench.zoo.checks import Record, agree, outcome
+from bench.zoo.checks import AMOUNTS, Record, agree, outcome
 from bench.zoo.runner import share
 
 WHOLE, HALF = 0.95, 0.51  # shares of the parameters: could go, left of a target of a half
@@ -16,7 +16,7 @@ HEADS = (
     "parameters",
     "could go",
     "left",
-    "cut vs masked: half, one",
+    f"cut vs masked: {', '.join(AMOUNTS)}",
     "Pruner(), CPU s",
     "obs",
     "what stays, and why",
@@ -33,7 +33,7 @@ def verdict(record: Record) -> str:
 
 def right(record: Record) -> bool:
     """Whether every cut that was compared is what masking is."""
-    for stage in ("half", "one"):
+    for stage in AMOUNTS:
         found = record.get(stage)
         if found is not None and ("error" in found or not agree(outcome(found))):
             return False
@@ -73,7 +73,7 @@ def _row(name: str, word: str, record: Record) -> str:
 
 
 def _compared(record: Record) -> Iterator[str]:
-    for stage in ("half", "one"):
+    for stage in AMOUNTS:
         if stage in record:
             yield record[stage]["error"] if "error" in record[stage] else share(record[stage])
 

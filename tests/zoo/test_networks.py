@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.zoo import transformers_signals, transformers_text, transformers_vision
-from bench.zoo.checks import agree, cut_and_masked, find, half, one, outcome, train
+from bench.zoo.checks import AMOUNTS, agree, cut_and_masked, find, outcome, train
 from bench.zoo.environment import prepare
 
 BUILDERS = {**transformers_text.NETWORKS, **transformers_vision.NETWORKS, **transformers_signals.NETWORKS}
@@ -42,8 +42,8 @@ def test_nearly_everything_could_go_and_a_cut_is_what_masking_is(name):
     network = BUILDERS[name]()
     coupling, record = find(network)
     assert record["could_go"] >= COULD_GO[name], record["refused"]
-    for at_once in (half, one):
-        found = cut_and_masked(network, coupling, at_once)
+    for amount in AMOUNTS.values():
+        found = cut_and_masked(network, coupling, amount)
         assert agree(outcome(found)), found
         assert outcome(found)["effect"] > 0
 
