@@ -17,9 +17,9 @@ from kfac_ext.curvature.modes import RngState, batch_statistics, device_of, modu
 from kfac_ext.layers import Layer
 
 
-def observe(curvature: Curvature, *args: Any) -> Capture:
+def observe(curvature: Curvature, *args: Any, **kwargs: Any) -> Capture:
     """A forward on these inputs with gradients, in the modes that the model is in, without autocast."""
-    curvature.trace(*args)
+    curvature.trace(*args, **kwargs)
     device = device_of(curvature.model)
     capture = Capture(RngState.now(device))
     with ExitStack() as stack:
@@ -28,20 +28,20 @@ def observe(curvature: Curvature, *args: Any) -> Capture:
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(call_hooks(curvature.layers.values(), capture.add))
-        capture.output = checked_output(curvature.model(*args), curvature.loss)
+        capture.output = checked_output(curvature.model(*args, **kwargs), curvature.loss)
     return capture
 
 
-def reached_layers(curvature: Curvature, *args: Any) -> frozenset[str]:
+def reached_layers(curvature: Curvature, *args: Any, **kwargs: Any) -> frozenset[str]:
     """The layers whose z a gradient of the output reaches, as parameters are frozen now; others get no factors.
 
     Args:
         curvature: of the model.
-        args: positional inputs of the model for one forward in evaluation mode.
+        args, kwargs: inputs of the model for one forward in evaluation mode.
     """
-    curvature.trace(*args)
+    curvature.trace(*args, **kwargs)
     with module_modes(dict.fromkeys(curvature.model.modules(), False)):
-        capture = observe(curvature, *args)
+        capture = observe(curvature, *args, **kwargs)
     if not capture.output.requires_grad:
         return frozenset()
     gradients = capture.gradients_of(capture.output, torch.ones_like(capture.output))

@@ -22,10 +22,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flatprune.coupling import find_coupling
     from flatprune.criteria import CRITERIA, Criterion
     from flatprune.data import Normalization
     from flatprune.errors import DivergedError, InputError, Interrupted
-    from flatprune.export import load, take_tensors
+    from flatprune.export import load, take_tensors, update_config
     from flatprune.flatness.distortion import Disout, attach_disout
     from flatprune.flatness.hessian import hessian_eigenvalues
     from flatprune.flatness.sam import SAM, MomentumSAM
@@ -59,6 +60,7 @@ _HOMES = {
     "Settings": "flatprune.settings",
     "Target": "flatprune.pruning.targets",
     "attach_disout": "flatprune.flatness.distortion",
+    "find_coupling": "flatprune.coupling",
     "hessian_eigenvalues": "flatprune.flatness.hessian",
     "hessian_lambda_max": "flatprune.flatness.spectrum",
     "load": "flatprune.export",
@@ -66,6 +68,7 @@ _HOMES = {
     "resume": "flatprune.runs",
     "run": "flatprune.runs",
     "take_tensors": "flatprune.export",
+    "update_config": "flatprune.export",
 }
 __all__ = [
     "CRITERIA",
@@ -86,6 +89,7 @@ __all__ = [
     "Settings",
     "Target",
     "attach_disout",
+    "find_coupling",
     "hessian_eigenvalues",
     "hessian_lambda_max",
     "load",
@@ -93,11 +97,12 @@ __all__ = [
     "resume",
     "run",
     "take_tensors",
+    "update_config",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    # Importing torch takes a second and torch-pruning more: each name is fetched when it is first used.
+    # Importing torch takes a second: each name is fetched when it is first used.
     if name not in _HOMES:
         raise AttributeError(f"module 'flatprune' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

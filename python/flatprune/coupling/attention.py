@@ -51,7 +51,9 @@ class PrunableAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention.forward`."""
+        """As `nn.MultiheadAttention.forward`; `is_causal` only says of a mask that it is causal."""
+        if is_causal and attn_mask is None:
+            raise RuntimeError("PrunableAttention: is_causal is True and attn_mask None, expected the causal mask too")
         batched, same = query.dim() == 3, query is key and key is value
         if not self.batch_first and batched:
             query, key, value = (
@@ -137,9 +139,9 @@ def make_prunable(model: nn.Module) -> list[nn.MultiheadAttention]:
     changed = [module for module in model.modules() if type(module) is nn.MultiheadAttention]
     for module in changed:
         PrunableAttention.of(module)
-    for module in model.modules():
-        if changed and isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False  # the fused path alone takes these
+    for encoder in model.modules():
+        if changed and isinstance(encoder, nn.TransformerEncoder):
+            encoder.use_nested_tensor = False  # the fused path alone takes these
     return changed
 
 

@@ -3,6 +3,7 @@
 from flatprune.export.exporting import EXPORT_FILES, FORMATS, Export, export_run
 from flatprune.export.loading import fresh_network, load
 from flatprune.export.model_file import MODEL_FILE, save_model
+from flatprune.export.pretrained import update_config
 from flatprune.export.saved import rebuild, take_tensors
 from flatprune.export.subject import INPUTS
 
@@ -18,4 +19,5 @@ __all__ = [
     "rebuild",
     "save_model",
     "take_tensors",
+    "update_config",
 ]

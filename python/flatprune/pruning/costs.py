@@ -19,6 +19,7 @@ from flatprune.coupling.terms import Term
 from flatprune.pruning.latency import REST, LatencyTable, batch_of, measure, measure_table
 from flatprune.pruning.limits import Limits
 from flatprune.pruning.targets import Target
+from flatprune.pruning.ties import Tie, find_ties
 
 
 class CostModel(ABC):
@@ -41,17 +42,23 @@ class CostModel(ABC):
         """Take `neurons` neurons of the group at `position` away, or give them back if negative."""
         self._widths[position] -= neurons
 
-    def cost_without(self, position: int, neurons: int) -> float:
-        """The cost after `neurons` neurons of the group at `position` have been pruned."""
-        self.remove(position, neurons)
+    def remove_from(self, tie: Tie, neurons: int) -> None:
+        """Take `neurons` neurons away from each group of a tie."""
+        for position in tie:
+            self.remove(position, neurons)
+
+    def cost_without(self, position: int | Tie, neurons: int) -> float:
+        """The cost after `neurons` neurons of the group at `position`, or of each of several, have been pruned."""
+        tie = (position,) if isinstance(position, int) else position
+        self.remove_from(tie, neurons)
         cost = self.cost
-        self.remove(position, -neurons)
+        self.remove_from(tie, -neurons)
         return cost
 
     def neuron_costs(self) -> list[float]:
         """What goes with one neuron of each group, at current sizes; scores are divided by it."""
         # where several must go together, the cost is that of a whole round
-        return [(self.cost - self.cost_without(position, count)) / count for position, count in enumerate(self._rounds)]
+        return [(self.cost - self.cost_without(p, count)) / count for p, count in enumerate(self._rounds)]
 
 
 class TermCount(CostModel):
@@ -160,10 +167,13 @@ class LatencyModel(CostModel):
         return [max(cost, least) for cost in costs]
 
 
-def smallest_cost(costs: CostModel, groups: Sequence[NeuronGroup], limits: Limits) -> float:
+def smallest_cost(
+    costs: CostModel, groups: Sequence[NeuronGroup], limits: Limits, ties: Sequence[Tie] | None = None
+) -> float:
     """The cost that is left when every group is as narrow as the limits allow; `costs` is left at that."""
-    for position, group in enumerate(groups):
-        costs.remove(position, group.width - limits.floor(group))
+    for tie in find_ties(groups, False) if ties is None else ties:
+        tied = [groups[position] for position in tie]
+        costs.remove_from(tie, tied[0].width - limits.floor(*tied))
     return costs.cost
 
 
@@ -176,12 +186,19 @@ class CostTracker:
         coupling: its neuron groups, and what its multiply-accumulates are made of.
         inputs: what the model can be called with.
         limits: how narrow the network may become.
+        ties: groups that keep one width, see `flatprune.pruning.ties`; not copied.
     """
 
     def __init__(
-        self, target: Target, model: nn.Module, coupling: Coupling, inputs: tuple[Any, ...], limits: Limits
+        self,
+        target: Target,
+        model: nn.Module,
+        coupling: Coupling,
+        inputs: tuple[Any, ...],
+        limits: Limits,
+        ties: Sequence[Tie],
     ) -> None:
-        self.unit = target.unit
+        self.unit, self._ties = target.unit, ties
         self._model, self._groups, self._limits, self._terms = model, coupling.groups, limits, coupling.macs
         self._table: LatencyTable | None = None
         if self.unit == "latency":
@@ -210,7 +227,7 @@ class CostTracker:
 
     def smallest(self) -> float:
         """The cost that is left when every group is as narrow as the limits allow."""
-        return smallest_cost(self.on_paper(), self._groups, self._limits)
+        return smallest_cost(self.on_paper(), self._groups, self._limits, self._ties)
 
     def calibrate(self) -> None:
         """Time the network itself and scale what is predicted accordingly; nothing to do in other units."""

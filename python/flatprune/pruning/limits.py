@@ -10,7 +10,7 @@ from flatprune.criteria import Criterion
 
 
 class Limits(NamedTuple):
-    """What a removal must respect.
+    """What a removal must respect; several groups are such as keep one width, see `flatprune.pruning.ties`.
 
     Attributes:
         round_to: widths, in channels, become multiples of this.
@@ -22,20 +22,20 @@ class Limits(NamedTuple):
     min_width: int = 2
     max_fraction: float = 0.5
 
-    def step(self, group: NeuronGroup) -> int:
-        """Neurons that go together: a multiple of the rounding, of the slices that lose alike, and of what kernels take."""
-        rounding = self.round_to // math.gcd(self.round_to, group.unit)
-        return math.lcm(rounding, group.groups, group.multiple)
+    def step(self, *groups: NeuronGroup) -> int:
+        """Neurons that go together: a multiple of the rounding, of slices that lose alike, and of what kernels take."""
+        roundings = (self.round_to // math.gcd(self.round_to, group.unit) for group in groups)
+        return math.lcm(*roundings, *(math.lcm(group.groups, group.multiple) for group in groups))
 
-    def floor(self, group: NeuronGroup) -> int:
-        """The smallest width of a group."""
-        step, least = self.step(group), -(-max(self.min_width, 1) // group.unit)
-        return min(group.width, step * -(-least // step))
+    def floor(self, *groups: NeuronGroup) -> int:
+        """The smallest width."""
+        step, least = self.step(*groups), -(-max(self.min_width, 1) // min(group.unit for group in groups))
+        return min(groups[0].width, step * -(-least // step))
 
-    def bundles(self, group: NeuronGroup) -> list[int]:
+    def bundles(self, *groups: NeuronGroup) -> list[int]:
         """Sizes of the bundles that may go at once, the first one bringing the width to a multiple of the step."""
-        step, width = self.step(group), group.width
-        removable = min(width - self.floor(group), int(self.max_fraction * width + 1e-9))
+        step, width = self.step(*groups), groups[0].width
+        removable = min(width - self.floor(*groups), int(self.max_fraction * width + 1e-9))
         first = width % step or step
         if removable < first:
             return []

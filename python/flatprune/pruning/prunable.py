@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from typing import Any
 
 from torch import nn
 
-from flatprune.coupling import CONSUMER, Coupling
+from flatprune.coupling import CONSUMER, Call, Coupling
 from flatprune.criteria import Criterion
 from flatprune.criteria.base import consumer_compensation
 from flatprune.criteria.members import layers_of
@@ -33,7 +32,7 @@ def choose_layers(coupling: Coupling, model: nn.Module, layers: Sequence[str] | 
 
 
 def refuse_unscored(
-    coupling: Coupling, curvature: Curvature, criterion: Criterion, compensate: str | bool, inputs: tuple[Any, ...]
+    coupling: Coupling, curvature: Curvature, criterion: Criterion, compensate: str | bool, call: Call
 ) -> None:
     """Refuse groups with a layer without factors, or that no gradient reaches, for everything that needs factors."""
     roles = {criterion.role} if "factors" in criterion.needs else set()
@@ -42,7 +41,7 @@ def refuse_unscored(
         roles.add(CONSUMER)
     if not roles:
         return
-    reached = reached_layers(curvature, *inputs)
+    reached = reached_layers(curvature, *call.args, **call.kwargs)
     for role in sorted(roles):
         _refuse_without_factors(coupling, role, curvature, reached)
 

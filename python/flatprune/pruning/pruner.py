@@ -25,6 +25,7 @@ from flatprune.pruning.removals import Removal, loss_budget_note, removal_record
 from flatprune.pruning.schedule import CubicSchedule
 from flatprune.pruning.selection import check_selection, choose
 from flatprune.pruning.targets import Target
+from flatprune.pruning.ties import find_ties, named_ties
 from kfac_ext.curvature import Curvature
 
 MLP_COMPENSATION_BELOW = 0.04  # fraction of the parameters; above, compensating an MLP gains nothing
@@ -46,7 +47,8 @@ class Pruner:
         model: the network; its parameters stay the same objects.
         optimizer: holds the model's parameters; or None.
         curvature: the model's running factors.
-        example_inputs: what the model can be called with, see `flatprune.coupling.find_coupling`; one or two samples do.
+        example_inputs: what the model can be called with, see `flatprune.coupling.find_coupling`; one or two
+            samples do.
         target: the size to reach, in parameters, multiply-accumulates, neurons or latency.
         total_steps: optimizer steps of the whole training.
         criterion: a name of `flatprune.criteria.CRITERIA` (see there), a `Criterion`, or a function from
@@ -63,6 +65,11 @@ class Pruner:
         round_to: widths of groups that lose neurons become multiples of this.
         min_width: neurons that stay in each group at least.
         max_layer_fraction: largest fraction of a group that goes at once.
+        tie_widths: groups that keep one width: equally many neurons go from each of them at an event, from each its
+            own. True: all groups of one kind (the MLPs of a transformer's layers, their heads), as models need whose
+            configuration has one number for all layers (`flatprune.update_config`). Or patterns of layer names, such
+            as ["*.mlp.fc1", "*.attn.qkv"]: the groups that match the same one. See `flatprune.pruning.ties`; layers
+            that stay (`exclude`, `layers`, refused ones) bind no other.
         max_predicted_loss: at an event, neurons go only as long as the sum of their predicted changes of the loss does
             not exceed this; the record says where it bound. None: no such limit.
         measure: take down what each cut made of the loss beside what was predicted (`flatprune.criteria.loss_change`),
@@ -73,8 +80,8 @@ class Pruner:
             neurons at the same time; see `flatprune.cutting.ema_models`.
 
     Raises:
-        TypeError: `target` is no Target; `exclude`, `layers` or `ema_models` is no list; one of these is no module;
-            `criterion` is none.
+        TypeError: `target` is no Target; `exclude`, `layers`, `tie_widths` or `ema_models` is no list; one of the
+            last is no module; `criterion` is none.
         ValueError: an argument out of range; `max_predicted_loss` with a criterion that predicts no loss; a layer that
             the criterion cannot judge; a layer of `layers` that cannot be pruned, with the reason; an optimizer that
             holds parameters which are not the model's; one of `ema_models` that is no copy of the model; no layer can
@@ -103,6 +110,7 @@ class Pruner:
         round_to: int = 1,
         min_width: int = 2,
         max_layer_fraction: float = 0.5,
+        tie_widths: bool | Sequence[str] = False,
         max_predicted_loss: float | None = None,
         measure: bool = True,
         exclude: Sequence[str | type] = (),
@@ -115,7 +123,7 @@ class Pruner:
         self.limits = checked_limits(round_to, min_width, max_layer_fraction)
         check_selection(selection, self.criterion)
         check_loss_budget(max_predicted_loss, self.criterion)
-        _check_types(target, exclude=exclude, layers=layers)
+        _check_types(target, exclude=exclude, layers=layers, tie_widths=tie_widths)
         _check_optimizer(model, optimizer)
         if curvature.model is not model:
             raise ValueError("Pruner: the curvature belongs to another model")
@@ -124,11 +132,14 @@ class Pruner:
         self.target, self.compensate, self.selection, self.seed = target, compensate, selection, seed
         self.schedule = schedule or CubicSchedule(total_steps)
         self.max_predicted_loss, self.measure = max_predicted_loss, measure
-        inputs = as_calls(example_inputs)[0].args
+        call = as_calls(example_inputs)[0]
+        if target.unit == "latency" and call.kwargs:
+            given = ", ".join(call.kwargs)
+            raise ValueError(f"Pruner: example_inputs has keywords ({given}), a latency target needs positional ones")
         with curvature.paused():
             self.coupling = find_coupling(model, example_inputs, exclude)
-        curvature.trace(*inputs)
-        refuse_unscored(self.coupling, curvature, self.criterion, compensate, inputs)
+        curvature.trace(*call.args, **call.kwargs)
+        refuse_unscored(self.coupling, curvature, self.criterion, compensate, call)
         choose_layers(self.coupling, model, layers)
         self.groups = self.coupling.groups
         if not self.groups:
@@ -140,10 +151,11 @@ class Pruner:
         if loud:
             can_go = f"{100 * owned_fraction(model, self.groups):.0f} % of the parameters can go"
             warnings.warn(f"Pruner: {can_go}; not pruned: {'; '.join(loud)}", stacklevel=2)
+        self.ties = find_ties(self.groups, tie_widths)
         self.history: list[Removal] = []
         self.step_count = 0
         self.stopped = ""  # why pruning ended before its time
-        self._tracker = CostTracker(target, model, self.coupling, inputs, self.limits)
+        self._tracker = CostTracker(target, model, self.coupling, call.args, self.limits, self.ties)
         self.params_start, self.cost_start = self.params, self.cost
 
     @property
@@ -167,7 +179,7 @@ class Pruner:
 
     def reachable_params(self) -> int:
         """Parameters that are left when every group is as narrow as the limits allow."""
-        return int(smallest_cost(ParameterCount(self.model, self.groups), self.groups, self.limits))
+        return int(smallest_cost(ParameterCount(self.model, self.groups), self.groups, self.limits, self.ties))
 
     def reachable(self) -> float:
         """The same in the unit of the target; latency is predicted, in seconds."""
@@ -263,7 +275,8 @@ class Pruner:
         context = ScoringContext(self.model, self.groups, self.curvature, seed=self.seed, step=step)
         criterion, paper = self._criterion_in_use(compensate), self._tracker.on_paper()
         selection = self._selection_in_use(criterion, compensate)
-        choice = choose(context, criterion, selection, paper, budget, self.limits, losses, closely=last)
+        ties = self.ties
+        choice = choose(context, criterion, selection, paper, budget, self.limits, losses, ties=ties, closely=last)
         pruned = choice.pruned
         if not pruned:
             return []
@@ -325,6 +338,7 @@ class Pruner:
             "events": list(self.schedule.events),
             "criterion": self.criterion.name,
             "selection": self.selection,
+            "ties": named_ties(self.groups, self.ties),
             "widths": self.widths(),
             "attributes": held_attributes(self.model, self.coupling),
             "cost_start": self.cost_start,
@@ -349,6 +363,9 @@ class Pruner:
                     f"Pruner.load_state_dict: {name!r} has {state['widths'].get(name)} neurons in the state, "
                     f"{own['widths'].get(name)} in the model; load the pruned model first"
                 )
+        positions = {group.name: position for position, group in enumerate(self.groups)}
+        # found anew in a pruned network, groups could be tied that have come to equal widths by chance
+        self.ties[:] = [tuple(positions[name] for name in tie) for tie in state["ties"]]
         self.history = [Removal.from_state(record) for record in state["history"]]
         self.step_count, self.params_start = state["step_count"], state["params_start"]
         self.cost_start, self.stopped = state["cost_start"], state["stopped"]

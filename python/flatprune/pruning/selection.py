@@ -1,13 +1,14 @@
 """Which neurons go in one round of an event: scored, lowest first, within the limits, until the budget is met.
 
 *Independent*: by the scores as they are, over the whole network. *Greedy*: one neuron after the other, each score
-knowing which were pruned before.
+knowing which were pruned before. Groups that keep one width (`flatprune.pruning.ties`) lose their lowest neurons
+together, and the mean of the scores stands for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from flatprune.criteria import CRITERIA, Criterion, Scores, ScoringContext
 from flatprune.criteria.base import JointScores
 from flatprune.pruning.costs import CostModel
 from flatprune.pruning.limits import Limits, LossBudget
+from flatprune.pruning.ties import Tie, find_ties
 
 SELECTIONS = ("auto", "independent", "greedy")  # does a score know which neurons were pruned before? (see `Pruner`)
 
@@ -56,6 +58,7 @@ def choose(
     limits: Limits,
     losses: LossBudget,
     *,
+    ties: Sequence[Tie],
     closely: bool,
 ) -> Choice:
     """Score all neurons and choose those that go; `losses` is charged with what they are predicted to cost.
@@ -68,24 +71,26 @@ def choose(
         budget: cost to get down to.
         limits: how many may go.
         losses: ends the choice where the loss is predicted to rise too much.
+        ties: groups that keep one width.
         closely: end near the budget.
 
     Raises:
         ValueError: scores are not finite.
     """
-    costs = paper.neuron_costs()
+    costs = _shared(paper.neuron_costs(), ties)
+    options: dict[str, Any] = {"ties": ties, "closely": closely, "losses": losses}
     if selection == "greedy":
         assert criterion.joint is not None
         joint = criterion.joint(context)
         criterion.refuse_not_finite(context, joint.scores)
         scores = [score / cost for score, cost in zip(joint.scores, costs)]
-        pruned = select_greedily(paper, context.groups, joint, budget, limits, closely=closely, losses=losses)
+        pruned = select_greedily(paper, context.groups, joint, budget, limits, **options)
         predicted = joint.total if criterion.predicts_loss else None
     else:
         changes = criterion.scores(context)
         scores = [score / cost for score, cost in zip(changes, costs)] if criterion.per_cost else changes
         known = changes if criterion.predicts_loss else None
-        pruned = select(paper, context.groups, scores, budget, limits, closely=closely, changes=known, losses=losses)
+        pruned = select(paper, context.groups, scores, budget, limits, changes=known, **options)
         predicted = None if known is None else sum(float(known[p][neurons].sum()) for p, neurons in pruned.items())
     losses.spent += predicted or 0.0
     return Choice(pruned, scores, costs, predicted)
@@ -98,6 +103,7 @@ def select(
     budget: float,
     limits: Limits,
     *,
+    ties: Sequence[Tie] | None = None,
     closely: bool = False,
     changes: Sequence[Tensor] | None = None,
     losses: LossBudget | None = None,
@@ -110,6 +116,7 @@ def select(
         scores: one tensor [neurons] a group.
         budget: cost to get down to.
         limits: how many may go; where they bind, more than `budget` is left.
+        ties: groups that keep one width, see `flatprune.pruning.ties`; None: no two do.
         closely: end near the budget: the last neuron is, of those that reach it, the one of least total score
             (score times cost), and neurons of high score stay after all where the budget allows it.
         changes: predicted change of the loss by each neuron, one tensor [neurons] a group.
@@ -118,28 +125,30 @@ def select(
     Returns:
         Position in `groups` -> int64 [m] neurons, ascending; groups that lose none are left out.
     """
+    ties = find_ties(groups, False) if ties is None else ties
     orders = [removal_order(group, score) for group, score in zip(groups, scores)]
     taken: list[_Bundle] = []
     cost = costs.cost
     change = 0.0
-    bundles = _bundles(groups, scores, orders, limits)
+    bundles = _bundles(groups, scores, orders, limits, ties)
     for number, bundle in enumerate(bundles):
         if cost <= budget:
             break
-        if closely and costs.cost_without(bundle.position, bundle.size) <= budget:
+        if closely and costs.cost_without(bundle.tie, bundle.size) <= budget:
             bundle = _gentlest_finish(costs, bundles[number:], budget)
         if losses is not None and changes is not None:
-            change += bundle.sum_of(changes[bundle.position][orders[bundle.position]])
+            change += sum(bundle.sum_of(changes[position][orders[position]]) for position in bundle.tie)
             if not losses.allows(change):
                 break
-        costs.remove(bundle.position, bundle.size)
+        costs.remove_from(bundle.tie, bundle.size)
         cost = costs.cost
         taken.append(bundle)
     if closely and cost <= budget:
         taken = _give_back(costs, taken, budget)
     ends: dict[int, int] = {}
     for bundle in taken:
-        ends[bundle.position] = max(ends.get(bundle.position, 0), bundle.start + bundle.size)
+        for position in bundle.tie:
+            ends[position] = max(ends.get(position, 0), bundle.start + bundle.size)
     return {position: orders[position][:end].sort().values for position, end in ends.items()}
 
 
@@ -150,6 +159,7 @@ def select_greedily(
     budget: float,
     limits: Limits,
     *,
+    ties: Sequence[Tie] | None = None,
     closely: bool = False,
     losses: LossBudget | None = None,
 ) -> dict[int, Tensor]:
@@ -165,31 +175,44 @@ def select_greedily(
         joint: their joint scores; it knows of the removal afterwards.
         budget: cost to get down to.
         limits: how many may go; where they bind, more than `budget` is left.
+        ties: groups that keep one width, see `flatprune.pruning.ties`; None: no two do.
         closely: the last removal is, of those that reach the budget, the one of least total score.
         losses: choosing stops at the first neuron whose change of the loss this budget does not allow any more.
 
     Returns:
         Position in `groups` -> int64 [m] neurons, ascending; groups that lose none are left out.
     """
-    prices = costs.neuron_costs()
+    ties = find_ties(groups, False) if ties is None else ties
+    prices = _shared(costs.neuron_costs(), ties)
     left = [torch.ones(group.width, dtype=torch.bool) for group in groups]
-    sizes = [limits.bundles(group) for group in groups]
+    sizes = {tie: limits.bundles(*(groups[position] for position in tie)) for tie in ties}
     while costs.cost > budget:
-        moves = {p: _lowest(groups[p], joint.scores[p], left[p], sizes[p][0]) for p in range(len(groups)) if sizes[p]}
+        moves = {
+            tie: {p: _lowest(groups[p], joint.scores[p], left[p], sizes[tie][0]) for p in tie}
+            for tie in ties
+            if sizes[tie]
+        }
         if not moves:
             break
-        position = min(moves, key=lambda p: float(joint.scores[p][moves[p]].mean()) / prices[p])
-        finishing = [p for p in moves if costs.cost_without(p, len(moves[p])) <= budget]
-        if closely and position in finishing:
-            position = min(finishing, key=lambda p: float(joint.scores[p][moves[p]].sum()))
-        change = float(joint.scores[position][moves[position]].sum())
-        if losses is not None and not losses.allows(joint.total + change):
+        sums = {tie: sum(float(joint.scores[p][n].sum()) for p, n in move.items()) for tie, move in moves.items()}
+        tie = min(moves, key=lambda tie: sums[tie] / (len(tie) * sizes[tie][0] * prices[tie[0]]))
+        finishing = [tie for tie in moves if costs.cost_without(tie, sizes[tie][0]) <= budget]
+        if closely and tie in finishing:
+            tie = min(finishing, key=sums.__getitem__)
+        if losses is not None and not losses.allows(joint.total + sums[tie]):
             break
-        for neuron in moves[position].tolist():
-            joint.remove(position, neuron)
-        left[position][moves[position]] = False
-        costs.remove(position, sizes[position].pop(0))
+        for position, neurons in moves[tie].items():
+            for neuron in neurons.tolist():
+                joint.remove(position, neuron)
+            left[position][neurons] = False
+        costs.remove_from(tie, sizes[tie].pop(0))
     return {p: (~alive).nonzero().flatten() for p, alive in enumerate(left) if not bool(alive.all())}
+
+
+def _shared(prices: Sequence[float], ties: Sequence[Tie]) -> list[float]:
+    """What goes with a neuron of each group, where tied groups share it."""
+    means = {position: sum(prices[p] for p in tie) / len(tie) for tie in ties for position in tie}
+    return [means[position] for position in range(len(prices))]
 
 
 def _lowest(group: NeuronGroup, score: Tensor, left: Tensor, size: int) -> Tensor:
@@ -208,8 +231,10 @@ def removal_order(group: NeuronGroup, score: Tensor) -> Tensor:
 
 
 class _Bundle(NamedTuple):
+    """Neurons `start` to `start + size` in the order of removal, of each group of a tie; their mean score."""
+
     score: float
-    position: int
+    tie: Tie
     start: int
     size: int
 
@@ -219,41 +244,44 @@ class _Bundle(NamedTuple):
 
 
 def _bundles(
-    groups: Sequence[NeuronGroup], scores: Sequence[Tensor], orders: Sequence[Tensor], limits: Limits
+    groups: Sequence[NeuronGroup],
+    scores: Sequence[Tensor],
+    orders: Sequence[Tensor],
+    limits: Limits,
+    ties: Sequence[Tie],
 ) -> list[_Bundle]:
     bundles = []
-    for position, group in enumerate(groups):
-        sizes = limits.bundles(group)
-        ranked = scores[position][orders[position]]
+    for tie in ties:
+        sizes = limits.bundles(*(groups[position] for position in tie))
+        ranked = torch.stack([scores[position][orders[position]] for position in tie]).mean(dim=0)
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         bundles += [
-            _Bundle(float(ranked[start : start + size].mean()), position, start, size)
-            for start, size in zip(starts, sizes)
+            _Bundle(float(ranked[start : start + size].mean()), tie, start, size) for start, size in zip(starts, sizes)
         ]
-    return sorted(bundles, key=lambda bundle: (bundle.score, bundle.position, bundle.start))
+    return sorted(bundles, key=lambda bundle: (bundle.score, bundle.tie, bundle.start))
 
 
 def _gentlest_finish(costs: CostModel, left: Sequence[_Bundle], budget: float) -> _Bundle:
     """Of the bundles that may go next and reach the budget, the one whose score times cost is least."""
     cost = costs.cost
-    nexts: dict[int, _Bundle] = {}
+    nexts: dict[Tie, _Bundle] = {}
     for bundle in left:
-        nexts.setdefault(bundle.position, bundle)
-    after = {position: costs.cost_without(position, bundle.size) for position, bundle in nexts.items()}
-    finishing = [position for position in nexts if after[position] <= budget]
-    return nexts[min(finishing, key=lambda position: nexts[position].score * (cost - after[position]))]
+        nexts.setdefault(bundle.tie, bundle)
+    after = {tie: costs.cost_without(tie, bundle.size) for tie, bundle in nexts.items()}
+    finishing = [tie for tie in nexts if after[tie] <= budget]
+    return nexts[min(finishing, key=lambda tie: nexts[tie].score * (cost - after[tie]))]
 
 
 def _give_back(costs: CostModel, taken: list[_Bundle], budget: float) -> list[_Bundle]:
-    """Drop bundles from the end as long as the budget holds; within a group only the last one can stay."""
-    last = {bundle.position: bundle for bundle in taken}
+    """Drop bundles from the end as long as the budget holds; within a tie only the last one can stay."""
+    last = {bundle.tie: bundle for bundle in taken}
     kept: list[_Bundle] = []
     for bundle in reversed(taken):
-        if last[bundle.position] is bundle and costs.cost_without(bundle.position, -bundle.size) <= budget:
-            costs.remove(bundle.position, -bundle.size)
-            earlier = [other for other in taken if other.position == bundle.position and other.start < bundle.start]
+        if last[bundle.tie] is bundle and costs.cost_without(bundle.tie, -bundle.size) <= budget:
+            costs.remove_from(bundle.tie, -bundle.size)
+            earlier = [other for other in taken if other.tie == bundle.tie and other.start < bundle.start]
             if earlier:
-                last[bundle.position] = earlier[-1]
+                last[bundle.tie] = earlier[-1]
         else:
             kept.append(bundle)
     return kept[::-1]
