@@ -1,4 +1,4 @@
-"""Networks of every code that ships: cut to 30 % of its parameters each computes what the masked one does, and trains."""
+"""Networks of every code that ships: cut to 30 % of its parameters it computes what the masked one does and trains."""
 
 from __future__ import annotations
 
