@@ -29,7 +29,7 @@ def names(coupling) -> set[str]:
 # what it says
 
 
-def test_the_output_is_expected_to_stay_and_unused_layers_are_left_alone():
+def test_the_output_stays_and_unused_layers_are_left_alone():
     coupling = find_coupling(Concat(), digits()[0][:2])
     assert coupling.refused == {"head": "it is an output of the model"}
     assert coupling.expected == {"head"}

@@ -60,7 +60,7 @@ def test_concatenation_shifts_columns():
     check(net, X, {"a": range(4), "out.weight[1]": range(4)}, {"b": range(3), "out.weight[1]": range(4, 7)})
 
 
-def test_concatenation_with_an_input_leaves_the_columns_of_the_input():
+def test_concatenation_leaves_the_columns_of_an_input():
     net = Net(lambda m, x: m.out(torch.cat([x, m.a(x)], 1)), a=nn.Linear(5, 4), out=nn.Linear(9, 2))
     check(net, X, {"a": range(4), "out.weight[1]": range(5, 9)})
 

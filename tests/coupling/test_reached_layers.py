@@ -203,5 +203,5 @@ def test_a_branch_by_a_value():
     assert_what_is_left_runs(net, find_coupling(net, X), (X,), (X - 1e10,))
 
 
-def test_a_layer_that_is_never_called_and_has_other_widths_hinders_nothing():
+def test_a_layer_that_is_never_called_hinders_nothing():
     check(around(lambda m, x: m.b(m.a(x)), unused=nn.Linear(7, 8)), X, PLAIN)

@@ -156,7 +156,7 @@ def test_where_entries_are_masked_out():
     check(Net(forward, a=nn.Linear(5, 6), b=nn.Linear(6, 3)), TOKENS, PLAIN)
 
 
-def test_channels_of_a_written_number_that_are_overwritten_are_refused():
+def test_overwritten_channels_of_a_written_number_stay():
     def forward(m: Net, x: Tensor) -> Tensor:
         y = m.a(x)
         y[:, :2] = 0

@@ -49,7 +49,7 @@ class Declared(ScoringContext):
 
 
 @pytest.mark.parametrize("name", [name for name in QUICK if name != "bn_scale"])
-def test_a_criterion_asks_for_what_it_declares_and_disturbs_nothing(trained_nets, name):
+def test_a_criterion_asks_for_what_it_declares(trained_nets, name):
     run = trained_nets["chain"]
     groups = find_coupling(run.model, digits()[0][:2]).groups
     before = {key: value.clone() for key, value in run.model.state_dict().items()}

@@ -184,7 +184,7 @@ def test_taylor_is_the_squared_derivative_of_a_gate(double_nets, name, position,
 
 
 @pytest.mark.parametrize(("name", "position", "place"), [("mlp", 0, 1), ("chain", 0, 1)])
-def test_gate_fisher_is_the_mean_square_of_each_samples_gate_derivative(double_nets, name, position, place):
+def test_gate_fisher_is_the_mean_square_of_gate_derivatives(double_nets, name, position, place):
     """A gate of its own for every sample: its derivative, squared, averaged; labels as the criterion draws them."""
     context = context_of(double_nets[name])
     x = torch.cat(context.curvature.recent_inputs).double()

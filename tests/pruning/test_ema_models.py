@@ -93,7 +93,7 @@ def test_what_is_no_copy_is_refused():
             Pruner(model, sgd(model), Curvature(model), digits()[0][:2], ema_models=ema_models, **arguments)
 
 
-def test_a_copy_that_was_changed_stops_the_removal_before_anything_is_cut():
+def test_a_copy_that_was_changed_stops_the_removal():
     ema_model = mlp(12, 8)
     run = Run(mlp(12, 8)).prune(50, params=0.5, ema_models=[ema_model])
     ema_model[1].weight.data = ema_model[1].weight.data[:7]

@@ -70,7 +70,7 @@ def paired_neurons() -> ScoringContext:
 
 
 @pytest.mark.filterwarnings("ignore:Curvature")
-def test_where_neurons_stand_in_for_each_other_the_joint_choice_costs_less():
+def test_of_equal_neurons_the_joint_choice_costs_less():
     context = paired_neurons()
     model, groups, limits = context.model, context.groups, Limits(1, 1, 1.0)
     scores = [s / c for s, c in zip(CRITERIA["obs"].scores(context), ParameterCount(model, groups).neuron_costs())]

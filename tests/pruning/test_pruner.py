@@ -79,7 +79,7 @@ def test_obs_without_automatic_compensation_is_the_obd_score():
     assert neurons(criterion="obs", compensate=False) != obd
 
 
-def test_compensated_pruning_keeps_more_of_the_accuracy_right_after_the_cut():
+def test_compensation_keeps_more_accuracy_after_the_cut():
     """Real data: after a removal without further training, the compensated network classifies better."""
     x, y = digits()
 
@@ -176,7 +176,7 @@ def test_layers_and_exclude_choose_what_is_pruned():
         assert run.model[3].out_features < 16
 
 
-def test_layers_without_factors_are_not_scored_but_magnitude_still_works():
+def test_layers_without_factors_are_judged_by_magnitude():
     for criterion, widths in (("obs", {"3"}), ("l1", {"1", "3"})):
         model = mlp()
         curvature = Curvature(model, skip_layers=[r"^3$"])
@@ -264,7 +264,7 @@ def test_going_on_from_a_state_gives_the_same_network(name):
         assert torch.equal(tensor, second.model.state_dict()[key]), key
 
 
-def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
+def test_a_state_that_does_not_fit_changes_nothing():
     run = Run(mlp()).prune(100, params=0.5)
     run.train(25)
     state = run.pruner.state_dict()
@@ -281,7 +281,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
         assert other.pruner.state_dict() == before
 
 
-def test_an_event_before_any_forward_is_an_error_that_counts_no_step():
+def test_an_event_before_any_forward_counts_no_step():
     model = mlp()
     pruner = Pruner(model, None, Curvature(model), digits()[0][:2], target=Target(0.5), total_steps=2)
     with pytest.raises(RuntimeError, match="training forward"):

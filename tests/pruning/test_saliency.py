@@ -64,7 +64,7 @@ def test_scores_are_the_formula(criterion, name, position, layer, columns):
         assert score == pytest.approx(0.5 * float((V[:, J].T @ G @ V[:, J] @ middle).trace()), rel=2e-3, abs=1e-12)
 
 
-def test_scores_of_several_consumers_and_of_grouped_convolutions_add_up():
+def test_scores_of_consumers_and_of_their_groups_add_up():
     run = trained("resnet", 12)
     context = context_of(run)
     total = scores_of(context, "obd")[0]
@@ -121,7 +121,7 @@ def _quadratic_change(run: Run, group, neuron: int) -> float:
 
 @pytest.mark.filterwarnings("ignore:Pruner")
 @pytest.mark.parametrize(("name", "position"), [("resnet", 0), ("chain", 1), ("concat", 1), ("transposed", 0)])
-def test_a_coupled_neuron_is_judged_by_the_joint_change_of_all_that_reads_it(name, position):
+def test_a_coupled_neuron_is_judged_by_all_that_reads_it(name, position):
     """Residual streams, flattened positions, concatenations: the score is the quadratic model of masking it whole."""
     run = trained(name, 30)
     context = context_of(run)
@@ -216,7 +216,7 @@ def after_removal(run: Run, coupling: Coupling, pruned: dict[int, Tensor], compe
 
 @pytest.mark.filterwarnings("ignore:Curvature")
 @pytest.mark.parametrize("name", NETWORKS)
-def test_compensation_brings_the_layers_after_nearer_to_the_unpruned_ones(name):
+def test_compensation_brings_the_layers_after_nearer(name):
     run = trained(name, 60)
     x = digits()[0][-600:]
     coupling = find_coupling(run.model, x[:2])

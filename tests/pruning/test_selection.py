@@ -101,7 +101,7 @@ def test_limits_count_channels_not_heads():
     assert Limits(round_to=8, min_width=2).step(hidden) == 8
 
 
-def test_grouped_convolutions_lose_the_same_number_from_each_group():
+def test_grouped_convolutions_lose_alike_from_each_group():
     model = Grouped()
     coupling = find_coupling(model, digits()[0][:2])
     groups = coupling.groups
@@ -116,7 +116,7 @@ def test_grouped_convolutions_lose_the_same_number_from_each_group():
     assert params_of(cut_copy(model, coupling, pruned)) <= 0.6 * params_of(model)
 
 
-def test_the_last_event_comes_nearer_to_the_budget_and_never_passes_it():
+def test_the_last_event_comes_nearer_to_the_budget():
     model = mlp(40, 30)
     coupling = find_coupling(model, digits()[0][:2])
     groups = coupling.groups

@@ -26,7 +26,7 @@ def outputs(model: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_without_compensation_removal_equals_zeroed_neurons_at_every_removal(name, monkeypatch):
+def test_every_removal_of_a_training_equals_zeroed_neurons(name, monkeypatch):
     checked = []
 
     def checking_plan(model, coupling, pruned, **options):
@@ -104,7 +104,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_optimizer_state_and_gradients_are_cut_and_training_goes_on(kind):
+def test_states_and_gradients_are_cut_and_training_goes_on(kind):
     torch.manual_seed(0)
     model = mlp(12, 8)
     run = Run(model, OPTIMIZERS[kind](model.parameters()))
@@ -278,7 +278,7 @@ def test_state_of_another_shape_is_refused_by_name():
 
 
 @pytest.mark.parametrize("kind", ["Adafactor", "LBFGS"])
-def test_optimizers_that_cannot_be_cut_are_refused_at_the_first_step(kind):
+def test_optimizers_that_cannot_be_cut_are_refused_at_once(kind):
     model = mlp(8)
     optimizer = getattr(torch.optim, kind)(model.parameters())
     run = Run(model, optimizer).prune(1000, params=0.5)
