@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 GROUPS := --group dev $(if $(filter ON,$(KFAC_CUDA)),$(if $(shell command -v nvcc),,--group cuda))
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h')
 
-.PHONY: setup build demo test lint format bench bench-quick bench-report bench-peers gpu cuda-report clean
+.PHONY: setup build demo test lint format bench bench-quick bench-report bench-peers zoo zoo-quick gpu cuda-report clean
 
 setup: $(READY)
 
@@ -56,6 +56,25 @@ bench-peers: setup
 	$(BIN)/pip install --quiet --group bench
 	$(BIN)/pip uninstall --quiet --yes torchvision
 
+# networks that people train, in an environment of their own, two gigabytes large: what of each can be pruned, and is a cut
+# what masking is -> bench/results/zoo.json, docs/networks.md; hours, goes on where it was stopped; ZOO="--fresh" begins anew
+ZOO ?=
+ZOO_READY := .venv-zoo/.ready
+RUN_ZOO = PYTHONPATH="$(CURDIR):$(CURDIR)/python" OMP_NUM_THREADS=1 .venv-zoo/bin/python -m bench.zoo $(ZOO)
+
+$(ZOO_READY): pyproject.toml
+	$(PYTHON) -m venv .venv-zoo
+	.venv-zoo/bin/pip install --quiet 'pip>=25.1'
+	.venv-zoo/bin/pip install --quiet --group zoo
+	touch $@
+
+zoo: setup $(ZOO_READY)
+	$(RUN_ZOO) --write docs/networks.md
+
+# a dozen of them, in minutes, beside the committed results
+zoo-quick: setup $(ZOO_READY)
+	$(RUN_ZOO) --fresh --results build/zoo/quick.json --quick
+
 # on a machine with a GPU, in a Python that has torch with CUDA: builds, tests, measures, sanitizes -> bench/results/gpu-*.json
 # (or into the folder $OUT)
 gpu:
@@ -66,4 +85,4 @@ cuda-report: setup
 	$(BIN)/python -m bench.gpu.compiled --write docs/kernels.md
 
 clean:
-	rm -rf $(VENV) build runs *.egg-info kfac_ext/*.so
+	rm -rf $(VENV) .venv-zoo build runs *.egg-info kfac_ext/*.so

@@ -42,8 +42,8 @@ void saliency_cuda(const kfac::SaliencyGroup& group, uintptr_t descriptors,
   }
   cuda_call("saliency_cuda", device, [&] {
     return kfac::saliency_cuda(group, reinterpret_cast<const void*>(descriptors), list,
-                               obs ? kfac::Saliency::kObs : kfac::Saliency::kOutgoing,
-                               reinterpret_cast<int32_t*>(flags), reinterpret_cast<cudaStream_t>(stream));
+                               obs ? kfac::Saliency::kObs : kfac::Saliency::kObd, reinterpret_cast<int32_t*>(flags),
+                               reinterpret_cast<cudaStream_t>(stream));
   });
 }
 #endif
@@ -61,14 +61,14 @@ void register_saliency(py::module_& m) {
     }
     {
       const py::gil_scoped_release no_gil;
-      kfac::saliency_cpu(list.data(), int64_t(list.size()), obs ? kfac::Saliency::kObs : kfac::Saliency::kOutgoing,
+      kfac::saliency_cpu(list.data(), int64_t(list.size()), obs ? kfac::Saliency::kObs : kfac::Saliency::kObd,
                          static_cast<kfac::DType>(dtype), threads);
     }
     std::vector<int64_t> failed;
     for (const kfac::SaliencyProblem& problem : list) failed.push_back(problem.failed);
     return failed;
   });
-  // problems: (weight, outputs, row stride, H, row stride, gone, number, kept, number, out); returns the info of each
+  // problems: (weight, outputs, row stride, H, row stride, pruned, number, kept, number, out); returns the info of each
   m.def("compensate_cpu", [](const std::vector<std::array<int64_t, 10>>& problems, int dtype, int threads) {
     std::vector<kfac::CompensationProblem> list;
     for (const auto& p : problems) {

@@ -21,12 +21,12 @@ class Compensation {
  public:
   explicit Compensation(CompensationProblem& problem)
       : p_(problem),
-        gone_panels_(divide_up(problem.removed, kPanel)),
+        pruned_panels_(divide_up(problem.removed, kPanel)),
         output_panels_(divide_up(problem.outputs, kPanel)),
-        sweep_(gone_panels_, output_panels_) {}
+        sweep_(pruned_panels_, output_panels_) {}
 
   void run(int threads) {
-    parallel_for(gone_panels_ + output_panels_, threads, [&](int64_t i) { fill_row(i); });
+    parallel_for(pruned_panels_ + output_panels_, threads, [&](int64_t i) { fill_row(i); });
     p_.info = sweep_.run(threads);
     if (p_.info) return;
     U_.resize(output_panels_ * panel_size());
@@ -35,7 +35,7 @@ class Compensation {
   }
 
  private:
-  int64_t panel_size() const { return gone_panels_ * kTile; }
+  int64_t panel_size() const { return pruned_panels_ * kTile; }
 
   T weight(int64_t row, int64_t column) const {
     return static_cast<const T*>(p_.weight)[row * p_.weight_stride + column];
@@ -46,7 +46,7 @@ class Compensation {
 
   // The negative of H_JJ (the identity beyond it) or of W_J
   void fill_row(int64_t i) {
-    for (int64_t j = 0; j < std::min(i + 1, gone_panels_); ++j) {
+    for (int64_t j = 0; j < std::min(i + 1, pruned_panels_); ++j) {
       T* tile = sweep_.tile(i, j);
       for (int64_t r = 0; r < kPanel; ++r) {
         for (int64_t c = 0; c < kPanel; ++c) tile[r * kPanel + c] = -entry(i * kPanel + r, j * kPanel + c);
@@ -55,16 +55,16 @@ class Compensation {
   }
 
   T entry(int64_t row, int64_t column) const {
-    const int64_t output = row - gone_panels_ * kPanel;
-    if (output >= 0) return output < p_.outputs && column < p_.removed ? weight(output, p_.gone[column]) : T(0);
+    const int64_t output = row - pruned_panels_ * kPanel;
+    if (output >= 0) return output < p_.outputs && column < p_.removed ? weight(output, p_.pruned[column]) : T(0);
     if (row >= p_.removed || column >= p_.removed) return T(row == column);
-    return inverse(p_.gone[std::max(row, column)], p_.gone[std::min(row, column)]);
+    return inverse(p_.pruned[std::max(row, column)], p_.pruned[std::min(row, column)]);
   }
 
   // -U^T in panels [removed][kPanel]
   void transpose_row(int64_t i) {
-    for (int64_t j = 0; j < gone_panels_; ++j) {
-      const T* tile = sweep_.tile(gone_panels_ + i, j);
+    for (int64_t j = 0; j < pruned_panels_; ++j) {
+      const T* tile = sweep_.tile(pruned_panels_ + i, j);
       T* target = U_.data() + i * panel_size() + j * kTile;
       for (int64_t r = 0; r < kPanel; ++r) {
         for (int64_t c = 0; c < kPanel; ++c) target[r * kPanel + c] = tile[c * kPanel + r];
@@ -78,11 +78,11 @@ class Compensation {
     const int64_t columns = std::min<int64_t>(kPanel, p_.remaining - k * kPanel);
     Buffer<T> H(panel_size(), T(0));
     for (int64_t j = 0; j < p_.removed; ++j) {
-      for (int64_t c = 0; c < columns; ++c) H[j * kPanel + c] = inverse(p_.gone[j], kept[c]);
+      for (int64_t c = 0; c < columns; ++c) H[j * kPanel + c] = inverse(p_.pruned[j], kept[c]);
     }
     for (int64_t i = 0; i < output_panels_; ++i) {
       T tile[kTile] = {};
-      panel_kernels<T>().gram({1, 0, 1, 0, gone_panels_ * kPanel}, U_.data() + i * panel_size(), H.data(), kPanel,
+      panel_kernels<T>().gram({1, 0, 1, 0, pruned_panels_ * kPanel}, U_.data() + i * panel_size(), H.data(), kPanel,
                               tile);
       for (int64_t r = 0; r < std::min<int64_t>(kPanel, p_.outputs - i * kPanel); ++r) {
         T* row = static_cast<T*>(p_.out) + (i * kPanel + r) * p_.remaining + k * kPanel;
@@ -92,7 +92,7 @@ class Compensation {
   }
 
   CompensationProblem& p_;
-  const int64_t gone_panels_, output_panels_;
+  const int64_t pruned_panels_, output_panels_;
   TiledSweep<T> sweep_;
   Buffer<T> U_;
 };

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kSaliencyThreads, 2)
 cudaError_t saliency_cuda(const SaliencyGroup& group, const void* descriptors, const SaliencyPointers& pointers,
                           Saliency kind, int32_t* flags, cudaStream_t stream) {
   const JobList<SaliencyJob> list = group.schedule(descriptors);
-  const auto kernel = kind == Saliency::kObs ? saliency_kernel<Saliency::kObs> : saliency_kernel<Saliency::kOutgoing>;
+  const auto kernel = kind == Saliency::kObs ? saliency_kernel<Saliency::kObs> : saliency_kernel<Saliency::kObd>;
   return launch_persistent(kernel, list.tiles, kSaliencyThreads, kSaliencySharedBytes, stream, list, pointers, flags);
 }
 
@@ -26,7 +26,7 @@ std::vector<KernelInfo> saliency_kernels() {
   const auto info = [](const char* name, auto* kernel) {
     return KernelInfo{name, reinterpret_cast<const void*>(kernel), kSaliencyThreads, kSaliencySharedBytes};
   };
-  return {info("saliency_kernel<0>", saliency_kernel<Saliency::kOutgoing>),
+  return {info("saliency_kernel<0>", saliency_kernel<Saliency::kObd>),
           info("saliency_kernel<1>", saliency_kernel<Saliency::kObs>)};
 }
 

@@ -60,8 +60,8 @@ KFAC_DEVICE void multiply_G(Block& block, const SaliencyJob& job, const Saliency
 
 // forms <- lower triangles of V_J^T G V_J of all neurons of the tile, summed in double.
 template <class Block>
-KFAC_DEVICE void outgoing_forms(Block& block, const SaliencyJob& job, const SaliencyWork& work,
-                                const SaliencyOperands& from, const SaliencyMemory& memory) {
+KFAC_DEVICE void obd_forms(Block& block, const SaliencyJob& job, const SaliencyWork& work, const SaliencyOperands& from,
+                           const SaliencyMemory& memory) {
   double sums[kSaliencyPairsPer] = {};
   SaliencyPair pairs[kSaliencyPairsPer];
   const int32_t count = work.count * work.pairs;
@@ -102,8 +102,8 @@ KFAC_DEVICE void outgoing_forms(Block& block, const SaliencyJob& job, const Sali
 
 // 1/2 tr(F A_JJ), a warp a neuron.
 template <class Block>
-KFAC_DEVICE void outgoing_traces(Block& block, const SaliencyJob& job, const SaliencyWork& work,
-                                 const SaliencyMemory& memory, float* scores) {
+KFAC_DEVICE void obd_traces(Block& block, const SaliencyJob& job, const SaliencyWork& work,
+                            const SaliencyMemory& memory, float* scores) {
   for (int32_t neuron = block.thread() / 32; neuron < work.count; neuron += kSaliencyWarps) {
     double trace = 0.0;
     for (int32_t at = block.thread() % 32; at < work.pairs; at += 32) {
@@ -171,11 +171,11 @@ KFAC_DEVICE void saliency(Block& block, const JobList<SaliencyJob>& list, const 
     const SaliencyOperands from{pointers.weight[job.place] + work.first_column,
                                 pointers.input[job.place] + work.first_column * (job.input_stride + 1),
                                 pointers.G[job.place], work.columns};
-    outgoing_forms(block, job, work, from, memory);
+    obd_forms(block, job, work, from, memory);
     if constexpr (kKind == Saliency::kObs) {
       obs_traces(block, job, work, memory, pointers.scores[job.place], flags);
     } else {
-      outgoing_traces(block, job, work, memory, pointers.scores[job.place]);
+      obd_traces(block, job, work, memory, pointers.scores[job.place]);
     }
   }
 }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -92,6 +94,20 @@ def undisturbed(model: nn.Module, rng: RngState | None = None) -> Iterator[None]
 def _is_torch_norm(module: nn.Module) -> bool:
     """Whether it obeys `track_running_stats`, as torch's own norms do; a forward of one's own may not."""
     return isinstance(module, _NormBase) and type(module).forward in _NORM_FORWARDS
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Operators as torch composes them: no fused kernels of oneDNN, cuDNN or attention's fast path."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of TF32 on Intel GPUs whenever flags are touched
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
 
 
 @contextmanager

@@ -22,6 +22,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flatprune.coupling import find_coupling
     from flatprune.criteria import CRITERIA, Criterion
     from flatprune.data import Normalization
     from flatprune.errors import DivergedError, InputError, Interrupted
@@ -59,6 +60,7 @@ _HOMES = {
     "Settings": "flatprune.settings",
     "Target": "flatprune.pruning.targets",
     "attach_disout": "flatprune.flatness.distortion",
+    "find_coupling": "flatprune.coupling",
     "hessian_eigenvalues": "flatprune.flatness.hessian",
     "hessian_lambda_max": "flatprune.flatness.spectrum",
     "load": "flatprune.export",
@@ -87,6 +89,7 @@ __all__ = [
     "Settings",
     "Target",
     "attach_disout",
+    "find_coupling",
     "hessian_eigenvalues",
     "hessian_lambda_max",
     "load",
@@ -99,7 +102,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Importing torch takes a second and torch-pruning more: each name is fetched when it is first used.
+    # Importing torch takes a second: each name is fetched when it is first used.
     if name not in _HOMES:
         raise AttributeError(f"module 'flatprune' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

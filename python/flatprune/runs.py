@@ -11,7 +11,7 @@ Each file is written atomically, so that it is whole at any time.
     target_unit, target_fraction           params, macs, neurons or latency, and the fraction of it to reach
     held_out_images                        training images that only judged whether to go on pruning
     params_before, params_after            trainable scalars
-    macs_before, macs_after                multiply-accumulates of linear and convolution layers for one image
+    macs_before, macs_after                multiply-accumulates of matrix products and convolutions for one image
     test_accuracy_last, test_accuracy_best percent, after the last epoch and after the best of those tested
     train_accuracy_last                    percent, of the final network on its training images and (noisy) labels
     test_nll, test_ece                     calibration of the final network, see `flatprune.training.evaluation`
@@ -324,7 +324,7 @@ def _test_tensors(data: str, network: nn.Module, images: Images) -> tuple[Tensor
 def versions() -> dict[str, str]:
     """Versions of this package, of Python and of what the figures depend on."""
     found = {"python": platform.python_version()}
-    for name in ("kfac-ext", "torch", "torch-pruning", "numpy", "scikit-learn"):
+    for name in ("kfac-ext", "torch", "numpy", "scikit-learn"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found

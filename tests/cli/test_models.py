@@ -57,6 +57,6 @@ def test_multiply_accumulates_counts_groups_and_restores_the_mode():
         nn.Linear(128, 5),
     )
     expected = 36 * (8 * 2 * 9) + 16 * (8 * 9) + 128 * 5
-    assert models.multiply_accumulates(model, (4, 6, 6)) == expected
+    assert models.multiply_accumulates(model, torch.zeros(1, 4, 6, 6)) == expected
     assert model.training
     assert not any(module._forward_hooks for module in model.modules())

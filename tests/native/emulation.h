@@ -89,7 +89,7 @@ inline void emulate_saliency(const kfac::SaliencyGroup& group, const void* descr
     if (kind == kfac::Saliency::kObs) {
       kfac::saliency<kfac::Saliency::kObs>(b, list, pointers, flags);
     } else {
-      kfac::saliency<kfac::Saliency::kOutgoing>(b, list, pointers, flags);
+      kfac::saliency<kfac::Saliency::kObd>(b, list, pointers, flags);
     }
   });
 }

@@ -67,17 +67,17 @@ PYBIND11_MODULE(kfac_emulation, m) {
         [](const std::vector<std::array<int64_t, 8>>& pairs, double damping, uintptr_t amounts, int, uintptr_t) {
           emulate_pi_damping(kfac::pi_pairs(pairs), damping, reinterpret_cast<double*>(amounts));
         });
-  m.def("saliency_cuda", [](const kfac::SaliencyGroup& group, uintptr_t descriptors,
-                            const std::vector<std::array<uintptr_t, 4>>& pointers, bool obs, uintptr_t flags, int,
-                            uintptr_t) {
-    kfac::SaliencyPointers list{};
-    for (int64_t i = 0; i < group.layers(); ++i) {
-      list.weight[i] = reinterpret_cast<const float*>(pointers.at(i)[0]);
-      list.input[i] = reinterpret_cast<const float*>(pointers.at(i)[1]);
-      list.G[i] = reinterpret_cast<const float*>(pointers.at(i)[2]);
-      list.scores[i] = reinterpret_cast<float*>(pointers.at(i)[3]);
-    }
-    emulate_saliency(group, reinterpret_cast<const void*>(descriptors), list,
-                     obs ? kfac::Saliency::kObs : kfac::Saliency::kOutgoing, reinterpret_cast<int32_t*>(flags), {});
-  });
+  m.def("saliency_cuda",
+        [](const kfac::SaliencyGroup& group, uintptr_t descriptors,
+           const std::vector<std::array<uintptr_t, 4>>& pointers, bool obs, uintptr_t flags, int, uintptr_t) {
+          kfac::SaliencyPointers list{};
+          for (int64_t i = 0; i < group.layers(); ++i) {
+            list.weight[i] = reinterpret_cast<const float*>(pointers.at(i)[0]);
+            list.input[i] = reinterpret_cast<const float*>(pointers.at(i)[1]);
+            list.G[i] = reinterpret_cast<const float*>(pointers.at(i)[2]);
+            list.scores[i] = reinterpret_cast<float*>(pointers.at(i)[3]);
+          }
+          emulate_saliency(group, reinterpret_cast<const void*>(descriptors), list,
+                           obs ? kfac::Saliency::kObs : kfac::Saliency::kObd, reinterpret_cast<int32_t*>(flags), {});
+        });
 }

@@ -167,7 +167,7 @@ bool check(const std::string& name, const std::vector<Layer>& layers, Saliency k
         memcmp(output.scores[l].data(), other.scores[l].data(), output.scores[l].size() * sizeof(float)) == 0;
     right = right && error <= tolerance;
     std::printf("%-9s %-8s %4d x (%4d x %2d + %d)  worst error %.2e  failed %d%s%s\n", name.c_str(),
-                kind == Saliency::kObs ? "obs" : "outgoing", int(layer.outputs), int(layer.neurons), int(layer.block),
+                kind == Saliency::kObs ? "obs" : "obd", int(layer.outputs), int(layer.neurons), int(layer.block),
                 int(layer.bias), error, failed, steady ? "" : "  DEPENDS ON THE ORDER OF THREADS",
                 right ? "" : "  FAILED");
     good = good && right && steady;
@@ -176,7 +176,7 @@ bool check(const std::string& name, const std::vector<Layer>& layers, Saliency k
 }
 
 bool check_both(const std::string& name, const std::vector<Layer>& layers) {
-  return check(name, layers, Saliency::kOutgoing, 2e-6) & check(name, layers, Saliency::kObs, 2e-6);
+  return check(name, layers, Saliency::kObd, 2e-6) & check(name, layers, Saliency::kObs, 2e-6);
 }
 
 // ---- cases ---------------------------------------------------------------------------------------------------------

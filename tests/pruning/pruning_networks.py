@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +12,11 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from flatprune import models
-from flatprune.cutting.neurons import CONSUMER, NeuronGroup
+from flatprune.coupling import Coupling
 from flatprune.pruning.pruner import Pruner
 from flatprune.pruning.targets import Target
 from kfac_ext import Curvature
+from tests.coupling.oracle import mask, tensors_of
 
 
 @functools.cache
@@ -259,42 +262,15 @@ class Run:
         return records
 
 
-def zeroed_inputs(groups: list[NeuronGroup], pruned: dict[int, Tensor]) -> list:
-    """Hooks that make the masked network; returns their handles.
-
-    What the consumers of the pruned neurons read is set to zero; layer norms and group norms take their statistics over
-    the neurons that stay.
-    """
-
-    def zero(index: Tensor, dim: int):
-        return lambda _module, args: (args[0].index_fill(dim, index, 0.0),)
-
-    def survivors(lost: Tensor):
-        def normalize(norm: nn.Module, args: tuple[Tensor], _output: Tensor) -> Tensor:
-            x = args[0]
-            by_layer = isinstance(norm, nn.LayerNorm)
-            rows = x if by_layer else x.flatten(2).unflatten(1, (norm.num_groups, -1))
-            axis, parameters_axis = (-1, -1) if by_layer else ((2, 3), 1)
-            stay = torch.ones(x.shape[-1 if by_layer else 1])
-            stay[lost] = 0
-            weights = stay if by_layer else stay.view(norm.num_groups, -1, 1)
-            total = (weights * torch.ones_like(rows)).sum(axis, keepdim=True).clamp_min(1)
-            mean = (weights * rows).sum(axis, keepdim=True) / total
-            variance = (weights * (rows - mean).square()).sum(axis, keepdim=True) / total
-            y = ((rows - mean) / (variance + norm.eps).sqrt()).reshape(x.shape)
-            shape = [-1 if d == parameters_axis % x.dim() else 1 for d in range(x.dim())]
-            return y * norm.weight.view(shape) + (0 if norm.bias is None else norm.bias.view(shape))
-
-        return normalize
-
-    handles = []
-    lost: dict[nn.Module, list[Tensor]] = {}
-    for position, neurons in pruned.items():
-        for member in groups[position].members:
-            index, module = member.index[neurons].flatten(), member.module
-            if member.role == CONSUMER:
-                hook = zero(index, -1 if isinstance(module, nn.Linear) else 1)
-                handles.append(module.register_forward_pre_hook(hook))
-            elif isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
-                lost.setdefault(module, []).append(index)
-    return handles + [norm.register_forward_hook(survivors(torch.cat(parts))) for norm, parts in lost.items()]
+@contextmanager
+def masked(
+    model: nn.Module, coupling: Coupling, pruned: Mapping[int, Tensor], where_made: bool = False
+) -> Iterator[None]:
+    """The model computes what it does without the neurons; see `tests.coupling.oracle.mask`."""
+    before = {name: tensor.detach().clone() for name, tensor in tensors_of(model).items()}
+    handles = mask(model, coupling, pruned, where_made)
+    yield
+    for handle in handles:
+        handle.remove()
+    for name, tensor in tensors_of(model).items():
+        tensor.data = before[name]

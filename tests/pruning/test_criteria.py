@@ -10,15 +10,15 @@ from pruning_networks import Run, chain, digits, mlp
 from scipy.stats import spearmanr
 from torch import nn
 
+from flatprune.coupling import Coupling, find_coupling
 from flatprune.criteria import CRITERIA, Criterion, ScoringContext, as_criterion, banzhaf, shapley
 from flatprune.cutting import surgery
-from flatprune.cutting.graph import neuron_groups
 
 QUICK = {**CRITERIA, "shapley": shapley(80), "banzhaf": banzhaf(80)}
 
 
 def context_of(run: Run, seed: int = 0, step: int = 0) -> ScoringContext:
-    groups = neuron_groups(run.model, digits()[0][:2]).groups
+    groups = find_coupling(run.model, digits()[0][:2]).groups
     return ScoringContext(run.model, groups, run.curvature, seed=seed, step=step)
 
 
@@ -51,7 +51,7 @@ class Declared(ScoringContext):
 @pytest.mark.parametrize("name", [name for name in QUICK if name != "bn_scale"])
 def test_a_criterion_asks_for_what_it_declares_and_disturbs_nothing(trained_nets, name):
     run = trained_nets["chain"]
-    groups = neuron_groups(run.model, digits()[0][:2]).groups
+    groups = find_coupling(run.model, digits()[0][:2]).groups
     before = {key: value.clone() for key, value in run.model.state_dict().items()}
     random, mode, steps = torch.get_rng_state(), run.model.training, run.curvature.step_count
     context = Declared(run.model, groups, run.curvature, seed=1)
@@ -86,22 +86,10 @@ def real_changes(run: Run, context: ScoringContext, criterion: Criterion, compen
         for j in range(group.width):
             pruned = {position: torch.tensor([j])}
             values = criterion.compensation(context, pruned) if compensate else None
-            model = copy.deepcopy(run.model)
-            groups = neuron_groups_of_copy(model, context)
-            surgery.plan(model, groups, pruned, replacements=values).commit()
+            model, groups = copy.deepcopy((run.model, list(context.groups)))
+            surgery.plan(model, Coupling(groups), pruned, replacements=values).commit()
             changes.append(mean_loss(model) - start)
     return changes
-
-
-def neuron_groups_of_copy(model: nn.Module, context: ScoringContext) -> list:
-    modules = dict(model.named_modules())
-    groups = copy.copy(list(context.groups))
-    for i, group in enumerate(groups):
-        groups[i] = copy.copy(group)
-        groups[i].members = [copy.copy(member) for member in group.members]
-        for member in groups[i].members:
-            member.module = modules[member.name]
-    return groups
 
 
 BOUNDS = {  # least rank correlation with real removals on the perceptron and on the conv net

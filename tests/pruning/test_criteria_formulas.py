@@ -7,21 +7,19 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from pruning_networks import Run, digits, mlp, zeroed_inputs
-from torch import Tensor
+from pruning_networks import Run, digits, masked, mlp
+from torch import Tensor, nn
 
+from flatprune.coupling import CONSUMER, PRODUCER, Coupling, find_coupling
 from flatprune.criteria import CRITERIA, ScoringContext, banzhaf, shapley
 from flatprune.criteria.game import MaskedNetwork
-from flatprune.criteria.saliency import weight_columns
-from flatprune.cutting.graph import neuron_groups
-from flatprune.cutting.neurons import CONSUMER, PRODUCER
 from kfac_ext.curvature.fisher import sample_targets
 
 pytestmark = pytest.mark.filterwarnings("ignore:Curvature")
 
 
 def context_of(run: Run) -> ScoringContext:
-    return ScoringContext(run.model, neuron_groups(run.model, digits()[0][:2].to(run.dtype)).groups, run.curvature)
+    return ScoringContext(run.model, find_coupling(run.model, digits()[0][:2].to(run.dtype)).groups, run.curvature)
 
 
 def damped(M: Tensor, constant: bool) -> Tensor:
@@ -36,15 +34,17 @@ class Part:
     """One member of a neuron: V, A, G of its slice of a layer, and the rows or columns of neuron j."""
 
     def __init__(self, context: ScoringContext, member, role: str, j: int) -> None:
-        module, index = member.module, member.index[j]
-        groups = getattr(module, "groups", 1)
-        size = module.weight.shape[1] if role == CONSUMER else module.weight.shape[0] // groups
-        group = int(index[0]) // size
-        entries = weight_columns(module, index[None])[0] if role == CONSUMER else index % size
-        self.entries = entries.tolist()
-        self.constant = context.curvature.layers[member.name].constant
-        A, G = context.statistics(role).covariances[member.name], context.curvature.factors[f"{member.name}.G"]
-        V = context.curvature.folded_weight(member.name)
+        name, index = member.module, member.index[j]
+        weight = context.model.get_submodule(name).weight
+        groups = getattr(context.model.get_submodule(name), "groups", 1)
+        size = weight.shape[1] if role == CONSUMER else weight.shape[0] // groups
+        group, channels = int(index[0]) // size, index % size
+        area = weight[0, 0].numel()
+        columns = [int(c) * area + k for c in channels for k in range(area)]
+        self.entries = columns if role == CONSUMER else channels.tolist()
+        self.constant = context.curvature.layers[name].constant
+        A, G = context.statistics(role).covariances[name], context.curvature.factors[f"{name}.G"]
+        V = context.curvature.folded_weight(name)
         self.A, self.G = (A[group], G[group]) if groups > 1 else (A, G)
         self.V = V.unflatten(0, (groups, -1))[group]
 
@@ -148,7 +148,11 @@ def test_magnitudes(double_nets):
 
 def test_norm_scales_are_averaged_over_the_norms_of_a_neuron(double_nets):
     context = context_of(double_nets["resnet"])
-    norms = [m.module.weight.detach().abs() for m in context.groups[0].members if m.role == "channelwise"]
+    norms = [
+        context.tensor(m).detach().abs()
+        for m in context.groups[0].of_role("channelwise")
+        if isinstance(context.model.get_submodule(m.module), nn.BatchNorm2d) and m.name.endswith("weight")
+    ]
     assert len(norms) > 1
     torch.testing.assert_close(CRITERIA["bn_scale"].scores(context)[0], torch.stack(norms).mean(dim=0))
 
@@ -211,10 +215,8 @@ def tiny_game() -> tuple[ScoringContext, dict[frozenset, float]]:
         for mask in itertools.product((False, True), repeat=5):
             pruned = [owner for owner, out in zip(owners, mask) if out]
             lost = {p: torch.tensor([j for q, j in pruned if q == p]) for p in {q for q, _ in pruned}}
-            handles = zeroed_inputs(context.groups, lost)
-            without = run.model(x).log_softmax(1)
-            for handle in handles:
-                handle.remove()
+            with masked(run.model, Coupling(context.groups), lost):
+                without = run.model(x).log_softmax(1)
             key = frozenset(i for i, out in enumerate(mask) if out)
             values[key] = float((whole.exp() * (whole - without)).sum(1).mean())
     return context, values

@@ -10,8 +10,8 @@ from pruning_networks import NETWORKS, Run, chain, digits, mlp, sgd
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from flatprune.coupling import find_coupling
 from flatprune.cutting import surgery
-from flatprune.cutting.graph import neuron_groups
 from flatprune.pruning.pruner import Pruner
 from flatprune.pruning.targets import Target
 from flatprune.training.averaging import AveragedWeights
@@ -29,15 +29,15 @@ def test_a_copy_that_nothing_updates_is_the_masked_copy(name):
     model = NETWORKS[name]()
     model(digits()[0][:64])
     ema_model = copy.deepcopy(model)
-    groups = neuron_groups(model, digits()[0][:2]).groups
+    coupling = find_coupling(model, digits()[0][:2])
+    groups = coupling.groups
     pruned = {0: torch.cat([(groups[0].group_of == p).nonzero()[1:3, 0] for p in range(groups[0].groups)])}
     with torch.no_grad():
         for parameter in ema_model.parameters():  # so that cutting the model's values into it would be seen
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     expected = copy.deepcopy(ema_model)
-    twin = neuron_groups(expected, digits()[0][:2]).groups
-    surgery.plan(expected, twin, pruned).commit()
-    surgery.plan(model, groups, pruned, ema_models=[ema_model]).commit()
+    surgery.plan(expected, copy.deepcopy(coupling), pruned).commit()
+    surgery.plan(model, coupling, pruned, ema_models=[ema_model]).commit()
     assert shapes(ema_model) == shapes(model)
     assert repr(ema_model) == repr(model)
     for key, tensor in expected.state_dict().items():
@@ -68,11 +68,11 @@ def test_compensation_moves_a_copy_as_much_as_the_model():
     ema_model = copy.deepcopy(model)
     with torch.no_grad():
         ema_model[3].weight.mul_(2.0)
-    groups = neuron_groups(model, digits()[0][:2]).groups
+    coupling = find_coupling(model, digits()[0][:2])
     before = model[3].weight.detach().clone()
     moved = {"3.weight": before + 0.5, "3.bias": model[3].bias.detach() + 1.0}
     bias = ema_model[3].bias.detach().clone()
-    surgery.plan(model, groups, {0: torch.tensor([3])}, replacements=moved, ema_models=[ema_model]).commit()
+    surgery.plan(model, coupling, {0: torch.tensor([3])}, replacements=moved, ema_models=[ema_model]).commit()
     kept = [0, 1, 2, *range(4, 12)]
     torch.testing.assert_close(ema_model[3].weight.detach(), (2.0 * before + 0.5)[:, kept])
     torch.testing.assert_close(ema_model[3].bias.detach(), bias + 1.0)

@@ -14,8 +14,8 @@ from shipped_networks import CLASSES, SHAPE, arguments, build, image_batch
 
 import flatprune
 from flatprune import models
+from flatprune.coupling import find_coupling
 from flatprune.cutting import surgery
-from flatprune.cutting.graph import neuron_groups
 from flatprune.data import Normalization
 from flatprune.export import export_run, save_model
 from flatprune.pruning.costs import ParameterCount
@@ -32,7 +32,7 @@ needs_onnx = pytest.mark.skipif(
 )
 WITHOUT_OURS = """
 import sys
-sys.modules["flatprune"] = sys.modules["kfac_ext"] = sys.modules["torch_pruning"] = None
+sys.modules["flatprune"] = sys.modules["kfac_ext"] = None
 sys.path.insert(0, sys.argv[1])
 import numpy, torch, network
 images = torch.from_numpy(numpy.load(sys.argv[2]))
@@ -44,12 +44,13 @@ with torch.no_grad():
 @functools.cache
 def pruned(name):
     model = build(name)
-    groups = neuron_groups(model, image_batch()[0][:2]).groups
+    coupling = find_coupling(model, image_batch()[0][:2])
+    groups = coupling.groups
     scores = [torch.rand(group.width, dtype=torch.float64) for group in groups]
     pruned = select(
         ParameterCount(model, groups), groups, scores, int(0.3 * models.parameter_count(model)), Limits(1, 1, 1.0)
     )
-    surgery.plan(model, groups, pruned).commit()
+    surgery.plan(model, coupling, pruned).commit()
     return model.eval()
 
 

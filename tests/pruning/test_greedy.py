@@ -7,16 +7,16 @@ import torch
 from pruning_networks import Run, chain, digits, mlp
 from torch import Tensor
 
+from flatprune.coupling import find_coupling
 from flatprune.criteria import CRITERIA, ScoringContext
 from flatprune.criteria.joint import JointObd, JointObs
-from flatprune.cutting.graph import neuron_groups
 from flatprune.pruning.costs import ParameterCount
 from flatprune.pruning.limits import Limits, LossBudget
 from flatprune.pruning.selection import select, select_greedily
 
 
 def context_of(run: Run) -> ScoringContext:
-    return ScoringContext(run.model, neuron_groups(run.model, digits()[0][:2].to(run.dtype)).groups, run.curvature)
+    return ScoringContext(run.model, find_coupling(run.model, digits()[0][:2].to(run.dtype)).groups, run.curvature)
 
 
 def joint_change(context: ScoringContext, criterion: str, layer: str, columns: list[int]) -> float:

@@ -244,8 +244,8 @@ def test_stopping_ends_pruning_for_good():
     with pytest.raises(RuntimeError, match=r"stopped already \(enough\)"):
         run.pruner.stop("again")
     other = Run(mlp(60, 40)).prune(300, params=0.2)
-    plan(other.model, other.pruner.groups, {0: torch.arange(60 - widths["1"])}).commit()
-    plan(other.model, other.pruner.groups, {1: torch.arange(40 - widths["3"])}).commit()
+    plan(other.model, other.pruner.coupling, {0: torch.arange(60 - widths["1"])}).commit()
+    plan(other.model, other.pruner.coupling, {1: torch.arange(40 - widths["3"])}).commit()
     other.pruner.load_state_dict(run.pruner.state_dict())
     assert other.pruner.stopped == "enough" and other.pruner.history == run.pruner.history
 

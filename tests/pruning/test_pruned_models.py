@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from pruning_networks import zeroed_inputs
+from pruning_networks import masked
 from shipped_networks import WIDTHS, arguments, build, image_batch
 
 from flatprune import export, models
+from flatprune.coupling import find_coupling
 from flatprune.cutting import surgery
-from flatprune.cutting.graph import neuron_groups
 from flatprune.pruning.costs import ParameterCount
 from flatprune.pruning.limits import Limits
 from flatprune.pruning.selection import select
@@ -27,16 +27,14 @@ def test_pruned_to_thirty_percent(name, tmp_path):
     x, y = image_batch()
     model = build(name)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    groups = neuron_groups(model, x[:2]).groups
+    coupling = find_coupling(model, x[:2])
+    groups = coupling.groups
     scores = [torch.rand(group.width, dtype=torch.float64) for group in groups]
     start = models.parameter_count(model)
     pruned = select(ParameterCount(model, groups), groups, scores, int(0.3 * start), Limits(1, 1, 1.0))
-    handles = zeroed_inputs(groups, pruned)
-    with torch.no_grad():
+    with torch.no_grad(), masked(model, coupling, pruned):
         expected, full = model(x), build(name)(x)
-    for handle in handles:
-        handle.remove()
-    surgery.plan(model, groups, pruned, optimizer=optimizer).commit()
+    surgery.plan(model, coupling, pruned, optimizer=optimizer).commit()
     assert models.parameter_count(model) <= 0.3 * start
     with torch.no_grad():
         found = model(x)

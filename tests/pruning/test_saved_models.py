@@ -198,7 +198,8 @@ def test_training_goes_on_exactly(name, criterion):
 
 
 def test_heads_of_an_encoder_fit_after_loading():
-    training = pruned("encoder", layers=["encoder.layers.0.self_attn", "encoder.layers.1.self_attn"], min_width=4, params=0.8)
+    heads = ["encoder.layers.0.self_attn", "encoder.layers.1.self_attn"]
+    training = pruned("encoder", layers=heads, min_width=4, params=0.8)
     fresh = Encoder()
     flatprune.take_tensors(fresh, training.model.state_dict())
     for own, other in zip(training.model.encoder.layers, fresh.encoder.layers):

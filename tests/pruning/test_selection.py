@@ -7,8 +7,8 @@ import torch
 from pruning_networks import NETWORKS, Grouped, digits, mlp
 from torch import Tensor, nn
 
+from flatprune.coupling import Coupling, find_coupling
 from flatprune.cutting import surgery
-from flatprune.cutting.graph import neuron_groups
 from flatprune.pruning import selection
 from flatprune.pruning.costs import ParameterCount, smallest_cost
 from flatprune.pruning.limits import Limits
@@ -27,9 +27,9 @@ def random_scores(groups, seed: int = 0) -> list[Tensor]:
     return [torch.rand(group.width, generator=generator, dtype=torch.float64) for group in groups]
 
 
-def cut_copy(model: nn.Module, pruned: dict[int, Tensor]) -> nn.Module:
-    model = copy.deepcopy(model)
-    surgery.plan(model, neuron_groups(model, digits()[0][:2]).groups, pruned).commit()
+def cut_copy(model: nn.Module, coupling: Coupling, pruned: dict[int, Tensor]) -> nn.Module:
+    model, coupling = copy.deepcopy((model, coupling))
+    surgery.plan(model, coupling, pruned).commit()
     return model
 
 
@@ -37,7 +37,8 @@ def cut_copy(model: nn.Module, pruned: dict[int, Tensor]) -> nn.Module:
 @pytest.mark.parametrize("closely", [False, True])
 def test_the_count_on_paper_is_the_count_after_the_cut(name, closely):
     model = NETWORKS[name]()
-    groups = neuron_groups(model, digits()[0][:2]).groups
+    coupling = find_coupling(model, digits()[0][:2])
+    groups = coupling.groups
     start = params_of(model)
     assert ParameterCount(model, groups).cost == start
     for seed, fraction in enumerate((0.9, 0.7, 0.5)):
@@ -46,13 +47,14 @@ def test_the_count_on_paper_is_the_count_after_the_cut(name, closely):
         count = ParameterCount(model, groups)
         for position, neurons in pruned.items():
             count.remove(position, len(neurons))
-        left = params_of(cut_copy(model, pruned))
+        left = params_of(cut_copy(model, coupling, pruned))
         assert count.cost == left <= budget
 
 
 def test_lowest_scores_go_first_over_all_layers():
     model = mlp(10, 10)
-    groups = neuron_groups(model, digits()[0][:2]).groups
+    coupling = find_coupling(model, digits()[0][:2])
+    groups = coupling.groups
     scores = random_scores(groups)
     pruned = select(model, groups, scores, params_of(model) - 3 * (64 + 1 + 10), Limits(1, 2, 1.0))
     removed = torch.cat([scores[p][n] for p, n in pruned.items()])
@@ -63,19 +65,21 @@ def test_lowest_scores_go_first_over_all_layers():
 
 def test_at_most_half_of_a_layer_and_at_least_two_neurons():
     model = mlp(11, 3)
-    groups = neuron_groups(model, digits()[0][:2]).groups
+    coupling = find_coupling(model, digits()[0][:2])
+    groups = coupling.groups
     pruned = select(model, groups, random_scores(groups), 0, Limits())
     assert {p: len(n) for p, n in pruned.items()} == {0: 5, 1: 1}
     pruned = select(model, groups, random_scores(groups), 0, Limits(1, 2, 1.0))
     assert {p: len(n) for p, n in pruned.items()} == {0: 9, 1: 1}
-    smallest = params_of(cut_copy(model, pruned))
+    smallest = params_of(cut_copy(model, coupling, pruned))
     assert smallest_cost(ParameterCount(model, groups), groups, Limits()) == smallest
 
 
 @pytest.mark.parametrize("round_to", [4, 8])
 def test_widths_become_multiples(round_to):
     model = mlp(30, 21)
-    groups = neuron_groups(model, digits()[0][:2]).groups
+    coupling = find_coupling(model, digits()[0][:2])
+    groups = coupling.groups
     for seed in range(5):
         pruned = select(model, groups, random_scores(groups, seed), int(0.6 * params_of(model)), Limits(round_to))
         assert pruned
@@ -87,7 +91,8 @@ def test_widths_become_multiples(round_to):
 
 def test_limits_count_channels_not_heads():
     model = NETWORKS["attention"]()
-    heads, hidden = neuron_groups(model, digits()[0][:2]).groups
+    stream, heads, hidden = find_coupling(model, digits()[0][:2]).groups
+    assert (stream.name, stream.unit) == ("embed", 1)
     assert (heads.unit, hidden.unit) == (4, 1)
     assert Limits(round_to=8, min_width=2).step(heads) == 2  # two heads of four channels
     assert Limits(round_to=8, min_width=2).floor(heads) == 2
@@ -98,7 +103,8 @@ def test_limits_count_channels_not_heads():
 
 def test_grouped_convolutions_lose_the_same_number_from_each_group():
     model = Grouped()
-    groups = neuron_groups(model, digits()[0][:2]).groups
+    coupling = find_coupling(model, digits()[0][:2])
+    groups = coupling.groups
     scores = [torch.arange(group.width, dtype=torch.float64) for group in groups]  # all low ones in the first slice
     pruned = select(model, groups, scores, int(0.3 * params_of(model)), Limits())
     for position in (0, 1):
@@ -107,19 +113,20 @@ def test_grouped_convolutions_lose_the_same_number_from_each_group():
         size = groups[position].width // 3
         lowest = torch.cat([torch.arange(int(counts[0])) + p * size for p in range(3)])
         assert torch.equal(pruned[position], lowest)
-    assert params_of(cut_copy(model, pruned)) <= 0.6 * params_of(model)
+    assert params_of(cut_copy(model, coupling, pruned)) <= 0.6 * params_of(model)
 
 
 def test_the_last_event_comes_nearer_to_the_budget_and_never_passes_it():
     model = mlp(40, 30)
-    groups = neuron_groups(model, digits()[0][:2]).groups
+    coupling = find_coupling(model, digits()[0][:2])
+    groups = coupling.groups
     nearer = 0
     for seed in range(10):
         # scores that spend most on the small second layer before a large neuron of the first one overshoots
         scores = [torch.linspace(0.5, 1, 40).double(), random_scores(groups, seed)[1]]
         budget = params_of(model) - 700 - 7 * seed
         left = [
-            params_of(cut_copy(model, select(model, groups, scores, budget, Limits(), closely=flag)))
+            params_of(cut_copy(model, coupling, select(model, groups, scores, budget, Limits(), closely=flag)))
             for flag in (False, True)
         ]
         assert left[0] <= left[1] <= budget
@@ -129,7 +136,8 @@ def test_the_last_event_comes_nearer_to_the_budget_and_never_passes_it():
 
 def test_the_last_neuron_is_the_one_that_costs_least():
     model = mlp(40, 30)  # 95 parameters go with a neuron of the first layer, 51 with one of the second
-    groups = neuron_groups(model, digits()[0][:2]).groups
+    coupling = find_coupling(model, digits()[0][:2])
+    groups = coupling.groups
     scores = [torch.linspace(0.5, 1, 40).double(), torch.linspace(0.6, 1, 30).double()]
     budget = params_of(model) - 40
     first = select(model, groups, scores, budget, Limits())
@@ -140,5 +148,6 @@ def test_the_last_neuron_is_the_one_that_costs_least():
 
 def test_a_budget_that_is_met_removes_nothing():
     model = mlp()
-    groups = neuron_groups(model, digits()[0][:2]).groups
+    coupling = find_coupling(model, digits()[0][:2])
+    groups = coupling.groups
     assert select(model, groups, random_scores(groups), params_of(model), Limits()) == {}

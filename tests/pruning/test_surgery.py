@@ -1,19 +1,18 @@
 from __future__ import annotations
 
 import copy
-from contextlib import ExitStack
 
 import pytest
 import torch
 import torch.nn.functional as F
-from pruning_networks import NETWORKS, Run, chain, digits, mlp, zeroed_inputs
+from pruning_networks import NETWORKS, Run, chain, digits, masked, mlp
 from torch import Tensor, nn
 
 import flatprune.pruning.pruner
+from flatprune.coupling import PRODUCER, NeuronGroup, find_coupling
 from flatprune.criteria import saliency
-from flatprune.cutting import cuts, surgery
-from flatprune.cutting.graph import neuron_groups
-from flatprune.cutting.neurons import PRODUCER
+from flatprune.cutting import surgery
+from flatprune.export.saved import take_tensors
 
 
 def outputs(model: nn.Module) -> Tensor:
@@ -30,19 +29,17 @@ def outputs(model: nn.Module) -> Tensor:
 def test_without_compensation_removal_equals_zeroed_neurons_at_every_removal(name, monkeypatch):
     checked = []
 
-    def checking_plan(model, groups, gone, **options):
-        with ExitStack() as stack:
-            for handle in zeroed_inputs(groups, gone):
-                stack.callback(handle.remove)
+    def checking_plan(model, coupling, pruned, **options):
+        with masked(model, coupling, pruned):
             expected = outputs(model)
-        result = surgery.plan(model, groups, gone, **options)
+        result = surgery.plan(model, coupling, pruned, **options)
         commit = result.commit
 
         def checked_commit() -> None:
             commit()
             torch.testing.assert_close(outputs(model), expected, rtol=1e-4, atol=1e-4)
             assert expected.std() > 1e-2
-            checked.append(sum(map(len, gone.values())))
+            checked.append(sum(map(len, pruned.values())))
 
         monkeypatch.setattr(result, "commit", checked_commit)
         return result
@@ -57,26 +54,32 @@ def test_without_compensation_removal_equals_zeroed_neurons_at_every_removal(nam
     assert run.pruner.params <= 0.3 * run.pruner.params_start
 
 
+def some_of(group: NeuronGroup) -> Tensor:
+    """A neuron or two of each of its slices."""
+    return torch.cat([(group.group_of == part).nonzero()[1:3, 0] for part in range(group.groups)])
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_removal_of_each_group_alone_equals_zeroed_neurons(name):
     torch.manual_seed(1)
     source = NETWORKS[name]()
     outputs(source.train())
-    for position in range(len(neuron_groups(source, digits()[0][:2]).groups)):
-        model = copy.deepcopy(source)
-        groups = neuron_groups(model, digits()[0][:2]).groups
-        group = groups[position]
-        gone = {position: torch.cat([(group.partition == p).nonzero()[1:3, 0] for p in range(group.partitions)])}
-        handles = zeroed_inputs(groups, gone)
-        expected = outputs(model)
-        for handle in handles:
-            handle.remove()
-        surgery.plan(model, groups, gone).commit()
+    found = find_coupling(source, digits()[0][:2])
+    for position in range(len(found.groups)):
+        model, coupling = copy.deepcopy((source, found))
+        groups = coupling.groups
+        pruned = {position: some_of(groups[position])}
+        with masked(model, coupling, pruned):
+            expected = outputs(model)
+        surgery.plan(model, coupling, pruned).commit()
         torch.testing.assert_close(outputs(model), expected, rtol=1e-4, atol=1e-5)
-        again = neuron_groups(model, digits()[0][:2]).groups
+        again = find_coupling(model, digits()[0][:2]).groups
+        assert [group.name for group in again] == [group.name for group in groups]
         for kept, fresh in zip(groups, again):
+            if kept.width > kept.groups:  # slices of one neuron ask for nothing any more
+                assert torch.equal(kept.group_of, fresh.group_of)
             for a, b in zip(kept.members, fresh.members):
-                assert a.name == b.name
+                assert (a.names, a.dim, a.groups, a.roles, a.size) == (b.names, b.dim, b.groups, b.roles, b.size)
                 assert torch.equal(a.index, b.index)
 
 
@@ -110,9 +113,9 @@ def test_optimizer_state_and_gradients_are_cut_and_training_goes_on(kind):
     weight = model[3].weight  # [8, 12]
     before = {key: value.clone() for key, value in run.optimizer.state[weight].items() if isinstance(value, Tensor)}
     gradient, bias_gradient = weight.grad.clone(), model[3].bias.grad.clone()
-    groups = neuron_groups(model, x[:2]).groups
-    gone = {0: torch.tensor([0, 5, 11]), 1: torch.tensor([2, 3])}
-    surgery.plan(model, groups, gone, optimizer=run.optimizer, curvature=run.curvature).commit()
+    coupling = find_coupling(model, x[:2])
+    pruned = {0: torch.tensor([0, 5, 11]), 1: torch.tensor([2, 3])}
+    surgery.plan(model, coupling, pruned, optimizer=run.optimizer, curvature=run.curvature).commit()
     columns, rows = [1, 2, 3, 4, 6, 7, 8, 9, 10], [0, 1, 4, 5, 6, 7]
     assert model[3].weight is weight
     assert torch.equal(weight.grad, gradient[rows][:, columns])
@@ -134,9 +137,9 @@ def test_factors_and_eigenvectors_are_cut():
     model = chain()
     run = Run(model)
     run.train(3)
-    groups = neuron_groups(model, digits()[0][:2]).groups
+    coupling = find_coupling(model, digits()[0][:2])
     before = {key: run.curvature.factors[key].clone() for key in run.curvature.factors}
-    surgery.plan(model, groups, {1: torch.tensor([0, 4])}, curvature=run.curvature).commit()
+    surgery.plan(model, coupling, {1: torch.tensor([0, 4])}, curvature=run.curvature).commit()
     factors = run.curvature.factors
     kept = [1, 2, 3, *range(5, 12)]
     columns = [c * 16 + s for c in kept for s in range(16)] + [12 * 16]
@@ -152,15 +155,15 @@ def test_factors_and_eigenvectors_are_cut():
 
 def test_factors_of_grouped_and_depthwise_convolutions_are_cut():
     torch.manual_seed(0)
-    for name, layer, gone, share in (
+    for name, layer, pruned, share in (
         ("grouped", "grouped", {0: torch.tensor([0, 5, 9]), 1: torch.tensor([2, 6, 17])}, 3),
         ("depthwise", "depthwise", {0: torch.tensor([1, 7])}, None),
     ):
         run = Run(NETWORKS[name]())
         run.train(3)
         A, G = (run.curvature.factors[f"{layer}.{side}"].clone() for side in "AG")
-        groups = neuron_groups(run.model, digits()[0][:2]).groups
-        surgery.plan(run.model, groups, gone, optimizer=run.optimizer, curvature=run.curvature).commit()
+        coupling = find_coupling(run.model, digits()[0][:2])
+        surgery.plan(run.model, coupling, pruned, optimizer=run.optimizer, curvature=run.curvature).commit()
         if share is None:
             kept = [c for c in range(12) if c not in (1, 7)]
             expected_A, expected_G = A[kept], G[kept]
@@ -223,10 +226,10 @@ def _counted(function, fail_at: int):
 
 
 POINTS = {
-    "cut": (cuts.Cut, "apply"),
+    "cut": (surgery, "cut_tensor"),
     "index": (surgery, "renumbered"),
     "factors": (surgery, "_plan_factors"),
-    "attributes": (cuts.LayerCut, "attributes"),
+    "attributes": (surgery, "known_attributes"),
     "narrowing": (None, "narrowed"),
     "compensation": (saliency.kfac_ext, "compensate"),
     "inverse": (saliency.kfac_ext, "damped_inverse_ex"),
@@ -267,9 +270,9 @@ def test_state_of_another_shape_is_refused_by_name():
         pytest.skip("this torch has no Adafactor")
     run = Run(model, optimizer)
     run.train(2)
-    groups = neuron_groups(model, digits()[0][:2]).groups
+    coupling = find_coupling(model, digits()[0][:2])
     with pytest.raises(ValueError, match=r"1\.weight: state 'row_var' of Adafactor"):
-        surgery.plan(model, groups, {0: torch.tensor([0])}, optimizer=optimizer)
+        surgery.plan(model, coupling, {0: torch.tensor([0])}, optimizer=optimizer)
 
 
 @pytest.mark.parametrize("kind", ["Adafactor", "LBFGS"])
@@ -291,51 +294,48 @@ def test_optimizers_that_cannot_be_cut_are_refused_at_the_first_step(kind):
 
 
 @pytest.mark.parametrize(
-    ("gone", "message"),
+    ("pruned", "message"),
     [([0, 0], "distinct"), ([12], r"\[0, 12\)"), ([-1], r"\[0, 12\)"), (range(12), "one must stay")],
 )
-def test_impossible_removals_are_refused(gone, message):
+def test_impossible_removals_are_refused(pruned, message):
     model = mlp(12)
-    groups = neuron_groups(model, digits()[0][:2]).groups
+    coupling = find_coupling(model, digits()[0][:2])
     with pytest.raises(ValueError, match=message):
-        surgery.plan(model, groups, {0: torch.tensor(list(gone))})
+        surgery.plan(model, coupling, {0: torch.tensor(list(pruned))})
 
 
 def test_uneven_shares_of_a_grouped_convolution_are_refused():
     model = NETWORKS["grouped"]()
-    groups = neuron_groups(model, digits()[0][:2]).groups
+    coupling = find_coupling(model, digits()[0][:2])
     with pytest.raises(ValueError, match=r"'first': \[2, 1, 0\] neurons"):
-        surgery.plan(model, groups, {0: torch.tensor([0, 1, 4])})
+        surgery.plan(model, coupling, {0: torch.tensor([0, 1, 4])})
 
 
 def test_bad_replacements_are_refused():
     model = mlp(12)
-    groups = neuron_groups(model, digits()[0][:2]).groups
-    gone = {0: torch.tensor([1])}
+    coupling = find_coupling(model, digits()[0][:2])
+    pruned = {0: torch.tensor([1])}
     with pytest.raises(ValueError, match=r"3\.weight: replacement is \(10, 11\)"):
-        surgery.plan(model, groups, gone, replacements={"3.weight": torch.zeros(10, 11)})
+        surgery.plan(model, coupling, pruned, replacements={"3.weight": torch.zeros(10, 11)})
     with pytest.raises(ValueError, match=r"3\.bias: its compensated values are not finite"):
-        surgery.plan(model, groups, gone, replacements={"3.bias": torch.full((10,), torch.nan)})
+        surgery.plan(model, coupling, pruned, replacements={"3.bias": torch.full((10,), torch.nan)})
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_sync_attributes_rebuilds_a_pruned_network(name):
+def test_tensors_and_attributes_rebuild_a_pruned_network(name):
     torch.manual_seed(0)
     run = Run(NETWORKS[name]())
     run.train(2)
     run.prune(60, params=0.4).train(30)
     fresh = NETWORKS[name]()
-    own = fresh.state_dict(keep_vars=True)
-    for key, tensor in run.model.state_dict().items():
-        own[key].data = tensor.clone()
-    surgery.sync_attributes(fresh)
+    take_tensors(fresh, run.model.state_dict(), run.pruner.state_dict()["attributes"])
     assert repr(fresh) == repr(run.model)
     assert torch.equal(outputs(fresh), outputs(run.model))
 
 
 def test_channels_last_weights_stay_channels_last():
     model = chain().to(memory_format=torch.channels_last)
-    groups = neuron_groups(model, digits()[0][:2]).groups
-    surgery.plan(model, groups, {0: torch.tensor([0, 1])}).commit()
+    coupling = find_coupling(model, digits()[0][:2])
+    surgery.plan(model, coupling, {0: torch.tensor([0, 1])}).commit()
     assert model[3].weight.is_contiguous(memory_format=torch.channels_last)
-    assert len(groups[0].of_role(PRODUCER)[0].index) == 6
+    assert len(coupling.groups[0].of_role(PRODUCER)[0].index) == 6

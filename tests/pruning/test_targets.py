@@ -7,14 +7,13 @@ import io
 
 import pytest
 import torch
-from pruning_networks import NETWORKS, Run, digits, mlp, sgd
+from pruning_networks import NETWORKS, Attention, Run, digits, mlp, sgd
 from torch import Tensor, nn
 
+from flatprune.coupling import Member, NeuronGroup, find_coupling
 from flatprune.cutting import surgery
-from flatprune.cutting.graph import neuron_groups
-from flatprune.cutting.neurons import Member, NeuronGroup
 from flatprune.pruning import latency
-from flatprune.pruning.costs import LatencyModel, MacCount, NeuronCount, ParameterCount, output_positions
+from flatprune.pruning.costs import LatencyModel, MacCount, NeuronCount, ParameterCount
 from flatprune.pruning.latency import LatencyTable
 from flatprune.pruning.limits import Limits
 from flatprune.pruning.pruner import Pruner
@@ -65,6 +64,11 @@ def counted_by_hooks(model: nn.Module) -> int:
     return total
 
 
+def products_of_attention(model: nn.Module) -> int:
+    """Multiplications of activations by activations: queries by keys, weights by values, over 8 tokens."""
+    return sum(2 * m.num_heads * m.head_dim * 8 * 8 for m in model.modules() if isinstance(m, Attention.Heads))
+
+
 def random_removal(groups: list[NeuronGroup], seed: int) -> dict[int, Tensor]:
     """Some neurons of every group, the same number from each slice."""
     generator = torch.Generator().manual_seed(seed)
@@ -80,13 +84,13 @@ def random_removal(groups: list[NeuronGroup], seed: int) -> dict[int, Tensor]:
 @pytest.mark.parametrize("name", ALL)
 def test_multiply_accumulates_on_paper_are_those_after_the_cut(name):
     source = ALL[name]()
-    positions = output_positions(source, (digits()[0][:3],))
+    found = find_coupling(source, digits()[0][:3])
     changed = 0
     for seed in range(4):
-        model = copy.deepcopy(source)
-        groups = neuron_groups(model, digits()[0][:2]).groups
-        count = MacCount(model, groups, positions)
-        assert count.cost == counted_by_hooks(model)
+        model, coupling = copy.deepcopy((source, found))
+        groups = coupling.groups
+        count = MacCount(groups, coupling.macs)
+        assert count.cost == counted_by_hooks(model) + products_of_attention(model)
         pruned = random_removal(groups, seed)
         for position, neurons in pruned.items():
             before = count.cost
@@ -94,28 +98,17 @@ def test_multiply_accumulates_on_paper_are_those_after_the_cut(name):
             assert count.cost == before
             count.remove(position, len(neurons))
             assert count.cost == expected
-        surgery.plan(model, groups, pruned).commit()
-        assert count.cost == counted_by_hooks(model) == MacCount(model, groups, positions).cost
-        assert output_positions(model, (digits()[0][:1],)) == positions
+        surgery.plan(model, coupling, pruned).commit()
+        assert count.cost == counted_by_hooks(model) + products_of_attention(model)
+        again = find_coupling(model, digits()[0][:1])
+        assert count.cost == MacCount(groups, coupling.macs).cost == MacCount(again.groups, again.macs).cost
         changed += bool(pruned)
     assert changed >= 3
 
 
-def test_tracing_the_positions_leaves_the_model_alone():
-    model = NETWORKS["chain"]().train()
-    before = copy.deepcopy(model.state_dict())
-    random = torch.get_rng_state()
-    positions = output_positions(model, (digits()[0][:2],))
-    assert positions == {"0": 64, "3": 64, "8": 1, "10": 1}
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert torch.equal(random, torch.get_rng_state()) and all(m.training for m in model.modules())
-    assert not any(m._forward_hooks for m in model.modules())
-
-
 def test_neurons_are_those_of_the_groups():
     model = NETWORKS["depthwise"]()
-    groups = neuron_groups(model, digits()[0][:2]).groups
-    count = NeuronCount(model, groups)
+    count = NeuronCount(find_coupling(model, digits()[0][:2]).groups)
     assert count.cost == 12 + 16
     count.remove(1, 5)
     assert count.cost == 23
@@ -267,14 +260,14 @@ def test_latency_is_really_measured():
     small, large = mlp(16, 16).eval(), mlp(1024, 1024).eval()
     x = (digits()[0][:256],)
     assert latency.measure(small, x) < latency.measure(large, x)
-    groups = neuron_groups(large, x[0][:2]).groups
-    positions = output_positions(large, x)
+    coupling = find_coupling(large, x[0][:2])
+    layers = ["1", "3", "5"]
 
-    def work_of(network, own):
-        return LatencyModel(network, own, positions, LatencyTable()).work()
+    def work_of(groups):
+        return LatencyModel(groups, coupling.macs, layers, LatencyTable()).work()
 
-    table = latency.measure_table(large, groups, x, list(positions), Limits(), work_of)
-    model = LatencyModel(large, groups, positions, table)
+    table = latency.measure_table(large, coupling, x, layers, Limits(), work_of)
+    model = LatencyModel(coupling.groups, coupling.macs, layers, table)
     assert 0.0 < model.cost_without(0, 900) < model.cost
     assert all(cost > 0.0 for cost in model.neuron_costs())
     assert LatencyTable.from_state(table.state_dict()) == table
@@ -296,10 +289,11 @@ def test_batches_repeat_the_examples():
 
 def test_copies_for_timing_are_cut_within_the_limits():
     model = NETWORKS["grouped"]()
-    groups = neuron_groups(model, digits()[0][:2]).groups
+    coupling = find_coupling(model, digits()[0][:2])
+    groups = coupling.groups
     before = [group.width for group in groups]
     for fraction, widths in ((1.0, before), (0.0, [6, 6, 4, 4][: len(before)])):
-        cut, own = latency._cut_copy(model, groups, Limits(2, 3), fraction)
+        cut, own = latency._cut_copy(model, coupling, Limits(2, 3), fraction)
         assert [group.width for group in own] == widths
         cut.eval()(digits()[0][:2])
     assert [group.width for group in groups] == before
@@ -348,8 +342,8 @@ def test_members_of_a_count_may_be_any_layers():
     norm = nn.BatchNorm1d(4, affine=False)
     model = nn.Sequential(nn.Linear(3, 4), norm, nn.Linear(4, 2))
     index = torch.arange(4)[:, None]
-    roles = ((0, "producer"), (1, "channelwise"), (2, "consumer"))
-    group = NeuronGroup("0", [Member(str(i), model[i], role, index) for i, role in roles])
+    owned = (("0.weight", 0, "producer"), ("0.bias", 0, "channelwise"), ("2.weight", 1, "consumer"))
+    group = NeuronGroup("0", [Member((name,), dim, 1, frozenset({role}), index, 4) for name, dim, role in owned])
     assert ParameterCount(model, [group]).cost_without(0, 1) == 3 * 3 + 3 + 3 * 2 + 2
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from pruning_networks import sgd, zeroed_inputs
+from pruning_networks import masked, sgd
 from unseen_networks import CASES, inputs_of
 
 import flatprune.pruning.pruner
@@ -38,12 +38,11 @@ def test_pruned_equals_masked_and_trains(name, monkeypatch):
         model.train()
         return found
 
-    def checking_plan(model, groups, pruned, **options):
-        full, handles = outputs(), zeroed_inputs(groups, pruned)
-        expected = outputs()
-        for handle in handles:
-            handle.remove()
-        result = surgery.plan(model, groups, pruned, **options)
+    def checking_plan(model, coupling, pruned, **options):
+        full = outputs()
+        with masked(model, coupling, pruned, where_made=CASES[name].joint):
+            expected = outputs()
+        result = surgery.plan(model, coupling, pruned, **options)
         commit = result.commit
 
         def checked_commit():
@@ -57,9 +56,8 @@ def test_pruned_equals_masked_and_trains(name, monkeypatch):
 
     monkeypatch.setattr(flatprune.pruning.pruner, "plan", checking_plan)
     optimizer = sgd(model, 0.02)
-    pruner = Pruner(
-        model, optimizer, curvature, tuple(v[:2] for v in x), target=Target(0.3), total_steps=STEPS, compensate=False
-    )
+    options = {"total_steps": STEPS, "criterion": CASES[name].criterion, "compensate": False}
+    pruner = Pruner(model, optimizer, curvature, tuple(v[:2] for v in x), target=Target(0.3), **options)
     assert {group.name for group in pruner.groups} == CASES[name].groups
     for layer, words in CASES[name].refused.items():
         assert words in pruner.refused[layer]
@@ -132,6 +130,20 @@ def test_an_output_that_is_no_tensor_is_refused():
     model.register_forward_hook(lambda _module, _inputs, output: {"logits": output})
     with pytest.raises(TypeError, match="the model returns dict, expected one tensor"):
         Pruner(model, None, Curvature(model), torch.randn(2, 1, 8, 8), target=Target(0.5), total_steps=10)
+
+
+@pytest.mark.parametrize(
+    ("name", "left", "reason"),
+    [
+        ("keys and queries", {"embed", "value"}, "no layer reads it that has factors, only a product of activations"),
+        ("lstm", {"after"}, "layer 'memory', which reads it, has no factors"),
+    ],
+)
+def test_what_curvature_cannot_judge_is_refused(name, left, reason):
+    model, x, _ = made(name)
+    pruner = Pruner(model, None, Curvature(model), x[0][:2], target=Target(0.8), total_steps=10)
+    assert set(pruner.widths()) == left
+    assert reason in pruner.refused.values()
 
 
 @pytest.mark.parametrize("criterion", ["kron_obd", "kron_obs", "c_obd", "c_obs", "gate_fisher"])

@@ -5,7 +5,7 @@
 
 namespace kfac {
 
-enum class Saliency : int { kOutgoing = 0, kObs = 1 };
+enum class Saliency : int { kObd = 0, kObs = 1 };
 
 // A layer with weights V [outputs, columns]: neuron j feeds the columns J = [j block, (j + 1) block).
 struct SaliencyProblem {
@@ -28,7 +28,7 @@ struct CompensationProblem {
   int64_t outputs, weight_stride;
   const void* inverse;  // H [columns, columns], row stride inverse_stride
   int64_t inverse_stride;
-  const int64_t* gone;  // J, `removed` columns
+  const int64_t* pruned;  // J, `removed` columns
   int64_t removed;
   const int64_t* kept;  // K
   int64_t remaining;

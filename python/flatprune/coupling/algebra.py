@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from flatprune.coupling.findings import Product
+from flatprune.coupling.labels import Labels
 from flatprune.coupling.neurons import CHANNELWISE, CONSUMER, PRODUCER
 from flatprune.coupling.values import Value, aligned, canonical, canonical_layers, labels_of, varying
-
-if TYPE_CHECKING:
-    from flatprune.coupling.tracer import Labels
 
 Size = Sequence[int]
 
@@ -187,7 +184,8 @@ def contract(m: Labels, a: Value, b: Value, k: int, times: int = 1) -> Value:
     refuse_statistics(m, a, b)
     size = tuple(map(max, a.size, b.size))
     others = set(range(len(size))) - {k}
-    m.findings.products.append(Product(m.stack.here, times, size, [*a.layers, *b.layers], k))
+    once = _sees_no_samples(a) and _sees_no_samples(b)
+    m.findings.products.append(Product(m.here, times, size, [*a.layers, *b.layers], k, once))
     for value in (a, b):
         note_role(m, value, CONSUMER, {k})
         note_role(m, value, PRODUCER, others)
@@ -196,6 +194,16 @@ def contract(m: Labels, a: Value, b: Value, k: int, times: int = 1) -> Value:
     plain = [value.having(param=False, stats=frozenset(), loose=frozenset()) for value in (a, b)]
     product = combine(m, plain, size, discharge=False)
     return reduce(m, product, [k], keep=False, statistic=False).having(param=a.param and b.param)
+
+
+def _sees_no_samples(value: Value) -> bool:
+    """Made of parameters of which no entry is repeated, as queries are for each sample."""
+    along: list[list[Tensor]] = [[] for _ in value.size]
+    for layer in value.layers if value.param else ():
+        if len(varying(layer)) == 1:
+            along[varying(layer).pop()].append(layer.flatten())
+    entries = [torch.stack(layers).unique(dim=1).shape[1] if layers else 1 for layers in along]
+    return value.param and entries == list(value.size)
 
 
 def collapsed(m: Labels, value: Value, dims: Iterable[int], why: str = "its entries are mixed by") -> Value:

@@ -139,9 +139,9 @@ def make_prunable(model: nn.Module) -> list[nn.MultiheadAttention]:
     changed = [module for module in model.modules() if type(module) is nn.MultiheadAttention]
     for module in changed:
         PrunableAttention.of(module)
-    for module in model.modules():
-        if changed and isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False  # the fused path alone takes these
+    for encoder in model.modules():
+        if changed and isinstance(encoder, nn.TransformerEncoder):
+            encoder.use_nested_tensor = False  # the fused path alone takes these
     return changed
 
 

@@ -6,8 +6,8 @@ A layer kind of your own whose forward reads such a number enters itself into `A
     def my_norm(module, shapes):
         return {"channels": shapes["weight"][0]}
 
-Kinds that are not here are found out: an integer that equals a width which changes, and without whose change the network
-does not run or computes something else, is followed from then on (see `flatprune.coupling.trial`).
+Kinds that are not here are found out: an integer that equals a width which changes, and without whose change the
+network does not run or computes something else, is followed from then on (see `flatprune.coupling.trial`).
 """
 
 from __future__ import annotations
@@ -122,8 +122,7 @@ def embedding(module: nn.Module, shapes: Shapes) -> dict[str, Any]:
 @attributes_of(nn.RNNBase)
 def recurrent(module: nn.RNNBase, shapes: Shapes) -> dict[str, Any]:
     """weight_ih_l0 [gates hidden, input], weight_hh_l0 [gates hidden, hidden or projected]."""
-    gates = module.weight_ih_l0.shape[0] // module.hidden_size if module.hidden_size else 1
-    gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1) or gates
+    gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
     rows, inputs = shapes["weight_ih_l0"]
     found = {"input_size": inputs, "hidden_size": rows // gates}
     if module.proj_size:
@@ -147,7 +146,7 @@ def attention(module: PrunableAttention, shapes: Shapes) -> dict[str, Any]:
 
 
 def integers(module: nn.Module) -> Iterator[tuple[str, int | str | None, int]]:
-    """(name, place in it or None, value) of every integer above 1 among a module's attributes, tuples, lists and dicts."""
+    """(name, place in it or None, value) of every integer above 1 among a module's attributes and what these hold."""
     for key, value in vars(module).items():
         if key.startswith("__") or key in ("_version",):
             continue
@@ -171,7 +170,7 @@ def with_integer(held: Any, place: int | str | None, value: int) -> Any:
 
 
 def held_attributes(model: nn.Module, coupling: Coupling) -> dict[str, dict[str, Any]]:
-    """Module -> attribute -> value, of all integers that follow a width: what a fresh model needs beside the tensors."""
+    """Module -> attribute -> value of all integers that follow a width: what a fresh model needs beside tensors."""
     modules = dict(model.named_modules())
     held: dict[str, dict[str, Any]] = {}
     for attribute in (a for found in coupling.attributes.values() for a in found):

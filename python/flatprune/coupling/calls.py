@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -45,7 +43,7 @@ def _copied(leaf: Any) -> Any:
 
 
 def as_calls(example_inputs: Any) -> list[Call]:
-    """Example inputs as calls: a tensor, a tuple or list of positional arguments, a dict of keywords, a `Call`, or several.
+    """Example inputs as calls: a tensor, a tuple or list of arguments, a dict of keywords, a `Call`, or several.
 
     Raises:
         ValueError: there is none.
@@ -67,28 +65,15 @@ def as_calls(example_inputs: Any) -> list[Call]:
     return [Call((example_inputs,))]
 
 
-@contextmanager
-def plain_kernels() -> Iterator[None]:
-    """Operators as torch composes them: no fused kernels of oneDNN, cuDNN or attention's fast path."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    with ExitStack() as stack, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of TF32 on Intel GPUs whenever flags are touched
-        torch.backends.mha.set_fastpath_enabled(False)
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-        stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        yield
-
-
 _NEW = object()
 _PLAIN = (bool, int, float, str, type(None))
 
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Forwards inside leave buffers, cached tensors and all random streams (torch, NumPy, Python) as they were; no gradients."""
-    rng, numpy_state, python_state = RngState.now(device_of(model)), np.random.get_state(), random.getstate()  # noqa: NPY002
+    """Forwards inside leave buffers, cached tensors and all random streams as they were; there are no gradients."""
+    rng, python_state = RngState.now(device_of(model)), random.getstate()
+    numpy_state = np.random.get_state()  # noqa: NPY002
     buffers = [(module, key, b, b._version, b.clone()) for module in model.modules() for key, b in _buffers(module)]
     attributes = [(module, dict(vars(module))) for module in model.modules()]
     try:
@@ -118,7 +103,7 @@ def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 @contextmanager
 def traced_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Evaluation or training mode; batch norms normalise by running statistics in both, so that one sample is enough."""
+    """Evaluation or training mode; batch norms normalise by running statistics in both, so that one sample will do."""
     modes = {
         module: training and not (isinstance(module, _BatchNorm) and module.running_var is not None)
         for module in model.modules()

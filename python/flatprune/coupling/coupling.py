@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from flatprune.coupling.attention import make_prunable, undo_prunable
-from flatprune.coupling.calls import as_calls, first_lines, plain_kernels, traced_mode, unchanged
+from flatprune.coupling.calls import as_calls, first_lines, traced_mode, unchanged
 from flatprune.coupling.components import OUTPUT, Candidate, Components
 from flatprune.coupling.findings import AxisTable, Findings
 from flatprune.coupling.neurons import CONSUMER, Coupling
 from flatprune.coupling.operators.indexing import LOOKED_UP
 from flatprune.coupling.products import mac_terms
-from flatprune.coupling.tracer import Labels, ModuleStack
+from flatprune.coupling.tracer import ModuleStack, Tracer
 from flatprune.coupling.trial import TracedCall, Trial
 from flatprune.coupling.unreached import couple_unreached
+from kfac_ext.curvature.modes import plain_kernels
 
 _ROUNDS = 4  # of trial cuts with coarser neurons
 
@@ -68,7 +69,7 @@ class _Search:
 
     def _trace(self, call: Any, training: bool) -> None:
         first_joint, known = self.table.next_joint, len(self.findings.products)
-        labels = Labels(self.model, self.table, self.findings, self.stack)
+        labels = Tracer(self.model, self.table, self.findings, self.stack)
         with unchanged(self.model), plain_kernels(), traced_mode(self.model, training), self.stack.watching():
             try:
                 with labels:

@@ -71,6 +71,7 @@ class Product(NamedTuple):
         size: of the product before the sum; of a grouped convolution (groups, inputs and outputs of one).
         layers: labels along its dimensions, two dimensions of one layer in one entry.
         summed: the dimension of the sum.
+        once: it is the same for any number of samples, such as a product of two parameters.
     """
 
     module: str
@@ -78,6 +79,7 @@ class Product(NamedTuple):
     size: tuple[int, ...]
     layers: list[Tensor]
     summed: int
+    once: bool = False
 
 
 @dataclass

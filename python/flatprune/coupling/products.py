@@ -70,6 +70,7 @@ def _term(product: Product, components: Components, number: Tensor, neurons: Seq
         positions, counts = owner[owner >= 0].unique(return_counts=True)
         per = tuple((p, *_reduced(c, neurons[p])) for p, c in zip(positions.tolist(), counts.tolist()))
         widths.append(Width(int((owner < 0).sum()), per))
+    samples = 1 if product.once else samples
     constant = product.times * math.prod(n for d, n in enumerate(product.size) if d not in covered)
     if summed is None:
         return Term(product.module, constant, tuple(widths), None, product.size[product.summed], samples)

@@ -20,7 +20,7 @@ from flatprune.coupling.findings import NoFindings
 from flatprune.coupling.operators.movement import shares_memory
 from flatprune.coupling.operators.reductions import STATISTICS, reduced_dims
 from flatprune.coupling.operators.table import RULES, Operation
-from flatprune.coupling.tracer import Labels, ModuleStack
+from flatprune.coupling.tracer import ModuleStack, Tracer
 from flatprune.coupling.values import varying
 
 _RANDOM = 0.37  # in place of random numbers of any distribution
@@ -120,13 +120,13 @@ def _converted(leaf: Any) -> Any:
     return leaf
 
 
-class MaskedRun(Labels):
+class MaskedRun(Tracer):
     """The network in which some labels are zero everywhere and statistics run over the others.
 
     Args:
         components: of the traces.
         first_joint: where the numbers of joint labels stood when this call was traced.
-        gone: bool [flat labels + 1], what is masked; the last entry stands for no label.
+        masked: bool [flat labels + 1], True for what is masked; the last entry stands for no label.
 
     Attributes:
         steps: one for each operator.
@@ -138,14 +138,14 @@ class MaskedRun(Labels):
         stack: ModuleStack,
         components: Components,
         first_joint: int,
-        gone: Tensor,
+        masked: Tensor,
         arithmetic: Arithmetic,
     ) -> None:
         table = components.table
         after, table.next_joint = table.next_joint, first_joint
         self._after = after
         super().__init__(model, table, NoFindings(), stack)
-        self._components, self._gone, self._arithmetic = components, gone, arithmetic
+        self._components, self._masked, self._arithmetic = components, masked, arithmetic
         self.steps: list[Step] = []
 
     def close(self) -> None:
@@ -180,28 +180,28 @@ class MaskedRun(Labels):
         return out
 
     def mask(self, layers: Sequence[Tensor], tensor: Tensor) -> Tensor | None:
-        """Which entries are gone; None if none is."""
+        """Which entries are masked; None if none is."""
         found = None
         for layer in layers:
-            gone = self._gone[torch.where(layer > 0, self._components.flat(layer), -1)]
-            if bool(gone.any()):
-                gone = gone.to(tensor.device).expand(tensor.shape)
-                found = gone if found is None else found | gone
+            masked = self._masked[torch.where(layer > 0, self._components.flat(layer), -1)]
+            if bool(masked.any()):
+                masked = masked.to(tensor.device).expand(tensor.shape)
+                found = masked if found is None else found | masked
         return found
 
     def _over_survivors(self, op: Operation) -> None:
-        """Norms and statistics over channels, some of which are gone."""
+        """Norms and statistics over channels, some of which are masked."""
         x = op.args[0]
-        gone = self.mask(self.get(x).layers, x)
-        if gone is None:
+        masked = self.mask(self.get(x).layers, x)
+        if masked is None:
             return
         x = _converted(x) if self._arithmetic.double else x
         if op.name == "_weight_norm_interface":
-            kept = x.masked_fill(gone, 0)
+            kept = x.masked_fill(masked, 0)
             for old, new in zip(op.outputs, op.func(kept, *op.args[1:], **op.kwargs)):
                 old.copy_(new)
         elif op.name in _JOINT or op.argument("training") is True:
-            op.outputs[0].copy_(_norm(op, x, ~gone))
+            op.outputs[0].copy_(_norm(op, x, ~masked))
         else:
             self._statistic(op, x)
 
@@ -211,7 +211,7 @@ class MaskedRun(Labels):
             along = varying(layer) & dims
             if len(along) == 1 and varying(layer) == along:
                 (d,) = along
-                stays = ~self._gone[torch.where(layer > 0, self._components.flat(layer), -1)].flatten()
+                stays = ~self._masked[torch.where(layer > 0, self._components.flat(layer), -1)].flatten()
                 if bool(stays.all()) or not bool(stays.any()):
                     continue
                 x = x.index_select(d, stays.nonzero().flatten().to(x.device))

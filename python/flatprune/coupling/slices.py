@@ -47,8 +47,8 @@ def slices_of(findings: Findings, number: Tensor, count: int) -> tuple[int, Tens
             sizes = choice.bincount()
             if int(sizes.min()) != int(sizes.max()) or int(sizes.min()) < 2:
                 raise Refused(
-                    f"its {len(sizes)} slices of {int(sizes.min())} to {int(sizes.max())} channels cannot be cut evenly "
-                    f"({constraints[0].where})"
+                    f"its {len(sizes)} slices of {int(sizes.min())} to {int(sizes.max())} channels cannot be cut "
+                    f"evenly ({constraints[0].where})"
                 )
             return len(sizes), choice, constraints[0].where
     places = " and by ".join(list(dict.fromkeys(constraint.where for constraint in constraints))[:2])

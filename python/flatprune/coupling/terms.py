@@ -53,14 +53,14 @@ class Term(NamedTuple):
         product = self.times
         for width in self.widths:
             product *= width.at(widths)
-        return -(-product // self.divisor)  # what does not see the samples counts whole
+        return product // self.divisor
 
     def outputs(self, widths: Sequence[int]) -> int:
         """What is left after the sum: the results of a product."""
         product = self.times // self.summed_size
         for i, width in enumerate(self.widths):
             product *= 1 if i == self.summed else width.at(widths)
-        return -(-product // self.divisor)
+        return product // self.divisor
 
     def of_groups(self, positions: Sequence[int], widths: Sequence[int]) -> Term:
         """With these groups alone, see `Width.of_groups`."""

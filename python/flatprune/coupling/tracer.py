@@ -62,7 +62,7 @@ class ModuleStack:
             yield
 
 
-class Labels(TorchDispatchMode):
+class Tracer(TorchDispatchMode):
     """One forward with labels.
 
     Args:
@@ -85,6 +85,11 @@ class Labels(TorchDispatchMode):
         self._values: Any = WeakTensorKeyDictionary()
         self._views: Any = WeakTensorKeyDictionary()  # view -> (base, value of the base then, how to take it)
         self._storage = storage_keys(table.tensors)
+
+    @property
+    def here(self) -> str:
+        """The module that is running."""
+        return self.stack.here
 
     @property
     def where(self) -> str:
@@ -124,7 +129,7 @@ class Labels(TorchDispatchMode):
         operation = Operation(self, func, args, kwargs, out)
         rule = RULES.get(operation.name)
         known = [self.get(t) for t in operation.tensors]
-        if not any(v.layers or v.stats or v.loose for v in known) and not getattr(rule, "follows_views", False):
+        if not any(v.layers or v.stats or v.loose for v in known) and not getattr(rule, "always", False):
             free = all(v.free for v in known) or operation.makes_anew
             for tensor in operation.outputs:
                 self.put(tensor, Value(tuple(tensor.shape), free=free))

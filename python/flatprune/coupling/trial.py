@@ -1,9 +1,9 @@
 """The trial that proves groups of neurons: the network cut must compute what the network computes with them masked.
 
-All groups are cut at once: a random part of each (as many from each slice), then what stayed, then one neuron of each. Both networks run
-operator by operator; the first operator at which they part says which groups to try alone, and what to name when one
-stays. Tensors of one value get random ones for the trial, so that nothing hides behind a gain of zero; the model is left
-as it was.
+All groups are cut at once: a random part of each (as many from each slice), then what stayed, then one neuron of each.
+Both networks run operator by operator; the first operator at which they part says which groups to try alone, and what
+to name when one stays. Tensors of one value get random ones for the trial, so that nothing hides behind a gain of zero;
+the model is left as it was.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from flatprune.coupling.attributes import integers, known_attributes, own_shapes, with_integer
-from flatprune.coupling.calls import Call, first_lines, plain_kernels, traced_mode, unchanged
+from flatprune.coupling.calls import Call, first_lines, traced_mode, unchanged
 from flatprune.coupling.components import Components
 from flatprune.coupling.cuts import cut_tensor, tensor_cuts
 from flatprune.coupling.neurons import Attribute, module_of
 from flatprune.coupling.runs import Arithmetic, CutRun, MaskedRun, Step
 from flatprune.coupling.tracer import ModuleStack, tensor_leaves
+from kfac_ext.curvature.modes import plain_kernels
 
 _OF_EFFECT = {True: 1e-6, False: 1e-3}  # in float64, in the model's own dtype
 _OF_SCALE = {True: 1e-10, False: 1e-4}
@@ -135,7 +136,7 @@ class Trial:
             if position in bad or (bad and position in others):
                 continue
             alone = failure if len(good) == 1 else self._attempt([position], how)
-            if alone is not None and self.attributes.pop(position, None):  # integers that were another group's
+            if alone is not None and self.attributes.pop(position, []):  # integers that were another group's
                 alone = self._attempt([position], how)
             if alone is not None:
                 bad[position] = alone.reason
@@ -203,11 +204,11 @@ class Trial:
         return torch.cat(found).sort().values
 
     def _masked(self, plan: _Plan, number: int) -> tuple[list[Tensor], list[Step]]:
-        gone = torch.zeros(self._components.total + 1, dtype=torch.bool)
+        masked = torch.zeros(self._components.total + 1, dtype=torch.bool)
         for position, neurons in plan.pruned.items():
-            gone[self._components.candidates[position].labels_of(neurons)] = True
+            masked[self._components.candidates[position].labels_of(neurons)] = True
         call, training, first_joint = self._calls[number]
-        run = MaskedRun(self._model, self._stack, self._components, first_joint, gone, Arithmetic(self._double))
+        run = MaskedRun(self._model, self._stack, self._components, first_joint, masked, Arithmetic(self._double))
         try:
             return self._outputs(run, call, training), run.steps
         finally:
@@ -260,9 +261,9 @@ class Trial:
                 for owner in self._owner[torch.where(layer > 0, self._components.flat(layer), -1)].unique().tolist():
                     if owner in plan.chosen:
                         suspects[owner] = None
-        step = near[-1] if near else None
-        modules = modules or (step.modules if step else ())
-        operator = operator or (step.name if step else "the end")
+        last = near[-1] if near else None
+        modules = modules or (last.modules if last else ())
+        operator = operator or (last.name if last else "the end")
         place = f"{operator} in {(modules[-1] if modules else '') or 'the model'}"
         return Failure(f"a trial cut {what} at {place}", list(suspects), modules, reached)
 

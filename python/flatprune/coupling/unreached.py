@@ -67,7 +67,7 @@ def _holds_called(name: str, called: Iterable[str]) -> bool:
 
 
 def _decides(modules: dict[str, nn.Module], name: str, called: set[str], read_by_host: set[str]) -> bool:
-    """Whether it stands beside others that ran in a container, or the module around it looked at values in its own code."""
+    """Whether it stands beside others that ran in a container, or the module around it looked at values itself."""
     parent = name.rpartition(".")[0]
     if isinstance(modules.get(parent), (nn.ModuleList, nn.ModuleDict)) and _holds_called(parent, called):
         return True  # one of several was chosen

@@ -6,9 +6,9 @@ A *label* stands for an entry of a dimension of a parameter or buffer (a node of
     0       nothing known: it adapts
     -1      it cannot go (padding, a constant, an input)
 
-A *layer* is an int64 tensor of the rank of the data whose dimensions are full size where its labels vary and 1 where they
-do not. A weight [O, I] has two layers, its rows and its columns; an activation usually one. An entry of a tensor goes
-when the node of any of its layers does.
+A *layer* is an int64 tensor of the rank of the data whose dimensions are full size where its labels vary and 1 where
+they do not. A weight [O, I] has two layers, its rows and its columns; an activation usually one. An entry of a tensor
+goes when the node of any of its layers does.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ class Value:
         """Dimensions in another order; None inserts one of size 1, a dimension left out must be of constant labels."""
         dims = list(dims)
         kept = [d for d in dims if d is not None]
-        gone = [d for d in range(self.rank) if d not in kept]
+        dropped = [d for d in range(self.rank) if d not in kept]
 
         def moved(layer: Tensor) -> Tensor:
-            for d in reversed(gone):
+            for d in reversed(dropped):
                 layer = layer.select(d, 0)
             order = [sorted(kept).index(d) for d in kept]
             layer = layer.permute(order)

@@ -103,7 +103,7 @@ class ScoringContext:
         tensors = (self.model.named_parameters, self.model.named_buffers)
         return {name: t for named in tensors for name, t in named(remove_duplicate=False)}
 
-    def gradient(self, parameter: nn.Parameter, name: str) -> Tensor:
+    def gradient(self, parameter: Tensor, name: str) -> Tensor:
         """The gradient that the last backward of the training loop left.
 
         Raises:

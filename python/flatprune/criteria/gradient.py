@@ -54,7 +54,7 @@ def check_gradients(context: ScoringContext) -> None:
 
 
 def _affine_map(context: ScoringContext, group: NeuronGroup, member: Member) -> list[tuple[str, Tensor]]:
-    """The parameters of the map to z, by name: gamma and beta of the norm behind the layer, else its weight and bias."""
+    """Parameters of the map to z, by name: gamma and beta of the norm behind the layer, else its weight and bias."""
     layer = context.layers.get(member.names)
     if layer is not None and layer.norm is not None and layer.norm.weight is not None:
         own = [(key, getattr(layer.norm, key)) for key in ("weight", "bias")]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flatprune.coupling import CHANNELWISE, Member, NeuronGroup
 
-_JOINT_NORMS = (nn.LayerNorm, nn.GroupNorm)  # their statistics run over several channels
+_JOINT_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # their statistics run over several channels
 
 
 def masked_tensors(
@@ -50,7 +50,7 @@ def _silence(tensor: Tensor, member: Member, entries: Tensor) -> None:
 
 @contextmanager
 def survivors_only(model: nn.Module, groups: Sequence[NeuronGroup], pruned: Mapping[int, Tensor]) -> Iterator[None]:
-    """Layer norms and group norms give zeros for the pruned channels and take statistics over the others."""
+    """Layer, group and RMS norms give zeros for the pruned channels and take statistics over the others."""
     modules = dict(model.named_modules())
     lost: dict[str, Tensor] = {}
     for position, neurons in pruned.items():
@@ -65,24 +65,27 @@ def survivors_only(model: nn.Module, groups: Sequence[NeuronGroup], pruned: Mapp
         yield
 
 
-def _survivor_norm(norm: nn.LayerNorm | nn.GroupNorm, kept: Tensor) -> Callable[..., Tensor]:
+def _survivor_norm(norm: nn.LayerNorm | nn.GroupNorm | nn.RMSNorm, kept: Tensor) -> Callable[..., Tensor]:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x, axis = args[0], (output.dim() - 1 if isinstance(norm, nn.LayerNorm) else 1)
+        x, axis = args[0], (1 if isinstance(norm, nn.GroupNorm) else output.dim() - 1)
         shape = [-1 if d == axis else 1 for d in range(x.dim())]
         stay = torch.zeros(x.shape[axis], dtype=x.dtype, device=x.device)
         stay = stay.index_fill(0, kept.to(x.device), 1.0).view(shape)
         rows, alive = _statistics_rows(norm, x), _statistics_rows(norm, stay.expand_as(x))
         count = alive.sum(dim=-1, keepdim=True).clamp_min(1)
-        mean = (alive * rows).sum(dim=-1, keepdim=True) / count
-        variance = (alive * (rows - mean).square()).sum(dim=-1, keepdim=True) / count
-        values = ((rows - mean) * (variance + norm.eps).rsqrt()).view(x.shape)
-        weight, bias = (t if t is None else t.view(shape) for t in (module.weight, module.bias))  # type: ignore[operator]
+        if not isinstance(norm, nn.RMSNorm):
+            rows = rows - (alive * rows).sum(dim=-1, keepdim=True) / count
+        square = (alive * rows.square()).sum(dim=-1, keepdim=True) / count
+        eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
+        values = (rows * (square + eps).rsqrt()).view(x.shape)
+        own = (module.weight, getattr(module, "bias", None))
+        weight, bias = (t if t is None else t.view(shape) for t in own)  # type: ignore[operator]
         values = values if weight is None else values * weight
         return stay * (values if bias is None else values + bias)
 
     return hook
 
 
-def _statistics_rows(norm: nn.LayerNorm | nn.GroupNorm, x: Tensor) -> Tensor:
+def _statistics_rows(norm: nn.LayerNorm | nn.GroupNorm | nn.RMSNorm, x: Tensor) -> Tensor:
     """x [..., entries that share a mean and a variance]."""
-    return x if isinstance(norm, nn.LayerNorm) else x.reshape(len(x), norm.num_groups, -1)
+    return x.reshape(len(x), norm.num_groups, -1) if isinstance(norm, nn.GroupNorm) else x

@@ -1,4 +1,4 @@
-"""Taking neurons out of a network: parameters, buffers, gradients, optimizer state, copies and factors, all or nothing."""
+"""Taking neurons out of a network, all or nothing: tensors, gradients, optimizer state, averaged copies and factors."""
 
 from __future__ import annotations
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils.flop_counter import FlopCounterMode
 
-from kfac_ext.layers.convolution import TRANSPOSED
+from kfac_ext.curvature.modes import module_modes, plain_kernels
 
 LAYERS = (nn.Linear, _ConvNd)
 
@@ -33,30 +36,36 @@ def parameter_count(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def multiply_accumulates(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
-    """Multiply-accumulate operations of the linear and convolution layers for one image (twice that many FLOPs).
+def multiply_accumulates(model: nn.Module, *args: Any, **kwargs: Any) -> int:
+    """Multiply-accumulates of one call in evaluation mode: half the FLOPs that PyTorch's own counter finds.
 
-    Counted by forward hooks: weight elements times the positions they are applied at, which are those of the output,
-    or of the input of a transposed convolution; so a grouped convolution counts what it does. As usual in the field,
-    nothing else counts: not norms, not activations, and not the two products of an attention between its own inputs.
+    Matrix products and convolutions, among them the two products of an attention between its own inputs; as usual in
+    the field, norms, activations and sums count nothing. A grouped convolution counts what it does.
+
+    Args:
+        model: its modes stay as they are.
+        args: what it is called with, one sample for the usual figure.
+        kwargs: likewise.
+
+    Example:
+        >>> multiply_accumulates(nn.Linear(4, 8), torch.zeros(1, 4))
+        32
     """
-    total = 0
+    evaluating = module_modes(dict.fromkeys(model.modules(), False))
+    with evaluating, plain_kernels(), FlopCounterMode(display=False, custom_mapping=_MORE) as counter:
+        model(*args, **kwargs)
+    return counter.get_total_flops() // 2
 
-    def count(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        nonlocal total
-        at = args[0] if isinstance(module, TRANSPOSED) else output
-        channels = at.shape[-1] if isinstance(module, nn.Linear) else at.shape[1]
-        total += cast(Tensor, module.weight).numel() * (at.numel() // channels)
 
-    layers = [module for module in model.modules() if isinstance(module, LAYERS)]
-    handles = [layer.register_forward_hook(count) for layer in layers]
-    training = model.training
-    try:
-        model.eval()
-        parameter = next(model.parameters())
-        model(torch.zeros(1, *image_shape, device=parameter.device, dtype=parameter.dtype))
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
-    return total
+def _flops_by_vector(*shapes: Sequence[int], **_options: Any) -> int:
+    return 2 * max(map(math.prod, shapes))  # the matrix is the largest
+
+
+def _flops_of_experts(rows: Sequence[int], matrices: Sequence[int], *_rest: Any, **_options: Any) -> int:
+    return 2 * math.prod(rows) * matrices[-1]
+
+
+# what torch's counter leaves out: products with a vector, rows that each meet the matrix of their expert
+_MORE: dict[Any, Any] = {getattr(torch.ops.aten, name): _flops_by_vector for name in ("mv", "addmv", "dot", "vdot")}
+if hasattr(torch.ops.aten, "_grouped_mm"):
+    _MORE[torch.ops.aten._grouped_mm] = _flops_of_experts

@@ -18,9 +18,8 @@ class Target:
 
     Args:
         params: parameters left.
-        macs: multiply-accumulates of the linear and convolution layers left, for one sample. The output positions of
-            every layer are measured once, the rest is arithmetic on widths, exact for grouped and depthwise
-            convolutions and for Linear on sequences.
+        macs: multiply-accumulates left, for one sample, of all matrix products and convolutions, an attention's between
+            its own inputs too. They are counted by operator once, the rest is exact arithmetic on widths.
         neurons: neurons left, of those that can be pruned.
         latency: inference latency left, on the model's device, for `latency_batch` samples; how it is measured and
             modelled says `flatprune.pruning.latency`.

@@ -23,7 +23,7 @@ def results(trainer: Trainer) -> dict[str, Any]:
         "params_before": trainer.params_before,
         "params_after": trainer.params,
         "macs_before": trainer.macs_before,
-        "macs_after": models.multiply_accumulates(model, dataset.image_shape),
+        "macs_after": models.multiply_accumulates(model, dataset.x_test[:1]),
         "test_accuracy_last": accuracy(logits, dataset.y_test),
         "test_accuracy_best": trainer.progress.best_accuracy,
         "train_accuracy_last": train_accuracy,

@@ -101,7 +101,7 @@ class Trainer:
         }
         self.model = self.untrained().to(self.device)
         self.params_before = models.parameter_count(self.model)
-        self.macs_before = models.multiply_accumulates(self.model, dataset.image_shape)
+        self.macs_before = models.multiply_accumulates(self.model, dataset.x_test[:1])
         self.widths_before = models.layer_widths(self.model)
         if settings.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

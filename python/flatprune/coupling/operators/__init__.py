@@ -8,6 +8,6 @@ behind them are refused, naming operator and module.
 from __future__ import annotations
 
 from flatprune.coupling.operators import contractions, indexing, movement, norms, pointwise, reductions  # noqa: F401
-from flatprune.coupling.operators.table import RULES, Operation, fallback
+from flatprune.coupling.operators.table import RULES, Operation, fallback, rule
 
-__all__ = ["RULES", "Operation", "fallback"]
+__all__ = ["RULES", "Operation", "fallback", "rule"]

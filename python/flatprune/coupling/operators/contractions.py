@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from flatprune.coupling import algebra
 from flatprune.coupling.findings import Product
+from flatprune.coupling.labels import Labels
 from flatprune.coupling.neurons import CHANNELWISE, CONSUMER, PRODUCER
 from flatprune.coupling.operators.pointwise import vector
 from flatprune.coupling.operators.table import Operation, rule
 from flatprune.coupling.values import Axis, Value, labels_of, varying
-
-if TYPE_CHECKING:
-    from flatprune.coupling.tracer import Labels
 
 Dims = Sequence[int | None]
 _GROUPED_ALIGNMENT = 8  # widths that torch's grouped product takes: 16 bytes of the narrowest dtype
@@ -39,20 +36,20 @@ def _product(op: Operation, a: Value, b: Value) -> Value:
     return _contracted(op, a, (0,), b, (0,), 0)
 
 
-@rule("mm bmm mv dot vdot")
+@rule("mm bmm mv dot vdot", always=True)
 def product(op: Operation) -> Value:
     """[m, k] [k, n], batches of such, a vector on either side."""
     return _product(op, op.value(0), op.value(1))
 
 
-@rule("addmm baddbmm addmv")
+@rule("addmm baddbmm addmv", always=True)
 def product_and_sum(op: Operation) -> Value:
     """The same with something added."""
     result = _product(op, op.value(1), op.value(2))
     return algebra.combine(op.labels, [result, op.value(0)], op.shape)
 
 
-@rule("linear")
+@rule("linear", always=True)
 def linear(op: Operation) -> Value:
     """x [..., I], weight [O, I], bias [O]: where a backend has it as one operator."""
     x, weight = op.value(0), op.value(1)
@@ -63,7 +60,7 @@ def linear(op: Operation) -> Value:
     return result if bias is None else algebra.combine(op.labels, [result, op.value_of(bias)], op.shape)
 
 
-@rule("_grouped_mm")
+@rule("_grouped_mm", always=True)
 def experts(op: Operation) -> Value:
     """Rows [n, k], each by the matrix of its expert [experts, k, n]; experts stay."""
     a, b = op.value(0), op.value(1)
@@ -105,7 +102,7 @@ def _repeated_heads(value: Value, heads: int) -> Value:
     return value.having(size=(value.size[0], heads, *value.size[2:]), layers=layers)
 
 
-@rule("convolution _convolution cudnn_convolution mkldnn_convolution")
+@rule("convolution _convolution cudnn_convolution mkldnn_convolution", always=True)
 def convolution(op: Operation) -> Value:
     """x [N, I, ...], weight [O, I/groups, kernel] or, transposed, [I, O/groups, kernel]; kernels stay."""
     x, w, bias = op.args[0], op.args[1], op.argument("bias")
@@ -153,7 +150,7 @@ def _grouped(op: Operation, value: Value, w: Tensor, groups: int, transposed: bo
     seen = layers[0].reshape(groups, -1) if layers else None
     of_one = w.shape[0] // groups if transposed else w.shape[1]
     m.findings.products.append(
-        Product(m.stack.here, _applications(op, w, transposed), (value.size[0], outputs, of_one), [], 2)
+        Product(m.here, _applications(op, w, transposed), (value.size[0], outputs, of_one), [], 2)
     )
     if key is None:
         return blank.having(layers=_computed(op, w, groups, transposed, seen, value.free))

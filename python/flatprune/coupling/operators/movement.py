@@ -16,11 +16,11 @@ _RESHAPING = ("view", "_unsafe_view")
 
 
 @rule(
-    "view permute transpose t expand slice select unsqueeze squeeze unbind split split_with_sizes chunk unfold diagonal "
-    "unflatten narrow alias detach as_strided movedim swapaxes view_as_real view_as_complex _reshape_alias "
+    "view permute transpose t expand slice select unsqueeze squeeze unbind split split_with_sizes chunk unfold "
+    "diagonal unflatten narrow alias detach as_strided movedim swapaxes view_as_real view_as_complex _reshape_alias "
     "_unsafe_view unsafe_split unsafe_split_with_sizes unsafe_chunk squeeze_copy expand_copy _reshape_copy "
     "flip roll repeat repeat_interleave pixel_shuffle pixel_unshuffle index_select im2col rot90 tile",
-    follows_views=True,
+    always=True,
 )
 def move(op: Operation) -> list[Value]:
     """Views and copies that keep every entry what it is."""
@@ -122,7 +122,7 @@ def stack(op: Operation) -> Value:
     return algebra.joined(op.labels, values, dim, op.shape)
 
 
-@rule("copy", follows_views=True)
+@rule("copy", always=True)
 def copy(op: Operation) -> Value:
     """The target takes the source's labels."""
     target, source = op.value(), op.value(1)

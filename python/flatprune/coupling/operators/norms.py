@@ -11,8 +11,9 @@ from flatprune.coupling.values import Value, labels_of, varying
 
 
 @rule(
-    "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training _native_batch_norm_legit_functional "
-    "cudnn_batch_norm _batch_norm_with_update _batch_norm_no_update batch_norm miopen_batch_norm instance_norm"
+    "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training "
+    "_native_batch_norm_legit_functional cudnn_batch_norm _batch_norm_with_update _batch_norm_no_update batch_norm "
+    "miopen_batch_norm instance_norm"
 )
 def batch_norm(op: Operation) -> list[Value]:
     """Each channel by itself; its vectors and running statistics go with it.

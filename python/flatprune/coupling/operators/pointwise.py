@@ -62,7 +62,7 @@ def glu(op: Operation) -> Value:
     "kthvalue mode argsort"
 )
 def along(op: Operation) -> list[Value]:
-    """What mixes the entries of one dimension: labels that differ along it alone cannot go, beside others they are one."""
+    """What mixes entries of one dimension: labels that differ along it alone cannot go, beside others they are one."""
     value = algebra.collapsed(op.labels, op.value(), [op.argument("dim", -1)], "its channels are mixed by")
     return [value.having(size=tuple(t.shape)) for t in op.outputs]
 

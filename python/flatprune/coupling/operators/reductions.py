@@ -6,7 +6,10 @@ from flatprune.coupling import algebra
 from flatprune.coupling.operators.table import Operation, rule
 from flatprune.coupling.values import Value
 
-STATISTICS = "mean amax amin aminmax max min var std var_mean std_mean norm linalg_vector_norm prod logsumexp argmax argmin median nanmedian"
+STATISTICS = (
+    "mean amax amin aminmax max min var std var_mean std_mean norm linalg_vector_norm prod logsumexp argmax argmin "
+    "median nanmedian"
+)
 
 
 def reduced_dims(op: Operation, rank: int) -> list[int]:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from flatprune.coupling import algebra
+from flatprune.coupling.labels import Labels
 from flatprune.coupling.neurons import PRODUCER
 from flatprune.coupling.values import Value
-
-if TYPE_CHECKING:
-    from flatprune.coupling.tracer import Labels
 
 Rule = Callable[["Operation"], "Value | list[Value]"]
 RULES: dict[str, Rule] = {}
@@ -76,16 +74,16 @@ class Operation:
         return self.labels.get(tensor)
 
 
-def rule(names: str, *, follows_views: bool = False) -> Callable[[Rule], Rule]:
+def rule(names: str, *, always: bool = False) -> Callable[[Rule], Rule]:
     """Enter a rule for operators, names apart by spaces.
 
     Args:
         names: as in `torch.ops.aten`.
-        follows_views: called even where no argument has labels, to know what shares memory.
+        always: called even where no argument has labels: to know what shares memory, or to count products.
     """
 
     def enter(function: Rule) -> Rule:
-        function.follows_views = follows_views  # type: ignore[attr-defined]
+        function.always = always  # type: ignore[attr-defined]
         for name in names.split():
             if name in RULES:
                 raise ValueError(f"operator {name} has a rule already")
@@ -102,6 +100,6 @@ def fallback(op: Operation) -> Value | list[Value]:
     for tensor in op.tensors:
         algebra.note_role(op.labels, op.value_of(tensor), PRODUCER)  # so that the refusal names its layer
         for layer in op.value_of(tensor).layers:
-            op.labels.findings.pin(layer, f"operator {op.name} is not known (in {op.labels.stack.here})")
+            op.labels.findings.pin(layer, f"operator {op.name} is not known (in {op.labels.here})")
         algebra.refuse_statistics(op.labels, op.value_of(tensor))
     return [Value(tuple(tensor.shape)) for tensor in op.outputs]

@@ -1,0 +1,1 @@
+"""Networks that people train, and the parts of `bench.zoo` that judge them."""

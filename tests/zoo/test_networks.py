@@ -1,0 +1,57 @@
+"""A dozen networks of transformers: what could go, a cut against the masked network, training after it."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from bench.zoo import transformers_signals, transformers_text, transformers_vision
+from bench.zoo.checks import AMOUNTS, agree, cut_and_masked, find, outcome, train
+from bench.zoo.environment import prepare
+
+BUILDERS = {**transformers_text.NETWORKS, **transformers_vision.NETWORKS, **transformers_signals.NETWORKS}
+COULD_GO = {  # at least
+    "hf_bert": 0.95,
+    "hf_gpt2": 0.95,
+    "hf_llama_gqa": 0.95,
+    "hf_mixtral": 0.95,
+    "hf_qwen3": 0.95,
+    "hf_t5": 0.95,
+    "hf_bart": 0.95,
+    "hf_vit": 0.95,
+    "hf_swin": 0.95,
+    "hf_convnextv2": 0.95,
+    "hf_segformer": 0.95,
+    "hf_resnet": 0.95,
+    "hf_wav2vec2": 0.95,
+    "hf_whisper": 0.95,
+}
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
+
+
+@pytest.fixture(scope="module", autouse=True)
+def transformers():
+    if find_spec("transformers") is None:  # by name: a dozen skipped tests say which networks were not tried
+        pytest.skip("transformers is not installed")
+    prepare()
+
+
+@pytest.mark.parametrize("name", COULD_GO)
+def test_nearly_everything_could_go_and_a_cut_is_what_masking_is(name):
+    network = BUILDERS[name]()
+    coupling, record = find(network)
+    assert record["could_go"] >= COULD_GO[name], record["refused"]
+    for amount in AMOUNTS.values():
+        found = cut_and_masked(network, coupling, amount)
+        assert agree(outcome(found)), found
+        assert outcome(found)["effect"] > 0
+
+
+@pytest.mark.parametrize("name", ["hf_bert", "hf_llama_gqa", "hf_convnextv2"])
+@pytest.mark.parametrize("criterion", ["l1", "obs"])
+def test_training_goes_on_after_half_the_parameters_went(name, criterion):
+    torch.manual_seed(0)
+    record = train(BUILDERS[name](), criterion)
+    assert "error" not in record
+    assert record["left"] <= 0.51
