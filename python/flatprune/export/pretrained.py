@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from flatprune.coupling.calls import as_calls
 
 _MOST_BUILDS = 500  # networks without memory that are built in search of a configuration
+_BUILDS_ON = 50  # after the first that fits, in search of one whose modules hold the same numbers too
 _OF_SIZE = re.compile(r"dim|size|inner|width|ff|head|channel|embd")
 _NO_WIDTHS = re.compile(r"label2id|id2label|\w+_token_id|vocab_size|num_labels")
 
@@ -162,7 +163,8 @@ class _Search:
         queue: list[tuple[int, int, Changes]] = [(self._distance(self.start), next(count), ())]
         seen: set[frozenset[Change]] = set()
         found: dict[Changes, int] = {}
-        while queue and len(self.known) < _MOST_BUILDS:
+        last = _MOST_BUILDS
+        while queue and len(self.known) < last:
             distance, _, changes = heapq.heappop(queue)
             taken = {change.place for change in changes}
             for candidate in candidates:
@@ -178,6 +180,7 @@ class _Search:
                 if further < self._distance(self.nearest):
                     self.nearest = outline
                 if not outline.other_shapes(self.wanted):
+                    last = min(last, len(self.known) + _BUILDS_ON)
                     found[more] = outline.other_numbers(self.wanted)
                     if found[more] == 0:
                         return [more]
