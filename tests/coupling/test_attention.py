@@ -277,9 +277,7 @@ def test_grouped_queries(attend):
     check(grouped(attend), TOKENS, QUERIES)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a head that matmul repeats into its batch dimension is taken for heads of its own"
-)
+@pytest.mark.xfail(strict=True, reason="matmul repeats one head into its batch dimension")
 def test_one_head_of_keys_and_values_for_all_queries():
     """Nothing of keys and values can go with a head of queries; heads of queries can."""
     attend = lambda m, q, k, v: product(q, k.expand(-1, q.shape[1], -1, -1), v.expand(-1, q.shape[1], -1, -1))  # noqa: E731

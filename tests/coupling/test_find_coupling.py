@@ -56,7 +56,7 @@ def test_a_stream_that_stays_is_one_refusal():
     assert len(surprising) == 1
     assert set(surprising[0].layers) == {f"layers.{i}" for i in range(4)}
     assert "add" in surprising[0].reason
-    assert str(surprising[0]).startswith("'layers.0' and 3 more layers: ")
+    assert str(surprising[0]).startswith("'layers.0', 'layers.1', 'layers.2' and 1 more: ")
 
 
 def test_groups_of_one_layer_have_names_apart():

@@ -161,6 +161,7 @@ def test_calls_of_two_sizes_reach_both_branches():
     check(net, [Call((X,)), Call((torch.randn(9, 5),))], {**PLAIN, "large.weight[1]": range(6)})
 
 
+@pytest.mark.xfail(strict=True, reason="a counter is put back before each run, so every run takes the same way")
 def test_a_counter_is_as_it_was():
     """Every second call goes another way; the traces leave no trace."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -95,24 +95,22 @@ class _Search:
         more, unsafe = couple_unreached(self.model, components, self.called, self.read_by_host)
         if more:
             components = Components(self.table, self.findings, more)
-        for _ in range(_ROUNDS):
-            trial = Trial(self.model, self.traced, components)
-            reasons = {p: why for p, c in enumerate(components.candidates) if (why := self._excluded(c, unsafe))}
-            failed = trial.prove([p for p in range(len(components.candidates)) if p not in reasons])
-            reasons.update(failed)
-            coarser = [pair for p in failed for pair in _coarser(components, components.candidates[p])]
-            if not coarser:
-                coarser = [pair for p in failed for q in trial.partners.get(p, ()) for pair in _tied(components, p, q)]
+        for left in reversed(range(_ROUNDS + 1)):
+            trial, failed, reasons = self._tried(components, unsafe)
+            coarser = _coarser_pairs(components, trial, failed) if left else []
             if not coarser:
                 break
             more = [*more, *coarser]
             components = Components(self.table, self.findings, more)
-        else:
-            trial = Trial(self.model, self.traced, components)
-            reasons = {p: why for p, c in enumerate(components.candidates) if (why := self._excluded(c, unsafe))}
-            reasons.update(trial.prove([p for p in range(len(components.candidates)) if p not in reasons]))
         attributes = {components.candidates[p].group.name: found for p, found in trial.attributes.items()}
         return self._result(components, reasons, attributes)
+
+    def _tried(self, components: Components, unsafe: dict[int, str]) -> tuple[Trial, dict[int, str], dict[int, str]]:
+        """A trial of all candidates, those that failed it, and the reasons why these and others stay."""
+        trial = Trial(self.model, self.traced, components)
+        reasons = {p: why for p, c in enumerate(components.candidates) if (why := self._excluded(c, unsafe))}
+        failed = trial.prove([p for p in range(len(components.candidates)) if p not in reasons])
+        return trial, failed, {**reasons, **failed}
 
     def _excluded(self, candidate: Candidate, unsafe: dict[int, str]) -> str:
         modules = dict(self.model.named_modules())
@@ -149,6 +147,12 @@ class _Search:
 
 
 _EXCLUDED = "it is excluded"
+
+
+def _coarser_pairs(components: Components, trial: Trial, failed: Iterable[int]) -> list[Tensor]:
+    """Pairs of labels to go together, so that what failed may pass; empty if there is nothing left to try."""
+    pairs = [pair for p in failed for pair in _coarser(components, components.candidates[p])]
+    return pairs or [pair for p in failed for q in trial.partners.get(p, ()) for pair in _tied(components, p, q)]
 
 
 def _coarser(components: Components, candidate: Candidate) -> list[Tensor]:

@@ -14,6 +14,9 @@ from flatprune.coupling.terms import Term
 PRODUCER, CHANNELWISE, CONSUMER = "producer", "channelwise", "consumer"
 
 
+_NAMED = 3  # layers of one refusal that a message names
+
+
 class Refused(Exception):  # noqa: N818 - control flow inside the package, not an error of the user's
     """A group cannot be pruned; the message is the reason."""
 
@@ -104,8 +107,9 @@ class Refusal(NamedTuple):
     expected: bool = False
 
     def __str__(self) -> str:
-        more = f" and {len(self.layers) - 1} more layers" if len(self.layers) > 1 else ""
-        return f"{self.layers[0]!r}{more}: {self.reason}"
+        named = ", ".join(map(repr, self.layers[:_NAMED]))
+        more = f" and {len(self.layers) - _NAMED} more" if len(self.layers) > _NAMED else ""
+        return f"{named}{more}: {self.reason}"
 
 
 class Attribute(NamedTuple):

@@ -159,7 +159,7 @@ class MaskedRun(Tracer):
     def finish(self, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
         """Mask the result."""
         op = Operation(self, func, args, kwargs, out)
-        if op.name in _JOINT or op.argument("training") is True or op.name in _STATISTICS:
+        if _is_joint(op) or op.name in _STATISTICS:
             self._over_survivors(op)
         digests: list[tuple[float, float] | None] = []
         layers = [layer for t in op.tensors for layer in self.get(t).layers]
@@ -200,7 +200,7 @@ class MaskedRun(Tracer):
             kept = x.masked_fill(masked, 0)
             for old, new in zip(op.outputs, op.func(kept, *op.args[1:], **op.kwargs)):
                 old.copy_(new)
-        elif op.name in _JOINT or op.argument("training") is True:
+        elif _is_joint(op):
             op.outputs[0].copy_(_norm(op, x, ~masked))
         else:
             self._statistic(op, x)
@@ -221,6 +221,11 @@ class MaskedRun(Tracer):
         for old, value in zip(op.outputs, new if isinstance(new, (tuple, list)) else [new]):
             if old.shape == value.shape:
                 old.copy_(value)
+
+
+def _is_joint(op: Operation) -> bool:
+    """Whether its statistics run over channels; those of a batch norm do where a weight is standardised."""
+    return op.name in _JOINT or ("batch_norm" in op.name and op.argument("training") is True)
 
 
 def _is_view(op: Operation, tensor: Tensor) -> bool:
