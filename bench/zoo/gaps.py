@@ -231,6 +231,18 @@ def group_norm(
     return y if bias is None else y + bias.view(shape), x, x
 
 
+@rule(aten.native_batch_norm, aten._native_batch_norm_legit, aten._native_batch_norm_legit_no_training)
+def batch_norm(func: Any, x: Tensor, weight: Any, bias: Any, *args: Any) -> tuple[Tensor, ...]:
+    """By running statistics, or by those of each channel's entries that are there (weights are standardised so)."""
+    training = args[-3] if isinstance(args[-3], bool) else False
+    if not training:
+        return func(x, weight, bias, *args)
+    y = _normed(x, [d for d in range(x.dim()) if d != 1], args[-1], centred=True)
+    shape = [1, -1, *[1] * (x.dim() - 2)]
+    y = y if weight is None else y * weight.view(shape)
+    return y if bias is None else y + bias.view(shape), x, x
+
+
 @rule(aten._weight_norm_interface)
 def weight_norm(func: Any, v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     """G v / |v|, the norm of each slice of a dimension over the entries that are there."""

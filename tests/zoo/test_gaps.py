@@ -103,6 +103,18 @@ def test_heads_of_an_attention_and_statistics_written_out():
     torch.testing.assert_close(found, expected)
 
 
+def test_standardised_and_normed_weights():
+    weight = torch.randn(4, 8, 3, dtype=torch.float64)
+    v, g = weight.clone(), torch.rand(1, 1, 3, dtype=torch.float64)
+    v[:, GONE] = torch.nan
+    with Gaps():
+        found = [F.batch_norm(v.view(1, 4, -1), None, None, training=True).view_as(v), torch._weight_norm(v, g, 2)]
+    whole = weight[:, KEPT].contiguous()
+    expected = [F.batch_norm(whole.view(1, 4, -1), None, None, training=True).view_as(whole)]
+    expected.append(torch._weight_norm(whole, g, 2))
+    torch.testing.assert_close([t[:, KEPT] for t in found], expected)
+
+
 def test_statistics_of_what_is_there():
     x = torch.randn(3, 8, dtype=torch.float64)
     whole = x[:, KEPT]
