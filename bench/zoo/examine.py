@@ -14,7 +14,7 @@ import torch
 from bench.zoo.checks import AMOUNTS, Record, brief, cut_and_masked, find, train
 from bench.zoo.network import Builder
 
-CHEAP = 3_000_000  # parameters, above which the default criterion is not tried
+CHEAP = 500_000  # parameters, above which the default criterion is not tried
 
 
 class Slow(Exception):  # noqa: N818 - says what became of a stage, not that something is wrong

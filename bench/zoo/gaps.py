@@ -7,6 +7,7 @@ So gaps find their way through the network by themselves; nothing is asked of `f
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -50,8 +51,10 @@ def plainly() -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
-            yield
+        with warnings.catch_warnings(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            warnings.simplefilter("ignore")  # torch warns of TF32 on Intel GPUs whenever flags are touched
+            with torch.backends.mkldnn.flags(enabled=False):
+                yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 

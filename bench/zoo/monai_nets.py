@@ -55,7 +55,6 @@ NETWORKS: dict[str, Builder] = {
     "monai_unet3d": model("UNet", volumes(16), num_res_units=2, **SPACE, **CHANNELS),
     "monai_unet3d_batch": model("UNet", volumes(16), norm="batch", **SPACE, **CHANNELS),
     "monai_basicunet2d": model("BasicUNet", images(32, 1), features=(8, 8, 16, 16, 32, 8), **PLANE),
-    "monai_basicunet3d": model("BasicUNet", volumes(32), features=(8, 8, 16, 16, 32, 8), **SPACE),
     "monai_attention_unet": model("AttentionUnet", images(32, 1), **PLANE, **CHANNELS),
     "monai_dynunet": model("DynUNet", images(32, 1), res_block=True, **PLANE, **KERNELS),
     "monai_dynunet3d": model("DynUNet", volumes(16), **SPACE, **KERNELS),
@@ -64,7 +63,6 @@ NETWORKS: dict[str, Builder] = {
     "monai_highresnet": model("HighResNet", images(32, 1), **PLANE),
     "monai_densenet121": model("DenseNet121", images(64, 1), **PLANE),
     "monai_resnet3d": model("resnet10", volumes(16), spatial_dims=3, n_input_channels=1, num_classes=3),
-    "monai_senet": model("SEResNet50", images(64, 1), spatial_dims=2, in_channels=1, num_classes=3),
     "monai_unetr": model(
         "UNETR",
         volumes(32),

@@ -102,12 +102,9 @@ def detector() -> Network:
 CLASSIFIERS = (
     ("resnet18", {}),
     ("resnet50", {}),
-    ("resnext50_32x4d", {}),
-    ("alexnet", {}),
     ("mobilenet_v2", {}),
     ("mobilenet_v3_small", {}),
     ("efficientnet_b0", {}),
-    ("efficientnet_v2_s", {}),
     ("densenet121", {}),
     ("shufflenet_v2_x0_5", {}),
     ("squeezenet1_1", {}),
@@ -125,8 +122,6 @@ NETWORKS: dict[str, Builder] = {
     "tv_maxvit": maxvit,
     "tv_deeplabv3": segmenter("deeplabv3_mobilenet_v3_large"),
     "tv_lraspp": segmenter("lraspp_mobilenet_v3_large"),
-    "tv_fcn_resnet50": segmenter("fcn_resnet50"),
     "tv_retinanet": detector,
     "tv_r3d_18": film("r3d_18", 4, 32, 32),
-    "tv_r2plus1d_18": film("r2plus1d_18", 4, 32, 32),
 }
