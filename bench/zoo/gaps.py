@@ -113,7 +113,7 @@ def product_plus(func: Any, bias: Tensor, a: Tensor, b: Tensor, *, beta: float =
     return alpha * both + (beta * bias if beta else 0)
 
 
-@rule(aten.mv, aten.dot)
+@rule(aten.mv, aten.dot, aten.vdot)
 def product_of_vector(func: Any, a: Tensor, b: Tensor) -> Tensor:
     """[n, k] or [k] times [k]."""
     return func(_whole(a), _whole(b)).masked_fill_(_all_gaps(a, -1) | b.isnan().all(), torch.nan)
