@@ -89,12 +89,17 @@ def unchanged(model: nn.Module) -> Iterator[None]:
                 with torch.no_grad():
                     buffer.copy_(copy)
         for module, known in attributes:
-            for key, value in [(k, v) for k, v in vars(module).items() if known.get(k, _NEW) is not v]:
-                holds_tensors = any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
-                if key in known and (holds_tensors or isinstance(value, _PLAIN)):  # a counter, say
+            changed = {key: value for key, value in vars(module).items() if known.get(key, _NEW) is not value}
+            cached = {key for key, value in changed.items() if _holds_tensors(value)}
+            for key, value in changed.items():
+                if key in known and (key in cached or isinstance(value, _PLAIN)):  # a counter, say
                     module.__dict__[key] = known[key]
-                elif key not in known and holds_tensors:  # a cache
+                elif key not in known and cached:  # a cache, and what it was made for
                     del module.__dict__[key]
+
+
+def _holds_tensors(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
 
 
 def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:

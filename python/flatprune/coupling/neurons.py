@@ -180,8 +180,9 @@ class Coupling:
 
 
 def module_of(tensor: str) -> str:
-    """Qualified name of the module that owns a tensor."""
-    return tensor.rpartition(".")[0]
+    """Qualified name of the module that owns a tensor, or the weight that is computed of it (`parametrizations`)."""
+    module, parametrized, _ = tensor.partition(".parametrizations.")
+    return module if parametrized else tensor.rpartition(".")[0]
 
 
 def tensor_name(module: str, key: str) -> str:

@@ -298,9 +298,14 @@ class Trial:
             for key, place, value in integers(module):
                 if key in settled or (name, key, place) in taken:
                     continue
-                for position in failure.suspects:
+                for position in sorted(failure.suspects, key=lambda p: -self._owned_inside(p, name)):
                     for step, per in self._changes(position, value):
                         yield position, Attribute(name, key, place, step, per)
+
+    def _owned_inside(self, position: int, module: str) -> int:
+        """How many tensors of a candidate a module holds; its integers most likely follow the one with most."""
+        members = self._components.candidates[position].group.members
+        return sum(any(f"{name}.".startswith(f"{module}.") for name in member.names) for member in members)
 
     def _around(self, modules: tuple[str, ...]) -> list[str]:
         """The modules around a failure, innermost first, then what stands beside the innermost."""

@@ -131,8 +131,16 @@ def plan(
     if curvature is not None:
         result.curvature = curvature
         for layer in curvature.layers.values():
-            _plan_factors(result, curvature, layer, cuts.get(_first_names(model)[layer.weight_name], ()))
+            _plan_factors(result, curvature, layer, cuts.get(_stored_name(model, layer.weight_name) or "", ()))
     return result
+
+
+def _stored_name(model: nn.Module, weight: str) -> str | None:
+    """The first name of the tensor behind a weight: itself, or the original of a parametrized one."""
+    firsts = _first_names(model)
+    module, _, key = weight.rpartition(".")
+    originals = (f"{module}.parametrizations.{key}.original{end}".lstrip(".") for end in ("1", ""))
+    return next((firsts[name] for name in (weight, *originals) if name in firsts), None)
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:
