@@ -1,9 +1,9 @@
 """The trial that proves groups of neurons: the network cut must compute what the network computes with them masked.
 
-All groups are cut at once: a random part of each (as many from each slice), then what stayed, then one neuron of each.
-Both networks run operator by operator; the first operator at which they part says which groups to try alone, and what
-to name when one stays. Tensors of one value get random ones for the trial, so that nothing hides behind a gain of zero;
-the model is left as it was.
+All groups are cut at once: a random part of each (as many from each slice), then what stayed, then one neuron of each,
+then some groups while others stay whole, so that each two are told apart once. Both networks run operator by operator;
+the first operator at which they part says which groups to try alone, and what to name when one stays. Tensors of one
+value get random ones for the trial, so that nothing hides behind a gain of zero; the model is left as it was.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Trial:
             for context in (unchanged(self._model), plain_kernels(), self._stack.watching(), self._random_constants()):
                 stack.enter_context(context)
             self._prepare(stack)
-            for how in (_HALF, _REST, _ONE):
+            for how in (_HALF, _REST, _ONE, *range(max(positions, default=0).bit_length())):
                 while good:
                     failure = self._attempt(good, how)
                     if failure is None:
@@ -127,15 +127,16 @@ class Trial:
         self.attributes = {position: found for position, found in self.attributes.items() if position in good}
         return bad
 
-    def _refuse(self, failure: Failure, good: Sequence[int], how: str) -> dict[int, str]:
+    def _refuse(self, failure: Failure, good: Sequence[int], how: str | int) -> dict[int, str]:
         """The suspects that fail alone; if none does, one of them, for it fails beside others."""
+        how = _HALF if isinstance(how, int) else how
         suspects = [position for position in failure.suspects if position in good] or list(good)
         bad: dict[int, str] = {}
         others = [position for position in good if position not in suspects]
         for position in (*suspects, *others):
             if position in bad or (bad and position in others):
                 continue
-            alone = failure if len(good) == 1 else self._attempt([position], how)
+            alone = failure if len(good) == 1 and how != _HALF else self._attempt([position], how)
             if alone is not None and self.attributes.pop(position, []):  # integers that were another group's
                 alone = self._attempt([position], how)
             if alone is not None:
@@ -157,13 +158,15 @@ class Trial:
 
     # one attempt
 
-    def _attempt(self, chosen: Sequence[int], how: str) -> Failure | None:
+    def _attempt(self, chosen: Sequence[int], how: str | int) -> Failure | None:
         """Cut some neurons of all chosen candidates; None if all is well."""
         plan = _Plan(list(chosen), {p: self._neurons(p, how) for p in chosen}, {})
         for position in chosen:
             if position in self.attributes:
                 plan.attributes[position] = list(self.attributes[position])
-        for number in range(len(self._calls)):
+        for number, traced in enumerate(self._calls):
+            if isinstance(how, int) and traced.training:
+                continue
             failure = self._attempt_call(plan, number)
             if failure is not None:
                 return failure
@@ -183,8 +186,8 @@ class Trial:
             failure = better[0]
         return None
 
-    def _neurons(self, position: int, how: str) -> Tensor:
-        """Random neurons of a candidate, as many of each slice."""
+    def _neurons(self, position: int, how: str | int) -> Tensor:
+        """Random neurons of a candidate, as many of each slice; none if bit `how` of its position is not set."""
         group = self._components.candidates[position].group
         generator = torch.Generator().manual_seed(position)
         own = group.width // group.groups
@@ -192,7 +195,7 @@ class Trial:
         least = own % step or step
         most = max(least, own // 2 - position % max(1, own // 4) * step)  # different numbers tell groups apart
         count = least if how == _ONE else least + (most - least) // step * step
-        if count >= own:
+        if count >= own or (isinstance(how, int) and not position >> how & 1):
             return torch.empty(0, dtype=torch.int64)
         parts = [(group.group_of == part).nonzero().flatten() for part in range(group.groups)]
         orders = [torch.randperm(own, generator=generator) for _ in parts]

@@ -291,7 +291,10 @@ def _plan_factors(result: Plan, curvature: Curvature, layer: Layer, cuts: Sequen
         result.blocks[f"{layer.name}.A"] = result.blocks[f"{layer.name}.G"] = cut.kept[::per].to(device) // per
         return
     if inputs is not None:
-        kept = inputs.kept if layer.groups == 1 else _within(inputs, layer.groups)
+        if layer.groups > 1 and inputs.size < layer.inputs:  # of a computed weight: the same of each group
+            kept = inputs.kept.expand(layer.groups, -1)
+        else:
+            kept = inputs.kept if layer.groups == 1 else _within(inputs, layer.groups)
         result.keep[f"{layer.name}.A"] = _patch_entries(layer, kept, columns).to(device)
     if outputs is not None:
         kept = outputs.kept if layer.groups == 1 else _within(outputs, layer.groups)
