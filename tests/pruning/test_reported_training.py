@@ -106,7 +106,7 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case(Regularised, {"a", "b"}),
+    Case(Regularised, {"b"}, ("a", "gets no gradient")),  # its loss is not one of the output, of which factors are
     Case(Routed, {"body"}),
     Case(Checked, {"b", "c"}, ("a", "wrong width")),
     Case(Dropped, {"a", "b"}),
