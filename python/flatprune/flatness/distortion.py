@@ -124,7 +124,8 @@ class _Hook:
 
     def __call__(self, module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
         """What torch calls after the layer's forward."""
-        return self._distortion(output) if self._distortion is not None and module.training else None
+        training = module.training and torch.is_grad_enabled()  # not where a forward only looks at the network
+        return self._distortion(output) if self._distortion is not None and training else None
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[None]]:
         return _Hook, (None,)
@@ -142,8 +143,8 @@ def attach_disout(
     """Distort the outputs of layers of a model in training by `Disout` (Tang et al. 2020, arXiv 2002.11022).
 
     Forward hooks do it: the model's structure, parameters and `state_dict` stay the same, so it is pruned, saved and
-    exported as if there were nothing; copies of the model do not distort. A layer distorts while its own `training`
-    flag is set. The extra forwards of `Flatness` and `SAM` draw the same places as the forward they belong to.
+    exported as if there were nothing; copies of the model do not distort. A layer distorts while gradients
+    are on and its `training` flag is set. The extra forwards of `Flatness` and `SAM` draw the same places as the forward they belong to.
 
     Args:
         model: the network.
