@@ -144,7 +144,8 @@ def attach_disout(
 
     Forward hooks do it: the model's structure, parameters and `state_dict` stay the same, so it is pruned, saved and
     exported as if there were nothing; copies of the model do not distort. A layer distorts while gradients
-    are on and its `training` flag is set. The extra forwards of `Flatness` and `SAM` draw the same places as the forward they belong to.
+    are on and its `training` flag is set. The extra forwards of `Flatness` and `SAM` draw the same places as the
+    forward they belong to.
 
     Args:
         model: the network.
