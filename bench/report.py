@@ -206,7 +206,7 @@ def plot(document: Mapping[str, Any], path: Path) -> None:
 
 def newest(folder: Path = RESULTS) -> Path:
     """The full result file of this suite written last, or a quick one if there is no other."""
-    suite = [path for path in folder.glob("*.json") if not path.name.startswith(("crossover-", "gpu-"))]
+    suite = [path for path in folder.glob("*.json") if not path.name.startswith(("crossover-", "gpu-", "zoo"))]
     files = sorted(suite, key=lambda p: p.stat().st_mtime)
     full = [path for path in files if "quick" not in path.stem]
     if not files:
