@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bench.zoo.checks import AMOUNTS, Record, brief, cut_and_masked, find, train
+from bench.zoo.environment import ROOT
 from bench.zoo.network import Builder
 
 CHEAP = 500_000  # parameters, above which the default criterion is not tried
@@ -42,7 +43,7 @@ def examine(build: Builder, seconds: float, keep: Callable[[Record], None]) -> R
         except (Exception, Slow) as error:
             record[name] = {"error": f"over {seconds:g} CPU s" if isinstance(error, Slow) else brief(error)}
             if not isinstance(error, Slow):
-                record[name]["trace"] = traceback.format_exc(limit=-6).splitlines()
+                record[name]["trace"] = traceback.format_exc(limit=-6).replace(f"{ROOT}/", "").splitlines()
             outcome = None
         else:
             record[name] = outcome[1] if isinstance(outcome, tuple) else outcome
