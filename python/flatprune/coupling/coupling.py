@@ -16,7 +16,8 @@ from flatprune.coupling.neurons import CONSUMER, Coupling
 from flatprune.coupling.operators.indexing import LOOKED_UP
 from flatprune.coupling.products import mac_terms
 from flatprune.coupling.tracer import ModuleStack, Tracer
-from flatprune.coupling.trial import TracedCall, Trial
+from flatprune.coupling.trial import Trial
+from flatprune.coupling.tried import TracedCall
 from flatprune.coupling.unreached import couple_unreached
 from kfac_ext.curvature.modes import plain_kernels
 
