@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from flatprune.coupling.operators.table import RULES
@@ -63,6 +63,10 @@ class Arithmetic:
         """Arguments as the operator gets them."""
         return mapped(self._number, arguments[0]), mapped(self._number, arguments[1])
 
+    def is_parameter(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a parameter or stands for one."""
+        return isinstance(tensor, nn.Parameter) or self._stand_ins.behind(tensor) is not None
+
     def _run(self, func: Any, lanes: Sequence[Arguments]) -> list[Any]:
         first = lanes[0][0][0] if lanes[0][0] and isinstance(lanes[0][0][0], Tensor) else None
         behind = None if first is None else self._stand_ins.behind(first)
@@ -75,10 +79,7 @@ class Arithmetic:
             if outs is not None:
                 return outs
         if self.running == "embedding" and behind is not None and not behind[1] and behind[0].is_table:
-            return [
-                behind[0].looked_up(lambda table, args=args, kwargs=kwargs: func(table, *args[1:], **kwargs))
-                for args, kwargs in lanes
-            ]
+            return [behind[0].cut_rows(func(behind[0].original, *args[1:], **kwargs)) for args, kwargs in lanes]
         made: dict[int, Tensor] = {}  # what several lanes have in common is converted once
 
         def number(tensor: Tensor) -> Tensor:
@@ -133,16 +134,25 @@ class Arithmetic:
         name = func._schema.name.split("::")[1]
         if name == "native_dropout":
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-        torch.manual_seed(self.completed)  # integers, say: the same ones in both runs
-        out = func(*args, **kwargs)
         if "attention" in name:
-            return out
+            return func(*args, **kwargs)
+        seed(self.completed)  # integers, say: the same ones in both runs
+        out = func(*args, **kwargs)
         for tensor in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(tensor, Tensor) and tensor.is_floating_point():
                 tensor.fill_(1.0 if "bernoulli" in name or "dropout" in name else _RANDOM)
             elif isinstance(tensor, Tensor) and "randint" in name and tensor.numel():
                 tensor.fill_(int(tensor.min()))  # one number, whatever the size
         return out
+
+
+def seed(number: int) -> None:
+    """As `torch.manual_seed`, which formats the stack each time for devices that nobody uses."""
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(number)
 
 
 def operator_name(func: Any) -> str:
@@ -195,27 +205,21 @@ def _is_depthwise(args: Sequence[Any]) -> bool:
 
 
 def _depthwise(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    x: Tensor, weight: Tensor, bias: Tensor | None, strides: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
     """A convolution with one input channel a group, as a sum over the entries of the kernel."""
     spatial = x.dim() - 2
-    stride, padding, dilation = ([*n] * spatial if len(n) == 1 else n for n in (stride, padding, dilation))
+    strides, padding, dilation = (n * spatial if len(n) == 1 else n for n in (strides, padding, dilation))
     x = F.pad(x, [n for side in reversed(padding) for n in (side, side)])
-    x = x.repeat_interleave(weight.shape[0] // x.shape[1], 1) if weight.shape[0] != x.shape[1] else x
-    kernel = weight.shape[2:]
-    sizes = [(x.shape[2 + d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1 for d in range(spatial)]
+    if len(weight) != x.shape[1]:
+        x = x.repeat_interleave(len(weight) // x.shape[1], 1)
+    sizes = [(x.shape[2 + d] - dilation[d] * (weight.shape[2 + d] - 1) - 1) // strides[d] + 1 for d in range(spatial)]
     out = x.new_zeros(*x.shape[:2], *sizes)
-    for place in product(*map(range, kernel)):
-        piece = x
+    for place in product(*map(range, weight.shape[2:])):
+        piece, factor = x, weight[:, 0]
         for d, at in enumerate(place):
-            start = at * dilation[d]
-            piece = piece.narrow(2 + d, start, (sizes[d] - 1) * stride[d] + 1)
-        window = tuple(slice(None, None, step) for step in stride)
-        factor = weight[(slice(None), 0, *place)].view(1, -1, *[1] * spatial)
-        out.addcmul_(piece[(..., *window)], factor)
+            first = at * dilation[d]
+            piece = piece[(slice(None),) * (2 + d) + (slice(first, first + sizes[d] * strides[d], strides[d]),)]
+            factor = factor[:, at]
+        out.addcmul_(piece, factor.view(1, -1, *[1] * spatial))
     return out if bias is None else out + bias.view(1, -1, *[1] * spatial)

@@ -60,6 +60,7 @@ def find_coupling(model: nn.Module, example_inputs: Any, exclude: Sequence[str |
 class _Search:
     def __init__(self, model: nn.Module, example_inputs: Any, exclude: Sequence[str | type]) -> None:
         self.model, self.exclude = model, exclude
+        self.modules = dict(model.named_modules())
         self.table, self.findings, self.stack = AxisTable(model), Findings(), ModuleStack(model)
         self.traced: list[TracedCall] = []
         self.called: set[str] = set()
@@ -114,13 +115,12 @@ class _Search:
         return trial, failed, {**reasons, **failed}
 
     def _excluded(self, candidate: Candidate, unsafe: dict[int, str]) -> str:
-        modules = dict(self.model.named_modules())
         for member in candidate.group.members:
             if member.roles == {CONSUMER}:
                 continue
             for item in self.exclude:
                 if isinstance(item, type):
-                    hit = any(isinstance(modules[name], item) for name in _around(member.module))
+                    hit = any(isinstance(self.modules[name], item) for name in _around(member.module))
                 else:
                     hit = item == "" or any(
                         (owner + ".").startswith(item + ".") for owner in (member.module, member.name)

@@ -1,7 +1,7 @@
 """Who is cut in which round of a trial.
 
-A random part of every group (as many from each slice), then what stayed, then one neuron of each, then some groups while
-others stay whole, so that each two are told apart once.
+A random part of every group (as many from each slice), then what stayed, then one neuron of each, then some groups
+while others stay whole, so that each two are told apart once.
 """
 
 from __future__ import annotations

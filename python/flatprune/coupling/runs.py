@@ -61,10 +61,8 @@ class FullRun(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator."""
         (out,) = self._arithmetic.run(func, [(args, kwargs or {})])
-        outputs = tensors_of(out)
-        if outputs:
-            held = [t for t in (*args, *outputs) if isinstance(t, Tensor) and not isinstance(t, torch.nn.Parameter)]
-            self.largest = max(self.largest, sum(t.untyped_storage().nbytes() for t in held))
+        held = [t for t in (*args, *tensors_of(out)) if isinstance(t, Tensor)]
+        self.largest = max(self.largest, sum(_bytes(t) for t in held if not self._arithmetic.is_parameter(t)))
         return out
 
 
@@ -113,6 +111,10 @@ class CutRun(TorchDispatchMode):
                 if abs(expected[0] - found[0]) > _OFF[self._arithmetic.double] * scale + 1e-12:
                     return True
         return False
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()  # `nbytes` is not for sparse ones
 
 
 def tensors_of(out: Any) -> list[Tensor]:

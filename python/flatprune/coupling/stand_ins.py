@@ -1,20 +1,20 @@
 """Parameters while the network is tried: shape and dtype of what they stand for, numbers when an operator wants them.
 
-Of each large parameter, cut or not, the model sees a *stand-in* of the right shape, strides and dtype, in memory that all
-share and nobody reads. Each operator gets numbers in its place: those of the original, cut and converted. So neither a
-copy of the model in float64 nor one that is cut is ever in memory.
+Of each large parameter, cut or not, the model sees a *stand-in* of the right shape, strides and dtype, in memory that
+all share and nobody reads. Each operator gets numbers in its place: those of the original, cut and converted. So
+neither a copy of the model in float64 nor one that is cut is ever in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from flatprune.coupling.cuts import Cut, cut_tensor
+from flatprune.coupling.cuts import Cut, cut_shape, cut_tensor
 
 _LARGE = 1 << 12  # entries from which on a parameter has a stand-in
 _BLOCK = 1 << 18  # entries of a matrix that are converted at a time
@@ -35,7 +35,7 @@ class StandIn:
     original: Tensor
     cuts: Sequence[Cut]
     dtype: torch.dtype
-    shape: torch.Size
+    shape: tuple[int, ...]
     strides: tuple[int, ...]
     written: Tensor | None = None
 
@@ -64,21 +64,16 @@ class StandIn:
             rows = self.original.index_select(0, kept[0][start:stop]) if 0 in kept else self.original[start:stop]
             yield start, stop, (rows.index_select(1, kept[1]) if 1 in kept else rows).to(self.dtype)
 
-    def looked_up(self, look_up: Callable[[Tensor], Tensor]) -> Tensor:
-        """Rows of a matrix whose columns alone are cut: found first, then cut and converted."""
-        return cut_last(look_up(self.original), self.cuts).to(self.dtype)
-
     @property
     def is_table(self) -> bool:
-        """Whether `looked_up` does it."""
+        """Whether `cut_rows` has them."""
         return self.is_matrix and all(cut.dim == 1 for cut in self.cuts)
 
-
-def cut_last(rows: Tensor, cuts: Sequence[Cut]) -> Tensor:
-    """Rows [..., columns] with the columns that stay."""
-    for cut in cuts:
-        rows = rows.index_select(-1, cut.kept.to(rows.device))
-    return rows
+    def cut_rows(self, rows: Tensor) -> Tensor:
+        """Rows [..., columns] of the original as the model sees them."""
+        for cut in self.cuts:
+            rows = rows.index_select(-1, cut.kept.to(rows.device))
+        return rows.to(self.dtype)
 
 
 class StandIns:
@@ -108,10 +103,13 @@ class StandIns:
         """What stands behind a tensor, and whether it is seen transposed; None if the tensor is none."""
         if not self._known or not tensor.is_floating_point():
             return None
-        found = self._known.get(tensor.data_ptr())
+        try:
+            found = self._known.get(tensor.data_ptr())
+        except RuntimeError:  # it has no memory of its own: a sparse one, say
+            return None
         if found is None:
             return None
-        seen = tensor.shape, tensor.stride()
+        seen = tuple(tensor.shape), tensor.stride()
         if seen == (found.shape, found.strides):
             return found, False
         if len(found.shape) == 2 and seen == (found.shape[::-1], found.strides[::-1]):
@@ -136,10 +134,9 @@ class StandIns:
             return
         memory, place = self._places[id(tensor)]
         original = before if behind is None else behind[0].original if behind[0].written is None else behind[0].written
-        like = torch.empty_strided(original.shape, original.stride(), device="meta")
-        like = cut_tensor(like, cuts) if cuts else like
-        now = StandIn(original, cuts, memory.dtype, like.shape, like.stride())
-        data = memory.as_strided(like.shape, like.stride(), place)
+        shape, strides = cut_shape(original, cuts) if cuts else (tuple(original.shape), original.stride())
+        now = StandIn(original, cuts, memory.dtype, shape, strides)
+        data = memory.as_strided(shape, strides, place)
         address = data.data_ptr()
         outer = self._known.get(address)
         self._known[address] = now

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flatprune.coupling.arithmetic import Arithmetic
+from flatprune.coupling.arithmetic import Arithmetic, seed
 from flatprune.coupling.attributes import known_attributes, own_shapes, with_integer
 from flatprune.coupling.calls import Call, traced_mode, unchanged
 from flatprune.coupling.components import Components
@@ -84,7 +84,7 @@ class TriedModel:
 
     def outputs(self, mode: Any, number: int) -> list[Tensor]:
         """The tensors that the model returns for a call, run under a dispatch mode."""
-        torch.manual_seed(0)
+        seed(0)
         random.seed(0)
         np.random.seed(0)  # noqa: NPY002 - models that draw from NumPy draw from its global stream
         call, training, _ = self.calls[number]
