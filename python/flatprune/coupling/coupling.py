@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from flatprune.coupling.attention import make_prunable, undo_prunable
 from flatprune.coupling.calls import as_calls, first_lines, traced_mode, unchanged
 from flatprune.coupling.components import OUTPUT, Candidate, Components
+from flatprune.coupling.constants import register_tensors, unregister_tensors
 from flatprune.coupling.findings import AxisTable, Findings
-from flatprune.coupling.neurons import CONSUMER, Coupling
+from flatprune.coupling.neurons import CONSUMER, Coupling, tensor_name
 from flatprune.coupling.operators.indexing import LOOKED_UP
 from flatprune.coupling.products import mac_terms
 from flatprune.coupling.tracer import ModuleStack, Tracer
@@ -27,7 +28,8 @@ def find_coupling(model: nn.Module, example_inputs: Any, exclude: Sequence[str |
     """The groups of neurons of `model`, traced in evaluation and in training mode and proven by trial cuts.
 
     Every `nn.MultiheadAttention` gets a forward that follows the shapes of its tensors (see
-    `flatprune.coupling.attention`); else the model is left as it was: modes, tensors, gradients, random streams.
+    `flatprune.coupling.attention`), tensors that are plain attributes and must be cut become buffers; else the model is
+    left as it was: modes, tensors, gradients, random streams.
 
     Args:
         model: any module that runs eagerly.
@@ -48,12 +50,17 @@ def find_coupling(model: nn.Module, example_inputs: Any, exclude: Sequence[str |
         ('0', 8)
     """
     _check_exclude(model, exclude)
-    changed = make_prunable(model)
+    changed, registered = make_prunable(model), register_tensors(model)
     try:
-        return _Search(model, example_inputs, exclude).coupling()
+        found = _Search(model, example_inputs, exclude).coupling()
     except BaseException:
         undo_prunable(changed)
+        unregister_tensors(registered)
         raise
+    cut = {name for group in found.groups for member in group.members for name in member.names}
+    names = {module: name for name, module in model.named_modules()}
+    unregister_tensors([place for place in registered if tensor_name(names[place[0]], place[1]) not in cut])
+    return found
 
 
 class _Search:
@@ -68,7 +75,7 @@ class _Search:
                 self._trace(call, training)
 
     def _trace(self, call: Any, training: bool) -> None:
-        first_joint, known = self.table.next_joint, len(self.findings.products)
+        known = len(self.findings.products)
         labels = Tracer(self.model, self.table, self.findings, self.stack)
         with unchanged(self.model), plain_kernels(), traced_mode(self.model, training), self.stack.watching():
             try:
@@ -87,7 +94,7 @@ class _Search:
             self.samples = max(1, next((len(t) for t in call.tensors() if t.dim()), 1))
             self.products = self.findings.products[known:]
         self.findings.products.clear()
-        self.traced.append(TracedCall(call, training, first_joint))
+        self.traced.append(TracedCall(call, training))
 
     def coupling(self) -> Coupling:
         """Try candidates; what fails is tried with coarser neurons, else refused."""
