@@ -12,7 +12,7 @@ from torch import nn
 
 from flatprune.coupling import find_coupling
 from flatprune.coupling.attributes import held_attributes
-from flatprune.coupling.calls import as_calls
+from flatprune.coupling.example_inputs import example_calls
 from flatprune.coupling.products import owned_fraction
 from flatprune.criteria import Criterion, Scores, ScoringContext, as_criterion
 from flatprune.criteria.loss_change import LossChange
@@ -51,7 +51,8 @@ class Pruner:
             parameter is cut along with it; they may hold other parameters too, such as a loss's. One that was not
             given and holds parameters of the model is noticed when it steps. See docs/training.md.
         curvature: the model's running factors.
-        example_inputs: what the model can be called with, see `flatprune.coupling.find_coupling`; one or two
+        example_inputs: what the model can be called with: a tensor, a tuple of arguments, a dict of keywords, (args,
+            kwargs), or a batch of a loader and `forward`; see `flatprune.coupling.example_inputs`. One or two
             samples do.
         target: the size to reach, in parameters, multiply-accumulates, neurons or latency.
         total_steps: optimizer steps of the whole training.
@@ -80,12 +81,15 @@ class Pruner:
             for two forwards on 256 samples an event.
         exclude: layers whose outputs stay: names of modules, or types.
         layers: names of the layers to prune; default all that can be.
+        forward: how a training loop calls the model with `example_inputs`, such as
+            lambda model, batch: model(batch["image"]); None: as its arguments.
         ema_models: copies of the model, such as `torch.optim.swa_utils.AveragedModel(model)`, that lose the same
             neurons at the same time; see `flatprune.cutting.ema_models`.
 
     Raises:
         TypeError: `target` is no Target; `exclude`, `layers`, `tie_widths` or `ema_models` is no list; one of the
-            last is no module; `criterion` is none; `optimizer` is none, nor a list or dict of them.
+            last is no module; `criterion` is none; `optimizer` is none, nor a list or dict of them; `example_inputs` is
+            no input but a loader, say.
         ValueError: an argument out of range; `max_predicted_loss` with a criterion that predicts no loss; a layer that
             the criterion cannot judge; a layer of `layers` that cannot be pruned, with the reason; an optimizer that
             keeps what cannot be cut (LBFGS, Shampoo, SOAP, 8-bit states: by name), or none that holds a parameter of
@@ -120,6 +124,7 @@ class Pruner:
         measure: bool = True,
         exclude: Sequence[str | type] = (),
         layers: Sequence[str] | None = None,
+        forward: Callable[..., Any] | None = None,
         ema_models: Sequence[nn.Module] = (),
     ) -> None:
         self.criterion = as_criterion(criterion)
@@ -137,12 +142,14 @@ class Pruner:
         self.target, self.compensate, self.selection, self.seed = target, compensate, selection, seed
         self.schedule = schedule or CubicSchedule(total_steps)
         self.max_predicted_loss, self.measure = max_predicted_loss, measure
-        call = as_calls(example_inputs)[0]
+        with curvature.paused():
+            calls = example_calls(model, example_inputs, forward)
+        call = calls[0]
         if target.unit == "latency" and call.kwargs:
             given = ", ".join(call.kwargs)
             raise ValueError(f"Pruner: example_inputs has keywords ({given}), a latency target needs positional ones")
         with curvature.paused():
-            self.coupling = find_coupling(model, example_inputs, exclude)
+            self.coupling = find_coupling(model, calls, exclude)
         curvature.trace(*call.args, **call.kwargs)
         refuse_unscored(self.coupling, curvature, self.criterion, compensate, call)
         choose_layers(self.coupling, model, layers)
