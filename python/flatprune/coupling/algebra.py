@@ -170,7 +170,7 @@ def _joint_labels(m: Labels, layer: Tensor, dims: set[int]) -> Tensor:
     kept = [d for d in range(layer.dim()) if d not in dims]
     rows = layer.permute(kept + sorted(dims)).reshape(math.prod(layer.shape[d] for d in kept), -1)
     different, which = rows.unique(dim=0, return_inverse=True)
-    labels = m.table.joint(len(different))[which]
+    labels = m.table.joint(different)[which]
     left = canonical(labels.view([1 if d in dims else n for d, n in enumerate(layer.shape)]))
     assert left is not None
     return left

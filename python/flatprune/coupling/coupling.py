@@ -70,7 +70,7 @@ class _Search:
                 self._trace(call, training)
 
     def _trace(self, call: Call, training: bool) -> None:
-        first_joint, known = self.table.next_joint, len(self.findings.products)
+        known = len(self.findings.products)
         labels = Tracer(self.model, self.table, self.findings, self.stack)
         with unchanged(self.model), plain_kernels(), traced_mode(self.model, training), self.stack.watching():
             try:
@@ -89,7 +89,7 @@ class _Search:
             self.samples = max(1, next((len(t) for t in call.tensors() if t.dim()), 1))
             self.products = self.findings.products[known:]
         self.findings.products.clear()
-        self.traced.append(TracedCall(call, training, first_joint))
+        self.traced.append(TracedCall(call, training))
 
     def coupling(self) -> Coupling:
         """Try candidates; what fails is tried with coarser neurons, else refused."""

@@ -125,7 +125,6 @@ class MaskedRun(Tracer):
 
     Args:
         components: of the traces.
-        first_joint: where the numbers of joint labels stood when this call was traced.
         masked: bool [flat labels + 1], True for what is masked; the last entry stands for no label.
 
     Attributes:
@@ -137,20 +136,12 @@ class MaskedRun(Tracer):
         model: nn.Module,
         stack: ModuleStack,
         components: Components,
-        first_joint: int,
         masked: Tensor,
         arithmetic: Arithmetic,
     ) -> None:
-        table = components.table
-        after, table.next_joint = table.next_joint, first_joint
-        self._after = after
-        super().__init__(model, table, NoFindings(), stack)
+        super().__init__(model, components.table, NoFindings(), stack)
         self._components, self._masked, self._arithmetic = components, masked, arithmetic
         self.steps: list[Step] = []
-
-    def close(self) -> None:
-        """Leave the table of axes as it was."""
-        self.table.next_joint = self._after
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """In float64, with constants."""
@@ -183,7 +174,7 @@ class MaskedRun(Tracer):
         """Which entries are masked; None if none is."""
         found = None
         for layer in layers:
-            masked = self._masked[torch.where(layer > 0, self._components.flat(layer), -1)]
+            masked = self._masked[self._components.known(layer)]
             if bool(masked.any()):
                 masked = masked.to(tensor.device).expand(tensor.shape)
                 found = masked if found is None else found | masked
@@ -211,7 +202,7 @@ class MaskedRun(Tracer):
             along = varying(layer) & dims
             if len(along) == 1 and varying(layer) == along:
                 (d,) = along
-                stays = ~self._masked[torch.where(layer > 0, self._components.flat(layer), -1)].flatten()
+                stays = ~self._masked[self._components.known(layer)].flatten()
                 if bool(stays.all()) or not bool(stays.any()):
                     continue
                 x = x.index_select(d, stays.nonzero().flatten().to(x.device))

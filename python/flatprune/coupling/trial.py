@@ -41,12 +41,10 @@ class TracedCall(NamedTuple):
     Attributes:
         call: its arguments.
         training: the mode.
-        first_joint: where the numbers of joint labels stood.
     """
 
     call: Call
     training: bool
-    first_joint: int
 
 
 @dataclass
@@ -210,16 +208,13 @@ class Trial:
         masked = torch.zeros(self._components.total + 1, dtype=torch.bool)
         for position, neurons in plan.pruned.items():
             masked[self._components.candidates[position].labels_of(neurons)] = True
-        call, training, first_joint = self._calls[number]
-        run = MaskedRun(self._model, self._stack, self._components, first_joint, masked, Arithmetic(self._double))
-        try:
-            return self._outputs(run, call, training), run.steps
-        finally:
-            run.close()
+        call, training = self._calls[number]
+        run = MaskedRun(self._model, self._stack, self._components, masked, Arithmetic(self._double))
+        return self._outputs(run, call, training), run.steps
 
     def _cut(self, plan: _Plan, number: int, expected: list[Tensor], steps: list[Step]) -> Failure | None:
         """Run the network as it is cut and compare."""
-        call, training, _ = self._calls[number]
+        call, training = self._calls[number]
         run = CutRun(steps, Arithmetic(self._double))
         try:
             with self._applied(plan):
@@ -261,7 +256,7 @@ class Trial:
         suspects: dict[int, None] = {}
         for step in reversed(near):
             for layer in step.layers:
-                for owner in self._owner[torch.where(layer > 0, self._components.flat(layer), -1)].unique().tolist():
+                for owner in self._owner[self._components.known(layer)].unique().tolist():
                     if owner in plan.chosen:
                         suspects[owner] = None
         last = near[-1] if near else None
@@ -341,7 +336,7 @@ class Trial:
     def _measure_full(self) -> None:
         """The outputs of the whole network."""
         self._full = [
-            self._outputs(CutRun([], Arithmetic(self._double)), call, training) for call, training, _ in self._calls
+            self._outputs(CutRun([], Arithmetic(self._double)), call, training) for call, training in self._calls
         ]
 
     def _prepare(self, stack: ExitStack) -> None:
