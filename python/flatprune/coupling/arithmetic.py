@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
+from flatprune.coupling.operators.schemas import mapped, schema_of
 from flatprune.coupling.operators.table import RULES
 from flatprune.coupling.stand_ins import StandIn, StandIns
 
@@ -50,7 +50,7 @@ class Arithmetic:
 
     def run(self, func: Any, lanes: Sequence[Arguments]) -> list[Any]:
         """The operator's result in each lane."""
-        self.running = operator_name(func)
+        self.running = schema_of(func).name
         outs = self._run(func, lanes)
         if self.running in QUIET:
             self.moved += 1
@@ -61,7 +61,7 @@ class Arithmetic:
 
     def given(self, arguments: Arguments) -> Arguments:
         """Arguments as the operator gets them."""
-        return mapped(self._number, arguments[0]), mapped(self._number, arguments[1])
+        return mapped(self.number, arguments[0]), mapped(self.number, arguments[1])
 
     def is_parameter(self, tensor: Tensor) -> bool:
         """Whether a tensor is a parameter or stands for one."""
@@ -82,24 +82,24 @@ class Arithmetic:
             return [behind[0].cut_rows(func(behind[0].original, *args[1:], **kwargs)) for args, kwargs in lanes]
         made: dict[int, Tensor] = {}  # what several lanes have in common is converted once
 
-        def number(tensor: Tensor) -> Tensor:
+        def once(tensor: Tensor) -> Tensor:
             found = made.get(id(tensor))
             if found is None:
-                found = made[id(tensor)] = self._number(tensor)
+                found = made[id(tensor)] = self.number(tensor)
             return found
 
-        writes = func._schema.name.endswith("_")  # in place: its first argument keeps its dtype
-        return [self._one(func, args, kwargs, number, writes=writes) for args, kwargs in lanes]
+        return [self._one(func, args, kwargs, once) for args, kwargs in lanes]
 
-    def _one(self, func: Any, args: Any, kwargs: Any, number: Callable[[Tensor], Tensor], *, writes: bool) -> Any:
-        if writes:
+    def _one(self, func: Any, args: Any, kwargs: Any, number: Callable[[Tensor], Tensor]) -> Any:
+        schema = schema_of(func)
+        if schema.in_place:  # its first argument keeps its dtype
             behind = self._stand_ins.behind(args[0]) if isinstance(args[0], Tensor) else None
             target = args[0] if behind is None else behind[0].to_write()
             given = (target, *mapped(number, args[1:]))
         else:
             given = mapped(number, args)
         named = mapped(number, kwargs)
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if schema.random:
             out = self._steady(func, given, named)
         elif self.double and self.running in _CONVOLUTIONS and _is_depthwise(given):
             out = _depthwise(*given[:6])
@@ -107,9 +107,10 @@ class Arithmetic:
             out = func(*given, **named)
         if "empty" in self.running and isinstance(out, Tensor):
             out.zero_()  # what happens to lie in memory is nothing to compare
-        return mapped(_converted, out) if self.double and not writes else out
+        return mapped(_converted, out) if self.double and not schema.in_place else out
 
-    def _number(self, tensor: Tensor) -> Tensor:
+    def number(self, tensor: Tensor) -> Tensor:
+        """A tensor as an operator gets it."""
         tensor = self._stand_ins.numbers(tensor)
         return _converted(tensor) if self.double else tensor
 
@@ -122,16 +123,16 @@ class Arithmetic:
         behind = self._stand_ins.behind(second)
         if behind is None or not behind[0].is_matrix or not all(_fit(args) for args, _ in lanes):
             return None
-        rows = [self._number(args[-2]) for args, _ in lanes]
+        rows = [self.number(args[-2]) for args, _ in lanes]
         found = _product(torch.cat(rows) if len(rows) > 1 else rows[0], *behind)
         outs = list(found.split([len(r) for r in rows])) if len(rows) > 1 else [found]
         if rest:
             for out, (args, _) in zip(outs, lanes):
-                out += self._number(args[0])
+                out += self.number(args[0])
         return outs
 
     def _steady(self, func: Any, args: Any, kwargs: Any) -> Any:
-        name = func._schema.name.split("::")[1]
+        name = schema_of(func).called
         if name == "native_dropout":
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
         if "attention" in name:
@@ -153,23 +154,6 @@ def seed(number: int) -> None:
         torch.cuda.manual_seed_all(number)
     if torch.backends.mps.is_available():
         torch.mps.manual_seed(number)
-
-
-def operator_name(func: Any) -> str:
-    """As the table of rules has it."""
-    name = func._schema.name.split("::")[1]
-    return name if name.startswith("__") else name.removesuffix("_")
-
-
-def mapped(change: Callable[[Tensor], Tensor], arguments: Any) -> Any:
-    """Arguments or results of an operator with every tensor changed."""
-    if isinstance(arguments, Tensor):
-        return change(arguments)
-    if type(arguments) in (tuple, list):
-        return type(arguments)(mapped(change, item) for item in arguments)
-    if type(arguments) is dict:
-        return {key: mapped(change, item) for key, item in arguments.items()}
-    return tree_map_only(Tensor, change, arguments) if isinstance(arguments, tuple) else arguments
 
 
 def _converted(tensor: Tensor) -> Tensor:

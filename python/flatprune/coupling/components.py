@@ -68,7 +68,7 @@ class Components:
     def __init__(self, table: AxisTable, findings: Findings, more: Sequence[Tensor] = ()) -> None:
         self.table, self.findings, self.more = table, findings, list(more)
         self._nodes = table.next_node
-        self.total = table.next_node + table.next_joint - JOINT
+        self.total = table.next_node + len(table.joints)
         for layer, role in findings.roles:
             for axis in table.owners(layer.unique()):
                 axis.roles.add(role)
@@ -86,6 +86,12 @@ class Components:
     def flat(self, labels: Tensor) -> Tensor:
         """Labels as positions from 0 to `total`."""
         return torch.where(labels >= JOINT, labels - JOINT + self._nodes, labels)
+
+    def known(self, layer: Tensor) -> Tensor:
+        """Labels as positions; -1 for none, and for what a later run met first, such as an expert now chosen."""
+        flat = self.flat(layer)
+        met = (layer < self._nodes) | (layer >= JOINT)
+        return torch.where((layer > 0) & met & (flat < self.total), flat, -1)
 
     def _unflat(self, labels: Tensor) -> Tensor:
         return torch.where(labels >= self._nodes, labels - self._nodes + JOINT, labels)

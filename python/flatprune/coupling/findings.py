@@ -22,7 +22,8 @@ class AxisTable:
 
     def __init__(self, model: nn.Module) -> None:
         self.axes: list[Axis] = []
-        self.next_node, self.next_joint = 1, JOINT
+        self.next_node = 1
+        self.joints: dict[bytes, int] = {}  # labels summed over -> the joint label that is left
         self.tensors: dict[int, Tensor] = {}
         self.names: dict[int, list[str]] = {}
         self._found: dict[tuple[int, int, int], Axis] = {}
@@ -46,11 +47,10 @@ class AxisTable:
         """All axes of a tensor (by id) so far."""
         return [axis for (owner, _, _), axis in self._found.items() if owner == key]
 
-    def joint(self, count: int) -> Tensor:
-        """Labels of `count` entries that no tensor has."""
-        labels = torch.arange(self.next_joint, self.next_joint + count)
-        self.next_joint += count
-        return labels
+    def joint(self, rows: Tensor) -> Tensor:
+        """The label of each entry that a sum over labels [entries, labels] leaves; the same sum leaves the same one."""
+        keys = [row.tobytes() for row in rows.numpy()]
+        return torch.tensor([self.joints.setdefault(key, JOINT + len(self.joints)) for key in keys])
 
     def owners(self, labels: Tensor) -> list[Axis]:
         """The axes that labels belong to."""

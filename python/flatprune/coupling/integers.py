@@ -16,16 +16,20 @@ _LEVELS = 3  # modules around a failure whose integers are looked at, innermost 
 def followable(
     modules: Mapping[str, nn.Module],
     running: tuple[str, ...],
-    suspects: Mapping[int, NeuronGroup],
+    suspects: Sequence[int],
+    groups: Mapping[int, NeuronGroup],
     taken: Sequence[Attribute],
 ) -> Iterator[tuple[int, Attribute]]:
     """Integers of the modules around a failure that equal a size which a suspect changes.
 
+    Where numbers without labels differ (the root of a width, say), all that a module holds a part of are suspects.
+
     Args:
         modules: of the model, by name.
         running: modules where it fails, outermost first.
-        suspects: position -> group.
-        taken: those that follow something already.
+        suspects: positions of the groups that meet there.
+        groups: position -> group, of all that are cut.
+        taken: integers that follow something already.
     """
     settled_places = {(a.module, a.key, a.place) for a in taken}
     for name in _around(modules, running):
@@ -34,8 +38,10 @@ def followable(
         for key, place, value in integers(module):
             if key in settled or (name, key, place) in settled_places:
                 continue
-            for position in sorted(suspects, key=lambda p: -_owned_inside(suspects[p], name)):
-                for step, per in _changes(suspects[position], value):
+            owned = {p: _owned_inside(groups[p], name) for p in suspects or groups}
+            possible = [p for p in owned if suspects or owned[p]]
+            for position in sorted(possible, key=lambda p: -owned[p]):
+                for step, per in _changes(groups[position], value):
                     yield position, Attribute(name, key, place, step, per)
 
 

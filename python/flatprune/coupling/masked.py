@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from flatprune.coupling.arithmetic import QUIET, Arguments, Arithmetic, mapped
+from flatprune.coupling.arithmetic import QUIET, Arguments, Arithmetic
 from flatprune.coupling.components import Components
 from flatprune.coupling.findings import NoFindings
 from flatprune.coupling.notes import Notes
 from flatprune.coupling.operators.movement import shares_memory
 from flatprune.coupling.operators.reductions import STATISTICS, reduced_dims
+from flatprune.coupling.operators.schemas import mapped, schema_of, tensors_in
 from flatprune.coupling.operators.table import RULES, Operation
 from flatprune.coupling.runs import Digest, Step, digest
 from flatprune.coupling.survivors import JOINT_NORMS, norm_of_survivors
@@ -22,6 +23,8 @@ from flatprune.coupling.tracer import ModuleStack, Tracer
 from flatprune.coupling.values import varying
 
 _STATISTICS = frozenset(STATISTICS.split())
+# where the factors of a product stand: what one of them alone has is masked in the result
+_OPERANDS = {"mm": slice(2), "addmm": slice(1, 3), "convolution": slice(2), "_convolution": slice(2)}
 _PICKING = frozenset(name for name, found in RULES.items() if found in (RULES["view"], RULES["index"]))
 
 
@@ -37,7 +40,6 @@ class MaskedRun(Tracer):
 
     Args:
         components: of the traces.
-        first_joint: where the numbers of joint labels stood when this call was traced.
         masked: bool [lanes, flat labels + 1], True for what is masked; the last entry stands for no label.
         arithmetic: how operators run.
 
@@ -51,13 +53,10 @@ class MaskedRun(Tracer):
         model: nn.Module,
         stack: ModuleStack,
         components: Components,
-        first_joint: int,
         masked: Tensor,
         arithmetic: Arithmetic,
     ) -> None:
-        table = components.table
-        self._after, table.next_joint = table.next_joint, first_joint
-        super().__init__(model, table, NoFindings(), stack)
+        super().__init__(model, components.table, NoFindings(), stack)
         self._components, self._masked, self._arithmetic = components, masked, arithmetic
         self.steps: list[Step] = []
         self.digests: list[list[list[Digest | None]]] = [[] for _ in masked]
@@ -65,18 +64,19 @@ class MaskedRun(Tracer):
         self._lanes: list[Arguments] = []
         self._outs: list[Any] = []
 
-    def close(self) -> None:
-        """Leave the table of axes as it was."""
-        self.table.next_joint = self._after
-
     def in_lanes(self, tensor: Tensor) -> list[Tensor]:
         """What a tensor that the model sees is in each lane."""
         others = self._others.get(tensor)
         return [tensor] * len(self._masked) if others is None else [tensor, *others]
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """In float64, with constants, in each lane."""
+        """In float64, with constants, in each lane; of parameters alone, which nothing masks, as far as they stay."""
         self._lanes = self._arguments(func, args, kwargs)
+        if self._sees_parameters_alone(func, args, kwargs):
+            self._lanes = [
+                (mapped(mask, a), mapped(mask, k))
+                for mask, (a, k) in zip(map(self._parameter_mask, range(len(self._masked))), self._lanes)
+            ]
         self._outs = self._arithmetic.run(func, self._lanes)
         return self._outs[0]
 
@@ -86,14 +86,13 @@ class MaskedRun(Tracer):
         """Of each lane; of the first alone where a view of a parameter is taken."""
         if len(self._masked) == 1:
             return [(args, kwargs)]
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        schema, tensors = schema_of(func), tensors_in((args, kwargs))
         others = {id(t): found for t in tensors if (found := self._others.get(t)) is not None}
-        for i, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                given = args[i] if i < len(args) else kwargs.get(argument.name)
-                if isinstance(given, Tensor) and id(given) not in others:
-                    raise Diverged
-        if not others and tensors and func.is_view:
+        for name in schema.written:
+            place = schema.arguments[name][0]
+            if any(id(t) not in others for t in tensors_in(args[place] if place < len(args) else kwargs.get(name))):
+                raise Diverged
+        if not others and tensors and schema.is_view:
             return [(args, kwargs)]
 
         def lane(number: int) -> Arguments:
@@ -134,10 +133,30 @@ class MaskedRun(Tracer):
 
     # masks
 
+    def _sees_parameters_alone(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Whether nothing that is masked meets parameters with labels in whose result entries of both mix."""
+        schema = schema_of(func)
+        if schema.aliases or schema.name == "embedding":
+            return False
+        values = [self.get(t) for t in tensors_in((args, kwargs))]
+        if schema.name in _OPERANDS and not all(value.layers for value in values[_OPERANDS[schema.name]]):
+            return False
+        return any(value.layers for value in values) and all(value.param or not value.layers for value in values)
+
+    def _parameter_mask(self, lane: int) -> Callable[[Tensor], Tensor]:
+        def masked(tensor: Tensor) -> Tensor:
+            layers = self.get(tensor).layers if tensor.is_floating_point() else ()
+            for masks in self._masks(layers):
+                if bool(masks[lane].any()):
+                    tensor = self._arithmetic.number(tensor).masked_fill(masks[lane].to(tensor.device), 0)
+            return tensor
+
+        return masked
+
     def finish(self, op: Operation) -> Any:
         """Mask the result."""
         self._note_lanes(op)
-        lanes = [self._outputs(out) for out in self._outs]
+        lanes = [tensors_in(out) for out in self._outs]
         if _is_joint(op) or op.name in _STATISTICS:
             self._over_survivors(op)
         quiet = op.name in QUIET
@@ -161,15 +180,11 @@ class MaskedRun(Tracer):
                 of_lane.append(digests[min(i, len(digests) - 1)])
         return op.out
 
-    @staticmethod
-    def _outputs(out: Any) -> list[Tensor]:
-        return [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, Tensor)]
-
     def _is_view(self, op: Operation, tensor: Tensor) -> bool:
         """Whether a result shares memory with an argument that the operator does not write to."""
         if op.in_place:
             return False
-        if op.func.is_view and any(self.parameter_key(other) is not None for other in op.tensors):
+        if op.schema.is_view and any(self.parameter_key(other) is not None for other in op.tensors):
             return True  # of what stood in for it
         return any(other is not tensor and shares_memory(tensor, other) for other in op.tensors)
 
@@ -177,7 +192,7 @@ class MaskedRun(Tracer):
         """Which entries are masked in each lane: for each layer that has such, bool [lanes, *layer]."""
         found = []
         for layer in layers:
-            masks = self._masked[:, torch.where(layer > 0, self._components.flat(layer), -1)]
+            masks = self._masked[:, self._components.known(layer)]
             if bool(masks.any()):
                 found.append(masks)
         return found
@@ -211,7 +226,7 @@ class MaskedRun(Tracer):
             along = varying(layer) & dims
             if len(along) == 1 and varying(layer) == along:
                 (d,) = along
-                stays = ~masked[torch.where(layer > 0, self._components.flat(layer), -1)].flatten()
+                stays = ~masked[self._components.known(layer)].flatten()
                 if bool(stays.all()) or not bool(stays.any()):
                     continue
                 x = x.index_select(d, stays.nonzero().flatten().to(x.device))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flatprune.coupling.arithmetic import QUIET, Arithmetic, operator_name
+from flatprune.coupling.arithmetic import QUIET, Arithmetic
+from flatprune.coupling.operators.schemas import schema_of, tensors_in
 
 Digest = tuple[float, float]  # sum, sum of absolute values: entries of zero do not change them
 _OFF = {True: 1e-7, False: 1e-3}  # in float64, in the model's own dtype
@@ -61,7 +62,7 @@ class FullRun(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator."""
         (out,) = self._arithmetic.run(func, [(args, kwargs or {})])
-        held = [t for t in (*args, *tensors_of(out)) if isinstance(t, Tensor)]
+        held = tensors_in((args, out))
         self.largest = max(self.largest, sum(_bytes(t) for t in held if not self._arithmetic.is_parameter(t)))
         return out
 
@@ -95,14 +96,14 @@ class CutRun(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator and compare."""
         (out,) = self._arithmetic.run(func, [(args, kwargs or {})])
-        if self.first_off is None and operator_name(func) not in QUIET:
+        if self.first_off is None and schema_of(func).name not in QUIET:
             number = self._arithmetic.completed - 1
-            if number >= len(self._expected.steps) or self._differs(number, func, tensors_of(out)):
+            if number >= len(self._expected.steps) or self._differs(number, func, tensors_in(out)):
                 self.first_off = number
         return out
 
     def _differs(self, number: int, func: Any, outputs: Sequence[Tensor]) -> bool:
-        if self._expected.steps[number].name != operator_name(func):
+        if self._expected.steps[number].name != schema_of(func).name:
             return True
         for expected, tensor in zip(self._expected.digests[number], outputs):
             found = None if expected is None else digest(tensor)
@@ -115,11 +116,6 @@ class CutRun(TorchDispatchMode):
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()  # `nbytes` is not for sparse ones
-
-
-def tensors_of(out: Any) -> list[Tensor]:
-    """The tensors of an operator's result."""
-    return [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, Tensor)]
 
 
 def digest(tensor: Tensor) -> Digest | None:

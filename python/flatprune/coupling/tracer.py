@@ -15,6 +15,7 @@ from flatprune.coupling import algebra
 from flatprune.coupling.findings import AxisTable, Findings, storage_key, storage_keys
 from flatprune.coupling.notes import Notes
 from flatprune.coupling.operators import RULES, Operation, fallback
+from flatprune.coupling.operators.schemas import schema_of
 from flatprune.coupling.values import Value, canonical, canonical_layers, varying
 
 Taking = Callable[[Tensor], Tensor]  # how a view is taken of its base
@@ -100,9 +101,10 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, then its rule."""
         kwargs = kwargs or {}
-        self.op = func._schema.name.split("::")[1]
+        schema = schema_of(func)
+        self.op = schema.called
         self.called.update(self.stack.names)
-        if self.op in _HOST_READS or torch.Tag.data_dependent_output in func.tags:
+        if self.op in _HOST_READS or schema.host:
             self.read_by_host.add(self.stack.names[-1] if self.stack.names else "")
         operation = Operation(self, func, args, kwargs, self.run(func, args, kwargs))
         self._apply_rule(operation)

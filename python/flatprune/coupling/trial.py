@@ -169,12 +169,9 @@ class Trial:
         for lane, choice in zip(masked, choices):
             for position, neurons in choice.items():
                 lane[self._components.candidates[position].labels_of(neurons)] = True
-        tried, first_joint = self._tried, self._calls[number].first_joint
-        run = MaskedRun(tried.model, tried.stack, self._components, first_joint, masked, tried.arithmetic())
-        try:
-            outputs = [run.in_lanes(tensor) for tensor in tried.outputs(run, number)]
-        finally:
-            run.close()
+        tried = self._tried
+        run = MaskedRun(tried.model, tried.stack, self._components, masked, tried.arithmetic())
+        outputs = [run.in_lanes(tensor) for tensor in tried.outputs(run, number)]
         return [
             Expected([of_lanes[lane] for of_lanes in outputs], run.steps, run.digests[lane])
             for lane in range(len(choices))
@@ -224,7 +221,7 @@ class Trial:
         suspects: dict[int, None] = {}
         for step in reversed(near):
             for layer in step.layers:
-                for owner in self._owner[torch.where(layer > 0, self._components.flat(layer), -1)].unique().tolist():
+                for owner in self._owner[self._components.known(layer)].unique().tolist():
                     if owner in plan.chosen:
                         suspects[owner] = None
         last = near[-1] if near else None
@@ -238,9 +235,10 @@ class Trial:
     ) -> tuple[Failure | None] | None:
         """The integer near a failure with whose change the cut network gets furthest, added to the plan; or None."""
         best: tuple[tuple[int, int], Failure | None, int, Attribute] | None = None
-        suspects = {position: self._components.candidates[position].group for position in failure.suspects}
+        groups = {position: self._components.candidates[position].group for position in plan.chosen}
         taken = [attribute for found in plan.attributes.values() for attribute in found]
-        for position, attribute in followable(self._tried.modules, failure.modules, suspects, taken):
+        near = followable(self._tried.modules, failure.modules, failure.suspects, groups, taken)
+        for position, attribute in near:
             trial = Plan(plan.chosen, plan.pruned, {**plan.attributes})
             trial.attributes[position] = [*plan.attributes.get(position, ()), attribute]
             outcome = self._cut(trial, number, expected)

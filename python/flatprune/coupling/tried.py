@@ -32,12 +32,10 @@ class TracedCall(NamedTuple):
     Attributes:
         call: its arguments.
         training: the mode.
-        first_joint: where the numbers of joint labels stood.
     """
 
     call: Call
     training: bool
-    first_joint: int
 
 
 class TriedModel:
@@ -87,7 +85,7 @@ class TriedModel:
         seed(0)
         random.seed(0)
         np.random.seed(0)  # noqa: NPY002 - models that draw from NumPy draw from its global stream
-        call, training, _ = self.calls[number]
+        call, training = self.calls[number]
         with unchanged(self.model), traced_mode(self.model, training), mode:
             output = call.run(self.model)
         return tensor_leaves(output)
