@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flatprune.coupling.components import Candidate
+from flatprune.coupling.cuts import Cut, tensor_cuts
 from flatprune.coupling.neurons import Attribute, NeuronGroup
 
 Round = str | int  # HALF, REST, ONE, or the bit of a candidate's position without which it stays whole
@@ -32,12 +33,25 @@ class Plan:
     Attributes:
         chosen: positions of candidates.
         pruned: position -> neurons.
+        cuts: what stays of each tensor.
         attributes: position -> integers found so far.
     """
 
     chosen: list[int]
     pruned: dict[int, Tensor]
+    cuts: dict[str, list[Cut]]
     attributes: dict[int, list[Attribute]] = field(default_factory=dict)
+
+    def following(self, position: int, attribute: Attribute) -> Plan:
+        """The same with one more integer that follows a width."""
+        found = {**self.attributes, position: [*self.attributes.get(position, ()), attribute]}
+        return Plan(self.chosen, self.pruned, self.cuts, found)
+
+
+def planned(candidates: Sequence[Candidate], chosen: Sequence[int], how: Round) -> Plan:
+    """The attempt of a round, as far as no integers are known."""
+    gone = pruned(candidates, chosen, how)
+    return Plan(list(chosen), gone, tensor_cuts([candidate.group for candidate in candidates], gone))
 
 
 def pruned(candidates: Sequence[Candidate], chosen: Sequence[int], how: Round) -> dict[int, Tensor]:

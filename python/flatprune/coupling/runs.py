@@ -70,20 +70,25 @@ class FullRun(TorchDispatchMode):
         return out
 
 
+class NoFurther(BaseException):
+    """A run parts from the masked one no later than others did."""
+
+
 class CutRun(TorchDispatchMode):
     """The network as it is cut, its operators held against the steps of the masked run.
 
     Args:
         expected: of the masked run.
         arithmetic: as there.
+        worth: a run that parts no later than there ends at once.
 
     Attributes:
         first_off: the first step whose result differs, or None.
     """
 
-    def __init__(self, expected: Expected, arithmetic: Arithmetic) -> None:
+    def __init__(self, expected: Expected, arithmetic: Arithmetic, worth: tuple[int, int] = (-1, 0)) -> None:
         super().__init__()
-        self._expected, self._arithmetic = expected, arithmetic
+        self._expected, self._arithmetic, self._worth = expected, arithmetic, worth
         self.first_off: int | None = None
 
     @property
@@ -103,6 +108,8 @@ class CutRun(TorchDispatchMode):
             number = self._arithmetic.completed - 1
             if number >= len(self._expected.steps) or self._differs(number, func, tensors_in(out)):
                 self.first_off = number
+                if (number, 0) <= self._worth:
+                    raise NoFurther
         return out
 
     def _differs(self, number: int, func: Any, outputs: Sequence[Tensor]) -> bool:

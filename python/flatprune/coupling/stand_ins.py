@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,12 @@ class StandIn:
         """All of them."""
         if self.written is not None:
             return self.written
-        return (cut_tensor(self.original, self.cuts) if self.cuts else self.original).to(self.dtype)
+        if not self._has_pieces:
+            return cut_tensor(self.original, self.cuts).to(self.dtype)
+        found = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.original.device)
+        for start, stop, piece in self._pieces():
+            found[start:stop] = piece
+        return found
 
     def to_write(self) -> Tensor:
         """All of them, in memory from now on."""
@@ -53,16 +59,24 @@ class StandIn:
     @property
     def is_matrix(self) -> bool:
         """Whether `blocks` has them."""
-        return self.written is None and len(self.shape) == 2 and all(cut.groups == 1 for cut in self.cuts)
+        return self.written is None and len(self.shape) == 2 and self._has_pieces
 
     def blocks(self) -> Iterator[tuple[int, int, Tensor]]:
         """A matrix, some rows after the others: (first, behind the last, rows)."""
+        for start, stop, piece in self._pieces():
+            yield start, stop, piece.to(self.dtype)
+
+    @property
+    def _has_pieces(self) -> bool:
+        return len(self.shape) > 0 and all(cut.groups == 1 and cut.dim < 2 for cut in self.cuts)
+
+    def _pieces(self) -> Iterator[tuple[int, int, Tensor]]:
         kept = {cut.dim: cut.kept.to(self.original.device) for cut in self.cuts}
-        step = max(1, _BLOCK // max(1, self.shape[1]))
+        step = max(1, _BLOCK // max(1, prod(self.shape[1:])))
         for start in range(0, self.shape[0], step):
             stop = min(start + step, self.shape[0])
             rows = self.original.index_select(0, kept[0][start:stop]) if 0 in kept else self.original[start:stop]
-            yield start, stop, (rows.index_select(1, kept[1]) if 1 in kept else rows).to(self.dtype)
+            yield start, stop, rows.index_select(1, kept[1]) if 1 in kept else rows
 
     @property
     def is_table(self) -> bool:

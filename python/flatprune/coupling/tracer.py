@@ -41,11 +41,15 @@ class ModuleStack:
         """The innermost module, "the model" if that is the model itself."""
         return (self.names[-1] if self.names else "") or "the model"
 
+    def clear(self) -> None:
+        """Forget what an error has left behind."""
+        self.names.clear()
+        self._ids.clear()
+
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Follow all forwards inside; after an error the names still say where it was raised."""
-        self.names.clear()
-        self._ids.clear()
+        self.clear()
 
         def enter(module: nn.Module, _args: Any) -> None:
             if id(module) in self._known:

@@ -18,8 +18,8 @@ from flatprune.coupling.components import Components
 from flatprune.coupling.integers import followable
 from flatprune.coupling.masked import Diverged, MaskedRun
 from flatprune.coupling.neurons import Attribute
-from flatprune.coupling.rounds import HALF, Plan, Round, pruned, rounds
-from flatprune.coupling.runs import CutRun, Expected, Step
+from flatprune.coupling.rounds import HALF, Plan, Round, planned, pruned, rounds
+from flatprune.coupling.runs import CutRun, Expected, NoFurther, Step
 from flatprune.coupling.tried import TracedCall, TriedModel
 
 _OF_EFFECT = {True: 1e-6, False: 1e-3}  # in float64, in the model's own dtype
@@ -119,7 +119,7 @@ class Trial:
 
         With an `order` of rounds, this one and those that follow it are masked at once where that is possible.
         """
-        plan = Plan(list(chosen), pruned(self._components.candidates, chosen, how))
+        plan = planned(self._components.candidates, chosen, how)
         for position in chosen:
             if position in self.attributes:
                 plan.attributes[position] = list(self.attributes[position])
@@ -181,12 +181,14 @@ class Trial:
             for lane in range(len(choices))
         ]
 
-    def _cut(self, plan: Plan, number: int, expected: Expected) -> Failure | None:
-        """Run the network as it is cut and compare."""
-        run, steps = CutRun(expected, self._tried.arithmetic()), expected.steps
+    def _cut(self, plan: Plan, number: int, expected: Expected, worth: tuple[int, int] = (-1, 0)) -> Failure | None:
+        """Run the network as it is cut and compare; no further than it takes to know that it gets no further."""
+        run, steps = CutRun(expected, self._tried.arithmetic(), worth), expected.steps
         try:
             with self._tried.cut(plan):
                 found = self._tried.outputs(run, number)
+        except NoFurther:
+            return Failure("", [], (), worth)
         except Exception as error:  # whatever the model raises is a reason
             at = run.reached if run.first_off is None else (run.first_off, 0)
             where = run.running if run.first_off is None else ""
@@ -243,11 +245,10 @@ class Trial:
         taken = [attribute for found in plan.attributes.values() for attribute in found]
         near = followable(self._tried.modules, failure.modules, failure.suspects, groups, taken)
         for position, attribute in near:
-            trial = Plan(plan.chosen, plan.pruned, {**plan.attributes})
-            trial.attributes[position] = [*plan.attributes.get(position, ()), attribute]
-            outcome = self._cut(trial, number, expected)
+            worth = max(failure.reached, best[0]) if best else failure.reached
+            outcome = self._cut(plan.following(position, attribute), number, expected, worth)
             reached = (len(expected.steps) + 1, 0) if outcome is None else outcome.reached
-            if reached > failure.reached and (best is None or reached > best[0]):
+            if reached > worth:
                 best = (reached, outcome, position, attribute)
             if outcome is None:
                 break

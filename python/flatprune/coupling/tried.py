@@ -15,7 +15,6 @@ from flatprune.coupling.arithmetic import Arithmetic, seed
 from flatprune.coupling.attributes import known_attributes, own_shapes, with_integer
 from flatprune.coupling.calls import Call, traced_mode, unchanged
 from flatprune.coupling.components import Components
-from flatprune.coupling.cuts import tensor_cuts
 from flatprune.coupling.neurons import module_of
 from flatprune.coupling.rounds import Plan
 from flatprune.coupling.runs import FullRun
@@ -66,7 +65,6 @@ class TriedModel:
         self.largest: list[int] = []
         self.like: list[int] = []
         self._table = components.table
-        self._groups = [candidate.group for candidate in components.candidates]
         self._tensors = {name: self._table.tensors[key] for key, names in self._table.names.items() for name in names}
         self._stand_ins = StandIns([], double=False)
 
@@ -89,6 +87,7 @@ class TriedModel:
         random.seed(0)
         np.random.seed(0)  # noqa: NPY002 - models that draw from NumPy draw from its global stream
         call, training = self.calls[number]
+        self.stack.clear()
         with unchanged(self.model), traced_mode(self.model, training), mode:
             output = call.run(self.model)
         return tensor_leaves(output)
@@ -134,7 +133,7 @@ class TriedModel:
         """The network as it is cut."""
         touched: dict[str, None] = {}
         with ExitStack() as stack:
-            for name, cuts in tensor_cuts(self._groups, plan.pruned).items():
+            for name, cuts in plan.cuts.items():
                 stack.enter_context(self._stand_ins.seen(self._tensors[name], cuts))
                 touched[module_of(name)] = None
             for name in self._owners_of_tied(touched):
