@@ -213,11 +213,13 @@ def test_gains_of_zero_hide_nothing():
 
 
 @pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.spectral_norm])
-def test_computed_weights_are_cut_right_or_refused(wrap):
-    """Weight norm keeps the rows apart, spectral norm does not."""
+def test_computed_weights(wrap):
+    """What a norm of a weight knows of each row and column goes with it."""
     net = Net(lambda m, x: m.b(F.relu(m.a(x))), a=wrap(nn.Linear(5, 6)), b=wrap(nn.Linear(6, 3)))
-    coupling = find_coupling(net, torch.randn(2, 5))
-    assert bool(coupling.groups) != any(name.startswith("a") for name in coupling.refused)
+    (group,) = find_coupling(net, torch.randn(2, 5)).groups
+    found = {name: member.dim for member in group.members for name in member.names}
+    sized = {name: list(t.shape).index(6) for name, t in {**net.state_dict()}.items() if 6 in t.shape}
+    assert group.name == "a" and group.width == 6 and found == sized
 
 
 def test_standardised_weights_are_cut_right_or_refused():

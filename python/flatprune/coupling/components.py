@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
-from torch import Tensor
+from torch import Tensor, nn
 
 from flatprune.coupling.findings import AxisTable, Findings
 from flatprune.coupling.neurons import CHANNELWISE, CONSUMER, PRODUCER, Member, NeuronGroup, Refused, module_of
@@ -160,6 +160,7 @@ class Components:
         """Neurons that own the same axes and counts form a group."""
         count = int(self.component.max()) + 1
         made, used, acted = (self._touched_by(role, count) for role in (PRODUCER, CONSUMER, CHANNELWISE))
+        made &= self._owning_parameters(count)  # not the positions of a fixed table alone
         for labels in self.findings.read:
             used[self.component[self.flat(labels)]] = True
         self._note_reason(made & ~used, "nothing reads it")
@@ -179,6 +180,15 @@ class Components:
             if role in axis.roles:
                 touched[self._of(axis)] = True
         return touched
+
+    def _owning_parameters(self, count: int) -> Tensor:
+        """Whether a component holds an entry of a parameter: bool [components]."""
+        owning = torch.zeros(count, dtype=torch.bool)
+        parameters = {self.table.names[key][0] for key, t in self.table.tensors.items() if isinstance(t, nn.Parameter)}
+        for axis in self.table.axes:
+            if axis.names[0] in parameters:
+                owning[self._of(axis)] = True
+        return owning
 
     def _of(self, axis: Axis) -> Tensor:
         """The component of each entry of an axis."""
