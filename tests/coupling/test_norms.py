@@ -238,3 +238,31 @@ def test_standardised_weights_are_cut_right_or_refused():
         check(net, image(), PLAIN)
     else:
         assert any(word in coupling.refused["a"] for word in ("mean", "std", "convolution"))
+
+
+@pytest.mark.parametrize("widths", [(8, 8), (8, 16)])
+def test_group_norm_of_a_concatenation(widths):
+    """No slice of the norm holds both parts, so that neurons of one part go with neurons of the other."""
+    first, second = widths
+    total = first + second
+    groups = total // 4
+    net = Net(
+        lambda m, x: pooled(m.b(F.relu(m.norm(torch.cat([m.a(x), m.c(x)], 1))))),
+        a=conv(3, first),
+        c=conv(3, second),
+        norm=nn.GroupNorm(groups, total),
+        b=conv(total, 3),
+    )
+    times = second // first
+    neurons = [(i, *(first + i + 8 * k for k in range(times))) for i in range(8)]
+    own = {"norm": neurons, "b.weight[1]": neurons}
+    check(
+        net,
+        image(),
+        {
+            "a": range(8),
+            "c": [tuple(i + 8 * k for k in range(times)) for i in range(8)],
+            **own,
+            "slices": [0] * 4 + [1] * 4,
+        },
+    )
