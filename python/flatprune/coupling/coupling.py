@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from flatprune.coupling.attention import make_prunable, undo_prunable
-from flatprune.coupling.calls import as_calls, first_lines, traced_mode, unchanged
+from flatprune.coupling.calls import Call, first_lines, traced_mode, unchanged
 from flatprune.coupling.components import OUTPUT, Candidate, Components
 from flatprune.coupling.constants import register_tensors, unregister_tensors
+from flatprune.coupling.example_inputs import GIVE, described, example_calls
 from flatprune.coupling.findings import AxisTable, Findings
 from flatprune.coupling.neurons import CONSUMER, Coupling, tensor_name
 from flatprune.coupling.operators.indexing import LOOKED_UP
@@ -33,8 +34,8 @@ def find_coupling(model: nn.Module, example_inputs: Any, exclude: Sequence[str |
 
     Args:
         model: any module that runs eagerly.
-        example_inputs: a tensor, a tuple of positional arguments, a dict of keywords, a `Call`, or several calls that
-            together reach everything; one or two samples do.
+        example_inputs: a tensor, arguments, keywords, both, or calls that together reach everything, see
+            `flatprune.coupling.example_inputs`; one or two samples do.
         exclude: layers whose outputs stay: qualified names (of a layer, or of a module that holds it) or types.
 
     Returns:
@@ -42,6 +43,7 @@ def find_coupling(model: nn.Module, example_inputs: Any, exclude: Sequence[str |
 
     Raises:
         KeyError: `exclude` names a module that the model does not have.
+        TypeError: `example_inputs` is no input but a loader, say.
         ValueError: the model cannot be called with the example inputs; names the module that raised.
 
     Example:
@@ -70,11 +72,11 @@ class _Search:
         self.traced: list[TracedCall] = []
         self.called: set[str] = set()
         self.read_by_host: set[str] = set()
-        for call in as_calls(example_inputs):
+        for call in example_calls(model, example_inputs):
             for training in (False, True):
                 self._trace(call, training)
 
-    def _trace(self, call: Any, training: bool) -> None:
+    def _trace(self, call: Call, training: bool) -> None:
         known = len(self.findings.products)
         labels = Tracer(self.model, self.table, self.findings, self.stack)
         with unchanged(self.model), plain_kernels(), traced_mode(self.model, training), self.stack.watching():
@@ -85,7 +87,7 @@ class _Search:
                 mode = "training" if training else "evaluation"
                 raise ValueError(
                     f"example_inputs: the model's forward raises in {mode} mode, in {self.stack.here} "
-                    f"({first_lines(error)}); give inputs that it can be called with"
+                    f"({first_lines(error)}), given {described(call.shown())}; {GIVE}"
                 ) from error
             labels.note_outputs(output)
         self.called |= labels.called
@@ -102,6 +104,7 @@ class _Search:
         more, unsafe = couple_unreached(self.model, components, self.called, self.read_by_host)
         if more:
             components = Components(self.table, self.findings, more)
+        self.table.frozen = True
         for left in reversed(range(_ROUNDS + 1)):
             trial, failed, reasons = self._tried(components, unsafe)
             coarser = _coarser_pairs(components, trial, failed) if left else []
@@ -159,6 +162,7 @@ _EXCLUDED = "it is excluded"
 def _coarser_pairs(components: Components, trial: Trial, failed: Iterable[int]) -> list[Tensor]:
     """Pairs of labels to go together, so that what failed may pass; empty if there is nothing left to try."""
     pairs = [pair for p in failed for pair in _coarser(components, components.candidates[p])]
+    pairs += components.balances
     return pairs or [pair for p in failed for q in trial.partners.get(p, ()) for pair in _tied(components, p, q)]
 
 
