@@ -41,7 +41,7 @@ def test_each_neuron_is_the_one_that_brute_force_adds(double_nets, criterion, ki
         best = min(changes, key=changes.__getitem__)
         scores = joint.scores[0]
         assert min(left, key=lambda j: float(scores[j])) == best
-        joint.remove(0, best)
+        joint.remove(0, [best])
         pruned.append(best)
         left.remove(best)
         assert joint.total == pytest.approx(changes[best], rel=1e-6)

@@ -65,6 +65,12 @@ class ScoringContext:
             self._inverses[role] = self.statistics(role).inverses()
         return self._inverses[role]
 
+    def take_inverses(self, role: str) -> Inverses:
+        """As `inverses`, for a caller who overwrites them: nothing of them, nor of what they are made of, is kept."""
+        found = self.inverses(role)
+        del self._inverses[role], self._statistics[role]
+        return found
+
     def gradient_factors(self, role: str) -> dict[str, tuple[Tensor, ...]]:
         """G of each group of the same layers."""
         factors = self.curvature.factors

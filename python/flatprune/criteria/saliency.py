@@ -222,7 +222,7 @@ def compensation(
     arguments: list[tuple[Tensor, Tensor, Tensor]] = []
     lost = lost_channels(layers, groups, pruned, CONSUMER)
     for layer, channels in lost:
-        full = _with_constant(layer, inverses[layer.name][0])
+        full = raw_weight(layer, inverses[layer.name][0])
         for part, of_group in enumerate(channels.view(layer.groups, -1)):
             columns = input_columns(layer, of_group.nonzero()).flatten().to(full.device)
             arguments.append((full.unflatten(0, (layer.groups, -1))[part], inverses[layer.name][part], columns))
@@ -233,11 +233,11 @@ def compensation(
     values: dict[str, Tensor] = {}
     for layer, _ in lost:
         parts = [_scatter(*next(rows), next(kept)) for _ in inverses[layer.name]]
-        values.update(_as_tensors(curvature, layer.name, torch.cat(parts)))
+        values.update(tensors_of_weight(curvature, layer.name, torch.cat(parts)))
     return values
 
 
-def _with_constant(layer: Layer, inverse: Tensor) -> Tensor:
+def raw_weight(layer: Layer, inverse: Tensor) -> Tensor:
     """The raw weight as a matrix [O, d], with the bias (or zeros) as a last column if the inverse has one for the 1."""
     weight = layer.weight_matrix().to(inverse.dtype)
     if inverse.shape[0] == weight.shape[1]:
@@ -255,7 +255,10 @@ def _scatter(full: Tensor, _inverse: Tensor, pruned: Tensor, kept: Tensor) -> Te
     return result
 
 
-def _as_tensors(curvature: Curvature, name: str, full: Tensor) -> dict[str, Tensor]:
+def tensors_of_weight(curvature: Curvature, name: str, full: Tensor) -> dict[str, Tensor]:
+    """The inverse of `raw_weight`, by the names of the tensors; the 1's column of a layer without a bias is subtracted
+    from the running mean of the batch norm behind it.
+    """
     layer = curvature.layers[name]
     weight, bias = layer.weight, layer.bias
     size = layer.patch_size

@@ -280,7 +280,9 @@ class Pruner:
         pruned = choice.pruned
         if not pruned:
             return []
-        replacements = self.criterion.compensation(context, pruned) if compensate else None
+        replacements = None if choice.joint is None or not compensate else choice.joint.compensated()
+        if compensate and replacements is None:
+            replacements = self.criterion.compensation(context, pruned)
         loss_change = LossChange(self.curvature) if self.measure and self.curvature.recent_inputs else None
         params, cost, widths = self.params, self.cost, [group.width for group in self.groups]
         plan(

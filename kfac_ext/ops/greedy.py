@@ -1,0 +1,313 @@
+"""Neurons that go one after the other, each score knowing what went before: a block-pivoted Cholesky factorisation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kfac_ext import reference
+from kfac_ext.ops._greedy_kernels import Layer, Neurons, run_cpu
+from kfac_ext.ops._library import define, native_device
+from kfac_ext.ops._lists import as_list, check_count, check_matrix, check_square, row_major
+
+__all__ = ["GreedyChoice", "GreedySelection", "greedy_selection"]
+
+_OPERATION = _FAMILY = "greedy_selection"
+_PENDING = 64  # columns that go before V is updated: wide enough for a fast product, and few to work around
+_ROWS_TOGETHER = 256
+_ASYMMETRY = {torch.float32: 1e-4, torch.float64: 1e-9}  # of the largest entry; an inverse by other means may have some
+
+# ---- a step ----
+
+
+def _remove(
+    weights: list[Tensor],
+    inverses: list[Tensor],
+    Gs: list[Tensor],
+    removed: list[Tensor],
+    pending: list[Tensor],
+    counts: list[int],
+    lost: list[Tensor],
+    columns: list[Tensor],
+    layers: list[int],
+    blocks: list[Tensor],
+    forms: list[Tensor],
+    scores: list[Tensor],
+) -> tuple[Tensor, Tensor]:
+    if not (weights[0].is_cpu and native_device(_OPERATION, weights[0], _FAMILY)):
+        state = (weights, inverses, Gs, removed, pending, counts, lost, columns, layers, blocks, forms, scores)
+        return reference.greedy_remove_(*state)
+    problems = list(map(Layer, weights, inverses, Gs, removed, counts[::2], pending, counts[1::2], lost))
+    changes, failures = run_cpu(problems, list(map(Neurons, columns, layers, blocks, forms, scores)))
+    return torch.tensor(changes, dtype=torch.float64), torch.tensor(failures, dtype=torch.int64)
+
+
+def _remove_fake(weights: list[Tensor], *_state: object) -> tuple[Tensor, Tensor]:
+    first = weights[0]
+    return first.new_empty(len(weights), dtype=torch.float64), first.new_empty((len(weights), 3), dtype=torch.int64)
+
+
+_remove_op = define(
+    "greedy_remove_(Tensor(a!)[] weights, Tensor(b!)[] inverses, Tensor[] Gs, Tensor(c!)[] removed, "
+    "Tensor(d!)[] pending, int[] counts, Tensor[] lost, Tensor[] columns, int[] layers, Tensor(e!)[] blocks, "
+    "Tensor(f!)[] forms, Tensor(g!)[] scores) -> (Tensor, Tensor)",
+    _remove,
+    _remove_fake,
+)
+
+# ---- checks ----
+
+
+def _check_layers(weights: Sequence[Tensor], inverses: Sequence[Tensor], Gs: Sequence[Tensor]) -> None:
+    if not weights:
+        raise ValueError(f"{_OPERATION}: weights is empty, expected one a layer")
+    for name, given in (("inverses", inverses), ("Gs", Gs)):
+        check_count(_OPERATION, name, len(given), len(weights), "weights")
+    for i, (weight, inverse, G) in enumerate(zip(weights, inverses, Gs)):
+        check_matrix(_OPERATION, f"weights[{i}]", weight, weights[0])
+        check_square(_OPERATION, f"inverses[{i}]", inverse, weights[0], weight.shape[1])
+        check_square(_OPERATION, f"Gs[{i}]", G, weights[0], weight.shape[0])
+        _check_symmetric(f"inverses[{i}]", inverse)
+        _check_symmetric(f"Gs[{i}]", G)
+
+
+def _check_symmetric(name: str, matrix: Tensor) -> None:
+    """Some rows at a time: a difference as large as the matrix would double the memory. NaN is no asymmetry."""
+    worst, largest = matrix.new_zeros(()), matrix.new_zeros(())
+    for first in range(0, len(matrix), _ROWS_TOGETHER):
+        rows = matrix[first : first + _ROWS_TOGETHER, : first + _ROWS_TOGETHER]
+        across = matrix[: first + _ROWS_TOGETHER, first : first + _ROWS_TOGETHER].mT
+        worst, largest = torch.maximum(worst, (rows - across).abs().max()), torch.maximum(largest, rows.abs().max())
+    if bool(worst > _ASYMMETRY[matrix.dtype] * largest):
+        raise ValueError(
+            f"{_OPERATION}: {name} is not symmetric, entries across the diagonal differ by {float(worst):.3g}"
+        )
+
+
+def _check_columns(columns: Sequence[Tensor], layers: Sequence[int], weights: Sequence[Tensor]) -> None:
+    check_count(_OPERATION, "layers", len(layers), len(columns), "columns")
+    taken = [torch.zeros(weight.shape[1], dtype=torch.bool) for weight in weights]
+    for i, (index, layer) in enumerate(zip(columns, layers)):
+        if not 0 <= layer < len(weights):
+            raise ValueError(f"{_OPERATION}: layers[{i}] is {layer}, expected one of the {len(weights)} layers")
+        if index.dtype != torch.int64 or index.dim() != 2 or not index.numel():
+            raise TypeError(
+                f"{_OPERATION}: columns[{i}] has dtype {index.dtype} and shape {tuple(index.shape)}, expected int64 "
+                "[neurons, block]"
+            )
+        listed, width = index.flatten().cpu(), weights[layer].shape[1]
+        if int(listed.min()) < 0 or int(listed.max()) >= width:
+            raise ValueError(
+                f"{_OPERATION}: columns[{i}] has indices from {int(listed.min())} to {int(listed.max())}, expected "
+                f"columns 0 to {width - 1} of weights[{layer}]"
+            )
+        if len(listed.unique()) < len(listed) or bool(taken[layer][listed].any()):
+            raise ValueError(f"{_OPERATION}: columns[{i}] names a column twice, or one of another neuron of the layer")
+        taken[layer][listed] = True
+
+
+# ---- the whole ----
+
+
+class GreedySelection:
+    """Scores of neurons that take into account which went before, kept up to date while one after the other goes.
+
+    S_j = 1/2 tr(V_J^T G V_J (H_JJ)^-1), summed over the layers that neuron j feeds: optimal brain surgeon for a block of
+    columns (Hassibi & Stork 1992), where V and H are those that the removals so far have left,
+
+        V <- V - V_J (H_JJ)^-1 H_J.        H <- H - H_.J (H_JJ)^-1 H_J.
+
+    The changes add up to 1/2 tr(V_S^T G V_S (H_SS)^-1) of all columns S that went. What is computed is a Cholesky
+    factorisation of H with blocks as pivots: H now is H - L L^T, and a removal costs one pass over L and one over V,
+    where updates of H would cost one over all of it and new scores a product with G.
+
+    Args:
+        weights: V of each layer, [O, d], float32 or float64, of one dtype and device.
+        inverses: H = (A + D)^-1 of each layer, [d, d], symmetric positive definite, from `damped_inverse`.
+        Gs: [O, O] covariance of the gradients at its outputs, symmetric.
+        columns: lists of neurons, int64 [neurons, block]: the columns of one layer that each feeds. Columns of no
+            neuron (a bias) stay.
+        layers: the layer of each list; default: one list a layer, in order.
+        overwrite: work in the memory of `inverses`, which are worth nothing afterwards.
+
+    Attributes:
+        scores: float64 [neurons] a list: what the layer loses with each neuron now, infinite for those that went. A
+            neuron that stands in several lists loses the sum.
+        total: what has been lost so far.
+
+    Raises:
+        torch.linalg.LinAlgError: naming the layer and a neuron whose block H_JJ is not positive definite.
+        TypeError, ValueError: naming the argument and its place in the list.
+
+    Example:
+        >>> V, H, G = torch.tensor([[1.0, 2.0, 3.0]]), torch.eye(3), torch.eye(1)
+        >>> selection = kfac_ext.GreedySelection([V], [H], [G], [torch.arange(3)[:, None]])
+        >>> selection.remove_({0: [0]}), selection.scores
+        (0.5, [tensor([   inf, 2.0000, 4.5000], dtype=torch.float64)])
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        inverses: Sequence[Tensor],
+        Gs: Sequence[Tensor],
+        columns: Sequence[Tensor],
+        layers: Sequence[int] | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        lists = [as_list(_OPERATION, name, tensors) for name, tensors in (("weights", weights), ("inverses", inverses))]
+        Vs, Hs = lists
+        self._Gs, index = as_list(_OPERATION, "Gs", Gs), as_list(_OPERATION, "columns", columns)
+        self._layers = list(range(len(index))) if layers is None else [int(layer) for layer in layers]
+        _check_layers(Vs, Hs, self._Gs)
+        _check_columns(index, self._layers, Vs)
+        self._Gs = [row_major(G) for G in self._Gs]
+        self._Vs = [V.clone(memory_format=torch.contiguous_format) for V in Vs]
+        self._Hs = [row_major(H) if overwrite else H.clone(memory_format=torch.contiguous_format) for H in Hs]
+        device = Vs[0].device
+        self._columns = [listed.to(device).contiguous() for listed in index]
+        self._removed = [listed.new_empty(V.shape[1]) for V, listed in zip(Vs, [self._columns[0]] * len(Vs))]
+        self._pending = [V.new_empty(min(_PENDING, V.shape[1]), len(V)) for V in Vs]
+        self._counts = [[0, 0] for _ in Vs]
+        self._blocks, self._forms = [], []
+        products = [G @ V for G, V in zip(self._Gs, self._Vs)]
+        for listed, layer in zip(self._columns, self._layers):
+            self._blocks.append(self._Hs[layer][listed[:, :, None], listed[:, None, :]].double())
+            read, through = (matrix[:, listed].transpose(0, 1) for matrix in (self._Vs[layer], products[layer]))
+            self._forms.append((read.mT @ through).double())
+        self.scores = [listed.new_empty(len(listed), dtype=torch.float64) for listed in self._columns]
+        self.total = 0.0
+        self._step({layer: [] for layer in range(len(Vs))})
+
+    def remove_(self, neurons: Mapping[int, Sequence[int] | Tensor]) -> float:
+        """Let neurons go, all at once.
+
+        Args:
+            neurons: number of a list of `columns` -> indices of neurons in it, distinct ones that are left.
+
+        Returns:
+            What is lost by it, 1/2 tr(V_J^T G V_J (H_JJ)^-1) of all their columns J together.
+
+        Raises:
+            torch.linalg.LinAlgError: naming the layer where H_JJ is not positive definite: nothing has gone then; or
+                one where the block of a neuron that stays no longer is: the scores are no use then.
+            ValueError: an index that is none, or of a neuron that went.
+        """
+        lost: dict[int, list[Tensor]] = {}
+        for number, given in neurons.items():
+            listed = self._columns[number]
+            index = torch.as_tensor(given, dtype=torch.int64, device=listed.device).flatten()
+            if not len(index):
+                continue
+            ok = (index >= 0) & (index < len(listed))
+            if not bool(ok.all()) or bool(self.scores[number][index].isinf().any()) or len(index.unique()) < len(index):
+                raise ValueError(
+                    f"{_OPERATION}: neurons[{number}] is {index.tolist()}, expected distinct ones of the "
+                    f"{len(listed)} that have not gone"
+                )
+            lost.setdefault(self._layers[number], []).append(listed[index].flatten())
+        change = self._step(lost) if lost else 0.0
+        self.total += change
+        return change
+
+    def _step(self, lost: Mapping[int, list[Tensor]]) -> float:
+        touched = sorted(lost)
+        numbers = [number for number, layer in enumerate(self._layers) if layer in lost]
+        none = self._columns[0].new_empty(0)
+        gone = [torch.cat(lost[layer]) if lost[layer] else none for layer in touched]
+        changes, failures = _remove_op(
+            *([state[layer] for layer in touched] for state in (self._Vs, self._Hs, self._Gs)),
+            *([state[layer] for layer in touched] for state in (self._removed, self._pending)),
+            [count for layer in touched for count in self._counts[layer]],
+            gone,
+            [self._columns[number] for number in numbers],
+            [touched.index(self._layers[number]) for number in numbers],
+            *([state[number] for number in numbers] for state in (self._blocks, self._forms, self.scores)),
+        )
+        for layer, (column, number, neuron) in zip(touched, failures.tolist()):
+            if column >= 0:
+                raise torch.linalg.LinAlgError(
+                    f"{_OPERATION}: inverses[{layer}] is not positive definite at the columns of the neurons that go"
+                )
+            if number >= 0:
+                raise torch.linalg.LinAlgError(
+                    f"{_OPERATION}: the block of neuron {neuron} of columns[{numbers[number]}] in inverses[{layer}] is "
+                    "not positive definite"
+                )
+        for layer, index in zip(touched, gone):
+            removed, waiting = self._counts[layer]
+            waits = waiting + len(index) <= len(self._pending[layer])
+            self._counts[layer] = [removed + len(index), waiting + len(index) if waits else 0]
+        return float(changes.sum())
+
+    def weights(self) -> list[Tensor]:
+        """V now, [O, d] a layer: with the survivors compensated, and zero in the columns that went."""
+        found = []
+        for V, H, removed, pending, (count, waiting) in zip(
+            self._Vs, self._Hs, self._removed, self._pending, self._counts
+        ):
+            gone = removed[:count]
+            now = V - pending[:waiting].mT @ H[gone[count - waiting :]]
+            now[:, gone] = 0.0
+            found.append(now)
+        return found
+
+
+class GreedyChoice(NamedTuple):
+    """What `greedy_selection` chose.
+
+    Attributes:
+        neurons: int64 [count], in the order in which they go.
+        scores: float64 [count], what is lost with each of them when it goes.
+        weights: V of each layer without them, the survivors compensated, zero in their columns.
+    """
+
+    neurons: Tensor
+    scores: Tensor
+    weights: list[Tensor]
+
+
+def greedy_selection(
+    weights: Sequence[Tensor],
+    inverses: Sequence[Tensor],
+    Gs: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    count: int,
+) -> GreedyChoice:
+    """The `count` neurons that go when each time the one of lowest score does; see `GreedySelection`.
+
+    Args:
+        weights, inverses, Gs: of the layers that the neurons feed, as for `GreedySelection`.
+        columns: int64 [neurons, block] a layer: the columns that each neuron feeds; equally many neurons in each.
+        count: neurons that go, at most all.
+
+    Raises:
+        torch.linalg.LinAlgError: naming the layer and a neuron whose block H_JJ is not positive definite.
+        TypeError, ValueError: naming the argument and its place in the list; scores that are not finite.
+
+    Example:
+        >>> V, H, G = torch.tensor([[1.0, 2.0, 3.0]]), torch.eye(3), torch.eye(1)
+        >>> kfac_ext.greedy_selection([V], [H], [G], [torch.arange(3)[:, None]], 2).neurons
+        tensor([0, 1])
+    """
+    selection = GreedySelection(weights, inverses, Gs, columns)
+    width = len(columns[0])
+    for i, index in enumerate(columns):
+        if len(index) != width:
+            raise ValueError(f"{_OPERATION}: columns[{i}] has {len(index)} neurons, columns[0] {width}: expected as many")
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= width:
+        raise ValueError(f"{_OPERATION}: count is {count!r}, expected 0 to {width}, the number of neurons")
+    neurons, scores = [], []
+    for _ in range(count):
+        score = torch.stack(selection.scores).sum(dim=0)
+        if bool(score.isnan().any()):
+            raise ValueError(f"{_OPERATION}: the score of neuron {int(score.isnan().nonzero()[0])} is not finite")
+        best = int(score.argmin())
+        scores.append(selection.remove_({number: [best] for number in range(len(columns))}))
+        neurons.append(best)
+    found = torch.tensor(neurons, dtype=torch.int64), torch.tensor(scores, dtype=torch.float64)
+    return GreedyChoice(*found, selection.weights())
