@@ -40,6 +40,9 @@ def covariance_cuda(
     device: int,
     stream: int,
 ) -> None: ...
+def greedy_remove_cpu(
+    layers: Sequence[tuple[list[int], list[list[int]]]], dtype: int, threads: int
+) -> list[tuple[int, float, int, int, int]]: ...
 
 class PowerGroup:
     workspace_bytes: int

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from kfac_ext import reference
+from kfac_ext.ops._greedy_checks import check_columns, check_layers
 from kfac_ext.ops._greedy_kernels import Layer, Neurons, run_cpu
+from kfac_ext.ops._launch import full_precision
 from kfac_ext.ops._library import define, native_device
-from kfac_ext.ops._lists import as_list, check_count, check_matrix, check_square, row_major
+from kfac_ext.ops._lists import as_list, check_count, row_major
 
 __all__ = ["GreedyChoice", "GreedySelection", "greedy_selection"]
 
 _OPERATION = _FAMILY = "greedy_selection"
 _PENDING = 64  # columns that go before V is updated: wide enough for a fast product, and few to work around
-_ROWS_TOGETHER = 256
-_ASYMMETRY = {torch.float32: 1e-4, torch.float64: 1e-9}  # of the largest entry; an inverse by other means may have some
 
 # ---- a step ----
 
@@ -58,65 +58,22 @@ _remove_op = define(
     _remove_fake,
 )
 
-# ---- checks ----
-
-
-def _check_layers(weights: Sequence[Tensor], inverses: Sequence[Tensor], Gs: Sequence[Tensor]) -> None:
-    if not weights:
-        raise ValueError(f"{_OPERATION}: weights is empty, expected one a layer")
-    for name, given in (("inverses", inverses), ("Gs", Gs)):
-        check_count(_OPERATION, name, len(given), len(weights), "weights")
-    for i, (weight, inverse, G) in enumerate(zip(weights, inverses, Gs)):
-        check_matrix(_OPERATION, f"weights[{i}]", weight, weights[0])
-        check_square(_OPERATION, f"inverses[{i}]", inverse, weights[0], weight.shape[1])
-        check_square(_OPERATION, f"Gs[{i}]", G, weights[0], weight.shape[0])
-        _check_symmetric(f"inverses[{i}]", inverse)
-        _check_symmetric(f"Gs[{i}]", G)
-
-
-def _check_symmetric(name: str, matrix: Tensor) -> None:
-    """Some rows at a time: a difference as large as the matrix would double the memory. NaN is no asymmetry."""
-    worst, largest = matrix.new_zeros(()), matrix.new_zeros(())
-    for first in range(0, len(matrix), _ROWS_TOGETHER):
-        rows = matrix[first : first + _ROWS_TOGETHER, : first + _ROWS_TOGETHER]
-        across = matrix[: first + _ROWS_TOGETHER, first : first + _ROWS_TOGETHER].mT
-        worst, largest = torch.maximum(worst, (rows - across).abs().max()), torch.maximum(largest, rows.abs().max())
-    if bool(worst > _ASYMMETRY[matrix.dtype] * largest):
-        raise ValueError(
-            f"{_OPERATION}: {name} is not symmetric, entries across the diagonal differ by {float(worst):.3g}"
-        )
-
-
-def _check_columns(columns: Sequence[Tensor], layers: Sequence[int], weights: Sequence[Tensor]) -> None:
-    check_count(_OPERATION, "layers", len(layers), len(columns), "columns")
-    taken = [torch.zeros(weight.shape[1], dtype=torch.bool) for weight in weights]
-    for i, (index, layer) in enumerate(zip(columns, layers)):
-        if not 0 <= layer < len(weights):
-            raise ValueError(f"{_OPERATION}: layers[{i}] is {layer}, expected one of the {len(weights)} layers")
-        if index.dtype != torch.int64 or index.dim() != 2 or not index.numel():
-            raise TypeError(
-                f"{_OPERATION}: columns[{i}] has dtype {index.dtype} and shape {tuple(index.shape)}, expected int64 "
-                "[neurons, block]"
-            )
-        listed, width = index.flatten().cpu(), weights[layer].shape[1]
-        if int(listed.min()) < 0 or int(listed.max()) >= width:
-            raise ValueError(
-                f"{_OPERATION}: columns[{i}] has indices from {int(listed.min())} to {int(listed.max())}, expected "
-                f"columns 0 to {width - 1} of weights[{layer}]"
-            )
-        if len(listed.unique()) < len(listed) or bool(taken[layer][listed].any()):
-            raise ValueError(f"{_OPERATION}: columns[{i}] names a column twice, or one of another neuron of the layer")
-        taken[layer][listed] = True
-
-
 # ---- the whole ----
+
+
+def _column_forms(V: Tensor, G: Tensor, columns: Tensor) -> Tensor:
+    """V_J^T G V_J [neurons, block, block] of the columns J of every neuron."""
+    with full_precision():
+        read = V[:, columns]  # [O, neurons, block]
+        through = (G @ read.flatten(1)).view_as(read)
+        return read.transpose(0, 1).mT @ through.transpose(0, 1)
 
 
 class GreedySelection:
     """Scores of neurons that take into account which went before, kept up to date while one after the other goes.
 
-    S_j = 1/2 tr(V_J^T G V_J (H_JJ)^-1), summed over the layers that neuron j feeds: optimal brain surgeon for a block of
-    columns (Hassibi & Stork 1992), where V and H are those that the removals so far have left,
+    S_j = 1/2 tr(V_J^T G V_J (H_JJ)^-1), summed over the layers that neuron j feeds: optimal brain surgeon for a block
+    of columns (Hassibi & Stork 1992), where V and H are those that the removals so far have left,
 
         V <- V - V_J (H_JJ)^-1 H_J.        H <- H - H_.J (H_JJ)^-1 H_J.
 
@@ -159,26 +116,25 @@ class GreedySelection:
         *,
         overwrite: bool = False,
     ) -> None:
-        lists = [as_list(_OPERATION, name, tensors) for name, tensors in (("weights", weights), ("inverses", inverses))]
-        Vs, Hs = lists
+        Vs, Hs = as_list(_OPERATION, "weights", weights), as_list(_OPERATION, "inverses", inverses)
         self._Gs, index = as_list(_OPERATION, "Gs", Gs), as_list(_OPERATION, "columns", columns)
         self._layers = list(range(len(index))) if layers is None else [int(layer) for layer in layers]
-        _check_layers(Vs, Hs, self._Gs)
-        _check_columns(index, self._layers, Vs)
+        check_layers(_OPERATION, Vs, Hs, self._Gs)
+        if layers is None:
+            check_count(_OPERATION, "columns", len(index), len(Vs), "weights")
+        check_columns(_OPERATION, index, self._layers, Vs)
         self._Gs = [row_major(G) for G in self._Gs]
         self._Vs = [V.clone(memory_format=torch.contiguous_format) for V in Vs]
         self._Hs = [row_major(H) if overwrite else H.clone(memory_format=torch.contiguous_format) for H in Hs]
         device = Vs[0].device
         self._columns = [listed.to(device).contiguous() for listed in index]
-        self._removed = [listed.new_empty(V.shape[1]) for V, listed in zip(Vs, [self._columns[0]] * len(Vs))]
+        self._removed = [self._columns[0].new_empty(V.shape[1]) for V in Vs]
         self._pending = [V.new_empty(min(_PENDING, V.shape[1]), len(V)) for V in Vs]
         self._counts = [[0, 0] for _ in Vs]
         self._blocks, self._forms = [], []
-        products = [G @ V for G, V in zip(self._Gs, self._Vs)]
         for listed, layer in zip(self._columns, self._layers):
             self._blocks.append(self._Hs[layer][listed[:, :, None], listed[:, None, :]].double())
-            read, through = (matrix[:, listed].transpose(0, 1) for matrix in (self._Vs[layer], products[layer]))
-            self._forms.append((read.mT @ through).double())
+            self._forms.append(_column_forms(self._Vs[layer], self._Gs[layer], listed).double())
         self.scores = [listed.new_empty(len(listed), dtype=torch.float64) for listed in self._columns]
         self.total = 0.0
         self._step({layer: [] for layer in range(len(Vs))})
@@ -251,7 +207,8 @@ class GreedySelection:
             self._Vs, self._Hs, self._removed, self._pending, self._counts
         ):
             gone = removed[:count]
-            now = V - pending[:waiting].mT @ H[gone[count - waiting :]]
+            with full_precision():
+                now = V - pending[:waiting].mT @ H[gone[count - waiting :]]
             now[:, gone] = 0.0
             found.append(now)
         return found
@@ -298,7 +255,9 @@ def greedy_selection(
     width = len(columns[0])
     for i, index in enumerate(columns):
         if len(index) != width:
-            raise ValueError(f"{_OPERATION}: columns[{i}] has {len(index)} neurons, columns[0] {width}: expected as many")
+            raise ValueError(
+                f"{_OPERATION}: columns[{i}] has {len(index)} neurons, columns[0] {width}: expected as many"
+            )
     if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= width:
         raise ValueError(f"{_OPERATION}: count is {count!r}, expected 0 to {width}, the number of neurons")
     neurons, scores = [], []
@@ -309,5 +268,5 @@ def greedy_selection(
         best = int(score.argmin())
         scores.append(selection.remove_({number: [best] for number in range(len(columns))}))
         neurons.append(best)
-    found = torch.tensor(neurons, dtype=torch.int64), torch.tensor(scores, dtype=torch.float64)
-    return GreedyChoice(*found, selection.weights())
+    order, lost = torch.tensor(neurons, dtype=torch.int64), torch.tensor(scores, dtype=torch.float64)
+    return GreedyChoice(order, lost, selection.weights())

@@ -24,7 +24,7 @@ def greedy_selection(
     left = torch.ones(len(columns[0]), dtype=torch.bool, device=V[0].device)
     neurons, scores = [], []
     for _ in range(count):
-        score = sum(_scores(*layer, left) for layer in zip(V, H, Gs, columns))
+        score = torch.stack([_scores(*layer, left) for layer in zip(V, H, Gs, columns)]).sum(dim=0)
         best = int(score.masked_fill(~left, torch.inf).argmin())
         neurons.append(best)
         scores.append(score[best])

@@ -2,8 +2,8 @@
 
 Independent scores are right for one neuron; two that stand in for each other both look free. Here the lowest goes, and
 what it leaves behind is brought up to date: for "obs" by `kfac_ext.GreedySelection`, so that the scores add up to the
-predicted change of the whole removal, 1/2 tr(V_S^T G V_S (H_SS)^-1) for all columns S pruned. For "obd" the same without
-compensation: 1/2 tr(V_S^T G V_S A_SS), whose cross terms join the scores of the neurons that are left.
+predicted change of the whole removal, 1/2 tr(V_S^T G V_S (H_SS)^-1) for all columns S pruned. For "obd" the same
+without compensation: 1/2 tr(V_S^T G V_S A_SS), whose cross terms join the scores of the neurons that are left.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ class JointObs:
         self._touched: set[str] = set()
         if not self._parts:
             return
-        inverses, operands = context.take_inverses(CONSUMER), []
+        inverses = context.take_inverses(CONSUMER)
+        operands: list[tuple[Tensor, Tensor, Tensor]] = []
         for name, part in self._parts:
             layer = context.curvature.layers[name]
             H, G = inverses[name][part], factor_blocks(context.curvature.factors[f"{name}.G"])[part]
@@ -101,8 +102,11 @@ class JointObs:
                 G = scale[:, None] * G * scale
             operands.append((raw_weight(layer, H).unflatten(0, (layer.groups, -1))[part], H, G.to(H.dtype)))
         number_of = {part: number for number, part in enumerate(self._parts)}
+        weights, Hs, Gs = (list(column) for column in zip(*operands))
         self._selection = kfac_ext.GreedySelection(
-            *(list(column) for column in zip(*operands)),
+            weights,
+            Hs,
+            Gs,
             [reading.entries for reading in self._readings.all],
             [number_of[reading.layer, reading.group] for reading in self._readings.all],
             overwrite=True,

@@ -73,7 +73,7 @@ class Pruner:
         max_predicted_loss: at an event, neurons go only as long as the sum of their predicted changes of the loss does
             not exceed this; the record says where it bound. None: no such limit.
         measure: take down what each cut made of the loss beside what was predicted (`flatprune.criteria.loss_change`),
-            for two forwards on 256 samples an event.
+            for one or two forwards on 256 samples an event.
         exclude: layers whose outputs stay: names of modules, or types.
         layers: names of the layers to prune; default all that can be.
         ema_models: copies of the model, such as `torch.optim.swa_utils.AveragedModel(model)`, that lose the same
@@ -283,7 +283,8 @@ class Pruner:
         replacements = None if choice.joint is None or not compensate else choice.joint.compensated()
         if compensate and replacements is None:
             replacements = self.criterion.compensation(context, pruned)
-        loss_change = LossChange(self.curvature) if self.measure and self.curvature.recent_inputs else None
+        measures = self.measure and bool(self.curvature.recent_inputs)
+        loss_change = LossChange(self.curvature, context.output) if measures else None
         params, cost, widths = self.params, self.cost, [group.width for group in self.groups]
         plan(
             self.model,
