@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kfac_ext import reference
 from kfac_ext.ops._greedy_checks import check_columns, check_layers
-from kfac_ext.ops._greedy_kernels import Layer, Neurons, run_cpu
+from kfac_ext.ops._greedy_kernels import Layer, Neurons, fits_cuda, run_cpu, run_cuda
 from kfac_ext.ops._launch import full_precision
 from kfac_ext.ops._library import define, native_device
 from kfac_ext.ops._lists import as_list, check_count, row_major
@@ -37,12 +37,16 @@ def _remove(
     forms: list[Tensor],
     scores: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    if not (weights[0].is_cpu and native_device(_OPERATION, weights[0], _FAMILY)):
-        state = (weights, inverses, Gs, removed, pending, counts, lost, columns, layers, blocks, forms, scores)
-        return reference.greedy_remove_(*state)
     problems = list(map(Layer, weights, inverses, Gs, removed, counts[::2], pending, counts[1::2], lost))
-    changes, failures = run_cpu(problems, list(map(Neurons, columns, layers, blocks, forms, scores)))
-    return torch.tensor(changes, dtype=torch.float64), torch.tensor(failures, dtype=torch.int64)
+    lists = list(map(Neurons, columns, layers, blocks, forms, scores))
+    if native_device(_OPERATION, weights[0], _FAMILY) and (weights[0].is_cpu or fits_cuda(problems, lists)):
+        return _run(problems, lists)
+    state = (weights, inverses, Gs, removed, pending, counts, lost, columns, layers, blocks, forms, scores)
+    return reference.greedy_remove_(*state)
+
+
+def _run(layers: list[Layer], lists: list[Neurons]) -> tuple[Tensor, Tensor]:
+    return (run_cpu if layers[0].weight.is_cpu else run_cuda)(layers, lists)
 
 
 def _remove_fake(weights: list[Tensor], *_state: object) -> tuple[Tensor, Tensor]:
@@ -135,7 +139,7 @@ class GreedySelection:
         for listed, layer in zip(self._columns, self._layers):
             self._blocks.append(self._Hs[layer][listed[:, :, None], listed[:, None, :]].double())
             self._forms.append(_column_forms(self._Vs[layer], self._Gs[layer], listed).double())
-        self.scores = [listed.new_empty(len(listed), dtype=torch.float64) for listed in self._columns]
+        self.scores = [listed.new_zeros(len(listed), dtype=torch.float64) for listed in self._columns]
         self.total = 0.0
         self._step({layer: [] for layer in range(len(Vs))})
 
