@@ -48,15 +48,15 @@ def reached_layers(curvature: Curvature, *args: Any, **kwargs: Any) -> frozenset
     return frozenset(name for name, calls in gradients.items() if any(g is not None for g in calls))
 
 
-def fresh_covariances(
+def fresh_look(
     curvature: Curvature,
     names: Iterable[str],
     inputs: Tensor | Sequence[Any],
     mode: str = "expand",
     *,
     bias: bool | None = True,
-) -> dict[str, Tensor]:
-    """A of the layers named from one forward on `inputs`, apart from the running factors.
+) -> tuple[dict[str, Tensor], Tensor]:
+    """A of the layers named, apart from the running factors, and the model's output [N, ...] from one forward.
 
     Batch norms use batch statistics (those frozen in a training model stay frozen), dropout is off, random streams and
     running statistics are untouched.
@@ -80,16 +80,16 @@ def fresh_covariances(
         found.setdefault(layer.name, []).append((len(x), input_covariance(layer, x, mode, bias=append)))
 
     with call_hooks(layers, report):
-        fresh_output(curvature, inputs)
+        output = fresh_output(curvature, inputs)
     for layer in layers:
         if layer.name not in found:
-            raise RuntimeError(f"fresh_covariances: the forward did not call layer {layer.name!r}")
-    return {layer.name: _weighted_mean(found[layer.name]) for layer in layers}
+            raise RuntimeError(f"fresh_look: the forward did not call layer {layer.name!r}")
+    return {layer.name: _weighted_mean(found[layer.name]) for layer in layers}, output
 
 
 @torch.no_grad()
 def fresh_output(curvature: Curvature, inputs: Tensor | Sequence[Any]) -> Tensor:
-    """The model's output [N, ...] on `inputs` without gradients, in the modes of `fresh_covariances`.
+    """The model's output [N, ...] on `inputs` without gradients, in the modes of `fresh_look`.
 
     Args:
         curvature: of the model.

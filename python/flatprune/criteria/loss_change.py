@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from torch import Tensor
 
 from kfac_ext.curvature import Curvature
 from kfac_ext.curvature.probing import fresh_output
-
-_SAMPLES = 256
 
 
 class LossChange:
@@ -21,18 +16,19 @@ class LossChange:
 
         cross entropy: mean KL(p_before || p_after)        mse: mean (f_after - f_before)^2
 
-    over the last 256 inputs of training (and all positions of an output [N, C, ...]), with batch norms on batch
-    statistics and dropout off, before and after alike. Two forwards without gradients; random streams, running
-    statistics and factors stay as they are.
+    over the recent inputs of training, 256 samples or a little more (and all positions of an output [N, C, ...]), with
+    batch norms on batch statistics and dropout off, before and after alike. Two forwards without gradients; random
+    streams, running statistics and factors stay as they are.
 
     Args:
         curvature: of the network, with at least one training forward behind it.
+        before: what the network predicts now, where a `kfac_ext.curvature.probing.fresh_look` at the same inputs has
+            shown it already.
     """
 
-    def __init__(self, curvature: Curvature) -> None:
-        self._curvature = curvature
-        self._inputs = _last_samples(curvature.recent_inputs)
-        self._before = fresh_output(curvature, self._inputs)
+    def __init__(self, curvature: Curvature, before: Tensor | None = None) -> None:
+        self._curvature, self._inputs = curvature, curvature.recent_inputs
+        self._before = fresh_output(curvature, self._inputs) if before is None else before
 
     def measure(self) -> float:
         """The change since this object was made."""
@@ -46,16 +42,3 @@ def divergence(before: Tensor, after: Tensor, loss: str) -> float:
         return float((after - before).square().mean())
     log_p = before.log_softmax(dim=1)
     return float((log_p.exp() * (log_p - after.log_softmax(dim=1))).sum(dim=1).mean())
-
-
-def _last_samples(batches: Sequence[Any]) -> list[tuple[Tensor, ...]]:
-    """The newest 256 samples of batches, oldest first."""
-    kept: list[tuple[Tensor, ...]] = []
-    missing = _SAMPLES
-    for batch in reversed(batches):
-        if missing <= 0:
-            break
-        parts = batch if isinstance(batch, tuple) else (batch,)
-        kept.append(tuple(part[-missing:] for part in parts))
-        missing -= len(parts[0])
-    return kept[::-1]

@@ -78,7 +78,7 @@ class Pruner:
         max_predicted_loss: at an event, neurons go only as long as the sum of their predicted changes of the loss does
             not exceed this; the record says where it bound. None: no such limit.
         measure: take down what each cut made of the loss beside what was predicted (`flatprune.criteria.loss_change`),
-            for two forwards on 256 samples an event.
+            for one or two forwards on 256 samples an event.
         exclude: layers whose outputs stay: names of modules, or types.
         layers: names of the layers to prune; default all that can be.
         forward: how a training loop calls the model with `example_inputs`, such as
@@ -295,8 +295,11 @@ class Pruner:
         pruned = choice.pruned
         if not pruned:
             return []
-        replacements = self.criterion.compensation(context, pruned) if compensate else None
-        loss_change = LossChange(self.curvature) if self.measure and self.curvature.recent_inputs else None
+        replacements = None if choice.joint is None or not compensate else choice.joint.compensated()
+        if compensate and replacements is None:
+            replacements = self.criterion.compensation(context, pruned)
+        measures = self.measure and bool(self.curvature.recent_inputs)
+        loss_change = LossChange(self.curvature, context.output) if measures else None
         params, cost, widths = self.params, self.cost, [group.width for group in self.groups]
         plan(
             self.model,
