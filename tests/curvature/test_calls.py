@@ -94,7 +94,8 @@ def test_calls_without_a_batch_dimension():
 
         def forward(self, x, edges):
             source, target = edges
-            return self.head(torch.tanh(self.a(x)).index_add(0, target, x.new_zeros(len(target), 6)))
+            x = torch.tanh(self.a(x))
+            return self.head(torch.zeros_like(x).index_add(0, target, x[source]))
 
     model, x, edges = Graph(), torch.randn(30, 4), torch.randint(0, 30, (2, 70))
     curvature = Curvature(model, factor_update_steps=1)

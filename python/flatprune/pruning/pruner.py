@@ -132,6 +132,11 @@ class Pruner:
             raise ValueError("Pruner: the curvature belongs to another model")
         if output is not None:
             curvature.reading.tell(output)
+        if "forwards" in self.criterion.needs and not curvature.loss.needs_output:
+            raise ValueError(
+                f"Pruner: criterion {self.criterion.name!r} reads the model's output, of which a curvature with "
+                "loss='other' knows nothing; name the loss, or take another criterion"
+            )
         self.model, self.optimizer, self.curvature = model, optimizer, curvature
         self.ema_models = checked_ema_models(model, ema_models)
         self.target, self.compensate, self.selection, self.seed = target, compensate, selection, seed
