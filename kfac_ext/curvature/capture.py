@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from kfac_ext.curvature.losses import Loss
 from kfac_ext.curvature.modes import RngState
 from kfac_ext.layers import Layer
 
@@ -19,23 +21,31 @@ class Capture:
     Attributes:
         rng: the random streams before the forward, if asked for.
         autocast: whether it ran in autocast.
-        output: what the model returned.
-        targets: labels that were sampled from `output`, if any.
+        tensors: what of the model's output the loss is of.
+        prediction: the same as the loss reads it.
+        samples: N.
+        targets: labels that were sampled from the prediction, if any.
+        counted: which terms of the loss count, where some do not.
         z_squares: layer -> mean of |z|^2 over rows (samples and positions) of its first call, if `rng` was asked for.
         gradients: layer -> g of each call; None where there is none (yet).
+        batch_dims: layer -> dimension that counts samples in what each call sees, where it is not the first.
         on_gradient: if set, z's gradients of the user's backward are taken down and this is called after each.
     """
 
     def __init__(self, rng: RngState | None = None, autocast: bool = False) -> None:
         self.rng, self.autocast = rng, autocast
-        self.output: Any = None
+        self.tensors: tuple[Tensor, ...] = ()
+        self.prediction: Any = None
+        self.samples = 0
         self.targets: Tensor | None = None
+        self.counted: Tensor | None = None
+        self.z_squares: dict[str, Tensor] = {}
+        self.gradients: dict[str, list[Tensor | None]] = {}
+        self.batch_dims: dict[str, list[int]] = {}
+        self.on_gradient: Callable[[Capture], None] | None = None
         self._inputs: dict[str, list[Tensor]] = {}
         self._versions: dict[str, list[int]] = {}
         self._edges: dict[str, list[GradientEdge]] = {}
-        self.z_squares: dict[str, Tensor] = {}
-        self.gradients: dict[str, list[Tensor | None]] = {}
-        self.on_gradient: Callable[[Capture], None] | None = None
 
     def add(self, layer: Layer, x: Tensor, z: Tensor) -> None:
         """Take down one call; calls without gradient (frozen below) are left out."""
@@ -54,10 +64,13 @@ class Capture:
             z.register_hook(self._gradient_hook(slots, len(slots) - 1))
 
     def _gradient_hook(self, slots: list[Tensor | None], index: int) -> Callable[[Tensor], None]:
+        own = weakref.ref(self)  # the graph must not hold what holds the graph
+
         def hook(gradient: Tensor) -> None:
-            slots[index] = gradient.detach()
-            if self.on_gradient is not None:
-                self.on_gradient(self)
+            capture = own()
+            if capture is not None and capture.on_gradient is not None:
+                slots[index] = gradient.detach()
+                capture.on_gradient(capture)
 
         return hook
 
@@ -66,12 +79,39 @@ class Capture:
         """The layers that were called, in the order of their first call."""
         return list(self._edges)
 
+    def terms(self, loss: Loss) -> int:
+        """How many terms of the loss count: D."""
+        if not loss.needs_output:
+            return self.samples
+        return loss.terms(self.prediction) if self.counted is None else int(self.counted.sum())
+
+    def shapes(self, name: str) -> list[torch.Size]:
+        """Of the input of every call of a layer."""
+        return [x.shape for x in self._inputs[name]]
+
     def inputs(self, name: str) -> list[Tensor]:
-        """The inputs of every call of a layer; raises RuntimeError if one was changed in place since."""
+        """The inputs of every call of a layer, samples first.
+
+        Raises:
+            RuntimeError: one was changed in place since.
+        """
         for x, version in zip(self._inputs[name], self._versions[name]):
             if x._version != version:
                 raise RuntimeError(f"Curvature: the input of layer {name!r} was changed in place after the call")
-        return self._inputs[name]
+        return [x.movedim(dim, 0) if dim else x for x, dim in self._with_dims(name, self._inputs[name])]
+
+    def samples_first(self, name: str, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Tensors of the shape of each call's z, such as its gradient, samples first."""
+        pairs = self._with_dims(name, tensors)
+        return [t if t is None or not dim else t.movedim(dim, 0) for t, dim in pairs]
+
+    def _with_dims(self, name: str, tensors: Sequence[Any]) -> list[tuple[Any, int]]:
+        return list(zip(tensors, self.batch_dims.get(name, [0] * len(tensors))))
+
+    def calls(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        """(input, g) of every call of a layer that has a gradient, samples first."""
+        grads = self.samples_first(name, self.gradients[name])
+        return [(x.detach(), g) for x, g in zip(self.inputs(name), grads) if g is not None]
 
     def gradients_of(
         self, output: Tensor, seed: Tensor | None = None, *, create_graph: bool = False

@@ -22,8 +22,8 @@ from flatprune.criteria.saliency import (
     relative_damping,
 )
 from kfac_ext.curvature import Curvature
-from kfac_ext.curvature.modes import batch_statistics, undisturbed
-from kfac_ext.curvature.probing import joined_inputs
+from kfac_ext.curvature.probing import replaying
+from kfac_ext.curvature.recent import ModelCall
 from kfac_ext.layers import Layer
 
 Scores = list[Tensor]  # one tensor [neurons] a group
@@ -117,16 +117,20 @@ class ScoringContext:
             )
         return parameter.grad
 
-    def recent_inputs(self) -> tuple[Tensor, ...]:
-        """The model's recent inputs in training, joined to one batch (256 samples or a little more)."""
-        if not self.curvature.recent_inputs:
+    def recent_calls(self) -> tuple[ModelCall, ...]:
+        """The model's last calls in training (256 samples or a batch more), each to be made again as it was.
+
+        Raises:
+            RuntimeError: there has been none.
+        """
+        if not self.curvature.recent_calls:
             raise RuntimeError("no inputs yet: the model must make a training forward before neurons can be scored")
-        return joined_inputs(self.curvature.recent_inputs)
+        return self.curvature.recent_calls
 
     @contextmanager
     def probing(self) -> Iterator[None]:
         """Forwards inside disturb nothing: batch norms use batch statistics, dropout is off, factors stay."""
-        with self.curvature.paused(), batch_statistics(self.model), undisturbed(self.model):
+        with replaying(self.curvature):
             yield
 
 

@@ -115,7 +115,7 @@ def _damping(A: Tensor, constant: bool) -> Tensor:
 def input_statistics(curvature: Curvature, names: Iterable[str]) -> InputStatistics:
     """A of the inputs of the layers named.
 
-    With a convolution in the network: *expand* A of one forward on the recent inputs, batch norms on batch statistics
+    With a convolution in the network: *expand* A of the recent calls made again, batch norms on batch statistics
     (the *reduce* A of the running factors starves early layers); else the running A.
 
     Raises:
@@ -126,7 +126,7 @@ def input_statistics(curvature: Curvature, names: Iterable[str]) -> InputStatist
         raise RuntimeError("no factors yet: the model must make a training forward before neurons can be scored")
     constant = {name: curvature.layers[name].constant for name in names}
     if curvature.has_convolutions:
-        covariances = fresh_covariances(curvature, names, curvature.recent_inputs, "expand", bias=None)
+        covariances = fresh_covariances(curvature, names, curvature.recent_calls, "expand", bias=None)
     else:
         covariances = {name: curvature.factors[f"{name}.A"] for name in names}
     return InputStatistics(covariances, constant)
