@@ -64,6 +64,8 @@ def cut_tensor(tensor: Tensor, cuts: Sequence[Cut]) -> Tensor:
     kept = tensor
     for cut in sorted(cuts, key=lambda cut: -cut.groups):  # by groups first, while these are whole
         kept = _selected(kept, cut)
+    if tensor.layout != torch.strided:  # the gradient of a sparse embedding
+        return kept
     if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
         return kept.contiguous(memory_format=torch.channels_last)
     return kept.contiguous()
