@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +13,13 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kfac_ext.curvature.losses import Loss
 from kfac_ext.curvature.modes import RngState
+from kfac_ext.curvature.samples import Layout
 from kfac_ext.layers import Layer
+
+REMOVE = "kfac_ext.Curvature watches the model's forwards; call its remove() first"
+
+_is_exporting = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7, as are reasons
+_REASON = {"reason": REMOVE} if "reason" in inspect.signature(torch.compiler.disable).parameters else {}
 
 
 class Capture:
@@ -28,7 +35,7 @@ class Capture:
         counted: which terms of the loss count, where some do not.
         z_squares: layer -> mean of |z|^2 over rows (samples and positions) of its first call, if `rng` was asked for.
         gradients: layer -> g of each call; None where there is none (yet).
-        batch_dims: layer -> dimension that counts samples in what each call sees, where it is not the first.
+        layouts: layer -> where the samples stand in what each call sees, where it is not the first dimension.
         on_gradient: if set, z's gradients of the user's backward are taken down and this is called after each.
     """
 
@@ -41,7 +48,7 @@ class Capture:
         self.counted: Tensor | None = None
         self.z_squares: dict[str, Tensor] = {}
         self.gradients: dict[str, list[Tensor | None]] = {}
-        self.batch_dims: dict[str, list[int]] = {}
+        self.layouts: dict[str, list[Layout]] = {}
         self.on_gradient: Callable[[Capture], None] | None = None
         self._inputs: dict[str, list[Tensor]] = {}
         self._versions: dict[str, list[int]] = {}
@@ -85,9 +92,9 @@ class Capture:
             return self.samples
         return loss.terms(self.prediction) if self.counted is None else int(self.counted.sum())
 
-    def shapes(self, name: str) -> list[torch.Size]:
-        """Of the input of every call of a layer."""
-        return [x.shape for x in self._inputs[name]]
+    def shapes(self) -> dict[str, list[torch.Size]]:
+        """Layer -> of the input of every call."""
+        return {name: [x.shape for x in inputs] for name, inputs in self._inputs.items()}
 
     def inputs(self, name: str) -> list[Tensor]:
         """The inputs of every call of a layer, samples first.
@@ -98,15 +105,14 @@ class Capture:
         for x, version in zip(self._inputs[name], self._versions[name]):
             if x._version != version:
                 raise RuntimeError(f"Curvature: the input of layer {name!r} was changed in place after the call")
-        return [x.movedim(dim, 0) if dim else x for x, dim in self._with_dims(name, self._inputs[name])]
+        return [x for x in self.samples_first(name, self._inputs[name]) if x is not None]
 
     def samples_first(self, name: str, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Tensors of the shape of each call's z, such as its gradient, samples first."""
-        pairs = self._with_dims(name, tensors)
-        return [t if t is None or not dim else t.movedim(dim, 0) for t, dim in pairs]
-
-    def _with_dims(self, name: str, tensors: Sequence[Any]) -> list[tuple[Any, int]]:
-        return list(zip(tensors, self.batch_dims.get(name, [0] * len(tensors))))
+        """Tensors that belong to each call's positions, such as its gradient, samples first."""
+        if name not in self.layouts:
+            return list(tensors)
+        pairs = zip(tensors, self.layouts[name])
+        return [None if t is None else layout.samples_first(t, self.samples) for t, layout in pairs]
 
     def calls(self, name: str) -> list[tuple[Tensor, Tensor]]:
         """(input, g) of every call of a layer that has a gradient, samples first."""
@@ -129,12 +135,21 @@ class ForwardHook:
     """A forward pre-hook that calls `function(args, kwargs)`, uncompiled; deep copies and pickles get an inert one."""
 
     def __init__(self, function: Callable[[tuple[Any, ...], dict[str, Any]], None] | None) -> None:
-        self._function = None if function is None else torch.compiler.disable(function)
+        self._function = None if function is None else uncompiled(function)
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What torch calls before the forward."""
-        if self._function is not None:
+        if self._function is not None and not (_is_exporting is not None and _is_exporting()):
             self._function(args, kwargs)
 
     def __reduce__(self) -> tuple[type[ForwardHook], tuple[None]]:
         return ForwardHook, (None,)
+
+    @property
+    def __name__(self) -> str:  # torch.jit.script asks for it
+        raise AttributeError(f"torch.jit.script cannot compile a model with a hook of Python: {REMOVE}")
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, never compiled; where it must be, as with fullgraph=True, the error says what to do."""
+    return torch.compiler.disable(function, **_REASON)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kfac_ext.curvature.calls import call_hooks
-from kfac_ext.curvature.capture import Capture, ForwardHook
+from kfac_ext.curvature.capture import Capture, ForwardHook, uncompiled
 from kfac_ext.curvature.losses import Loss, OtherLoss, loss_of
-from kfac_ext.curvature.modes import RngState, device_of, undisturbed
+from kfac_ext.curvature.modes import RngState, device_of, module_modes, undisturbed
 from kfac_ext.curvature.outputs import Pick, Reading
 from kfac_ext.curvature.recent import ModelCall, RecentCalls
 from kfac_ext.curvature.recorder import Recorder
 from kfac_ext.curvature.running import ROUNDING, RunningFactors
-from kfac_ext.curvature.samples import BatchDims
+from kfac_ext.curvature.samples import Layout, Layouts
 from kfac_ext.curvature.tracing import check_model, trace_layers
 from kfac_ext.curvature.transforms import is_transformed
 from kfac_ext.curvature.updates import FisherUpdates
@@ -135,7 +136,7 @@ class Curvature:
         self.step_count = 0
         self._running: RunningFactors | None = None
         self._recent = RecentCalls()
-        self._batch_dims = BatchDims(layer_batch_dims)
+        self._layouts = Layouts(layer_batch_dims)
         self._updates = FisherUpdates(self.reading, fisher_type, kfac_approx, grad_scale, self.generator, self.place)
         self._pauses = 0
         self._open: ExitStack | None = None
@@ -296,9 +297,11 @@ class Curvature:
         """
         self._updates.finish()
 
-    def place(self, capture: Capture) -> None:
-        """Find where the samples stand in what the layers of a forward saw."""
-        self._batch_dims.place_(capture, self.layers, self._shorter_shapes if self.kfac_approx == "reduce" else None)
+    def place(self, capture: Capture, call: ModelCall | None = None) -> None:
+        """Find where the samples stand in what the layers of a forward saw, the newest or that of `call`."""
+        probe = partial(self._with_sample_fewer, call or self._recent.calls()[-1])
+        shapes, warns = capture.shapes(), self.kfac_approx == "reduce"
+        capture.layouts = self._layouts.of(shapes, capture.samples, self.layers, probe, warns=warns)
 
     # state
 
@@ -310,7 +313,7 @@ class Curvature:
             "recent_calls": self._recent.state(),
             "reading": {
                 "features": self.reading.features,
-                "batch_dims": dict(self._batch_dims.found),
+                "layouts": {name: tuple(layout) for name, layout in self._layouts.found.items()},
                 "pads": self._updates.pads,
             },
         }
@@ -331,7 +334,8 @@ class Curvature:
         self.step_count = state["step_count"]
         self._recent = RecentCalls.from_state(state["recent_calls"], device_of(self.model))
         reading = state["reading"]
-        self.reading.features, self._batch_dims.found = reading["features"], dict(reading["batch_dims"])
+        self.reading.features = reading["features"]
+        self._layouts.found = {name: Layout(*layout) for name, layout in reading["layouts"].items()}
         self._updates.pads = reading["pads"]
         self._updates.drop()
         self.recorder.record = None
@@ -384,7 +388,7 @@ class Curvature:
         stack = ExitStack()
         stack.enter_context(call_hooks(self.layers.values(), capture.add))
 
-        @torch.compiler.disable
+        @uncompiled
         def finish(_module: nn.Module, _args: Any, output: Any) -> None:
             self._close()
             if output is None or not self._read(capture, output):  # a forward that raised comes by here with None
@@ -423,20 +427,24 @@ class Curvature:
     def _decay(self) -> float:
         return self.factor_decay(self.step_count - 1) if callable(self.factor_decay) else self.factor_decay
 
-    def _shorter_shapes(self) -> dict[str, torch.Size]:
-        """The shape of each layer's input in a forward on the newest inputs less one sample; empty if it raises."""
-        call = self._recent.calls()[-1].without_last(self.reading.batch_dim)
-        shapes: dict[str, torch.Size] = {}
-
-        def report(layer: Layer, x: Tensor, _z: Tensor) -> None:
-            shapes.setdefault(layer.name, x.shape)
-
+    def _with_sample_fewer(self, call: ModelCall) -> dict[str, tuple[Tensor, Tensor]]:
+        """The first input of each layer in two forwards, one of a sample fewer; empty if that cannot be called."""
+        found: list[dict[str, Tensor]] = [{}, {}]
+        still = dict.fromkeys(self.model.modules(), False)
         try:
-            with self.paused(), undisturbed(self.model), torch.no_grad(), call_hooks(self.layers.values(), report):
-                call.run(self.model)
+            for inputs, one in zip(found, (call, call.without_last(self.reading.batch_dim))):
+
+                def report(layer: Layer, x: Tensor, _z: Tensor, inputs: dict[str, Tensor] = inputs) -> None:
+                    inputs.setdefault(layer.name, x.clone())
+
+                with ExitStack() as stack:
+                    for context in (self.paused(), undisturbed(self.model), module_modes(still), torch.no_grad()):
+                        stack.enter_context(context)
+                    stack.enter_context(call_hooks(self.layers.values(), report))
+                    one.run(self.model)
         except (RuntimeError, ValueError, IndexError, AssertionError):
             return {}
-        return shapes
+        return {name: (x, found[1][name]) for name, x in found[0].items() if name in found[1]}
 
 
 def _check_choice(argument: str, value: str, choices: Sequence[str]) -> None:

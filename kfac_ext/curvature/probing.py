@@ -31,12 +31,13 @@ def observe(curvature: Curvature, *args: Any, **kwargs: Any) -> Capture:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(call_hooks(curvature.layers.values(), capture.add))
         output = curvature.model(*args, **kwargs)
-    capture.samples = ModelCall.of(args, kwargs, curvature.reading.batch_dim).samples
+    call = ModelCall.of(args, kwargs, curvature.reading.batch_dim)
+    capture.samples = call.samples
     if curvature.loss.needs_output:
         capture.tensors = curvature.reading.picked(output)
         capture.prediction = curvature.reading.prediction(capture.tensors)
         capture.samples = len(capture.prediction)
-    curvature.place(capture)
+    curvature.place(capture, call)
     return capture
 
 

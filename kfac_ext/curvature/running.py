@@ -49,7 +49,8 @@ class RunningFactors:
         A bool (False with a warning) where the host may look, and before the first update, which is worth one wait;
         a 0-d tensor otherwise.
         """
-        finite = torch.stack([t.isfinite().all() for t in tensors]).all()
+        with torch.no_grad():
+            finite = torch.stack([t.isfinite().all() for t in tensors]).all()
         if self.started and not reading_is_free(finite.device):
             return finite
         if not bool(finite):

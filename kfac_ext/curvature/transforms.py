@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 
@@ -18,8 +17,6 @@ def is_transformed(arguments: Iterable[Any]) -> bool:
     """
     if torch.jit.is_tracing() or torch._C._current_graph_task_id() != -1:
         return True
-    return any(isinstance(x, Tensor) and _is_wrapped(x) for x in arguments)
-
-
-def _is_wrapped(tensor: Tensor) -> bool:
-    return isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # torch keeps it in this place only
+        return True
+    return any(isinstance(x, FakeTensor) for x in arguments)

@@ -173,7 +173,15 @@ class FisherUpdates:
             values = _values(capture)
             capture.targets = loss.draw(values, self.generator)
             seed = loss.gradient(values, capture.targets, capture.counted)
-        capture.gradients = capture.gradients_of(prediction, seed.to(prediction.dtype))
+        try:
+            capture.gradients = capture.gradients_of(prediction, seed.to(prediction.dtype))
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise RuntimeError(
+                "Curvature: the forward runs under torch.utils.checkpoint(use_reentrant=True), through which drawn "
+                "labels have no gradient: set use_reentrant=False, take fisher_type='empirical', or call remove()"
+            ) from error
         self._blend(update, 1.0, finite)
 
     def _take(self, update: _Update, grad_scale: float | None = None) -> None:

@@ -93,7 +93,7 @@ def _gate_gradients(context: ScoringContext, layers: list[Layer], call: ModelCal
         capture.prediction = curvature.reading.read(call.run(context.model))
     prediction = capture.prediction
     capture.samples = len(prediction)
-    curvature.place(capture)
+    curvature.place(capture, call)
     targets = loss.draw(prediction, context.generator)
     gradients = capture.gradients_of(prediction, loss.gradient(prediction.detach(), targets))
     sums = {}

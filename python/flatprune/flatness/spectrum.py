@@ -23,6 +23,7 @@ from kfac_ext.curvature.modes import device_of, reading_is_free, sent, undisturb
 from kfac_ext.curvature.probing import observe
 from kfac_ext.curvature.recent import ModelCall
 from kfac_ext.curvature.running import ROUNDING
+from kfac_ext.curvature.samples import Layout
 from kfac_ext.layers import Layer
 
 __all__ = ["Flatness", "hessian_lambda_max"]
@@ -305,10 +306,10 @@ class Flatness:
                 shape = [1 if d == axis else n for d, n in enumerate(z.shape)]
                 return z + self._signs(shape, z) * shift
             sign = signs.get(layer.name)
-            samples = capture.batch_dims.get(layer.name, [0])[0]
+            layout = capture.layouts.get(layer.name, [Layout()])[0]
             if sign is None:
-                sign = signs[layer.name] = self._signs([z.shape[samples]], z)
-            return z + sign.view([-1 if d == samples else 1 for d in range(z.dim())]) * shift
+                sign = signs[layer.name] = self._signs([len(layout.samples_first(z, capture.samples))], z)
+            return z + layout.spread(sign, z) * shift
 
         layers = [block.layer for block in blocks]
         with curvature.paused(), undisturbed(curvature.model, capture.rng), call_hooks(layers, move):
