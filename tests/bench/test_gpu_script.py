@@ -106,7 +106,7 @@ def test_a_report_of_ptxas_is_read():
 
 
 @pytest.mark.skipif(not _C.cuda_architectures(), reason="no CUDA kernels in this build")
-def test_every_compiled_kernel_is_reported_and_its_loops_spill_little():
+def test_every_compiled_kernel_is_reported_and_spills_little():
     kernels = [line.split("|") for line in compiled.table().splitlines() if "_kernel" in line]
     assert {row[1].strip(" `") for row in kernels} == {name for name, *_ in _C.cuda_kernels()}
     assert all(int(row[4].split(",")[0]) <= 64 for row in kernels)

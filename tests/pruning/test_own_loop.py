@@ -206,7 +206,7 @@ def test_a_compiled_model_is_refused_and_its_plain_one_is_not():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_compiled_after_the_pruner_is_made_it_trains_as_the_plain_one():
+def test_compiled_after_the_pruner_it_trains_as_the_plain_one():
     torch.compiler.reset()
     found = []
     for compiled in (False, True):

@@ -152,6 +152,8 @@ def reduce(m: Labels, value: Value, dims: Iterable[int], *, keep: bool, statisti
         if over and statistic:
             m.findings.statistics.append((labels_of(layer), m.where))
             stats.add(len(m.findings.statistics) - 1)
+        if over and not statistic:
+            m.findings.read.append(labels_of(layer))
         if over and over == varying(layer):
             continue
         if over:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from flatprune.coupling.attention import make_prunable, undo_prunable
 from flatprune.coupling.calls import Call, first_lines, traced_mode, unchanged
 from flatprune.coupling.components import OUTPUT, Candidate, Components
+from flatprune.coupling.constants import register_tensors, unregister_tensors
 from flatprune.coupling.example_inputs import GIVE, described, example_calls
 from flatprune.coupling.findings import AxisTable, Findings
-from flatprune.coupling.neurons import CONSUMER, Coupling
+from flatprune.coupling.neurons import CONSUMER, Coupling, tensor_name
 from flatprune.coupling.operators.indexing import LOOKED_UP
 from flatprune.coupling.products import mac_terms
 from flatprune.coupling.tracer import ModuleStack, Tracer
@@ -28,7 +29,8 @@ def find_coupling(model: nn.Module, example_inputs: Any, exclude: Sequence[str |
     """The groups of neurons of `model`, traced in evaluation and in training mode and proven by trial cuts.
 
     Every `nn.MultiheadAttention` gets a forward that follows the shapes of its tensors (see
-    `flatprune.coupling.attention`); else the model is left as it was: modes, tensors, gradients, random streams.
+    `flatprune.coupling.attention`), tensors that are plain attributes and must be cut become buffers; else the model is
+    left as it was: modes, tensors, gradients, random streams.
 
     Args:
         model: any module that runs eagerly.
@@ -50,12 +52,17 @@ def find_coupling(model: nn.Module, example_inputs: Any, exclude: Sequence[str |
         ('0', 8)
     """
     _check_exclude(model, exclude)
-    changed = make_prunable(model)
+    changed, registered = make_prunable(model), register_tensors(model)
     try:
-        return _Search(model, example_inputs, exclude).coupling()
+        found = _Search(model, example_inputs, exclude).coupling()
     except BaseException:
         undo_prunable(changed)
+        unregister_tensors(registered)
         raise
+    cut = {name for group in found.groups for member in group.members for name in member.names}
+    names = {module: name for name, module in model.named_modules()}
+    unregister_tensors([place for place in registered if tensor_name(names[place[0]], place[1]) not in cut])
+    return found
 
 
 class _Search:
@@ -97,6 +104,7 @@ class _Search:
         more, unsafe = couple_unreached(self.model, components, self.called, self.read_by_host)
         if more:
             components = Components(self.table, self.findings, more)
+        self.table.frozen = True
         for left in reversed(range(_ROUNDS + 1)):
             trial, failed, reasons = self._tried(components, unsafe)
             coarser = _coarser_pairs(components, trial, failed) if left else []
@@ -154,6 +162,7 @@ _EXCLUDED = "it is excluded"
 def _coarser_pairs(components: Components, trial: Trial, failed: Iterable[int]) -> list[Tensor]:
     """Pairs of labels to go together, so that what failed may pass; empty if there is nothing left to try."""
     pairs = [pair for p in failed for pair in _coarser(components, components.candidates[p])]
+    pairs += components.balances
     return pairs or [pair for p in failed for q in trial.partners.get(p, ()) for pair in _tied(components, p, q)]
 
 

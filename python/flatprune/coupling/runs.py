@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from flatprune.coupling.components import Components
 from flatprune.coupling.findings import NoFindings
@@ -144,8 +144,17 @@ class MaskedRun(Tracer):
         self.steps: list[Step] = []
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """In float64, with constants."""
+        """In float64, with constants; of parameters alone, which nothing masks, as far as they stay."""
+        if all(result.alias_info is None for result in func._schema.returns):
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            if tensors and all(self.get(t).param or not self.get(t).layers for t in tensors):
+                args, kwargs = tree_map(self._masked_parameter, (args, kwargs))
         return self._arithmetic.run(func, args, kwargs)
+
+    def _masked_parameter(self, leaf: Any) -> Any:
+        layers = self.get(leaf).layers if isinstance(leaf, Tensor) and leaf.is_floating_point() else ()
+        mask = self.mask(layers, leaf) if layers else None
+        return leaf if mask is None else leaf.masked_fill(mask, 0)
 
     def finish(self, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
         """Mask the result."""

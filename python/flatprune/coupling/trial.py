@@ -288,7 +288,10 @@ class Trial:
         return (outcome,)
 
     def _followable(self, plan: _Plan, failure: Failure) -> Iterator[tuple[int, Attribute]]:
-        """Integers of the modules around a failure that equal a size which a suspect changes."""
+        """Integers of the modules around a failure that equal a size which a suspect changes.
+
+        Where numbers without labels differ (the root of a width, say), all that a module holds a part of are suspects.
+        """
         taken = {(a.module, a.key, a.place) for found in plan.attributes.values() for a in found}
         for name in self._around(failure.modules):
             module = self._modules[name]
@@ -296,7 +299,9 @@ class Trial:
             for key, place, value in integers(module):
                 if key in settled or (name, key, place) in taken:
                     continue
-                for position in sorted(failure.suspects, key=lambda p: -self._owned_inside(p, name)):
+                owned = {p: self._owned_inside(p, name) for p in failure.suspects or plan.chosen}
+                suspects = [p for p in owned if failure.suspects or owned[p]]
+                for position in sorted(suspects, key=lambda p: -owned[p]):
                     for step, per in self._changes(position, value):
                         yield position, Attribute(name, key, place, step, per)
 
