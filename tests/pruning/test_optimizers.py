@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import flatprune
 from flatprune.coupling import find_coupling
+from flatprune.cutting import states
 from flatprune.cutting.states import rehearsed
 
 STEPS = 6
@@ -326,7 +327,7 @@ def test_the_rehearsal_leaves_no_trace():
     assert scheduler.last_epoch == 0 and torch.equal(rng, torch.get_rng_state())
 
 
-def test_a_state_that_comes_late_stops_the_removal_and_nothing_else():
+def test_a_state_that_comes_late_stops_the_removal_alone():
     model = net()
     optimizers = [
         torch.optim.Adam(model[0].parameters()),
@@ -335,13 +336,40 @@ def test_a_state_that_comes_late_stops_the_removal_and_nothing_else():
     trained = Trained(model, optimizers, schedule=flatprune.CubicSchedule(STEPS, start=0.6, end=0.7))
     trained.train(3)
     before = copy.deepcopy(model.state_dict())
-    states = states_of(optimizers)
+    kept = states_of(optimizers)
     factors = trained.curvature.factors.buffer.clone()
     with pytest.raises(ValueError, match=r"2\.weight: state 'basis' of Later has shape \(25, 2\), expected \(24, 32\)"):
         trained.pruner.step()
-    assert same(before, model.state_dict()) and same(states, states_of(optimizers))
+    assert same(before, model.state_dict()) and same(kept, states_of(optimizers))
     assert torch.equal(factors, trained.curvature.factors.buffer)
     assert trained.pruner.step_count == 3 and trained.pruner.widths() == {"0": 32, "2": 24}
+
+
+def test_an_error_in_cutting_any_state_changes_no_optimizer(monkeypatch):
+    model = net()
+    optimizers = muon_and_adamw(model)
+    trained = Trained(model, optimizers, schedule=flatprune.CubicSchedule(STEPS, start=0.6, end=0.7))
+    trained.train(3)
+    before, tensors, cut = states_of(optimizers), copy.deepcopy(model.state_dict()), states.cut_state
+    failures = 0
+    while True:  # fail at the first state, then at the second, ... until the event gets through
+        calls = itertools.count()
+
+        def failing(*arguments, calls=calls, at=failures):
+            if next(calls) == at:
+                raise MemoryError
+            return cut(*arguments)
+
+        monkeypatch.setattr(states, "cut_state", failing)
+        try:
+            trained.pruner.step()
+        except MemoryError:
+            failures += 1
+            assert same(before, states_of(optimizers)) and same(tensors, model.state_dict())
+            continue
+        break
+    assert failures >= 5  # the momenta of Muon, two averages a bias of AdamW
+    trained.check()
 
 
 # what no optimizer holds
