@@ -38,12 +38,13 @@ class OutputGradient:
     ) -> None:
         self.reading, self._arrived = reading, arrived
         self.value: Tensor | None = None
-        held = tensors_of(output)
         self._function = None
         watched: Sequence[Any] = tensors
-        if callable(reading.output) and not all(any(one is tensor for one in held) for tensor in tensors):
-            self._function = reading.output
-            watched, self._tree = tree_flatten(output)
+        if callable(reading.output):
+            held = tensors_of(output)
+            if not all(any(one is tensor for one in held) for tensor in tensors):
+                self._function = reading.output
+                watched, self._tree = tree_flatten(output)
         self._watched = [one if isinstance(one, Tensor) and one.requires_grad else None for one in watched]
         self._others = [None if kept is not None else one for kept, one in zip(self._watched, watched)]
         self._gradients: dict[int, Tensor] = {}

@@ -85,6 +85,8 @@ class Layouts:
         seen: Mapping[str, tuple[Tensor, Tensor]] | None = None
         for name, calls in shapes.items():
             layer = layers[name]
+            if not self._given and all(_is_plain(shape, samples, layer) for shape in calls):
+                continue
             for shape in calls:
                 options = self._options(name, layer, shape, samples)
                 if len(options) > 1 and name in self.found:
@@ -119,6 +121,11 @@ class Layouts:
         if shape[0] != samples and shape[0] % samples == 0:
             fitting += [Layout(0, True), Layout(1, True)]
         return fitting[:1] if samples == 1 else fitting
+
+
+def _is_plain(shape: torch.Size, samples: int, layer: Layer) -> bool:
+    """Whether nothing but the first dimension can count the samples: the usual case, decided at once."""
+    return shape[0] == samples and (len(shape) == 2 or layer.is_convolution)
 
 
 def _agrees(layout: Layout, whole: Tensor, shorter: Tensor, samples: int) -> bool:

@@ -102,6 +102,8 @@ class Flatness:
         for name, value in (("strength", strength), ("kappa", kappa), ("fade_below", fade_below), ("start", start)):
             if value is not None and value < 0:
                 raise ValueError(f"Flatness: {name} is {value}, expected >= 0")
+        if not curvature.loss.needs_output:
+            raise ValueError("Flatness: the curvature's loss is 'other', of which nothing is known; name the loss")
         self.curvature, self.mode, self.fade_below = curvature, mode, fade_below
         self._strength, self._kappa, self._every = strength, kappa, every
         self.warmup_steps = _warmup_steps(start, total_steps)

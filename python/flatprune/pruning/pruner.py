@@ -79,7 +79,7 @@ class Pruner:
         max_predicted_loss: at an event, neurons go only as long as the sum of their predicted changes of the loss does
             not exceed this; the record says where it bound. None: no such limit.
         measure: take down what each cut made of the loss beside what was predicted (`flatprune.criteria.loss_change`),
-            for two forwards on 256 samples an event.
+            for one or two forwards on 256 samples an event.
         exclude: layers whose outputs stay: names of modules, or types.
         layers: names of the layers to prune; default all that can be.
         forward: how a training loop calls the model with `example_inputs`, such as
@@ -142,6 +142,11 @@ class Pruner:
             raise ValueError("Pruner: the curvature belongs to another model")
         if output is not None:
             curvature.reading.tell(output)
+        if "forwards" in self.criterion.needs and not curvature.loss.needs_output:
+            raise ValueError(
+                f"Pruner: criterion {self.criterion.name!r} reads the model's output, of which a curvature with "
+                "loss='other' knows nothing; name the loss, or take another criterion"
+            )
         self.model, self.curvature = model, curvature
         self.ema_models = checked_ema_models(model, ema_models)
         self.target, self.compensate, self.selection, self.seed = target, compensate, selection, seed
@@ -300,8 +305,10 @@ class Pruner:
         pruned = choice.pruned
         if not pruned:
             return []
-        replacements = self.criterion.compensation(context, pruned) if compensate else None
-        loss_change = LossChange(self.curvature) if self._measures else None
+        replacements = None if choice.joint is None or not compensate else choice.joint.compensated()
+        if compensate and replacements is None:
+            replacements = self.criterion.compensation(context, pruned)
+        loss_change = LossChange(self.curvature, context.predictions) if self._measures else None
         params, cost, widths = self.params, self.cost, [group.width for group in self.groups]
         plan(
             self.model,
