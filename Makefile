@@ -26,8 +26,9 @@ build: setup
 demo: setup
 	$(BIN)/flatprune run --data digits --model mlp --target-params 0.1 --epochs 200 --compare-dense --out runs/demo --overwrite
 
+# a process for each core; a file of tests stays in one, with what its tests share
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check

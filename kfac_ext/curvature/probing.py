@@ -71,15 +71,17 @@ def reached_layers(curvature: Curvature, *args: Any, **kwargs: Any) -> frozenset
     return frozenset(name for name, calls in gradients.items() if any(g is not None for g in calls))
 
 
-def fresh_covariances(
+def fresh_look(
     curvature: Curvature,
     names: Iterable[str],
     calls: Sequence[ModelCall],
     mode: str = "expand",
     *,
     bias: bool | None = True,
-) -> dict[str, Tensor]:
-    """A of the layers named from one forward a call, apart from the running factors; the mean over all rows.
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """A of the layers named, apart from the running factors (the mean over all rows), and what the model predicts.
+
+    One forward a call gives both.
 
     Batch norms use batch statistics (those frozen in a training model stay frozen), dropout is off, random streams and
     running statistics are untouched.
@@ -106,8 +108,7 @@ def fresh_covariances(
 
     _refuse_none(calls)
     with torch.no_grad(), replaying(curvature), call_hooks(layers, report):
-        for call in calls:
-            call.run(curvature.model)
+        predictions = _predictions(curvature, calls)
     missing = [layer for layer in layers if layer.name not in found]
     if missing:  # in evaluation mode
         with torch.no_grad(), replaying(curvature, training=True), call_hooks(missing, report):
@@ -115,13 +116,13 @@ def fresh_covariances(
                 call.run(curvature.model)
     for layer in layers:
         if layer.name not in found:
-            raise RuntimeError(f"fresh_covariances: the forward did not call layer {layer.name!r}")
-    return {layer.name: _weighted_mean(found[layer.name]) for layer in layers}
+            raise RuntimeError(f"fresh_look: the forward did not call layer {layer.name!r}")
+    return {layer.name: _weighted_mean(found[layer.name]) for layer in layers}, predictions
 
 
 @torch.no_grad()
 def fresh_predictions(curvature: Curvature, calls: Sequence[ModelCall]) -> list[Tensor]:
-    """The model's prediction for each call, as the loss reads it, in the modes of `fresh_covariances`.
+    """The model's prediction for each call, as the loss reads it, in the modes of `fresh_look`.
 
     Models that return something else in evaluation mode are in training mode, without dropout.
 
@@ -134,7 +135,17 @@ def fresh_predictions(curvature: Curvature, calls: Sequence[ModelCall]) -> list[
     """
     _refuse_none(calls)
     with replaying(curvature):
-        return [curvature.reading.read(call.run(curvature.model)) for call in calls]
+        return _predictions(curvature, calls)
+
+
+def _predictions(curvature: Curvature, calls: Sequence[ModelCall]) -> list[Tensor]:
+    """Of each call, made again; none where the loss knows nothing of the output."""
+    outputs = (call.run(curvature.model) for call in calls)
+    if curvature.loss.needs_output:
+        return [curvature.reading.read(output) for output in outputs]
+    for _ in outputs:
+        pass
+    return []
 
 
 @contextmanager

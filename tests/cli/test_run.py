@@ -194,6 +194,17 @@ def test_widths_and_limits(flatprune, npz, tmp_path):
     assert all(width % 8 == 0 and width >= 16 for width in list(summary_of(out)["widths_after"].values())[:-1])
 
 
+def test_tied_widths_stay_equal(flatprune, npz, tmp_path):
+    out = tmp_path / "out"
+    options = ("--epochs", 2, "--batch-size", 32, "--target-params", 0.4, "--tie-widths", "--widths", "8,8,12")
+    assert flatprune("run", "--data", npz(), "--model", "resnet20", "--out", out, *options).code == 0
+    summary = summary_of(out)
+    blocks = [f"stages.2.{block}.conv1" for block in range(3)]
+    assert {summary["widths_before"][name] for name in blocks} == {12}
+    (width,) = {summary["widths_after"][name] for name in blocks}
+    assert width < 12
+
+
 def test_removal_events_are_recorded_and_shown(flatprune, npz, tmp_path):
     out = tmp_path / "out"
     options = ("--epochs", 80, "--batch-size", 32, "--target-macs", 0.2)

@@ -330,7 +330,7 @@ def test_no_step_waits_for_the_device(trainer, as_on_a_gpu, options):
     assert count == 58 and run.params <= 0.3 * run.params_before
 
 
-def test_a_loss_that_diverges_is_noticed_without_looking_at_each(trainer, as_on_a_gpu):
+def test_a_diverging_loss_is_noticed_without_looking_at_each(trainer, as_on_a_gpu):
     run, saved = trainer(lr=1e30, epochs=40, flatness="off", target_params=1.0), []
     with pytest.raises(DivergedError, match=r"the loss became (nan|inf) by step 6 "):
         run.train(save=lambda: saved.append(run.progress.step))

@@ -10,7 +10,7 @@ from torch import nn
 
 from kfac_ext import Curvature
 from kfac_ext.curvature import recent
-from kfac_ext.curvature.probing import fresh_covariances, fresh_predictions
+from kfac_ext.curvature.probing import fresh_look, fresh_predictions
 from kfac_ext.curvature.recent import ModelCall, RecentCalls
 
 
@@ -47,7 +47,7 @@ def test_whole_calls_are_made_again_as_they_were():
     calls = curvature.recent_calls
     assert [call.samples for call in calls] == [6, 6, 6]
     assert calls[1].args[1] == 0.5 and calls[1].kwargs["kind"] == "sum"
-    A = fresh_covariances(curvature, ["a"], calls)["a"]
+    A = fresh_look(curvature, ["a"], calls)[0]["a"]
     rows = torch.cat([model.words(call.args[0]["tokens"][0]).flatten(0, 1) * 0.5 for call in calls]).detach()
     rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
     torch.testing.assert_close(A, rows.T @ rows / len(rows))  # over all tokens, however long their texts are
@@ -143,7 +143,7 @@ def test_outputs_that_only_training_has_are_read_there(decoded):
     first, again = (fresh_predictions(curvature, curvature.recent_calls)[0] for _ in range(2))
     assert torch.equal(first, again) and first.shape == (8, 3)  # no dropout
     assert model.training and model.drop.training
-    assert fresh_covariances(curvature, ["extra", "a"], curvature.recent_calls)["extra"].shape == (7, 7)
+    assert fresh_look(curvature, ["extra", "a"], curvature.recent_calls)[0]["extra"].shape == (7, 7)
 
 
 def test_no_calls_are_an_error():

@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from kfac_ext import Curvature, FactorSet
 from kfac_ext.curvature.losses import loss_of
-from kfac_ext.curvature.probing import fresh_covariances
+from kfac_ext.curvature.probing import fresh_look
 
 NORMS = {
     "mlp_norm": {"0": "1"},
@@ -252,7 +252,7 @@ def test_folded_weight_gives_z(name):
         torch.testing.assert_close(z, expected)
 
 
-def test_fresh_covariances():
+def test_fresh_look():
     model, x = curvature_nets.make("conv_norm_depthwise")
     curvature = Curvature(model)
     for part in (x[:2], x[2:]):
@@ -262,20 +262,22 @@ def test_fresh_covariances():
     factors = curvature.factors.buffer.clone()
     for training in (True, False):
         model.train(training)
-        fresh = fresh_covariances(curvature, ["4", "9"], curvature.recent_calls, mode="expand")
+        fresh, predictions = fresh_look(curvature, ["4", "9"], curvature.recent_calls, mode="expand")
         assert model.training is training and model[1].training is training
     assert all(torch.equal(v, buffers[k]) for k, v in model.named_buffers())
     assert torch.equal(torch.get_rng_state(), rng) and torch.equal(curvature.factors.buffer, factors)
     with torch.no_grad():
         model.train()
         seen = torch.cat([model[:4](part) for part in (x[:2], x[2:])])  # each call with its own batch statistics
+        for found, part in zip(predictions, (x[:2], x[2:]), strict=True):
+            torch.testing.assert_close(found, model(part))
     rows = curvature_oracles.input_rows(model[4], seen).flatten(0, 1)
     for channel in range(4):
         a = torch.cat([rows[:, channel * 9 : channel * 9 + 9], torch.ones(len(rows), 1, dtype=torch.float64)], dim=1)
         torch.testing.assert_close(fresh["4"][channel], a.T @ a / len(a))
     assert fresh["9"].shape == (5, 5)
     with pytest.raises(KeyError, match="no layer named 'x'"):
-        fresh_covariances(curvature, ["x"], curvature.recent_calls)
+        fresh_look(curvature, ["x"], curvature.recent_calls)
 
 
 def test_recent_calls_hold_256_samples():

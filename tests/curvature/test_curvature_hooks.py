@@ -157,7 +157,7 @@ def test_unused_and_unsupported_layers_are_named_once():
     assert list(curvature.layers) == ["used"]
 
 
-def test_a_transposed_convolution_whose_geometry_changes_is_refused():
+def test_a_transposed_convolution_that_changes_shape_is_refused():
     class Up(nn.Module):
         def __init__(self):
             super().__init__()

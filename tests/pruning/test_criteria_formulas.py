@@ -7,19 +7,15 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from pruning_networks import Run, digits, masked, mlp
+from pruning_networks import Run, context_of, digits, masked, mlp
 from torch import Tensor, nn
 
-from flatprune.coupling import CONSUMER, PRODUCER, Coupling, find_coupling
+from flatprune.coupling import CONSUMER, PRODUCER, Coupling
 from flatprune.criteria import CRITERIA, ScoringContext, banzhaf, shapley
 from flatprune.criteria.game import MaskedNetwork
 from kfac_ext.curvature.losses import loss_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Curvature")
-
-
-def context_of(run: Run) -> ScoringContext:
-    return ScoringContext(run.model, find_coupling(run.model, digits()[0][:2].to(run.dtype)).groups, run.curvature)
 
 
 def damped(M: Tensor, constant: bool) -> Tensor:

@@ -132,6 +132,8 @@ def test_the_change_is_measured_on_the_recent_calls():
         run.model[5].bias += torch.linspace(0, 1, 10)
         expected = divergence([before(recent)], [run.model(recent)], loss_of("cross_entropy"))
     assert change.measure() == pytest.approx(expected, rel=1e-5)
+    shown = LossChange(run.curvature, [before(call.args[0]).detach() for call in run.curvature.recent_calls])
+    assert shown.measure() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:Curvature")

@@ -25,11 +25,13 @@ class LossChange:
 
     Args:
         curvature: of the network, with at least one training forward behind it.
+        before: what the network predicts now for each of them, where a `kfac_ext.curvature.probing.fresh_look` has
+            shown it already.
     """
 
-    def __init__(self, curvature: Curvature) -> None:
+    def __init__(self, curvature: Curvature, before: Sequence[Tensor] | None = None) -> None:
         self._curvature, self._calls = curvature, curvature.recent_calls
-        self._before = fresh_predictions(curvature, self._calls)
+        self._before = fresh_predictions(curvature, self._calls) if before is None else before
 
     def measure(self) -> float:
         """The change since this object was made."""
