@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -91,6 +92,15 @@ class Capture:
         if not loss.needs_output:
             return self.samples
         return loss.terms(self.prediction) if self.counted is None else int(self.counted.sum())
+
+    def count_samples(self, layers: Mapping[str, Layer], told: int) -> None:
+        """N where no output tells it: as many as the call seems to have if layers see so many, else what most see."""
+        shapes = [(layers[name], shape) for name, calls in self.shapes().items() for shape in calls]
+        places = (shape[:1] if layer.is_convolution else shape[:-1] for layer, shape in shapes)
+        if any(told in place for place in places):
+            self.samples = told
+        else:
+            self.samples = Counter(shape[0] for _, shape in shapes).most_common(1)[0][0] if shapes else told
 
     def shapes(self) -> dict[str, list[torch.Size]]:
         """Layer -> of the input of every call."""

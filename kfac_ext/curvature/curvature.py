@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kfac_ext.curvature.calls import call_hooks
 from kfac_ext.curvature.capture import Capture, ForwardHook, uncompiled
 from kfac_ext.curvature.losses import Loss, OtherLoss, loss_of
-from kfac_ext.curvature.modes import RngState, device_of, module_modes, undisturbed
+from kfac_ext.curvature.modes import RngState, device_of, module_modes, plain_kernels, undisturbed
 from kfac_ext.curvature.outputs import Pick, Reading
 from kfac_ext.curvature.recent import ModelCall, RecentCalls
 from kfac_ext.curvature.recorder import Recorder
@@ -408,7 +408,8 @@ class Curvature:
 
     def _read(self, capture: Capture, output: Any) -> bool:
         """Take down what the forward returned; False if no gradient can come from it."""
-        capture.samples = self._recent.calls()[-1].samples
+        if not self.loss.needs_output:
+            capture.count_samples(self.layers, self._recent.calls()[-1].samples)
         if self.loss.needs_output:
             capture.tensors = self.reading.picked(output)
             capture.prediction = self.reading.prediction(capture.tensors)
@@ -438,9 +439,10 @@ class Curvature:
                     inputs.setdefault(layer.name, x.clone())
 
                 with ExitStack() as stack:
-                    for context in (self.paused(), undisturbed(self.model), module_modes(still), torch.no_grad()):
+                    for context in (self.paused(), undisturbed(self.model), module_modes(still), plain_kernels()):
                         stack.enter_context(context)
                     stack.enter_context(call_hooks(self.layers.values(), report))
+                    stack.enter_context(torch.no_grad())
                     one.run(self.model)
         except (RuntimeError, ValueError, IndexError, AssertionError):
             return {}

@@ -32,7 +32,7 @@ def observe(curvature: Curvature, *args: Any, **kwargs: Any) -> Capture:
         stack.enter_context(call_hooks(curvature.layers.values(), capture.add))
         output = curvature.model(*args, **kwargs)
     call = ModelCall.of(args, kwargs, curvature.reading.batch_dim)
-    capture.samples = call.samples
+    capture.count_samples(curvature.layers, call.samples)
     if curvature.loss.needs_output:
         capture.tensors = curvature.reading.picked(output)
         capture.prediction = curvature.reading.prediction(capture.tensors)

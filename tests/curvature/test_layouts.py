@@ -94,6 +94,30 @@ def test_what_cannot_be_told_is_said_once_where_it_matters():
         Curvature(Routed(), kfac_approx="expand").model(x)
 
 
+@pytest.mark.filterwarnings("error:Curvature. it cannot be told")
+@pytest.mark.parametrize("t", [4, 6])
+def test_attention_over_the_first_dimension(t):
+    """`nn.TransformerEncoder` as it comes; its way to run fast in evaluation mode calls none of its layers."""
+
+    class Encoder(nn.Module):
+        def __init__(self, first):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=first)
+            self.body, self.head, self.first = nn.TransformerEncoder(layer, 2), nn.Linear(8, 3), first
+
+        def forward(self, x):
+            x = self.body(x if self.first else x.transpose(0, 1))
+            return self.head(x.mean(1 if self.first else 0))
+
+    found, x = [], torch.randn(4, t, 8, dtype=torch.float64)
+    for first in (True, False):
+        torch.manual_seed(0)
+        curvature = Curvature(Encoder(first).double(), generator=torch.Generator().manual_seed(0))
+        curvature.model(x)
+        found.append(curvature.factors.buffer)
+    torch.testing.assert_close(*found)
+
+
 def test_dimensions_can_be_given():
     expected = factors("first", 4, 4)
     found = factors("sequence", 4, 4, layer_batch_dims={"^[ab]$": 1})

@@ -239,6 +239,27 @@ def test_any_other_loss_is_over_samples(reduction):
     assert_factors(curvature, of_samples(model, x, lambda output, row: F.multi_margin_loss(output, y[row])), N)
 
 
+def test_samples_of_a_list_are_those_that_layers_see():
+    """Detectors take a list of images, whose first dimension is none of samples."""
+
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Conv2d(3, 2, 1)
+
+        def forward(self, images):
+            maps = self.head(torch.stack(images))
+            return {"boxes": maps.abs().mean(), "classes": maps.square().mean()}
+
+    torch.manual_seed(0)
+    model, images = Detector().double(), [torch.randn(3, 2, 2, dtype=torch.float64) for _ in range(5)]
+    curvature = watch(model, loss="other")
+    sum(model(images).values()).backward()
+    maps = torch.stack([model.head(image) for image in images]).detach()
+    g = 5 * ((maps.sign() + 2 * maps) / maps.numel()).flatten(2).transpose(1, 2).flatten(0, 1)
+    torch.testing.assert_close(curvature.factors["head.G"], g.T @ g / 5)
+
+
 DRAWN = {  # what is drawn, and a term for it, of outputs [C]
     "cross_entropy": lambda out, y: F.cross_entropy(out, y),
     "bce": lambda out, y: F.binary_cross_entropy_with_logits(out, y, reduction="sum"),
