@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from kfac_ext import Curvature
-from kfac_ext.curvature.probing import fresh_output, observe
+from kfac_ext.curvature.probing import fresh_predictions, observe
+from kfac_ext.curvature.recent import ModelCall
 
 
 def found_and_expected(name, mode, fisher_type="empirical"):
@@ -208,5 +209,5 @@ def test_running_statistics_of_foreign_norms_are_left_alone():
     model(x)
     before = {key: value.clone() for key, value in model.named_buffers()}
     observe(curvature, x)
-    fresh_output(curvature, x)
+    fresh_predictions(curvature, [ModelCall((x,), {})])
     assert all(torch.equal(value, before[key]) for key, value in model.named_buffers())

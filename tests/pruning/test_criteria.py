@@ -38,9 +38,9 @@ class Declared(ScoringContext):
         self.asked |= {"gradients"}
         return super().gradient(parameter, name)
 
-    def recent_inputs(self):
+    def recent_calls(self):
         self.asked |= {"forwards"}
-        return super().recent_inputs()
+        return super().recent_calls()
 
 
 @pytest.mark.parametrize("name", [name for name in QUICK if name != "bn_scale"])

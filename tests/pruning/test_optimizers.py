@@ -136,6 +136,25 @@ def test_groups_keep_options_of_their_own():
     assert [mask.shape for mask in optimizer.param_groups[1]["masks"]] == [p.shape for p in rest]
 
 
+def test_sparse_gradients_are_cut():
+    layers = [nn.Flatten(), nn.Linear(16 * 6, 20), nn.ReLU(), nn.Linear(20, 5)]
+    model = nn.Sequential(nn.Embedding(50, 16, sparse=True), *layers)
+    optimizers = [torch.optim.SparseAdam(model[0].parameters()), torch.optim.AdamW(model[2:].parameters())]
+    curvature = flatprune.Curvature(model, factor_update_steps=2)
+    words = torch.randint(0, 50, (16, 6))
+    options = {"target": flatprune.Target(params=0.5), "total_steps": STEPS}
+    pruner = flatprune.Pruner(model, optimizers, curvature, words[:2], **options)
+    for _ in range(STEPS):
+        model.zero_grad()
+        F.cross_entropy(model(words), torch.randint(0, 5, (16,))).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        pruner.step()
+        assert model[0].weight.grad.is_sparse and model[0].weight.grad.shape == model[0].weight.shape
+    assert model[0].weight.shape[1] < 16
+    assert optimizers[0].state[model[0].weight]["exp_avg"].shape == model[0].weight.shape
+
+
 @pytest.mark.parametrize("together", [True, False])
 def test_parameters_of_the_loss_are_left_alone(together):
     model, centers = net(), nn.Parameter(torch.randn(5, 32))  # of the shape that a weight could have
@@ -232,6 +251,7 @@ def test_adafactor_of_square_weights_is_cut_as_rows_and_columns(kind):
 
 REFUSED = {
     "preconditioned": (toy.Preconditioned, r"0\.weight: state 'pre_cond_0' of Preconditioned, of a stand-in"),
+    "wants a closure": (toy.Closured, r"0\.weight: state 'pre_cond_0' of Closured, of a stand-in"),
     "rotated": (toy.Rotated, r"0\.weight: state 'Q' of Rotated"),
     "quantised": (toy.Quantised, r"0\.weight: state 'state1' of Quantised.* is quantised \(uint8\), in blocks"),
     "packed": (toy.Packed, r"0\.weight: state 'exp_avg' of Packed.* is of type Bytes"),
@@ -257,7 +277,7 @@ def test_what_cannot_be_cut_is_refused_by_the_constructor(kind, stepped):
             loss.backward()
             return loss
 
-        optimizer.step(closure if kind == "lbfgs" else closure() and None)
+        optimizer.step(closure if kind in ("lbfgs", "wants a closure") else closure() and None)
     with pytest.raises(ValueError, match=message):
         Trained(model, optimizer)
 
@@ -351,6 +371,17 @@ def test_an_optimizer_that_was_not_given_is_noticed(given):
     names = {None: "AdamW, Muon", 0: "AdamW", 1: "Muon"}
     texts = [str(warning.message) for warning in told if "was not given" in str(warning.message)]
     assert len(texts) == 1 and f"Pruner: {names[given]}, which was not given" in texts[0]
+
+
+def test_an_optimizer_that_is_made_later_is_noticed():
+    model = net()
+    first = torch.optim.Adam(model.parameters())
+    trained = Trained(model, first, schedule=flatprune.CubicSchedule(STEPS, start=0.6, end=0.7))
+    trained.train(2)
+    trained.optimizers = [SGD(model.parameters(), lr=0.01, momentum=0.9)]
+    with pytest.warns(UserWarning, match="Pruner: SGD, which was not given, trains parameters of the model"):
+        trained.train(STEPS - 2)
+    trained.check()
 
 
 def test_an_optimizer_without_states_need_not_be_given():

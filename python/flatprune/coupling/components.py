@@ -78,7 +78,8 @@ class Components:
         self._reasons: list[str] = []
         self.component, broadcast = self._connect()
         self._reason = torch.full((int(self.component.max()) + 1,), -1, dtype=torch.int64)
-        for labels, why in (*findings.pins, *broadcast):
+        pins = sorted(findings.pins, key=lambda pin: pin[1] != OUTPUT)  # logits stay whatever a loss makes of them
+        for labels, why in (*pins, *broadcast):
             self._note_reason(self.component[self.flat(labels)].unique(), why)
         self.candidates: list[Candidate] = []
         self.refused: list[tuple[tuple[str, ...], str]] = []

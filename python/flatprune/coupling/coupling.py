@@ -18,7 +18,8 @@ from flatprune.coupling.neurons import CONSUMER, Coupling, tensor_name
 from flatprune.coupling.operators.indexing import LOOKED_UP
 from flatprune.coupling.products import mac_terms
 from flatprune.coupling.tracer import ModuleStack, Tracer
-from flatprune.coupling.trial import TracedCall, Trial
+from flatprune.coupling.trial import Trial
+from flatprune.coupling.tried import TracedCall
 from flatprune.coupling.unreached import couple_unreached
 from kfac_ext.curvature.modes import plain_kernels
 
@@ -68,6 +69,7 @@ def find_coupling(model: nn.Module, example_inputs: Any, exclude: Sequence[str |
 class _Search:
     def __init__(self, model: nn.Module, example_inputs: Any, exclude: Sequence[str | type]) -> None:
         self.model, self.exclude = model, exclude
+        self.modules = dict(model.named_modules())
         self.table, self.findings, self.stack = AxisTable(model), Findings(), ModuleStack(model)
         self.traced: list[TracedCall] = []
         self.called: set[str] = set()
@@ -123,13 +125,12 @@ class _Search:
         return trial, failed, {**reasons, **failed}
 
     def _excluded(self, candidate: Candidate, unsafe: dict[int, str]) -> str:
-        modules = dict(self.model.named_modules())
         for member in candidate.group.members:
             if member.roles == {CONSUMER}:
                 continue
             for item in self.exclude:
                 if isinstance(item, type):
-                    hit = any(isinstance(modules[name], item) for name in _around(member.module))
+                    hit = any(isinstance(self.modules[name], item) for name in _around(member.module))
                 else:
                     hit = item == "" or any(
                         (owner + ".").startswith(item + ".") for owner in (member.module, member.name)
