@@ -20,7 +20,7 @@ from kfac_ext.curvature.modes import module_modes, undisturbed
 from kfac_ext.curvature.outputs import Reading
 from kfac_ext.layers import BatchNorm, Layer, can_be_folded, kind_of, layer_of
 from kfac_ext.layers.composite import opened
-from kfac_ext.layers.operators import OperatorCall, operator_call
+from kfac_ext.layers.operators import OperatorCall, operator_call, transposed
 
 
 def check_model(model: nn.Module) -> None:
@@ -53,7 +53,7 @@ def trace_layers(
     """The layers that one forward calls, in that order, with the batch norms behind them.
 
     A layer is a module of a registered kind (`kfac_ext.layers`) or, in a module of any other type, a parameter that
-    `F.linear`, `torch.matmul`, `torch.addmm` or a convolution takes itself as its weight. A batch norm belongs to a
+    `F.linear`, `torch.matmul`, `torch.addmm` or a convolution takes itself, or as its transpose, as its weight. A batch norm belongs to a
     layer if, in every call of the layer, its input is the very tensor that the layer gave and no other torch call takes
     that tensor (an in-place ReLU in between counts as one). The forward runs without gradients and leaves random
     streams and buffers untouched; batch norms are in eval mode (one sample is enough), all other modules in the mode
@@ -206,12 +206,16 @@ class _Observer(TorchFunctionMode):
                 continue
             self._uses[id(leaf)] += 1
             self._alive.append(leaf)
-            if id(leaf) not in self.owners or not self.running or result is leaf:  # `weight.to` may be no use of it
+            whole = transposed(leaf)
+            weight = leaf if whole is None else whole
+            if id(weight) not in self.owners or not self.running or result is leaf:  # `weight.to` may be no use of it
                 continue
-            if call is not None and call.weight is leaf and call.x is not leaf:
-                self.events.append((id(leaf), _Event(self.running[-1], call, result)))
+            if isinstance(result, Tensor) and transposed(result) is weight:  # what takes that is the use
+                continue
+            if call is not None and call.weight is weight and call.x is not leaf:
+                self.events.append((id(weight), _Event(self.running[-1], call, result)))
             else:
-                self._others.setdefault((self.running[-1], id(leaf)), getattr(func, "__name__", str(func)))
+                self._others.setdefault((self.running[-1], id(weight)), getattr(func, "__name__", str(func)))
         return result
 
     def enter(self, module: nn.Module, _args: Any) -> None:

@@ -101,7 +101,8 @@ class Used(nn.Module):
 
 
 REFUSED = {
-    "view": (lambda m, x: F.linear(x, m.weight.T), r"__get__ takes its weight"),
+    "view": (lambda m, x: F.linear(x, m.weight.view(4, 4)), "view takes its weight"),
+    "turned besides": (lambda m, x: x @ m.weight.T + m.weight.T.sum(), "sum takes its weight too"),
     "computed": (lambda m, x: F.linear(x, m.weight * 2), "mul takes its weight"),
     "einsum": (lambda m, x: torch.einsum("ni,io->no", x, m.weight), "einsum takes its weight"),
     "left factor": (lambda m, x: (m.weight @ x.T).T, "matmul takes its weight"),
