@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "buffer.h"
@@ -146,9 +147,14 @@ class Removal {
   }
 
   double dot(const T* a, const T* b) const {
-    double sums[4] = {};
-    for (int64_t o = 0; o < p_.outputs; ++o) sums[o % 4] += double(a[o]) * double(b[o]);
-    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    constexpr int kChains = 8;
+    double sums[kChains] = {};
+    int64_t o = 0;
+    for (; o + kChains <= p_.outputs; o += kChains) {
+      for (int k = 0; k < kChains; ++k) sums[k] += double(a[o + k]) * double(b[o + k]);
+    }
+    for (; o < p_.outputs; ++o) sums[0] += double(a[o]) * double(b[o]);
+    return std::accumulate(sums, sums + kChains, 0.0);
   }
 
   // The new rows of L^T, in place of rows J of H, and Y^T, in one pass over what they are made of.

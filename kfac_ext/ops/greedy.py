@@ -134,7 +134,8 @@ class GreedySelection:
         self._columns = [listed.to(device).contiguous() for listed in index]
         self._removed = [self._columns[0].new_empty(V.shape[1]) for V in Vs]
         self._pending = [V.new_empty(min(_PENDING, V.shape[1]), len(V)) for V in Vs]
-        self._counts = [[0, 0] for _ in Vs]
+        self._counts = [[0, 0] for _ in Vs]  # columns that went, and of these those that are pending
+        self._left = [set(range(len(listed))) for listed in self._columns]
         self._blocks, self._forms = [], []
         for listed, layer in zip(self._columns, self._layers):
             self._blocks.append(self._Hs[layer][listed[:, :, None], listed[:, None, :]].double())
@@ -158,19 +159,18 @@ class GreedySelection:
             ValueError: an index that is none, or of a neuron that went.
         """
         lost: dict[int, list[Tensor]] = {}
-        for number, given in neurons.items():
-            listed = self._columns[number]
-            index = torch.as_tensor(given, dtype=torch.int64, device=listed.device).flatten()
-            if not len(index):
-                continue
-            ok = (index >= 0) & (index < len(listed))
-            if not bool(ok.all()) or bool(self.scores[number][index].isinf().any()) or len(index.unique()) < len(index):
+        chosen = {n: index.tolist() if isinstance(index, Tensor) else list(index) for n, index in neurons.items()}
+        for number, index in chosen.items():
+            if len(self._left[number].intersection(index)) < len(index):
                 raise ValueError(
-                    f"{_OPERATION}: neurons[{number}] is {index.tolist()}, expected distinct ones of the "
-                    f"{len(listed)} that have not gone"
+                    f"{_OPERATION}: neurons[{number}] is {index}, expected distinct ones of the "
+                    f"{len(self._columns[number])} that have not gone"
                 )
-            lost.setdefault(self._layers[number], []).append(listed[index].flatten())
+            if index:
+                lost.setdefault(self._layers[number], []).append(self._columns[number][index].flatten())
         change = self._step(lost) if lost else 0.0
+        for number, index in chosen.items():
+            self._left[number].difference_update(index)
         self.total += change
         return change
 

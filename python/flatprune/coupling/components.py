@@ -70,8 +70,9 @@ class Components:
         self.table, self.findings, self.more = table, findings, list(more)
         self._nodes = table.next_node
         self.total = table.next_node + len(table.joints)
-        for layer, role in findings.roles:
-            for axis in table.owners(layer.unique()):
+        for role in {role for _, role in findings.roles}:
+            labels = torch.cat([layer.flatten() for layer, other in findings.roles if other == role])
+            for axis in table.owners(labels.unique()):
                 axis.roles.add(role)
         findings.roles.clear()
         self._flat_findings = self._with_flat_labels()
@@ -168,8 +169,13 @@ class Components:
         made |= acted & used & (self._reason < 0)  # learned positions or queries alone
         eligible = made & (self._reason < 0)
         self._refuse(made & (self._reason >= 0))
-        for signature in self._signatures(eligible, counting=True)[eligible].unique().tolist():
-            self._add(signature)
+        signatures = self._signatures(eligible, counting=True)
+        axes: dict[int, list[Axis]] = {}
+        for axis in self.table.axes:
+            for signature in signatures[self._of(axis)].unique().tolist():
+                axes.setdefault(signature, []).append(axis)
+        for signature in signatures[eligible].unique().tolist():
+            self._add(signature, axes[signature])
         self.candidates.sort(key=lambda candidate: int(candidate.labels.min()))
         _name_apart([candidate.group for candidate in self.candidates])
         self._note_joint_norms()
@@ -226,10 +232,9 @@ class Components:
                 seen.add(entry)
                 self.refused.append(entry)
 
-    def _add(self, signature: int) -> None:
-        """The group of all components of one signature, or a reason against it."""
+    def _add(self, signature: int, axes: Sequence[Axis]) -> None:
+        """The group of all components of one signature, which own entries of these axes, or a reason against it."""
         inside = self._signature == signature
-        axes = [axis for axis in self.table.axes if bool(inside[self._of(axis)].any())]
         lead = min(axes, key=lambda axis: (PRODUCER not in axis.roles, CHANNELWISE not in axis.roles, axis.start))
         owners = self._of(lead)[inside[self._of(lead)]]
         neurons = owners[_first_places(owners[None]).sort().values]

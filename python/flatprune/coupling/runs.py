@@ -52,16 +52,19 @@ class FullRun(TorchDispatchMode):
 
     Attributes:
         largest: bytes of arguments and results of the operator that has most.
+        operators: that ran, each with the numbers that it was given.
     """
 
     def __init__(self, arithmetic: Arithmetic) -> None:
         super().__init__()
         self._arithmetic = arithmetic
         self.largest = 0
+        self.operators: list[tuple[Any, str]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator."""
         (out,) = self._arithmetic.run(func, [(args, kwargs or {})])
+        self.operators.append((func, repr([item for item in args if isinstance(item, (int, float, bool, str))])))
         held = tensors_in((args, out))
         self.largest = max(self.largest, sum(_bytes(t) for t in held if not self._arithmetic.is_parameter(t)))
         return out

@@ -123,20 +123,24 @@ class Trial:
         for position in chosen:
             if position in self.attributes:
                 plan.attributes[position] = list(self.attributes[position])
+        masked: dict[int, Expected] = {}  # the masked network does the same in both modes, if the whole one does
         for number, traced in enumerate(self._calls):
             if isinstance(how, int) and traced.training:
                 continue
-            failure = self._attempt_call(plan, number, self._looked_ahead(number, chosen, order))
+            like = self._tried.like[number]
+            try:
+                if like not in masked:
+                    ahead = self._looked_ahead(number, chosen, order)
+                    masked[like] = ahead or self._masked(number, [plan.pruned])[0]
+            except Exception as error:  # an operator that does not bear what masking does to its results
+                return Failure(f"it cannot be masked ({first_lines(error)})", list(plan.chosen), (), (0, 0))
+            failure = self._attempt_call(plan, number, masked[like])
             if failure is not None:
                 return failure
         self.attributes.update(plan.attributes)
         return None
 
-    def _attempt_call(self, plan: Plan, number: int, expected: Expected | None) -> Failure | None:
-        try:
-            expected = expected or self._masked(number, [plan.pruned])[0]
-        except Exception as error:  # an operator that does not bear what masking does to its results
-            return Failure(f"it cannot be masked ({first_lines(error)})", list(plan.chosen), (), (0, 0))
+    def _attempt_call(self, plan: Plan, number: int, expected: Expected) -> Failure | None:
         failure = self._cut(plan, number, expected)
         while failure is not None:
             better = self._better_integer(plan, number, expected, failure)
@@ -147,7 +151,7 @@ class Trial:
 
     def _looked_ahead(self, number: int, chosen: Sequence[int], order: Sequence[Round]) -> Expected | None:
         """What a call computes in the first round of an order, masked beside rounds that follow; None if it is not."""
-        if not order or order[0] == HALF:  # where most failures are, after which others are chosen
+        if not order or (order[0] == HALF and self.partners):  # where most failures are, after which others are chosen
             return None
         found = self._ahead.pop((number, order[0]), None)
         lanes = self._memory // max(1, 3 * self._tried.largest[number])

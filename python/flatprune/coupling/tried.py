@@ -53,6 +53,8 @@ class TriedModel:
         double: whether it runs in float64.
         full: outputs of the whole network, of each call.
         largest: bytes of arguments and results of the operator that has most, of each call.
+        like: of each call, the first one of which the whole network computes the same by the same operators: itself,
+            or the call in evaluation mode.
     """
 
     def __init__(self, model: nn.Module, calls: Sequence[TracedCall], components: Components) -> None:
@@ -62,6 +64,7 @@ class TriedModel:
         self.double = True
         self.full: list[list[Tensor]] = []
         self.largest: list[int] = []
+        self.like: list[int] = []
         self._table = components.table
         self._groups = [candidate.group for candidate in components.candidates]
         self._tensors = {name: self._table.tensors[key] for key, names in self._table.names.items() for name in names}
@@ -116,6 +119,15 @@ class TriedModel:
         runs = [FullRun(self.arithmetic()) for _ in self.calls]
         self.full = [self.outputs(run, number) for number, run in enumerate(runs)]
         self.largest = [run.largest for run in runs]
+        self.like = [self._first_like(number, runs) for number in range(len(runs))]
+
+    def _first_like(self, number: int, runs: Sequence[FullRun]) -> int:
+        for other in range(number):
+            if self.calls[other].call is self.calls[number].call and runs[other].operators == runs[number].operators:
+                pairs = zip(self.full[other], self.full[number], strict=True)
+                if all(torch.equal(one, two) for one, two in pairs):
+                    return other
+        return number
 
     @contextmanager
     def cut(self, plan: Plan) -> Iterator[None]:
