@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from kfac_ext.curvature.losses import Loss
+from kfac_ext.curvature.loss import Loss
 from kfac_ext.curvature.modes import RngState
 from kfac_ext.curvature.samples import Layout
 from kfac_ext.layers import Layer

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +11,15 @@ from torch import Tensor, nn
 
 from kfac_ext.curvature.calls import call_hooks
 from kfac_ext.curvature.capture import Capture, ForwardHook, uncompiled
-from kfac_ext.curvature.losses import Loss, OtherLoss, loss_of
-from kfac_ext.curvature.modes import RngState, device_of, module_modes, plain_kernels, undisturbed
+from kfac_ext.curvature.loss import Loss
+from kfac_ext.curvature.losses import OtherLoss, loss_of
+from kfac_ext.curvature.modes import RngState, device_of
 from kfac_ext.curvature.outputs import Pick, Reading
 from kfac_ext.curvature.recent import ModelCall, RecentCalls
 from kfac_ext.curvature.recorder import Recorder
 from kfac_ext.curvature.running import ROUNDING, RunningFactors
 from kfac_ext.curvature.samples import Layout, Layouts
+from kfac_ext.curvature.shortened import inputs_with_and_without_last
 from kfac_ext.curvature.tracing import check_model, trace_layers
 from kfac_ext.curvature.transforms import is_transformed
 from kfac_ext.curvature.updates import FisherUpdates
@@ -299,7 +300,12 @@ class Curvature:
 
     def place(self, capture: Capture, call: ModelCall | None = None) -> None:
         """Find where the samples stand in what the layers of a forward saw, the newest or that of `call`."""
-        probe = partial(self._with_sample_fewer, call or self._recent.calls()[-1])
+        newest = call or self._recent.calls()[-1]
+
+        def probe() -> dict[str, tuple[Tensor, Tensor]]:
+            with self.paused():
+                return inputs_with_and_without_last(self.model, self.layers.values(), newest, self.reading.batch_dim)
+
         shapes, warns = capture.shapes(), self.kfac_approx == "reduce"
         capture.layouts = self._layouts.of(shapes, capture.samples, self.layers, probe, warns=warns)
 
@@ -427,26 +433,6 @@ class Curvature:
 
     def _decay(self) -> float:
         return self.factor_decay(self.step_count - 1) if callable(self.factor_decay) else self.factor_decay
-
-    def _with_sample_fewer(self, call: ModelCall) -> dict[str, tuple[Tensor, Tensor]]:
-        """The first input of each layer in two forwards, one of a sample fewer; empty if that cannot be called."""
-        found: list[dict[str, Tensor]] = [{}, {}]
-        still = dict.fromkeys(self.model.modules(), False)
-        try:
-            for inputs, one in zip(found, (call, call.without_last(self.reading.batch_dim))):
-
-                def report(layer: Layer, x: Tensor, _z: Tensor, inputs: dict[str, Tensor] = inputs) -> None:
-                    inputs.setdefault(layer.name, x.clone())
-
-                with ExitStack() as stack:
-                    for context in (self.paused(), undisturbed(self.model), module_modes(still), plain_kernels()):
-                        stack.enter_context(context)
-                    stack.enter_context(call_hooks(self.layers.values(), report))
-                    stack.enter_context(torch.no_grad())
-                    one.run(self.model)
-        except (RuntimeError, ValueError, IndexError, AssertionError):
-            return {}
-        return {name: (x, found[1][name]) for name, x in found[0].items() if name in found[1]}
 
 
 def _check_choice(argument: str, value: str, choices: Sequence[str]) -> None:

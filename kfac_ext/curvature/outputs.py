@@ -9,7 +9,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from kfac_ext.curvature.losses import GaussianNll, Loss, SeveralLosses
+from kfac_ext.curvature.loss import Loss
+from kfac_ext.curvature.losses import SeveralLosses
+from kfac_ext.curvature.value_losses import GaussianNll
 
 Pick: TypeAlias = "str | int | Callable[[Any], Any] | Sequence[str | int] | None"
 
@@ -18,7 +20,7 @@ _DEPTH = 3  # of containers inside containers that are looked through
 
 
 class Reading:
-    """How the output of a model is read: from what it returns to the prediction of `kfac_ext.curvature.losses`.
+    """How the output of a model is read: from what it returns to the prediction of `kfac_ext.curvature.loss`.
 
     Args:
         loss: what is made of the prediction.

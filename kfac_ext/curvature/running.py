@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kfac_ext.curvature.capture import Capture
 from kfac_ext.curvature.fisher import empty_factors, update_factors_
-from kfac_ext.curvature.losses import Loss
+from kfac_ext.curvature.loss import Loss
 from kfac_ext.curvature.modes import reading_is_free
 from kfac_ext.factors import FactorSet
 from kfac_ext.layers import Layer, layer_from_state

@@ -88,7 +88,7 @@ def test_labels_are_drawn_for_what_counts_alone(own_loss):
     torch.testing.assert_close(curvature.factors["head.G"], exact, rtol=0.03, atol=5e-3)
 
 
-def test_an_update_after_padding_was_seen_waits_for_the_backward():
+def test_once_padding_was_seen_updates_wait_for_the_backward():
     model, x, y = tagged()
     curvature = watch(model, kfac_approx="expand")
     F.cross_entropy(model(x).transpose(1, 2), y).backward()

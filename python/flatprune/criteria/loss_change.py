@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from kfac_ext.curvature import Curvature
-from kfac_ext.curvature.losses import Loss
+from kfac_ext.curvature.loss import Loss
 from kfac_ext.curvature.probing import fresh_predictions
 
 
