@@ -59,7 +59,7 @@ class Curvature:
         fisher_type: "true" draws labels from the model's prediction (with a generator of its own), one extra partial
             backward an update; "empirical" uses the gradients of the user's own backward of the mean loss.
         kfac_approx: "reduce" averages a and sums g over positions first, "expand" keeps positions apart; a layer
-            called several times in one forward: calls count as positions.
+            called several times in one forward: calls count as positions (on batches of different sizes: "expand").
         loss: "cross_entropy", "bce" (with logits), "mse" (torch's mean over all elements), "poisson_nll",
             "gaussian_nll", a criterion of torch (its weights and reduction are read), or a list of these for several
             outputs. "other", or any other function: the empirical Fisher of a mean over samples.

@@ -96,7 +96,7 @@ def input_updates(
     layer: Layer, inputs: Sequence[Tensor], mode: str, *, decay: float, scale: float
 ) -> list[CovarianceUpdate]:
     """`layer.A` <- decay A + scale (A over all calls of the layer in one forward)."""
-    bias = layer.constant
+    bias, mode = layer.constant, _mode(mode, inputs)
     if len(inputs) > 1 and mode == "reduce":
         pixels = _mean_rows(layer, inputs)[:, :, None, None]  # one position: a block a group, as of a 1x1 convolution
         update = CovarianceUpdate.conv2d(
@@ -114,8 +114,8 @@ def gradient_updates(
     layer: Layer, grads: Sequence[Tensor], mode: str, count: int, *, decay: float, scale: float
 ) -> list[CovarianceUpdate]:
     """`layer.G` <- decay G + scale (1/count sum of g g^T over all calls); g = d(summed loss)/dz."""
+    mode = _mode(mode, grads)
     if len(grads) > 1 and mode == "reduce":
-        _same_batch(layer, grads)
         grads = [torch.stack([layer.gradient_rows(g).sum(dim=1) for g in grads]).sum(dim=0)]
     return [
         layer.gradient_update(g, mode, decay=decay if i == 0 else 1.0, scale=scale / count) for i, g in enumerate(grads)
@@ -126,11 +126,10 @@ def projected_inputs(layer: Layer, inputs: Sequence[Tensor], unit: Tensor, mode:
     """u.a of every row that A averages over: [rows, groups], so that its mean square is u^T A u of this batch."""
     filters, d = unit.view(layer.groups, -1), layer.patch_size
     constant = filters[:, d] if layer.constant else 0.0
-    if mode == "expand":
+    if _mode(mode, inputs) == "expand":
         return torch.cat([(layer.projected(x, filters[:, :d]) + constant).flatten(0, 1) for x in inputs])
     counts = [layer.position_count(x) for x in inputs]
     sums = [layer.projected_sum(x, filters[:, :d]) + count * constant for x, count in zip(inputs, counts)]
-    _same_batch(layer, sums)
     return torch.stack(sums).sum(dim=0) / sum(counts)
 
 
@@ -138,23 +137,17 @@ def projected_gradients(layer: Layer, grads: Sequence[Tensor], unit: Tensor, mod
     """s.g of every row that G sums over: [rows, groups], so that its sum of squares / N is s^T G s of this batch."""
     filters = unit.view(layer.groups, -1)
     values = [(layer.gradient_rows(g).unflatten(-1, filters.shape) * filters).sum(dim=-1) for g in grads]
-    if mode == "expand":
+    if _mode(mode, grads) == "expand":
         return torch.cat([v.flatten(0, 1) for v in values])
-    _same_batch(layer, values)
     return torch.cat(values, dim=1).sum(dim=1)
 
 
 def _mean_rows(layer: Layer, inputs: Sequence[Tensor]) -> Tensor:
     """a averaged over positions and calls: [N, groups d]."""
-    _same_batch(layer, inputs)
     counts = [layer.position_count(x) for x in inputs]
     return torch.stack([layer.mean_rows(x) * (n / sum(counts)) for x, n in zip(inputs, counts)]).sum(dim=0)
 
 
-def _same_batch(layer: Layer, tensors: Sequence[Tensor]) -> None:
-    sizes = {len(t) for t in tensors}
-    if len(sizes) > 1:
-        raise ValueError(
-            f"Curvature: layer {layer.name!r} is called on batches of {sorted(sizes)} samples in one forward; "
-            "kfac_approx='reduce' needs equal ones (skip the layer, or use 'expand')"
-        )
+def _mode(mode: str, tensors: Sequence[Tensor]) -> str:
+    """The mode, but "expand" where calls of one forward are on different batches: positions, say, without samples."""
+    return mode if len({len(t) for t in tensors}) == 1 else "expand"

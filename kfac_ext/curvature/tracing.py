@@ -53,10 +53,10 @@ def trace_layers(
     """The layers that one forward calls, in that order, with the batch norms behind them.
 
     A layer is a module of a registered kind (`kfac_ext.layers`) or, in a module of any other type, a parameter that
-    `F.linear`, `torch.matmul`, `torch.addmm` or a convolution takes itself, or as its transpose, as its weight. A batch norm belongs to a
-    layer if, in every call of the layer, its input is the very tensor that the layer gave and no other torch call takes
-    that tensor (an in-place ReLU in between counts as one). The forward runs without gradients and leaves random
-    streams and buffers untouched; batch norms are in eval mode (one sample is enough), all other modules in the mode
+    `F.linear`, `torch.matmul`, `torch.addmm` or a convolution takes itself, or turned, as its weight. A batch norm
+    belongs to a layer if, in every call of the layer, its input is the very tensor that the layer gave and no other
+    torch call takes that tensor (an in-place ReLU in between counts as one). The forward runs without gradients and
+    leaves random streams and buffers untouched; batch norms are in eval mode (one sample is enough), all others in the mode
     they are in. Weights that get no factors are named in a warning, each with the reason.
 
     Args:

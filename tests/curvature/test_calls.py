@@ -6,6 +6,7 @@ import io
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from kfac_ext import Curvature
@@ -150,3 +151,27 @@ def test_no_calls_are_an_error():
     curvature = Curvature(nn.Linear(3, 2))
     with pytest.raises(ValueError, match="no training forward yet"):
         fresh_predictions(curvature, curvature.recent_calls)
+
+
+class Placed(nn.Module):
+    """One layer sees the samples, and positions that belong to none of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.places, self.shared, self.head = nn.Parameter(torch.randn(1, 6, 4)), nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head((self.shared(x) @ self.shared(self.places).mT).relu() @ self.shared(self.places)).mean(1)
+
+
+def test_positions_beside_samples_are_kept_apart():
+    torch.manual_seed(0)
+    model, x, y = Placed().double(), torch.randn(7, 6, 4).double(), torch.randint(0, 3, (7,))
+    found = []
+    for mode in ("reduce", "expand"):
+        curvature = Curvature(model, kfac_approx=mode, fisher_type="empirical")
+        F.cross_entropy(model(x), y).backward()
+        found.append([curvature.factors[f"shared.{factor}"].clone() for factor in "AG"])
+        curvature.remove()
+    for reduced, expanded in zip(*found):
+        torch.testing.assert_close(reduced, expanded)
