@@ -29,6 +29,7 @@ _SUITES = {
     "inverse": "Damped inverses of every factor of a network",
     "saliency": "Saliency and compensation of every layer of a network",
     "training step": "A whole training step",
+    "pruner construction": "Making a pruner",
     "removal": "One removal event",
     "call overhead": "Call overhead on 4 x 4 matrices",
     "import": "Import time",
@@ -53,9 +54,11 @@ _NOTES = {
     ),
     "memory": (
         "Growth of the resident set's high-water mark in a process of its own, results included, inputs not. The "
-        "covariances update running averages; below them the largest input of a layer of that network."
+        "covariances update running averages; below them the largest input of a layer of that network. Below that of "
+        "making a pruner the model's parameters and buffers."
     ),
     "growth": "Slope of a straight line in log-log: 1 is linear, 2 quadratic. Times are those at the largest size.",
+    "pruner construction": "`native`: `Pruner(...)` of one example. `bare step`: one step of a whole batch.",
     "removal": "`plain operations`: the same with `kfac_ext.use_native(False)`. torch-pruning scores by magnitude.",
 }
 
@@ -135,8 +138,9 @@ def _case(case: Mapping[str, Any]) -> Iterator[str]:
             f"{ratio:.2f}" if ratio else "",
         )
         yield f"| {' | '.join(cells)} |"
-    if case["kind"] == "memory":
-        yield f"| | *largest activation* | {quantity(case, case['largest_activation'])} | | | |"
+    for fact in ("largest_activation", "model"):
+        if fact in case:
+            yield f"| | *{fact.replace('_', ' ')}* | {quantity(case, case[fact])} | | | |"
     for peer, reason in reasons(case).items():
         yield f"| | {peer} | *{reason.replace('|', '/')}* | | | |"
 

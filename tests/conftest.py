@@ -1,6 +1,12 @@
 """What all tests share: devices that can be tested here, thread counts, comparison with an oracle."""
 
+import os
+
 import pytest
+
+# Each process of a parallel run has a core; read when torch is imported, and by the programs that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 import kfac_ext

@@ -95,6 +95,16 @@ def test_the_core_is_free_of_torch_and_python():
             assert not any(name.startswith(("pybind11", "Python.h")) for name in includes), source
 
 
+def test_names_of_tests_are_short():
+    named = [
+        (path.relative_to(ROOT), node.name)
+        for path in ROOT.glob("tests/**/test_*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    ]
+    assert named and not [f"{path}: {name}" for path, name in named if len(name) >= 60]
+
+
 def test_building_needs_no_torch():
     requires = re.search(r"\[build-system\]\nrequires = \[(.*)\]", (ROOT / "pyproject.toml").read_text())
     assert requires and "torch" not in requires[1]

@@ -62,6 +62,9 @@ def run_command(
     ] = Settings.latency_batch,
     round_to: Annotated[int, typer.Option(help="widths become multiples of this")] = Settings.round_to,
     min_width: Annotated[int, typer.Option(help="neurons that every layer keeps at least")] = Settings.min_width,
+    tie_widths: Annotated[
+        bool, typer.Option("--tie-widths", help="layers of one kind (the MLPs of all blocks, say) keep one width")
+    ] = False,
     max_predicted_loss: Annotated[
         float | None, typer.Option(help="how far the loss may be predicted to rise at one removal event")
     ] = None,

@@ -78,6 +78,7 @@ class Settings:
         latency_batch: images in the forward whose latency counts.
         round_to: widths become multiples of this.
         min_width: neurons that stay in each group at least.
+        tie_widths: layers of one kind keep one width, see `flatprune.Pruner`.
         max_predicted_loss: by how much the loss may be predicted to rise at one removal event, or None for any.
         stop_accuracy_drop: percentage points by which the accuracy may fall below its best before pruning ends early,
             or None. It is taken before each removal event on a tenth of the training images, which are not trained on.
@@ -143,6 +144,7 @@ class Settings:
     latency_batch: int = 64
     round_to: int = 1
     min_width: int = 2
+    tie_widths: bool = False
     max_predicted_loss: float | None = None
     stop_accuracy_drop: float | None = None
     epochs: int = 60

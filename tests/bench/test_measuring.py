@@ -132,7 +132,7 @@ def test_absent_and_broken_peers_are_skipped_by_name():
 CASE = {"suite": "s", "name": "one", "kind": "time", "unit": "s", "variants": {}, "skipped": {}}
 
 
-def test_every_case_is_written_at_once_and_replaced_when_measured_again(tmp_path):
+def test_a_case_is_written_at_once_and_replaced_when_repeated(tmp_path):
     path = tmp_path / "r.json"
     results = Results(path, quick=True, fresh=False)
     results.add(CASE)

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import torch
 from small_images import image_arrays
 
 from flatprune.cli import main
+from tests.found_couplings import couplings_are_kept
 
 
 class Outcome(NamedTuple):
@@ -19,11 +19,9 @@ class Outcome(NamedTuple):
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _couplings():
+    with couplings_are_kept():
+        yield
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def test_calibration_by_hand():
     assert found["test_nll"] == pytest.approx(float(nll), rel=1e-6)
 
 
-def test_contrast_and_blur_keep_a_flat_image_and_noise_has_its_deviation():
+def test_contrast_and_blur_keep_flat_images_and_noise_deviates():
     images = torch.rand(64, 1, 32, 32) * 2 - 0.5  # pixels 0 to 1
     flat = torch.full((1, 1, 32, 32), 0.5)
     for kind in ("blur", "contrast"):
@@ -51,7 +51,7 @@ def test_corruptions_grow_and_repeat(kind):
         corrupted(images, PLAIN, kind, 6)
 
 
-def test_radii_differ_where_positions_do_and_leave_the_model_alone():
+def test_radii_differ_with_positions_and_leave_the_model_alone():
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
     x = torch.randn(32, 1, 8, 8)
     curvature = Curvature(model)
@@ -79,7 +79,7 @@ def test_latency_is_an_image_s(monkeypatch):
     assert latency(Slow(), torch.zeros(1, 4)) == pytest.approx({1: 2.0, 128: 2.0 / 128})
 
 
-def test_validation_images_are_training_images_and_the_same_for_every_seed():
+def test_validation_images_are_those_of_training_for_any_seed():
     whole = load_dataset("digits")
     first, second = (load_dataset("digits", seed=seed, validation=0.2, train_size=0.5) for seed in (0, 1))
     assert len(first.x_test) == round(0.2 * len(whole.x_train))
@@ -99,7 +99,8 @@ def test_the_learning_rate_of_the_classic_pipeline():
 
 def test_a_fresh_network_has_the_widths_of_the_pruned_one(flatprune, tmp_path, npz):
     out = tmp_path / "run"
-    options = ("--model", "resnet20", "--epochs", 1, "--batch-size", 32, "--target-params", 0.6, "--flatness", "off")
+    network = ("--model", "resnet20", "--widths", "8,8,8")
+    options = (*network, "--epochs", 1, "--batch-size", 32, "--target-params", 0.6, "--flatness", "off")
     assert flatprune("run", "--data", npz(), "--out", out, *options, "--measure-latency", "--corruptions").code == 0
     from flatprune import load
     from flatprune.models import layer_widths

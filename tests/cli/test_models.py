@@ -49,7 +49,7 @@ def test_widths():
         models.build("convnet", (1, 8, 8), 10, (3, 4))
 
 
-def test_multiply_accumulates_counts_groups_and_restores_the_mode():
+def test_multiply_accumulates_of_groups_keep_the_mode():
     model = nn.Sequential(
         nn.Conv2d(4, 8, 3, padding=1, groups=2, bias=False),
         nn.Conv2d(8, 8, 3, groups=8),

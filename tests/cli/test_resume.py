@@ -17,6 +17,11 @@ from flatprune.training.trainer import Observer, Trainer
 
 STEPS_PER_EPOCH = 6
 SETTINGS = {"epochs": 10, "batch_size": 16, "target_params": 0.3, "seed": 4, "label_noise": 0.1, "augment": True}
+WIDTHS = {"mlp": (24, 16), "convnet": (4, 4, 6, 6, 8, 8)}
+
+
+def settings_of(data, model="mlp", **changes):
+    return Settings(**{"data": data, "model": model, "widths": WIDTHS[model], **SETTINGS, **changes})
 
 
 class Crash(Exception):  # noqa: N818
@@ -86,7 +91,7 @@ def whole(tmp_path_factory, data):
     def make(model):
         if model not in folders:
             folders[model] = tmp_path_factory.mktemp("whole") / "out"
-            runs.run(Settings(data=data, model=model, **SETTINGS), folders[model])
+            runs.run(settings_of(data, model), folders[model])
         return folders[model]
 
     return make
@@ -104,7 +109,7 @@ def whole(tmp_path_factory, data):
 def test_ctrl_c_and_resume(tmp_path, data, whole, model, stops):
     reference, out = whole(model), tmp_path / "out"
     with pytest.raises(Interrupted, match=f"stopped at step {stops[0]} of 60.*--resume"):
-        runs.run(Settings(data=data, model=model, **SETTINGS), out, observer=lambda _: At(stops[0], press_ctrl_c))
+        runs.run(settings_of(data, model), out, observer=lambda _: At(stops[0], press_ctrl_c))
     for stop in stops[1:]:
         with pytest.raises(Interrupted, match=f"step {stop} of 60"):
             runs.resume(out, observer=lambda _, stop=stop: At(stop, press_ctrl_c))
@@ -122,7 +127,7 @@ def test_ctrl_c_and_resume(tmp_path, data, whole, model, stops):
     ],
 )
 def test_other_targets_and_the_stopping_rule_resume_alike(tmp_path, data, options, stop):
-    settings = Settings(data=data, **{**SETTINGS, **options})
+    settings = settings_of(data, **options)
     runs.run(settings, tmp_path / "whole")
     out = tmp_path / "out"
     with pytest.raises(Interrupted, match=f"step {stop} of"):
@@ -138,7 +143,7 @@ def test_other_targets_and_the_stopping_rule_resume_alike(tmp_path, data, option
 def test_a_crash_goes_back_to_the_last_epoch(tmp_path, data, whole, step):
     out = tmp_path / "out"
     with pytest.raises(Crash):
-        runs.run(Settings(data=data, model="mlp", **SETTINGS), out, observer=lambda _: At(step, crash))
+        runs.run(settings_of(data), out, observer=lambda _: At(step, crash))
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     assert state["progress"]["step"] == step // STEPS_PER_EPOCH * STEPS_PER_EPOCH
     runs.resume(out)
@@ -157,7 +162,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, data, whole, monkeypatc
 
     monkeypatch.setattr(os, "fsync", fsync)
     options = ["--epochs", 10, "--batch-size", 16, "--target-params", 0.3, "--seed", 4, "--label-noise", 0.1]
-    outcome = flatprune("run", "--data", data, "--out", out, *options, "--augment", "on")
+    outcome = flatprune("run", "--data", data, "--widths", "24,16", "--out", out, *options, "--augment", "on")
     assert outcome.code == 2
     assert outcome.err.count("\n") == 1 and "No space left" in outcome.err and "checkpoint.pt" in outcome.err
     assert torch.load(out / "checkpoint.pt", weights_only=True)["progress"]["epoch"] == 2
@@ -186,8 +191,9 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, data, whole, monkeypatc
 @pytest.mark.parametrize("model", ["mlp", "convnet"])
 def test_every_way_to_train_resumes(tmp_path, data, whole, flatprune, options, model):
     given = [
-        "run", "--data", data, "--model", model, "--epochs", 10, "--batch-size", 16, "--target-params", 0.3,
-        "--seed", 4, "--label-noise", 0.1, "--augment", "on", *options, "--out",
+        "run", "--data", data, "--model", model, "--widths", ",".join(map(str, WIDTHS[model])), "--epochs", 10,
+        "--batch-size", 16, "--target-params", 0.3, "--seed", 4, "--label-noise", 0.1, "--augment", "on",
+        *options, "--out",
     ]  # fmt: skip
     assert flatprune(*given, tmp_path / "whole").code == 0
     with pytest.MonkeyPatch.context() as patch:
@@ -208,7 +214,7 @@ def test_every_way_to_train_resumes(tmp_path, data, whole, flatprune, options, m
 def test_a_compiled_run_resumes(tmp_path, data, monkeypatch):
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: real(model, backend="aot_eager"))
-    settings = Settings(data=data, compile=True, widths=(12, 8), **SETTINGS)
+    settings = settings_of(data, compile=True)
     runs.run(settings, tmp_path / "whole")
     out = tmp_path / "out"
     with pytest.raises(Interrupted):
@@ -232,7 +238,7 @@ def stopping_at(step):
 
 @pytest.mark.parametrize("part", ["dense", "pruned"])
 def test_stopped_beside_the_dense_network(tmp_path, data, part):
-    settings = Settings(data=data, compare_dense=True, **SETTINGS)
+    settings = settings_of(data, compare_dense=True)
     runs.run(settings, tmp_path / "whole")
     out = tmp_path / "out"
     with pytest.raises(Interrupted):
@@ -244,7 +250,7 @@ def test_stopped_beside_the_dense_network(tmp_path, data, part):
 
 
 def test_comparing_with_the_dense_network_changes_nothing(tmp_path, data, whole):
-    runs.run(Settings(data=data, compare_dense=True, **SETTINGS), tmp_path / "out")
+    runs.run(settings_of(data, compare_dense=True), tmp_path / "out")
     _, history, tensors = result(tmp_path / "out")
     _, expected_history, expected_tensors = result(whole("mlp"))
     assert history == expected_history
@@ -252,7 +258,7 @@ def test_comparing_with_the_dense_network_changes_nothing(tmp_path, data, whole)
 
 
 def test_the_same_seed_gives_the_same_run(tmp_path, data, whole):
-    runs.run(Settings(data=data, model="mlp", **SETTINGS), tmp_path / "out")
+    runs.run(settings_of(data), tmp_path / "out")
     assert_same(whole("mlp"), tmp_path / "out")
 
 
@@ -267,7 +273,7 @@ def test_resuming_a_finished_run_changes_nothing(whole, flatprune):
 def test_other_settings_or_data_are_refused(tmp_path, data, flatprune):
     out = tmp_path / "out"
     with pytest.raises(Interrupted):
-        runs.run(Settings(data=data, **SETTINGS), out, observer=lambda _: At(8, press_ctrl_c))
+        runs.run(settings_of(data), out, observer=lambda _: At(8, press_ctrl_c))
     before = {path: path.read_bytes() for path in out.iterdir()}
     for option, value, word in (("--epochs", 20, "epochs"), ("--model", "convnet", "model"), ("--seed", 5, "seed")):
         outcome = flatprune("run", "--resume", "--out", out, option, value)

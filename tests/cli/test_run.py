@@ -141,11 +141,13 @@ def test_overwrite_replaces_the_run_and_nothing_else(flatprune, npz, tmp_path):
     assert not (out / "dense" / "summary.json").exists()
 
 
-@pytest.mark.parametrize("model", ["convnet", "lenet5", "resnet20"])
-def test_convolutional_networks(flatprune, npz, tmp_path, model):
+@pytest.mark.parametrize(
+    ("model", "widths"), [("convnet", "8,8,12,12,16,16"), ("lenet5", "6,16,40,24"), ("resnet20", "8,8,8")]
+)
+def test_convolutional_networks(flatprune, npz, tmp_path, model, widths):
     out = tmp_path / "out"
     options = ("--epochs", 2, "--batch-size", 32, "--target-params", 0.5, "--label-noise", 0.1, "--augment", "on")
-    outcome = flatprune("run", "--data", npz(), "--model", model, "--out", out, *options)
+    outcome = flatprune("run", "--data", npz(), "--model", model, "--widths", widths, "--out", out, *options)
     assert (outcome.code, outcome.err) == (0, "")
     summary = summary_of(out)
     assert summary["params_after"] <= 0.5 * summary["params_before"]
@@ -192,6 +194,17 @@ def test_widths_and_limits(flatprune, npz, tmp_path):
     options = ("--epochs", 2, "--batch-size", 32, "--target-params", 0.3, "--round-to", 8, "--min-width", 12)
     assert flatprune("run", "--data", npz(), "--out", out, *options).code == 0
     assert all(width % 8 == 0 and width >= 16 for width in list(summary_of(out)["widths_after"].values())[:-1])
+
+
+def test_tied_widths_stay_equal(flatprune, npz, tmp_path):
+    out = tmp_path / "out"
+    options = ("--epochs", 2, "--batch-size", 32, "--target-params", 0.4, "--tie-widths", "--widths", "8,8,12")
+    assert flatprune("run", "--data", npz(), "--model", "resnet20", "--out", out, *options).code == 0
+    summary = summary_of(out)
+    blocks = [f"stages.2.{block}.conv1" for block in range(3)]
+    assert {summary["widths_before"][name] for name in blocks} == {12}
+    (width,) = {summary["widths_after"][name] for name in blocks}
+    assert width < 12
 
 
 def test_removal_events_are_recorded_and_shown(flatprune, npz, tmp_path):

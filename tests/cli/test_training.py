@@ -27,6 +27,7 @@ from flatprune.training.trainer import Observer, Trainer
 from kfac_ext import Curvature
 
 CPU = torch.device("cpu")
+CONVNET = {"model": "convnet", "widths": (4, 4, 6, 6, 8, 8)}
 
 
 @pytest.fixture
@@ -307,7 +308,7 @@ def as_on_a_gpu(monkeypatch):
     "options",
     [
         {},
-        {"augment": True, "model": "convnet", "amp": "bf16", "channels_last": True},
+        {"augment": True, **CONVNET, "amp": "bf16", "channels_last": True},
         {"optimizer": "adamw", "ema": 0.9, "mixup": 0.4, "label_smoothing": 0.1},
         {"amp": "fp16", "accumulate": 2, "flatness": "sam", "disout": 0.1},
         {"flatness": "msam", "optimizer": "adam"},
@@ -330,7 +331,7 @@ def test_no_step_waits_for_the_device(trainer, as_on_a_gpu, options):
     assert count == 58 and run.params <= 0.3 * run.params_before
 
 
-def test_a_loss_that_diverges_is_noticed_without_looking_at_each(trainer, as_on_a_gpu):
+def test_a_diverging_loss_is_noticed_without_looking_at_each(trainer, as_on_a_gpu):
     run, saved = trainer(lr=1e30, epochs=40, flatness="off", target_params=1.0), []
     with pytest.raises(DivergedError, match=r"the loss became (nan|inf) by step 6 "):
         run.train(save=lambda: saved.append(run.progress.step))

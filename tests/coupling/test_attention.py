@@ -446,3 +446,34 @@ def test_gated_attention_and_gated_perceptron():
     check(
         Net(one, both=nn.Linear(6, 8), down=nn.Linear(4, 3)), TOKENS, {"both": rows(4, 4), "down.weight[1]": range(4)}
     )
+
+
+def test_scores_divided_by_the_root_of_a_size():
+    """Numbers without labels differ first where the number of heads is held as an integer."""
+
+    def attend(m: nn.Module, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).view(*x.shape[:2], m.num_heads, -1).transpose(1, 2) for layer in (m.q, m.k, m.v))
+        scores = q @ (k.mT / torch.sqrt(torch.tensor(q.shape[-1], dtype=torch.float)))
+        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    heads = {"attn.q": ROWS, "attn.k": ROWS, "attn.v": ROWS, "attn.proj.weight[1]": ROWS}
+    check(separate(attend), TOKENS, PROJ, heads)
+
+
+def test_positions_that_the_query_layer_reads():
+    """A product of parameters alone, which no masked activation meets."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = m.norm(m.into(x))
+        return m.out((m.query(x) @ m.query(m.places[1:]).mT).relu().sum(-1, keepdim=True) * x)
+
+    net = Net(
+        forward,
+        into=nn.Linear(6, 5),
+        norm=nn.LayerNorm(5),
+        query=nn.Linear(5, 4),
+        places=nn.Parameter(torch.randn(8, 5)),
+        out=nn.Linear(5, 3),
+    )
+    stream = {name: range(5) for name in ("into", "norm", "query.weight[1]", "places[1]", "out.weight[1]")}
+    check(net, TOKENS, stream, {"query": range(4)}, {"places[0]": range(1, 8)})

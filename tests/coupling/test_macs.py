@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flatprune import models
 from flatprune.coupling import Coupling, find_coupling
-from flatprune.coupling.calls import as_calls
+from flatprune.coupling.example_inputs import example_calls
 from flatprune.cutting import surgery
 from flatprune.pruning.costs import MacCount
 
@@ -160,7 +160,7 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
 
 def counted(model: nn.Module, inputs: Any) -> int:
     """By PyTorch, of one sample."""
-    (call,) = as_calls(inputs)
+    (call,) = example_calls(model, inputs)
     return models.multiply_accumulates(
         model, *(t[:1] for t in call.args), **{key: t[:1] for key, t in call.kwargs.items()}
     )

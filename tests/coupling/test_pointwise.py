@@ -71,7 +71,6 @@ def two(operation, **parts) -> Net:
         lambda x: x * torch.ones(x.shape[1]),
         lambda x: torch.lerp(x, x.square(), 0.3),
     ],
-    ids=str,
 )
 def test_activations(operation):
     check(between(lambda _m, x: operation(x)), X, PLAIN)
@@ -95,7 +94,6 @@ def test_activations(operation):
         lambda x, y: x.add_(y),
         lambda x, y: torch.stack([x, y]).sum(0),
     ],
-    ids=str,
 )
 def test_two_operands_are_one_neuron(operation):
     check(two(operation), X, {"a": range(6), "c": range(6), "b.weight[1]": range(6)})

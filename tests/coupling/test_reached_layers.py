@@ -206,3 +206,18 @@ def test_a_branch_by_a_value():
 
 def test_a_layer_that_is_never_called_hinders_nothing():
     check(around(lambda m, x: m.b(m.a(x)), unused=nn.Linear(7, 8)), X, PLAIN)
+
+
+def test_a_mask_that_chooses_another_layer():
+    """Masking changes which of two attentions runs: that of the trace has labels that the other one lacks."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        hidden = F.relu(m.a(x))
+        scores = hidden @ hidden.T if float(hidden.sum()) > m.threshold else (hidden @ m.aid) @ hidden.T
+        return m.b(scores @ hidden)
+
+    net = around(forward, aid=nn.Parameter(torch.eye(6)))
+    with torch.no_grad():
+        net.threshold = 0.9 * float(F.relu(net.a(X)).sum())
+    coupling = find_coupling(net, X)
+    assert "cannot be masked" not in str(coupling.refusals)

@@ -228,3 +228,8 @@ def test_normalised_dot_products():
         lambda m, x: F.normalize(m.a(x), dim=1) @ F.normalize(m.c(x), dim=1).mT, a=nn.Linear(5, 6), c=nn.Linear(5, 6)
     )
     check(net, torch.randn(4, 5), {"a": range(6), "c": range(6)})
+
+
+def test_a_product_summed_by_hand_reads_both():
+    net = Net(lambda m, x: (m.a(x) * m.b(x)).sum(-1), a=nn.Linear(5, 6), b=nn.Linear(5, 6))
+    check(net, torch.randn(2, 5), {"a": range(6), "b": range(6)})

@@ -88,7 +88,7 @@ def test_acts_only_in_training_with_gradients():
     with curvature.paused():
         model.train()
         model(x)
-    assert curvature.step_count == 0 and not curvature.is_updated and curvature.recent_inputs == ()
+    assert curvature.step_count == 0 and not curvature.is_updated and curvature.recent_calls == ()
     with pytest.raises(RuntimeError, match="no factors yet"):
         curvature.spectral_radii()
     with pytest.raises(RuntimeError, match="trace"):
@@ -157,7 +157,7 @@ def test_unused_and_unsupported_layers_are_named_once():
     assert list(curvature.layers) == ["used"]
 
 
-def test_a_transposed_convolution_whose_geometry_changes_is_refused():
+def test_a_transposed_convolution_that_changes_shape_is_refused():
     class Up(nn.Module):
         def __init__(self):
             super().__init__()
@@ -224,7 +224,7 @@ def test_bad_arguments_name_the_argument():
         {"factor_update_steps": 0},
         {"fisher_type": "exact"},
         {"kfac_approx": "both"},
-        {"loss": "nll"},
+        {"loss": "hinge"},
     ):
         with pytest.raises(ValueError, match=next(iter(option))):
             Curvature(model, **option)

@@ -1,5 +1,6 @@
 """Programs of tests/native, built where the extension was built."""
 
+import fcntl
 import importlib.util
 import re
 import subprocess
@@ -16,14 +17,16 @@ def build_target():
     folder = Path(_C.build_directory())
     cache = folder / "CMakeCache.txt"
     if not cache.exists():
-        pytest.skip(f"the extension's build folder {folder} is gone")
+        pytest.skip(f"the extension's build folder {folder} is not there")
     entries = dict(re.findall(r"^(\w+):\w+=(.*)$", cache.read_text(), flags=re.M))
     if not Path(entries["CMAKE_COMMAND"]).exists() or not Path(entries["CMAKE_MAKE_PROGRAM"]).exists():
-        pytest.skip("the cmake or ninja that built the extension is gone")
+        pytest.skip("the cmake or ninja that built the extension is not there")
 
     def build(target):
         command = [entries["CMAKE_COMMAND"], "--build", str(folder), "--target", target]
-        run = subprocess.run(command, capture_output=True, text=True)
+        with (folder / "tests.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two processes that run tests must not build in one folder at once
+            run = subprocess.run(command, capture_output=True, text=True)
         assert run.returncode == 0, run.stdout + run.stderr
         return folder / "csrc"
 

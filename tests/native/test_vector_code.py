@@ -24,7 +24,7 @@ PRODUCTS += ["invert_factor", "lane_dots", "rayleigh", "lane_traces", "blend_til
 SUMS = ["column_sums", "sum_lines"]
 
 pytestmark = [
-    pytest.mark.skipif(not FOLDER.is_dir(), reason=f"the extension's build folder {FOLDER} is gone"),
+    pytest.mark.skipif(not FOLDER.is_dir(), reason=f"the extension's build folder {FOLDER} is not there"),
     pytest.mark.skipif(not shutil.which("objdump"), reason="needs objdump"),
     pytest.mark.skipif(not (X86 or platform.machine() == "aarch64"), reason="instructions of x86-64 and arm64 only"),
 ]

@@ -159,7 +159,7 @@ def test_rows_more_than_2_to_the_31_elements_apart(cuda_way, vast, strides):
 
 
 @pytest.mark.parametrize("far", range(4))
-def test_images_of_which_one_dimension_spans_more_than_2_to_the_31(cuda_way, vast, far):
+def test_images_with_a_dimension_that_spans_more_than_2_to_31(cuda_way, vast, far):
     strides = [105, 35, 7, 1]
     strides[far] = 2**31 + 16
     x = vast.as_strided((3, 3, 3, 3), strides)

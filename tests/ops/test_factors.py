@@ -116,7 +116,7 @@ def test_state_dict_round_trip(factors):
         assert torch.equal(getattr(other, name), getattr(factors, name))
 
 
-def test_a_state_may_have_its_keys_in_another_order_and_another_dtype(factors):
+def test_a_state_in_another_order_and_another_dtype_is_loaded(factors):
     factors.power_iteration_()
     other = FactorSet(dict(reversed(SIZES.items())), dtype=torch.float32)
     other.load_state_dict(factors.state_dict())

@@ -37,7 +37,7 @@ def test_a_large_list(device, threads):
 
 @pytest.mark.parametrize("condition", [1e2, 1e4, 1e6])
 @pytest.mark.parametrize("n", [40, 400])
-def test_ill_conditioned_matrices_lose_no_more_than_in_plain_pytorch(device, condition, n):
+def test_ill_conditioned_matrices_lose_no_more_than_in_torch(device, condition, n):
     matrices = [spd(n, condition=condition, seed=seed, device=device) for seed in range(8)]
     exact = [torch.linalg.inv(matrix.double()) for matrix in matrices]
     native, plain = (module.damped_inverse(matrices, 0.0) for module in (kfac_ext, reference))

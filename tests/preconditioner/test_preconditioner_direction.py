@@ -129,7 +129,7 @@ def test_one_input_and_many_labels_give_the_natural_gradient():
     assert (found - exact).norm() < 0.1 * exact.norm()
 
 
-def test_true_fisher_uses_no_labels_and_leaves_the_random_stream():
+def test_the_true_fisher_uses_no_labels_and_no_random_stream():
     model, x = curvature_nets.make("mlp")
     twin = copy.deepcopy(model)
     state = torch.get_rng_state()

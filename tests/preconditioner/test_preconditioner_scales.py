@@ -133,7 +133,7 @@ def test_every_number_may_be_a_function_of_the_step():
     assert asked["factor_update_steps"] == list(range(1, 8)) and set(asked["factor_decay"]) == {2, 6}
 
 
-def test_a_number_out_of_range_names_the_step_and_changes_nothing():
+def test_out_of_range_names_the_step_and_changes_nothing():
     model, x = curvature_nets.make("mlp")
     preconditioner = KFACPreconditioner(model, damping=lambda step: 0.1 - step, inv_update_steps=1)
     backward(model, x, classes(x))

@@ -73,7 +73,7 @@ def test_layers_that_a_step_does_not_reach_are_left_alone():
     torch.testing.assert_close(model.a.weight.grad, exact[:, :3])
 
 
-def test_the_empirical_fisher_is_there_in_time_where_the_loss_misses_a_layer():
+def test_the_empirical_fisher_where_the_loss_misses_a_layer():
     class Side(nn.Module):
         def __init__(self):
             super().__init__()
@@ -122,7 +122,7 @@ def test_shared_and_computed_weights_are_refused():
 
 
 @pytest.mark.parametrize("fails_at", [0, 1])
-def test_a_factor_that_cannot_be_inverted_keeps_its_last_inverse(fails_at):
+def test_a_factor_that_cannot_be_inverted_keeps_its_inverse(fails_at):
     model, x = curvature_nets.make("mlp")
     preconditioner = KFACPreconditioner(model, damping=DAMPING, inv_update_steps=1, factor_update_steps=100)
     states = []

@@ -4,6 +4,14 @@ import pytest
 import torch
 from pruning_networks import NETWORKS, Run, chain, mlp
 
+from tests.found_couplings import couplings_are_kept
+
+
+@pytest.fixture(autouse=True)
+def _couplings():
+    with couplings_are_kept():
+        yield
+
 
 @pytest.fixture(scope="session")
 def trained_nets() -> dict[str, Run]:

@@ -12,7 +12,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from flatprune import models
-from flatprune.coupling import Coupling
+from flatprune.coupling import Coupling, NeuronGroup, find_coupling
+from flatprune.criteria import ScoringContext
 from flatprune.pruning.pruner import Pruner
 from flatprune.pruning.targets import Target
 from kfac_ext import Curvature
@@ -247,6 +248,11 @@ class Run:
         )
         return self
 
+    @functools.cached_property
+    def groups(self) -> list[NeuronGroup]:
+        """Found once: of a network that is looked at, and keeps its widths."""
+        return find_coupling(self.model, digits()[0][:2].to(self.dtype)).groups
+
     def train(self, steps: int, batch: int = 64) -> list:
         x, y = digits()
         records = []
@@ -260,6 +266,10 @@ class Run:
             if self.pruner is not None:
                 records += self.pruner.step()
         return records
+
+
+def context_of(run: Run, seed: int = 0, step: int = 0) -> ScoringContext:
+    return ScoringContext(run.model, run.groups, run.curvature, seed=seed, step=step)
 
 
 @contextmanager

@@ -22,9 +22,9 @@ STEPS = 60
 class Loop:
     """A small network with everything that acts on it; `batches` yields x, y."""
 
-    def __init__(self, model: nn.Module, **curvature: object) -> None:
+    def __init__(self, model: nn.Module, make_optimizer=sgd, **curvature: object) -> None:
         self.model = model.train()
-        self.optimizer = sgd(model)
+        self.optimizer = make_optimizer(model)
         generator = torch.Generator().manual_seed(0)
         self.curvature = Curvature(model, generator=generator, **curvature)  # type: ignore[arg-type]
         self.flatness = Flatness(self.curvature, total_steps=STEPS, start=0.05)
@@ -66,8 +66,12 @@ def test_bfloat16_autocast(fisher_type):
 @pytest.mark.parametrize("fused", [False, True])
 def test_float16_with_a_grad_scaler_that_skips_steps(fused):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)  # too much: the first steps overflow
-    loop = Loop(mlp(), fisher_type="empirical", grad_scale=scaler.get_scale)
-    loop.optimizer = loop.pruner.optimizer = torch.optim.AdamW(loop.model.parameters(), lr=1e-2, fused=fused)
+    loop = Loop(
+        mlp(),
+        lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused),
+        fisher_type="empirical",
+        grad_scale=scaler.get_scale,
+    )
     scales = []
     for x, y in loop.batches():
         loop.optimizer.zero_grad()
@@ -202,7 +206,7 @@ def test_a_compiled_model_is_refused_and_its_plain_one_is_not():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_compiled_after_the_pruner_is_made_it_trains_as_the_plain_one():
+def test_compiled_after_the_pruner_it_trains_as_the_plain_one():
     torch.compiler.reset()
     found = []
     for compiled in (False, True):

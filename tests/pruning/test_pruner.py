@@ -162,7 +162,7 @@ def test_bad_arguments_are_refused(options, error, message):
 def test_foreign_optimizers_and_curvatures_are_refused():
     model, other = mlp(), mlp()
     arguments = {"target": Target(0.5), "total_steps": 100}
-    with pytest.raises(ValueError, match=r"parameter 0 of optimizer group 0, shape \(24, 64\), is not a parameter"):
+    with pytest.raises(ValueError, match="Pruner: optimizer: SGD holds no parameter of the model"):
         Pruner(model, sgd(other), Curvature(model), digits()[0][:2], **arguments)
     with pytest.raises(ValueError, match="curvature belongs to another model"):
         Pruner(model, sgd(model), Curvature(other), digits()[0][:2], **arguments)

@@ -100,6 +100,7 @@ OPTIMIZERS = {
     "adamax": lambda p: torch.optim.Adamax(p),
     "asgd": lambda p: torch.optim.ASGD(p),
     "rprop": lambda p: torch.optim.Rprop(p),
+    "adafactor": lambda p: torch.optim.Adafactor(p),
 }
 
 
@@ -124,7 +125,8 @@ def test_states_and_gradients_are_cut_and_training_goes_on(kind):
     assert torch.equal(model[3].bias.grad, bias_gradient[rows])
     tensors = 0
     for key, value in before.items():
-        expected = value[rows][:, columns] if value.shape == (8, 12) else value
+        expected = value[rows] if len(value.shape) == 2 and value.shape[0] == 8 else value  # of Adafactor [8, 1]
+        expected = expected[:, columns] if len(value.shape) == 2 and value.shape[1] == 12 else expected
         assert torch.equal(run.optimizer.state[weight][key], expected)
         tensors += value.dim() > 0
     assert tensors >= 1
@@ -263,36 +265,6 @@ def test_an_error_at_any_point_changes_nothing(point, monkeypatch):
     assert failures >= 1
     assert records[0].removed > 0
     run.train(5)
-
-
-def test_state_of_another_shape_is_refused_by_name():
-    model = mlp(8)
-    optimizer = torch.optim.Adafactor(model.parameters()) if hasattr(torch.optim, "Adafactor") else None
-    if optimizer is None:
-        pytest.skip("this torch has no Adafactor")
-    run = Run(model, optimizer)
-    run.train(2)
-    coupling = find_coupling(model, digits()[0][:2])
-    with pytest.raises(ValueError, match=r"1\.weight: state 'row_var' of Adafactor"):
-        surgery.plan(model, coupling, {0: torch.tensor([0])}, optimizer=optimizer)
-
-
-@pytest.mark.parametrize("kind", ["Adafactor", "LBFGS"])
-def test_optimizers_that_cannot_be_cut_are_refused_at_once(kind):
-    model = mlp(8)
-    optimizer = getattr(torch.optim, kind)(model.parameters())
-    run = Run(model, optimizer).prune(1000, params=0.5)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(digits()[0][:64]), digits()[1][:64])
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    with pytest.raises(ValueError, match=rf"1\.weight: state '.*' of {kind} has .* expected shape \(8, 64\)"):
-        run.pruner.step()
-    assert run.pruner.step_count == 0
 
 
 @pytest.mark.parametrize(

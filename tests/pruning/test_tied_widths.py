@@ -176,11 +176,11 @@ def test_a_budget_of_predicted_loss_counts_all_tied_groups():
     model = transformer(6, 6)
     groups = [g for g in find_coupling(model, torch.zeros(2, 8, 8)).groups if g.name.endswith("fc1")]
     changes = [torch.arange(1.0, 7), torch.arange(1.0, 7)]
-    for limit, gone in ((1.9, 0), (2.0, 1), (5.9, 1), (6.0, 2)):
+    for limit, removed in ((1.9, 0), (2.0, 1), (5.9, 1), (6.0, 2)):
         losses, costs = LossBudget(limit), ParameterCount(model, groups)
         pruned = select(costs, groups, changes, 0, Limits(), ties=[(0, 1)], changes=changes, losses=losses)
         assert losses.exceeded
-        assert [len(pruned.get(p, ())) for p in (0, 1)] == [gone, gone]
+        assert [len(pruned.get(p, ())) for p in (0, 1)] == [removed, removed]
 
 
 def test_greedy_selection_ends_at_a_predicted_loss_in_lockstep():

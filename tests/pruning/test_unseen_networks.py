@@ -108,7 +108,7 @@ def test_the_preconditioner_trains_unseen_networks(name, approx):
     assert losses[-1] < losses[0]
 
 
-def test_the_preconditioner_names_the_layers_that_share_a_weight():
+def test_the_preconditioner_names_layers_that_share_a_weight():
     model, x, _ = made("tied")
     preconditioner = KFACPreconditioner(model)
     with pytest.raises(ValueError, match="weight of layer '2' is shared by the modules '2', '4'"):
@@ -147,7 +147,7 @@ def test_what_curvature_cannot_judge_is_refused(name, left, reason):
 
 
 @pytest.mark.parametrize("criterion", ["kron_obd", "kron_obs", "c_obd", "c_obs", "gate_fisher"])
-def test_frozen_layers_are_not_judged_by_curvature_they_have_not(criterion):
+def test_frozen_layers_are_not_judged_by_curvature(criterion):
     model, x, _ = made("frozen")
     pruner = Pruner(model, None, Curvature(model), x, target=Target(0.8), total_steps=10, criterion=criterion)
     assert set(pruner.widths()) == {"third"}

@@ -11,7 +11,7 @@ from bench.zoo.gaps import Gaps, open_gaps, plainly
 from flatprune.coupling import NeuronGroup
 from flatprune.coupling.neurons import Member
 
-GONE, KEPT = torch.tensor([0, 5]), torch.tensor([1, 2, 3, 4, 6, 7])
+REMOVED, KEPT = torch.tensor([0, 5]), torch.tensor([1, 2, 3, 4, 6, 7])
 
 
 def member(name, dim, groups=1, size=8):
@@ -20,7 +20,7 @@ def member(name, dim, groups=1, size=8):
 
 def masked(model, x, *members):
     copied = copy.deepcopy(model)
-    open_gaps(copied, [NeuronGroup("group", list(members))], {0: GONE})
+    open_gaps(copied, [NeuronGroup("group", list(members))], {0: REMOVED})
     with plainly(), Gaps():
         return copied(x)
 
@@ -106,7 +106,7 @@ def test_heads_of_an_attention_and_statistics_written_out():
 def test_standardised_and_normed_weights():
     weight = torch.randn(4, 8, 3, dtype=torch.float64)
     v, g = weight.clone(), torch.rand(1, 1, 3, dtype=torch.float64)
-    v[:, GONE] = torch.nan
+    v[:, REMOVED] = torch.nan
     with Gaps():
         found = [F.batch_norm(v.view(1, 4, -1), None, None, training=True).view_as(v), torch._weight_norm(v, g, 2)]
     whole = weight[:, KEPT].contiguous()
@@ -118,11 +118,11 @@ def test_standardised_and_normed_weights():
 def test_statistics_of_what_is_there():
     x = torch.randn(3, 8, dtype=torch.float64)
     whole = x[:, KEPT]
-    x[:, GONE] = torch.nan
+    x[:, REMOVED] = torch.nan
     with Gaps():
         found = [x.sum(1), x.mean(1), x.var(1), x.std(1, unbiased=False), x.norm(dim=1), x.amax(1), x.max(1).values]
         found.append(x.softmax(1)[:, KEPT])
-        assert x.sum(0)[GONE].isnan().all()
+        assert x.sum(0)[REMOVED].isnan().all()
     expected = [whole.sum(1), whole.mean(1), whole.var(1), whole.std(1, unbiased=False), whole.norm(dim=1)]
     expected += [whole.amax(1), whole.max(1).values, whole.softmax(1)]
     torch.testing.assert_close(found, expected)

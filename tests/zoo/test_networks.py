@@ -38,7 +38,7 @@ def transformers():
 
 
 @pytest.mark.parametrize("name", COULD_GO)
-def test_nearly_everything_could_go_and_a_cut_is_what_masking_is(name):
+def test_nearly_everything_can_go_and_a_cut_is_what_masking_is(name):
     network = BUILDERS[name]()
     coupling, record = find(network)
     assert record["could_go"] >= COULD_GO[name], record["refused"]

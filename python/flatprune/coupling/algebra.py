@@ -152,6 +152,8 @@ def reduce(m: Labels, value: Value, dims: Iterable[int], *, keep: bool, statisti
         if over and statistic:
             m.findings.statistics.append((labels_of(layer), m.where))
             stats.add(len(m.findings.statistics) - 1)
+        if over and not statistic:
+            m.findings.read.append(labels_of(layer))
         if over and over == varying(layer):
             continue
         if over:
@@ -170,7 +172,7 @@ def _joint_labels(m: Labels, layer: Tensor, dims: set[int]) -> Tensor:
     kept = [d for d in range(layer.dim()) if d not in dims]
     rows = layer.permute(kept + sorted(dims)).reshape(math.prod(layer.shape[d] for d in kept), -1)
     different, which = rows.unique(dim=0, return_inverse=True)
-    labels = m.table.joint(len(different))[which]
+    labels = m.table.joint(different)[which]
     left = canonical(labels.view([1 if d in dims else n for d, n in enumerate(layer.shape)]))
     assert left is not None
     return left

@@ -170,11 +170,18 @@ def with_integer(held: Any, place: int | str | None, value: int) -> Any:
 
 
 def held_attributes(model: nn.Module, coupling: Coupling) -> dict[str, dict[str, Any]]:
-    """Module -> attribute -> value of all integers that follow a width: what a fresh model needs beside tensors."""
+    """Module -> attribute -> value: integers that follow a width, tensors that a state dict leaves out.
+
+    It is what a fresh model needs beside its state dict.
+    """
     modules = dict(model.named_modules())
     held: dict[str, dict[str, Any]] = {}
     for attribute in (a for found in coupling.attributes.values() for a in found):
         held.setdefault(attribute.module, {})[attribute.key] = getattr(modules[attribute.module], attribute.key)
+    for name in (name for group in coupling.groups for member in group.members for name in member.names):
+        module, _, key = name.rpartition(".")
+        if key in modules[module]._non_persistent_buffers_set:
+            held.setdefault(module, {})[key] = getattr(modules[module], key)
     return held
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +32,10 @@ class Call:
         """All tensors among the arguments, nested ones too."""
         return [leaf for leaf in tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Tensor)]
 
+    def shown(self) -> Any:
+        """The arguments alone, as a message describes them."""
+        return (*self.args, dict(self.kwargs)) if self.kwargs else self.args
+
     def run(self, model: nn.Module) -> Any:
         """The model's output on a copy of the arguments, to which it may write."""
         args, kwargs = tree_map(_copied, (self.args, dict(self.kwargs)))
@@ -40,29 +44,6 @@ class Call:
 
 def _copied(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
-
-
-def as_calls(example_inputs: Any) -> list[Call]:
-    """Example inputs as calls: a tensor, a tuple or list of arguments, a dict of keywords, a `Call`, or several.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if isinstance(example_inputs, Call):
-        return [example_inputs]
-    if (
-        isinstance(example_inputs, (list, tuple))
-        and example_inputs
-        and all(isinstance(c, Call) for c in example_inputs)
-    ):
-        return list(example_inputs)
-    if isinstance(example_inputs, Mapping):
-        return [Call((), dict(example_inputs))]
-    if isinstance(example_inputs, (tuple, list)):
-        if not example_inputs:
-            raise ValueError("example_inputs is empty, expected what the model can be called with")
-        return [Call(tuple(example_inputs))]
-    return [Call((example_inputs,))]
 
 
 _NEW = object()
@@ -121,6 +102,3 @@ def first_lines(error: BaseException, length: int = 160) -> str:
     """An exception in a line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:length] if text else type(error).__name__
-
-
-Calls = Sequence[Call]

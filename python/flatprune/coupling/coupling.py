@@ -9,14 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from flatprune.coupling.attention import make_prunable, undo_prunable
-from flatprune.coupling.calls import as_calls, first_lines, traced_mode, unchanged
+from flatprune.coupling.calls import Call, first_lines, traced_mode, unchanged
 from flatprune.coupling.components import OUTPUT, Candidate, Components
+from flatprune.coupling.constants import register_tensors, unregister_tensors
+from flatprune.coupling.example_inputs import GIVE, described, example_calls
 from flatprune.coupling.findings import AxisTable, Findings
-from flatprune.coupling.neurons import CONSUMER, Coupling
+from flatprune.coupling.neurons import CONSUMER, Coupling, tensor_name
 from flatprune.coupling.operators.indexing import LOOKED_UP
 from flatprune.coupling.products import mac_terms
 from flatprune.coupling.tracer import ModuleStack, Tracer
-from flatprune.coupling.trial import TracedCall, Trial
+from flatprune.coupling.trial import Trial
+from flatprune.coupling.tried import TracedCall
 from flatprune.coupling.unreached import couple_unreached
 from kfac_ext.curvature.modes import plain_kernels
 
@@ -27,12 +30,13 @@ def find_coupling(model: nn.Module, example_inputs: Any, exclude: Sequence[str |
     """The groups of neurons of `model`, traced in evaluation and in training mode and proven by trial cuts.
 
     Every `nn.MultiheadAttention` gets a forward that follows the shapes of its tensors (see
-    `flatprune.coupling.attention`); else the model is left as it was: modes, tensors, gradients, random streams.
+    `flatprune.coupling.attention`), tensors that are plain attributes and must be cut become buffers; else the model is
+    left as it was: modes, tensors, gradients, random streams.
 
     Args:
         model: any module that runs eagerly.
-        example_inputs: a tensor, a tuple of positional arguments, a dict of keywords, a `Call`, or several calls that
-            together reach everything; one or two samples do.
+        example_inputs: a tensor, arguments, keywords, both, or calls that together reach everything, see
+            `flatprune.coupling.example_inputs`; one or two samples do.
         exclude: layers whose outputs stay: qualified names (of a layer, or of a module that holds it) or types.
 
     Returns:
@@ -40,6 +44,7 @@ def find_coupling(model: nn.Module, example_inputs: Any, exclude: Sequence[str |
 
     Raises:
         KeyError: `exclude` names a module that the model does not have.
+        TypeError: `example_inputs` is no input but a loader, say.
         ValueError: the model cannot be called with the example inputs; names the module that raised.
 
     Example:
@@ -48,27 +53,33 @@ def find_coupling(model: nn.Module, example_inputs: Any, exclude: Sequence[str |
         ('0', 8)
     """
     _check_exclude(model, exclude)
-    changed = make_prunable(model)
+    changed, registered = make_prunable(model), register_tensors(model)
     try:
-        return _Search(model, example_inputs, exclude).coupling()
+        found = _Search(model, example_inputs, exclude).coupling()
     except BaseException:
         undo_prunable(changed)
+        unregister_tensors(registered)
         raise
+    cut = {name for group in found.groups for member in group.members for name in member.names}
+    names = {module: name for name, module in model.named_modules()}
+    unregister_tensors([place for place in registered if tensor_name(names[place[0]], place[1]) not in cut])
+    return found
 
 
 class _Search:
     def __init__(self, model: nn.Module, example_inputs: Any, exclude: Sequence[str | type]) -> None:
         self.model, self.exclude = model, exclude
+        self.modules = dict(model.named_modules())
         self.table, self.findings, self.stack = AxisTable(model), Findings(), ModuleStack(model)
         self.traced: list[TracedCall] = []
         self.called: set[str] = set()
         self.read_by_host: set[str] = set()
-        for call in as_calls(example_inputs):
+        for call in example_calls(model, example_inputs):
             for training in (False, True):
                 self._trace(call, training)
 
-    def _trace(self, call: Any, training: bool) -> None:
-        first_joint, known = self.table.next_joint, len(self.findings.products)
+    def _trace(self, call: Call, training: bool) -> None:
+        known = len(self.findings.products)
         labels = Tracer(self.model, self.table, self.findings, self.stack)
         with unchanged(self.model), plain_kernels(), traced_mode(self.model, training), self.stack.watching():
             try:
@@ -78,7 +89,7 @@ class _Search:
                 mode = "training" if training else "evaluation"
                 raise ValueError(
                     f"example_inputs: the model's forward raises in {mode} mode, in {self.stack.here} "
-                    f"({first_lines(error)}); give inputs that it can be called with"
+                    f"({first_lines(error)}), given {described(call.shown())}; {GIVE}"
                 ) from error
             labels.note_outputs(output)
         self.called |= labels.called
@@ -87,7 +98,7 @@ class _Search:
             self.samples = max(1, next((len(t) for t in call.tensors() if t.dim()), 1))
             self.products = self.findings.products[known:]
         self.findings.products.clear()
-        self.traced.append(TracedCall(call, training, first_joint))
+        self.traced.append(TracedCall(call, training))
 
     def coupling(self) -> Coupling:
         """Try candidates; what fails is tried with coarser neurons, else refused."""
@@ -95,6 +106,7 @@ class _Search:
         more, unsafe = couple_unreached(self.model, components, self.called, self.read_by_host)
         if more:
             components = Components(self.table, self.findings, more)
+        self.table.frozen = True
         for left in reversed(range(_ROUNDS + 1)):
             trial, failed, reasons = self._tried(components, unsafe)
             coarser = _coarser_pairs(components, trial, failed) if left else []
@@ -113,13 +125,12 @@ class _Search:
         return trial, failed, {**reasons, **failed}
 
     def _excluded(self, candidate: Candidate, unsafe: dict[int, str]) -> str:
-        modules = dict(self.model.named_modules())
         for member in candidate.group.members:
             if member.roles == {CONSUMER}:
                 continue
             for item in self.exclude:
                 if isinstance(item, type):
-                    hit = any(isinstance(modules[name], item) for name in _around(member.module))
+                    hit = any(isinstance(self.modules[name], item) for name in _around(member.module))
                 else:
                     hit = item == "" or any(
                         (owner + ".").startswith(item + ".") for owner in (member.module, member.name)
@@ -152,6 +163,7 @@ _EXCLUDED = "it is excluded"
 def _coarser_pairs(components: Components, trial: Trial, failed: Iterable[int]) -> list[Tensor]:
     """Pairs of labels to go together, so that what failed may pass; empty if there is nothing left to try."""
     pairs = [pair for p in failed for pair in _coarser(components, components.candidates[p])]
+    pairs += components.balances
     return pairs or [pair for p in failed for q in trial.partners.get(p, ()) for pair in _tied(components, p, q)]
 
 

@@ -62,11 +62,30 @@ def cut_tensor(tensor: Tensor, cuts: Sequence[Cut]) -> Tensor:
         torch.Size([2, 4])
     """
     kept = tensor
-    for cut in sorted(cuts, key=lambda cut: -cut.groups):  # by groups first, while these are whole
+    for cut in sorted(cuts, key=lambda cut: (-cut.groups, cut.dim)):  # by groups first, while these are whole
         kept = _selected(kept, cut)
+    if tensor.layout != torch.strided:  # the gradient of a sparse embedding
+        return kept
+    return kept.contiguous(memory_format=_memory_format(tensor))
+
+
+def cut_shape(tensor: Tensor, cuts: Sequence[Cut]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes and strides of `cut_tensor`."""
+    shape = list(tensor.shape)
+    for cut in cuts:
+        shape[cut.dim] = len(cut.kept) // cut.groups
+    dims = range(tensor.dim())
+    inner_first = (1, 3, 2, 0) if _memory_format(tensor) == torch.channels_last else reversed(dims)
+    strides, step = [0] * len(shape), 1
+    for d in inner_first:
+        strides[d], step = step, step * max(1, shape[d])
+    return tuple(shape), tuple(strides)
+
+
+def _memory_format(tensor: Tensor) -> torch.memory_format:
     if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
-        return kept.contiguous(memory_format=torch.channels_last)
-    return kept.contiguous()
+        return torch.channels_last
+    return torch.contiguous_format
 
 
 def _selected(tensor: Tensor, cut: Cut) -> Tensor:

@@ -18,11 +18,16 @@ class AxisTable:
 
     Args:
         model: tensors are known by identity, so tied weights and functional use need no rule.
+
+    Attributes:
+        frozen: no labels are made any more: what a later run meets first, an expert say, has negative ones.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.axes: list[Axis] = []
-        self.next_node, self.next_joint = 1, JOINT
+        self.next_node = 1
+        self.joints: dict[bytes, int] = {}  # labels summed over -> the joint label that is left
+        self.frozen = False
         self.tensors: dict[int, Tensor] = {}
         self.names: dict[int, list[str]] = {}
         self._found: dict[tuple[int, int, int], Axis] = {}
@@ -35,6 +40,8 @@ class AxisTable:
     def axis(self, key: int, dim: int, size: int, groups: int = 1) -> Axis:
         """The axis of a tensor (by id) along `dim`."""
         found = self._found.get((key, dim, groups))
+        if found is None and self.frozen:
+            return Axis(tuple(self.names[key]), dim, -size, size, groups)
         if found is None:
             found = Axis(tuple(self.names[key]), dim, self.next_node, size, groups)
             self._found[key, dim, groups] = found
@@ -46,11 +53,13 @@ class AxisTable:
         """All axes of a tensor (by id) so far."""
         return [axis for (owner, _, _), axis in self._found.items() if owner == key]
 
-    def joint(self, count: int) -> Tensor:
-        """Labels of `count` entries that no tensor has."""
-        labels = torch.arange(self.next_joint, self.next_joint + count)
-        self.next_joint += count
-        return labels
+    def joint(self, rows: Tensor) -> Tensor:
+        """The label of each entry that a sum over labels [entries, labels] leaves; the same sum leaves the same one."""
+        keys = [row.tobytes() for row in rows.numpy()]
+        if not self.frozen:
+            for key in keys:
+                self.joints.setdefault(key, JOINT + len(self.joints))
+        return torch.tensor([self.joints.get(key, -1) for key in keys])
 
     def owners(self, labels: Tensor) -> list[Axis]:
         """The axes that labels belong to."""

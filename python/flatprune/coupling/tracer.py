@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from flatprune.coupling import algebra
 from flatprune.coupling.findings import AxisTable, Findings, storage_key, storage_keys
+from flatprune.coupling.notes import Notes
 from flatprune.coupling.operators import RULES, Operation, fallback
+from flatprune.coupling.operators.schemas import schema_of
 from flatprune.coupling.values import Value, canonical, canonical_layers, varying
 
 Taking = Callable[[Tensor], Tensor]  # how a view is taken of its base
+_View = tuple[Tensor, Value, Taking]  # base, value of the base then, how to take it
 
 
 class ModuleStack:
@@ -82,8 +84,8 @@ class Tracer(TorchDispatchMode):
         self.called: set[str] = set()
         self.read_by_host: set[str] = set()
         self.op = ""
-        self._values: Any = WeakTensorKeyDictionary()
-        self._views: Any = WeakTensorKeyDictionary()  # view -> (base, value of the base then, how to take it)
+        self._values: Notes[Value] = Notes("value")
+        self._views: Notes[_View] = Notes("view")
         self._storage = storage_keys(table.tensors)
 
     @property
@@ -99,21 +101,22 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, then its rule."""
         kwargs = kwargs or {}
-        self.op = func._schema.name.split("::")[1]
+        schema = schema_of(func)
+        self.op = schema.called
         self.called.update(self.stack.names)
-        if self.op in _HOST_READS or torch.Tag.data_dependent_output in func.tags:
+        if self.op in _HOST_READS or schema.host:
             self.read_by_host.add(self.stack.names[-1] if self.stack.names else "")
-        out = self.run(func, args, kwargs)
-        self._apply_rule(func, args, kwargs, out)
-        return self.finish(func, args, kwargs, out)
+        operation = Operation(self, func, args, kwargs, self.run(func, args, kwargs))
+        self._apply_rule(operation)
+        return self.finish(operation)
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The operator itself."""
         return func(*args, **kwargs)
 
-    def finish(self, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
+    def finish(self, op: Operation) -> Any:
         """What the model gets to see of its result."""
-        return out
+        return op.out
 
     def note_outputs(self, output: Any) -> None:
         """What the model returns cannot go."""
@@ -125,8 +128,7 @@ class Tracer(TorchDispatchMode):
                 self.findings.outputs.append(layer.unique())
             algebra.refuse_statistics(self, value)
 
-    def _apply_rule(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        operation = Operation(self, func, args, kwargs, out)
+    def _apply_rule(self, operation: Operation) -> None:
         rule = RULES.get(operation.name)
         known = [self.get(t) for t in operation.tensors]
         if not any(v.layers or v.stats or v.loose for v in known) and not getattr(rule, "always", False):
@@ -148,14 +150,15 @@ class Tracer(TorchDispatchMode):
         if value is None:
             key = id(tensor) if id(tensor) in self.table.names else self._storage.get(storage_key(tensor))
             value = Value(tuple(tensor.shape)) if key is None or tensor.numel() == 0 else self._leaf(key, tensor)
-            self._values[tensor] = value
+            self._values.put(tensor, value, made_here=False)
         view = self._views.get(tensor)
         if view is not None:
             base, seen, take = view
             now = self.get(base)
             if now is not seen:
                 value = algebra.moved(now, take, tensor.shape)
-                self._values[tensor], self._views[tensor] = value, (base, now, take)
+                self._values.put(tensor, value)
+                self._views.put(tensor, (base, now, take))
         return value
 
     def put(self, tensor: Tensor, value: Value) -> None:
@@ -165,15 +168,15 @@ class Tracer(TorchDispatchMode):
         for layer in value.layers:
             self.findings.grid(layer, self.where)
         old, view = self._values.get(tensor), self._views.get(tensor)
-        self._values[tensor] = value
+        self._values.put(tensor, value, made_here=id(tensor) not in self.table.names)
         if view is not None and old is not None and not _same_labels(old, value):
             self._write_through(tensor, value, view)
 
     def note_view(self, view: Tensor, base: Tensor, value: Value, take: Taking) -> None:
         """`view` shares memory with `base`, whose value is `value`."""
-        self._views[view] = (base, value, take)
+        self._views.put(view, (base, value, take))
 
-    def _write_through(self, tensor: Tensor, value: Value, view: tuple[Tensor, Value, Taking]) -> None:
+    def _write_through(self, tensor: Tensor, value: Value, view: _View) -> None:
         base, _, take = view
         under = self.get(base)
         layers = []
@@ -187,7 +190,7 @@ class Tracer(TorchDispatchMode):
         now = Value(
             under.size, canonical_layers(layers), free=under.free and value.free, stats=under.stats | value.stats
         )
-        self._views[tensor] = (base, now, take)
+        self._views.put(tensor, (base, now, take))
         self.put(base, now)
 
     def _united_places(self, full: Tensor, under: Value, value: Value, i: int, take: Taking) -> Tensor:

@@ -44,12 +44,12 @@ class InputStatistics:
     Attributes:
         covariances: layer name -> A [d, d], or [groups, d, d]; the last row for the 1 where the layer has a constant.
         constant: layer name -> whether A has that last row.
-        output: of the model on its recent inputs, where a forward on them gave A; else None.
+        predictions: of the model for each recent call, where forwards of these gave A; else None.
     """
 
     covariances: dict[str, Tensor]
     constant: dict[str, bool]
-    output: Tensor | None = None
+    predictions: list[Tensor] | None = None
 
     def blocks(self, name: str) -> tuple[Tensor, ...]:
         """A of each group of a layer."""
@@ -136,7 +136,7 @@ def _damping(A: Tensor, constant: bool) -> Tensor:
 def input_statistics(curvature: Curvature, names: Iterable[str]) -> InputStatistics:
     """A of the inputs of the layers named.
 
-    With a convolution in the network: *expand* A of one forward on the recent inputs, batch norms on batch statistics
+    With a convolution in the network: *expand* A of the recent calls made again, batch norms on batch statistics
     (the *reduce* A of the running factors starves early layers); else the running A.
 
     Raises:
@@ -147,8 +147,8 @@ def input_statistics(curvature: Curvature, names: Iterable[str]) -> InputStatist
         raise RuntimeError("no factors yet: the model must make a training forward before neurons can be scored")
     constant = {name: curvature.layers[name].constant for name in names}
     if curvature.has_convolutions:
-        covariances, output = fresh_look(curvature, names, curvature.recent_inputs, "expand", bias=None)
-        return InputStatistics(covariances, constant, output)
+        covariances, predictions = fresh_look(curvature, names, curvature.recent_calls, "expand", bias=None)
+        return InputStatistics(covariances, constant, predictions)
     return InputStatistics({name: curvature.factors[f"{name}.A"] for name in names}, constant)
 
 

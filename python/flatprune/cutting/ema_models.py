@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from flatprune.coupling.constants import register_tensors
+
 
 def unwrapped(ema_model: nn.Module) -> nn.Module:
     """The copy of the model: what an AveragedModel averages, else the copy itself."""
@@ -37,6 +39,7 @@ def check_ema_model(model: nn.Module, ema_model: nn.Module, name: str) -> None:
     """Raise TypeError or ValueError, naming the first tensor that differs, if `ema_model` is no copy of the model."""
     if not isinstance(ema_model, nn.Module):
         raise TypeError(f"{name} is {type(ema_model).__name__}, expected a torch.nn.Module")
+    register_tensors(unwrapped(ema_model), set(named_tensors(model)))
     own, found = named_tensors(model), named_tensors(unwrapped(ema_model))
     for key in [*own, *found]:
         if key not in own or key not in found:

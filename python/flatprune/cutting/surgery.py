@@ -13,6 +13,9 @@ from flatprune.coupling import Coupling, Cut, Member, NeuronGroup, cut_tensor, t
 from flatprune.coupling.attributes import followed, known_attributes, own_shapes
 from flatprune.coupling.cuts import renumbered
 from flatprune.cutting.ema_models import check_ema_model, named_tensors, unwrapped
+from flatprune.cutting.optimizers import as_optimizers
+from flatprune.cutting.rehearsal import Seen
+from flatprune.cutting.states import check_states, cut_states, rehearsed
 from flatprune.moved import refuse_moved
 from kfac_ext.curvature import Curvature
 from kfac_ext.layers import Layer
@@ -27,7 +30,7 @@ class Plan:
     Attributes:
         parameters: (parameter, its new data, its new gradient or None).
         buffers: (buffer, its new data).
-        states: (an optimizer state, key, new tensor).
+        states: (holder, key, new value) of what optimizers keep, see `flatprune.cutting.states`.
         attributes: (module, attribute, new value).
         members: (group, its new members); `slices`: (group, new slice of each neuron).
         curvature: whose factors are cut, or None; `keep` and `blocks` are the arguments of its `narrow`.
@@ -35,7 +38,7 @@ class Plan:
 
     parameters: list[tuple[nn.Parameter, Tensor, Tensor | None]] = field(default_factory=list)
     buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    states: list[tuple[dict[str, Any], str, Tensor]] = field(default_factory=list)
+    states: list[tuple[Any, Any, Any]] = field(default_factory=list)
     attributes: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
     members: list[tuple[NeuronGroup, list[Member]]] = field(default_factory=list)
     slices: list[tuple[NeuronGroup, Tensor]] = field(default_factory=list)
@@ -56,8 +59,8 @@ class Plan:
             _replace(parameter, data, grad)
         for buffer, data in self.buffers:
             buffer.data = data
-        for state, key, tensor in self.states:
-            state[key] = tensor
+        for holder, key, value in self.states:
+            holder[key] = value
         for module, attribute, value in self.attributes:
             setattr(module, attribute, value)
         for group, members in self.members:
@@ -86,10 +89,11 @@ def plan(
     coupling: Coupling,
     pruned: Mapping[int, Tensor],
     *,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Any = None,
     curvature: Curvature | None = None,
     replacements: Mapping[str, Tensor] | None = None,
     ema_models: Sequence[nn.Module] = (),
+    seen: Seen | None = None,
 ) -> Plan:
     """Compute everything that a removal of neurons changes; nothing is changed.
 
@@ -97,11 +101,13 @@ def plan(
         model: the network.
         coupling: its neuron groups and the integers that follow them.
         pruned: position of a group -> int64 [m] neurons that go.
-        optimizer: its state tensors of a parameter's shape are cut like the parameter.
+        optimizer: one or several, see `flatprune.cutting.optimizers.as_optimizers`; what they keep of a parameter is
+            cut along with it.
         curvature: its factors are cut.
         replacements: qualified name of a parameter or buffer -> values of its old shape that it takes before the cut
             (compensated survivors).
         ema_models: copies of the model that are cut alike, see `flatprune.cutting.ema_models`.
+        seen: how states lie along parameters, see `flatprune.cutting.states.rehearsed`; None: found out now.
 
     Returns:
         The plan; call `commit()`.
@@ -114,7 +120,9 @@ def plan(
     result, groups = Plan(), coupling.groups
     replacements = {_first_names(model)[name]: value for name, value in (replacements or {}).items()}
     _check_pruned(groups, pruned)
-    check_states(model, optimizer)
+    optimizers = as_optimizers(optimizer)
+    seen = rehearsed(model, groups, optimizers) if seen is None else seen
+    check_states(model, groups, optimizers, seen)
     for number, ema_model in enumerate(ema_models):
         check_ema_model(model, ema_model, f"ema_models[{number}]")
     cuts = tensor_cuts(groups, pruned)
@@ -122,7 +130,8 @@ def plan(
     own = named_tensors(model)
     for name in {**cuts, **replacements}:
         value = replacements.get(name, own[name])
-        _plan_tensor(result, name, own[name], _checked(name, own[name], value), cuts.get(name, ()), optimizer)
+        _plan_tensor(result, own[name], _checked(name, own[name], value), cuts.get(name, ()))
+    result.states = cut_states(own, cuts, optimizers, seen)
     _plan_attributes(result, model, cuts, coupling, removed)
     for ema_model in ema_models:
         _plan_copy(result, own, unwrapped(ema_model), cuts, replacements)
@@ -148,26 +157,6 @@ def _first_names(model: nn.Module) -> dict[str, str]:
     firsts = {id(tensor): name for name, tensor in named_tensors(model).items()}
     both = (model.named_parameters, model.named_buffers)
     return {name: firsts[id(t)] for named in both for name, t in named(remove_duplicate=False)}
-
-
-def check_states(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Refuse an optimizer whose state cannot be cut: tensors of another shape than their parameter's, or lists.
-
-    Raises:
-        ValueError: naming the parameter, the state and its shape.
-    """
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    for parameter, state in ({} if optimizer is None else optimizer.state).items():
-        for key, entry in state.items():
-            is_tensor = isinstance(entry, Tensor)
-            if is_tensor and (entry.shape == parameter.shape or entry.numel() == 1):
-                continue
-            if is_tensor or (isinstance(entry, (list, tuple, dict)) and len(entry) > 0):
-                found = f"shape {tuple(entry.shape)}" if is_tensor else f"type {type(entry).__name__}"
-                raise ValueError(
-                    f"{names.get(parameter, 'a parameter')}: state {key!r} of {type(optimizer).__name__} has {found}, "
-                    f"expected shape {tuple(parameter.shape)}; only states of the parameter's shape can be cut"
-                )
 
 
 def _check_pruned(groups: Sequence[NeuronGroup], pruned: Mapping[int, Tensor]) -> None:
@@ -198,27 +187,14 @@ def _checked(name: str, tensor: Tensor, value: Tensor) -> Tensor:
     return value
 
 
-def _plan_tensor(
-    result: Plan,
-    name: str,
-    tensor: Tensor,
-    value: Tensor,
-    cuts: Sequence[Cut],
-    optimizer: torch.optim.Optimizer | None,
-) -> None:
+def _plan_tensor(result: Plan, tensor: Tensor, value: Tensor, cuts: Sequence[Cut]) -> None:
     if value is not tensor:  # laid out alike, as fused optimizers want parameter, gradient and states
         value = torch.empty_like(tensor).copy_(value)
     data = cut_tensor(value.detach(), cuts)
-    if not isinstance(tensor, nn.Parameter):
+    if isinstance(tensor, nn.Parameter):
+        result.parameters.append((tensor, data, None if tensor.grad is None else cut_tensor(tensor.grad, cuts)))
+    else:
         result.buffers.append((tensor, data))
-        return
-    result.parameters.append((tensor, data, None if tensor.grad is None else cut_tensor(tensor.grad, cuts)))
-    if data.shape == tensor.shape or optimizer is None or tensor not in optimizer.state:
-        return
-    state = optimizer.state[tensor]
-    for key, entry in state.items():
-        if isinstance(entry, Tensor) and entry.dim() > 0 and entry.shape == tensor.shape:
-            result.states.append((state, key, cut_tensor(entry, cuts)))
 
 
 def _plan_copy(
@@ -230,7 +206,7 @@ def _plan_copy(
         value = copy[name].detach()
         if name in replacements:
             value = value + (replacements[name] - source[name]).to(value)
-        _plan_tensor(result, name, copy[name], _checked(name, copy[name], value), cuts.get(name, ()), None)
+        _plan_tensor(result, copy[name], _checked(name, copy[name], value), cuts.get(name, ()))
 
 
 def _plan_attributes(

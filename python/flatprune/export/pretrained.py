@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flatprune.coupling.calls import as_calls
+from flatprune.coupling.example_inputs import example_calls
 
 _MOST_BUILDS = 500  # networks without memory that are built in search of a configuration
 _BUILDS_ON = 50  # after the first that fits, in search of one whose modules hold the same numbers too
@@ -259,9 +259,8 @@ class _Search:
         training = {module: module.training for module in self.model.modules()}
         self.model.eval()
         try:
-            pairs = [
-                (_tensors(call.run(self.model)), _tensors(call.run(fresh.eval()))) for call in as_calls(example_inputs)
-            ]
+            calls = example_calls(self.model, example_inputs)
+            pairs = [(_tensors(call.run(self.model)), _tensors(call.run(fresh.eval()))) for call in calls]
         finally:
             for module, mode in training.items():
                 module.training = mode

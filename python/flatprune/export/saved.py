@@ -60,8 +60,9 @@ def take_tensors(
     Args:
         model: built as the network was before pruning; changed in place.
         tensors: state dict of the pruned network.
-        attributes: numbers that code of the model holds and that pruning changed, module -> attribute -> value:
-            `Pruner.state_dict()["attributes"]`. Those of torch's own layers follow from the tensors.
+        attributes: numbers that code of the model holds and that pruning changed, and tensors that its state dict
+            leaves out, module -> attribute -> value: `Pruner.state_dict()["attributes"]`. Numbers of torch's own layers
+            follow from the tensors.
 
     Raises:
         InputError: names of tensors differ; nothing is changed then.
@@ -78,4 +79,8 @@ def take_tensors(
     sync_attributes(model)
     for name, values in (attributes or {}).items():
         for key, value in values.items():
-            setattr(model.get_submodule(name), key, value)
+            module = model.get_submodule(name)
+            own_value = getattr(module, key, None)
+            if isinstance(value, Tensor) and isinstance(own_value, Tensor):
+                value = value.detach().clone().to(own_value.device)
+            setattr(module, key, value)

@@ -12,13 +12,14 @@ from torch import nn
 
 from flatprune.coupling import find_coupling
 from flatprune.coupling.attributes import held_attributes
-from flatprune.coupling.calls import as_calls
+from flatprune.coupling.example_inputs import example_calls
 from flatprune.coupling.products import owned_fraction
 from flatprune.criteria import Criterion, Scores, ScoringContext, as_criterion
 from flatprune.criteria.loss_change import LossChange
 from flatprune.cutting.ema_models import checked_ema_models
-from flatprune.cutting.surgery import check_states, plan
+from flatprune.cutting.surgery import plan
 from flatprune.pruning.costs import CostTracker, ParameterCount, smallest_cost
+from flatprune.pruning.held_states import HeldStates
 from flatprune.pruning.limits import LossBudget, check_loss_budget, checked_limits
 from flatprune.pruning.prunable import choose_layers, refuse_unscored
 from flatprune.pruning.removals import Removal, loss_budget_note, removal_records, shortfall_note
@@ -27,6 +28,7 @@ from flatprune.pruning.selection import check_selection, choose
 from flatprune.pruning.targets import Target
 from flatprune.pruning.ties import find_ties, named_ties
 from kfac_ext.curvature import Curvature
+from kfac_ext.curvature.outputs import Pick
 
 MLP_COMPENSATION_BELOW = 0.04  # fraction of the parameters; above, compensating an MLP gains nothing
 
@@ -45,9 +47,13 @@ class Pruner:
 
     Args:
         model: the network; its parameters stay the same objects.
-        optimizer: holds the model's parameters; or None.
+        optimizer: what trains the model: an optimizer, a list of them (Muon for matrices and AdamW for the rest, say),
+            or a dict whose values they are (one a parameter, stepping in the backward); or None. What they keep of a
+            parameter is cut along with it; they may hold other parameters too, such as a loss's. One that was not
+            given and holds parameters of the model is noticed when it steps. See docs/training.md.
         curvature: the model's running factors.
-        example_inputs: what the model can be called with, see `flatprune.coupling.find_coupling`; one or two
+        example_inputs: what the model can be called with: a tensor, a tuple of arguments, a dict of keywords, (args,
+            kwargs), or a batch of a loader and `forward`; see `flatprune.coupling.example_inputs`. One or two
             samples do.
         target: the size to reach, in parameters, multiply-accumulates, neurons or latency.
         total_steps: optimizer steps of the whole training.
@@ -76,15 +82,20 @@ class Pruner:
             for one or two forwards on 256 samples an event.
         exclude: layers whose outputs stay: names of modules, or types.
         layers: names of the layers to prune; default all that can be.
+        forward: how a training loop calls the model with `example_inputs`, such as
+            lambda model, batch: model(batch["image"]); None: as its arguments.
         ema_models: copies of the model, such as `torch.optim.swa_utils.AveragedModel(model)`, that lose the same
             neurons at the same time; see `flatprune.cutting.ema_models`.
+        output: what of the model's output the loss is of, as for `Curvature`, if the curvature has not been told.
 
     Raises:
         TypeError: `target` is no Target; `exclude`, `layers`, `tie_widths` or `ema_models` is no list; one of the
-            last is no module; `criterion` is none.
+            last is no module; `criterion` is none; `optimizer` is none, nor a list or dict of them; `example_inputs` is
+            no input but a loader, say.
         ValueError: an argument out of range; `max_predicted_loss` with a criterion that predicts no loss; a layer that
             the criterion cannot judge; a layer of `layers` that cannot be pruned, with the reason; an optimizer that
-            holds parameters which are not the model's; one of `ema_models` that is no copy of the model; no layer can
+            keeps what cannot be cut (LBFGS, Shampoo, SOAP, 8-bit states: by name), or none that holds a parameter of
+            the model; one of `ema_models` that is no copy of the model; no layer can
             be pruned.
         KeyError: `exclude` or `layers` names a module that the model does not have.
 
@@ -96,7 +107,7 @@ class Pruner:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer | None,
+        optimizer: torch.optim.Optimizer | Sequence[Any] | Mapping[Any, Any] | None,
         curvature: Curvature,
         example_inputs: Any,
         *,
@@ -115,7 +126,9 @@ class Pruner:
         measure: bool = True,
         exclude: Sequence[str | type] = (),
         layers: Sequence[str] | None = None,
+        forward: Callable[..., Any] | None = None,
         ema_models: Sequence[nn.Module] = (),
+        output: Pick = None,
     ) -> None:
         self.criterion = as_criterion(criterion)
         if not isinstance(compensate, bool) and compensate != "auto":
@@ -124,26 +137,36 @@ class Pruner:
         check_selection(selection, self.criterion)
         check_loss_budget(max_predicted_loss, self.criterion)
         _check_types(target, exclude=exclude, layers=layers, tie_widths=tie_widths)
-        _check_optimizer(model, optimizer)
+        self._states = HeldStates(model, optimizer)
         if curvature.model is not model:
             raise ValueError("Pruner: the curvature belongs to another model")
-        self.model, self.optimizer, self.curvature = model, optimizer, curvature
+        if output is not None:
+            curvature.reading.tell(output)
+        if "forwards" in self.criterion.needs and not curvature.loss.needs_output:
+            raise ValueError(
+                f"Pruner: criterion {self.criterion.name!r} reads the model's output, of which a curvature with "
+                "loss='other' knows nothing; name the loss, or take another criterion"
+            )
+        self.model, self.curvature = model, curvature
         self.ema_models = checked_ema_models(model, ema_models)
         self.target, self.compensate, self.selection, self.seed = target, compensate, selection, seed
         self.schedule = schedule or CubicSchedule(total_steps)
         self.max_predicted_loss, self.measure = max_predicted_loss, measure
-        call = as_calls(example_inputs)[0]
+        with curvature.paused():
+            calls = example_calls(model, example_inputs, forward)
+        call = calls[0]
         if target.unit == "latency" and call.kwargs:
             given = ", ".join(call.kwargs)
             raise ValueError(f"Pruner: example_inputs has keywords ({given}), a latency target needs positional ones")
         with curvature.paused():
-            self.coupling = find_coupling(model, example_inputs, exclude)
+            self.coupling = find_coupling(model, calls, exclude)
         curvature.trace(*call.args, **call.kwargs)
         refuse_unscored(self.coupling, curvature, self.criterion, compensate, call)
         choose_layers(self.coupling, model, layers)
         self.groups = self.coupling.groups
         if not self.groups:
             raise ValueError(f"Pruner: no layer can be pruned: {'; '.join(map(str, self.coupling.refusals))}")
+        self._states.rehearse(self.groups)
         if self.criterion.check is not None:
             self.criterion.check(ScoringContext(model, self.groups, curvature, seed=seed))
         self.refused = dict(self.coupling.refused)
@@ -220,13 +243,15 @@ class Pruner:
             between events nothing.
 
         Raises:
-            ValueError: factors or scores are not finite; the optimizer's state cannot be cut (said at the first call
-                already). Model, optimizer and factors are as before, and the step is not counted.
+            ValueError: factors or scores are not finite; the state of an optimizer cannot be cut (said by the
+                constructor or at the first call, if it was made by then). Model, optimizers and factors are as before,
+                and the step is not counted.
             RuntimeError: the model has made no training forward yet.
         """
         step = self.step_count + 1
+        self._states.take_in_stepped()
         if step == 1:  # not only at the first event, which may be hours away
-            check_states(self.model, self.optimizer)
+            self._states.check(self.groups)
         budget = None if self.stopped else self.schedule.budget(step, self.cost_start, self.goal)
         removals = [] if budget is None else self._event(step, budget)
         self.step_count = step
@@ -283,17 +308,17 @@ class Pruner:
         replacements = None if choice.joint is None or not compensate else choice.joint.compensated()
         if compensate and replacements is None:
             replacements = self.criterion.compensation(context, pruned)
-        measures = self.measure and bool(self.curvature.recent_inputs)
-        loss_change = LossChange(self.curvature, context.output) if measures else None
+        loss_change = LossChange(self.curvature, context.predictions) if self._measures else None
         params, cost, widths = self.params, self.cost, [group.width for group in self.groups]
         plan(
             self.model,
             self.coupling,
             pruned,
-            optimizer=self.optimizer,
+            optimizer=self._states.optimizers,
             curvature=self.curvature,
             replacements=replacements,
             ema_models=self.ema_models,
+            seen=self._states.seen,
         ).commit()
         return removal_records(
             self.groups,
@@ -313,6 +338,11 @@ class Pruner:
             predicted_change=choice.predicted_change,
             measured_change=None if loss_change is None else loss_change.measure(),
         )
+
+    @property
+    def _measures(self) -> bool:
+        """Whether changes of the loss can be measured: there are calls to make again, and what they return is known."""
+        return self.measure and self.curvature.loss.needs_output and bool(self.curvature.recent_calls)
 
     def _compensates(self, budget: float) -> bool:
         if self.compensate != "auto":
@@ -382,15 +412,3 @@ def _check_types(target: Target, **names: object) -> None:
     for argument, value in names.items():
         if isinstance(value, str):  # would be taken apart into letters
             raise TypeError(f"Pruner: {argument} is {value!r}, expected a list of names")
-
-
-def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Raise ValueError for an optimizer that holds parameters which are not the model's."""
-    own = {id(parameter) for parameter in model.parameters()}
-    for number, group in enumerate([] if optimizer is None else optimizer.param_groups):
-        for index, parameter in enumerate(group["params"]):
-            if id(parameter) not in own:
-                raise ValueError(
-                    f"Pruner: parameter {index} of optimizer group {number}, shape {tuple(parameter.shape)}, is not a "
-                    "parameter of the model; build the optimizer from model.parameters()"
-                )

@@ -144,6 +144,7 @@ def make_pruner(
             seed=settings.seed,
             round_to=settings.round_to,
             min_width=settings.min_width,
+            tie_widths=settings.tie_widths,
             max_predicted_loss=settings.max_predicted_loss,
             exclude=settings.exclude,
             ema_models=[] if average is None else [average.module],

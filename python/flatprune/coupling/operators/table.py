@@ -6,13 +6,12 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from flatprune.coupling import algebra
 from flatprune.coupling.labels import Labels
 from flatprune.coupling.neurons import PRODUCER
+from flatprune.coupling.operators.schemas import schema_of, tensors_in
 from flatprune.coupling.values import Value
 
 Rule = Callable[["Operation"], "Value | list[Value]"]
@@ -31,14 +30,13 @@ class Operation:
 
     def __init__(self, labels: Labels, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         self.labels, self.func, self.args, self.kwargs, self.out = labels, func, args, kwargs, out
-        name = func._schema.name.split("::")[1]
-        self.in_place = name.endswith("_") and not name.startswith("__")
-        self.name = name[:-1] if self.in_place else name
+        self.schema = schema_of(func)
+        self.in_place, self.name = self.schema.in_place, self.schema.name
 
     @cached_property
     def tensors(self) -> list[Tensor]:
         """All tensors among the arguments."""
-        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+        return tensors_in((self.args, self.kwargs))
 
     @cached_property
     def outputs(self) -> list[Tensor]:
@@ -58,12 +56,8 @@ class Operation:
 
     def argument(self, name: str, default: Any = None) -> Any:
         """The argument of that name, or its default."""
-        for i, argument in enumerate(self.func._schema.arguments):
-            if argument.name == name:
-                if i < len(self.args):
-                    return self.args[i]
-                return self.kwargs.get(name, argument.default_value if argument.has_default_value() else default)
-        return default
+        place, usual = self.schema.arguments.get(name, (len(self.args), ()))
+        return self.args[place] if place < len(self.args) else self.kwargs.get(name, usual[0] if usual else default)
 
     def value(self, i: int = 0) -> Value:
         """What is known of the i-th positional argument, a tensor."""
@@ -95,7 +89,7 @@ def rule(names: str, *, always: bool = False) -> Callable[[Rule], Rule]:
 
 def fallback(op: Operation) -> Value | list[Value]:
     """For operators without a rule: elementwise if torch says so, else unknown."""
-    if torch.Tag.pointwise in op.func.tags:
+    if op.schema.pointwise:
         return RULES["add"](op)
     for tensor in op.tensors:
         algebra.note_role(op.labels, op.value_of(tensor), PRODUCER)  # so that the refusal names its layer
