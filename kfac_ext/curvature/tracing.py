@@ -56,8 +56,8 @@ def trace_layers(
     `F.linear`, `torch.matmul`, `torch.addmm` or a convolution takes itself, or turned, as its weight. A batch norm
     belongs to a layer if, in every call of the layer, its input is the very tensor that the layer gave and no other
     torch call takes that tensor (an in-place ReLU in between counts as one). The forward runs without gradients and
-    leaves random streams and buffers untouched; batch norms are in eval mode (one sample is enough), all others in the mode
-    they are in. Weights that get no factors are named in a warning, each with the reason.
+    leaves random streams and buffers untouched; batch norms are in eval mode (one sample is enough), all others in
+    the mode they are in. Weights that get no factors are named in a warning, each with the reason.
 
     Args:
         model: any module.
