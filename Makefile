@@ -21,14 +21,14 @@ $(READY): pyproject.toml setup.py CMakeLists.txt
 
 # after a change to a C++ file
 build: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/*/ --target _C
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/*-cpython-*/ --target _C
 
 demo: setup
 	$(BIN)/flatprune run --data digits --model mlp --target-params 0.1 --epochs 200 --compare-dense --out runs/demo --overwrite
 
-# a process for each core; whichever is done takes over half of what another one has left
+# a process for each core; a file of tests stays in one, with what its tests share
 test: setup
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check

@@ -40,6 +40,21 @@ def covariance_cuda(
     device: int,
     stream: int,
 ) -> None: ...
+def greedy_remove_cpu(
+    layers: Sequence[tuple[list[int], list[list[int]]]], dtype: int, threads: int
+) -> list[tuple[int, float, int, int, int]]: ...
+def greedy_floats(layers: Sequence[tuple[list[int], list[list[int]]]]) -> int: ...
+
+max_greedy_block: int
+
+def greedy_remove_cuda(
+    layers: Sequence[tuple[list[int], list[list[int]]]],
+    workspace: int,
+    changes: int,
+    failures: int,
+    device: int,
+    stream: int,
+) -> None: ...
 
 class PowerGroup:
     workspace_bytes: int

@@ -20,6 +20,7 @@ from kfac_ext.ops.covariance import (
     linear_covariance_,
 )
 from kfac_ext.ops.covariance_group import CovarianceUpdate
+from kfac_ext.ops.greedy import GreedyChoice, GreedySelection, greedy_selection
 from kfac_ext.ops.inverse import damped_inverse, damped_inverse_ex
 from kfac_ext.ops.power import PowerIteration, covariance_power_iteration, power_iteration, power_iteration_
 from kfac_ext.ops.saliency import compensate, obd_saliency, obs_saliency
@@ -29,6 +30,8 @@ __all__ = [
     "CovarianceUpdate",
     "Curvature",
     "FactorSet",
+    "GreedyChoice",
+    "GreedySelection",
     "KFACPreconditioner",
     "PowerIteration",
     "__version__",
@@ -41,6 +44,7 @@ __all__ = [
     "damped_inverse_ex",
     "gradient_covariance",
     "gradient_covariance_",
+    "greedy_selection",
     "linear_covariance",
     "linear_covariance_",
     "obd_saliency",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler, OptState
 
 from kfac_ext.curvature import Curvature
+from kfac_ext.curvature.outputs import Pick
 from kfac_ext.factors import FactorSet
 from kfac_ext.inverse_stack import InverseStack, stack_layers, write_gradients_
 from kfac_ext.layers import Layer
@@ -59,7 +60,8 @@ class KFACPreconditioner:
         kl_clip: None: no clipping.
         lr: the optimizer's learning rate, which `kl_clip` needs; `lambda step: optimizer.param_groups[0]["lr"]`
             follows a schedule.
-        fisher_type, kfac_approx, loss, skip_layers, generator: as for `kfac_ext.Curvature`.
+        fisher_type, kfac_approx, loss, output, class_dim, batch_dim, layer_batch_dims, reduction, skip_layers,
+            max_factor_size, generator: as for `kfac_ext.Curvature`.
         accumulation_steps: forwards and backwards that make one step, each of the mean loss divided by this number.
             On an update step they count equally in the factors.
         grad_scaler: the `torch.amp.GradScaler` of the loss. `step` may come before or after `unscale_`; where
@@ -87,8 +89,14 @@ class KFACPreconditioner:
         lr: Number | None = None,
         fisher_type: str = "true",
         kfac_approx: str = "expand",
-        loss: str = "cross_entropy",
+        loss: str | Callable[..., Any] | Sequence[Any] = "cross_entropy",
+        output: Pick = None,
+        class_dim: int | None = None,
+        batch_dim: int = 0,
+        layer_batch_dims: Mapping[str, int] | None = None,
+        reduction: str | None = None,
         skip_layers: Iterable[str] = (),
+        max_factor_size: int | None = None,
         generator: torch.Generator | None = None,
         accumulation_steps: int = 1,
         grad_scaler: GradScaler | None = None,
@@ -105,7 +113,13 @@ class KFACPreconditioner:
             fisher_type=fisher_type,
             kfac_approx=kfac_approx,
             loss=loss,
+            output=output,
+            class_dim=class_dim,
+            batch_dim=batch_dim,
+            layer_batch_dims=layer_batch_dims,
+            reduction=reduction,
             skip_layers=skip_layers,
+            max_factor_size=max_factor_size,
             fold_norms=False,
             generator=generator,
             grad_scale=self._loss_scale,
@@ -301,7 +315,8 @@ class KFACPreconditioner:
         the layer is made of.
         """
         curvature = self.curvature.state_dict()
-        state: dict[str, Any] = {"step_count": self.step_count, "generator": curvature["generator"], "layers": {}}
+        state: dict[str, Any] = {"step_count": self.step_count, "layers": {}}
+        state |= {key: curvature[key] for key in ("generator", "reading")}
         if "layers" in curvature:
             state["updated"], state["kinds"] = curvature["started"], curvature["layers"]
             for name in self.curvature.layers:
@@ -319,7 +334,12 @@ class KFACPreconditioner:
             ValueError: naming the first layer or factor that does not fit; nothing is changed then.
         """
         layers: Mapping[str, Mapping[str, Tensor]] = state["layers"]
-        curvature = {"step_count": state["step_count"], "generator": state["generator"], "recent_inputs": []}
+        curvature = {
+            "step_count": state["step_count"],
+            "generator": state["generator"],
+            "recent_calls": [],
+            "reading": state["reading"],
+        }
         if layers:
             factors = FactorSet.of({f"{name}.{kind}": entry[kind] for name, entry in layers.items() for kind in "AG"})
             curvature |= {

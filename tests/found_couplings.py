@@ -20,7 +20,7 @@ _PLAIN = (bool, int, float, str, tuple, type(None))
 
 @contextmanager
 def couplings_are_kept() -> Iterator[None]:
-    """`Pruner` finds the coupling of equal networks once; tests that call `find_coupling` themselves are not touched."""
+    """`Pruner` finds the coupling of equal networks once; tests that call `find_coupling` are not touched."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flatprune.pruning.pruner, "find_coupling", _kept)
         yield

@@ -22,6 +22,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "bf16, channels_last": {"amp": "bf16", "channels_last": True},
 }
 NETWORKS = {"resnet20": (32, 3), "vgg19_bn": (32, 3), "mlp": (28, 1)}  # side and channels of the images
+QUICK_WIDTHS = {"resnet20": (8, 8, 8), "vgg19_bn": (8,) * 16, "mlp": (24, 16)}
 
 
 def bench_training(run: Run, device: torch.device, quick: bool) -> None:
@@ -69,7 +70,7 @@ def _steps(
     size = 8 if quick else 128
     side, channels = NETWORKS[name]
     path = _images(folder, 8 if quick and name == "resnet20" else side, channels, size)
-    widths = (8,) * 16 if quick and name == "vgg19_bn" else None
+    widths = QUICK_WIDTHS[name] if quick else None
     options = {"data": str(path), "model": name, "widths": widths, "batch_size": size, "device": str(device)}
     schedule = {"epochs": 10**6, "prune_start": 0.9, "prune_end": 0.9}
     settings = Settings(**{**options, **schedule, **changes})

@@ -7,6 +7,7 @@
 #include "register.h"
 #ifdef KFAC_WITH_CUDA
 #include "covariance.h"
+#include "greedy.h"
 #include "inverse.h"
 #include "power_iteration.h"
 #include "power_iteration_covariance.h"
@@ -21,7 +22,7 @@ namespace {
 std::vector<kfac::KernelInfo> all_kernels() {
   std::vector<kfac::KernelInfo> result;
   for (const auto& family : {kfac::covariance_kernels(), kfac::inverse_kernels(), kfac::power_iteration_kernels(),
-                             kfac::covariance_power_kernels(), kfac::saliency_kernels()}) {
+                             kfac::covariance_power_kernels(), kfac::saliency_kernels(), kfac::greedy_kernels()}) {
     result.insert(result.end(), family.begin(), family.end());
   }
   return result;

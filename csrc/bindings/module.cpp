@@ -7,6 +7,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of kfac_ext; call kfac_ext's functions instead.";
   register_covariance(m);
   register_cuda(m);
+  register_greedy(m);
   register_inverse(m);
   register_power_iteration(m);
   register_saliency(m);

@@ -5,6 +5,7 @@
 
 void register_covariance(pybind11::module_& m);
 void register_cuda(pybind11::module_& m);
+void register_greedy(pybind11::module_& m);
 void register_inverse(pybind11::module_& m);
 void register_power_iteration(pybind11::module_& m);
 void register_saliency(pybind11::module_& m);

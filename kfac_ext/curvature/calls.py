@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from kfac_ext.curvature.capture import uncompiled
 from kfac_ext.layers import Layer
 from kfac_ext.layers.composite import opened
 from kfac_ext.layers.operators import operator_call
@@ -35,13 +36,13 @@ def call_hooks(layers: Iterable[Layer], report: Report) -> Iterator[None]:
         return None
 
     def on_layer(layer: Layer) -> Callable[..., Tensor | None]:
-        @torch.compiler.disable  # the layers around stay compiled
+        @uncompiled  # the layers around stay compiled
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             return deliver(layer, layer.input_of(args, kwargs), output)
 
         return hook
 
-    @torch.compiler.disable
+    @uncompiled
     def on_norm(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         source = awaiting.pop(id(args[0] if args else kwargs["input"]), None)
         return None if source is None else report(source[0], source[1], output)
@@ -67,7 +68,7 @@ def _watched(host: nn.Module, layers: list[Layer], deliver: Report) -> Iterator[
     """Inside, the operators in the forward of `host` that take the weight of a layer deliver what they see."""
     forward, is_own = host.forward, "forward" in vars(host)
 
-    @torch.compiler.disable
+    @uncompiled
     def watched(*args: Any, **kwargs: Any) -> Any:
         lead = next((x.shape[:-1] for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()), None)
         with _Watch({id(layer.weight): layer for layer in layers}, lead, deliver):

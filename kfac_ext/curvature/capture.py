@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from kfac_ext.curvature.loss import Loss
 from kfac_ext.curvature.modes import RngState
+from kfac_ext.curvature.samples import Layout
 from kfac_ext.layers import Layer
+
+REMOVE = "kfac_ext.Curvature watches the model's forwards; call its remove() first"
+
+_is_exporting = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7, as are reasons
+_REASON = {"reason": REMOVE} if "reason" in inspect.signature(torch.compiler.disable).parameters else {}
 
 
 class Capture:
@@ -19,23 +29,31 @@ class Capture:
     Attributes:
         rng: the random streams before the forward, if asked for.
         autocast: whether it ran in autocast.
-        output: what the model returned.
-        targets: labels that were sampled from `output`, if any.
+        tensors: what of the model's output the loss is of.
+        prediction: the same as the loss reads it.
+        samples: N.
+        targets: labels that were sampled from the prediction, if any.
+        counted: which terms of the loss count, where some do not.
         z_squares: layer -> mean of |z|^2 over rows (samples and positions) of its first call, if `rng` was asked for.
         gradients: layer -> g of each call; None where there is none (yet).
+        layouts: layer -> where the samples stand in what each call sees, where it is not the first dimension.
         on_gradient: if set, z's gradients of the user's backward are taken down and this is called after each.
     """
 
     def __init__(self, rng: RngState | None = None, autocast: bool = False) -> None:
         self.rng, self.autocast = rng, autocast
-        self.output: Any = None
+        self.tensors: tuple[Tensor, ...] = ()
+        self.prediction: Any = None
+        self.samples = 0
         self.targets: Tensor | None = None
+        self.counted: Tensor | None = None
+        self.z_squares: dict[str, Tensor] = {}
+        self.gradients: dict[str, list[Tensor | None]] = {}
+        self.layouts: dict[str, list[Layout]] = {}
+        self.on_gradient: Callable[[Capture], None] | None = None
         self._inputs: dict[str, list[Tensor]] = {}
         self._versions: dict[str, list[int]] = {}
         self._edges: dict[str, list[GradientEdge]] = {}
-        self.z_squares: dict[str, Tensor] = {}
-        self.gradients: dict[str, list[Tensor | None]] = {}
-        self.on_gradient: Callable[[Capture], None] | None = None
 
     def add(self, layer: Layer, x: Tensor, z: Tensor) -> None:
         """Take down one call; calls without gradient (frozen below) are left out."""
@@ -54,10 +72,13 @@ class Capture:
             z.register_hook(self._gradient_hook(slots, len(slots) - 1))
 
     def _gradient_hook(self, slots: list[Tensor | None], index: int) -> Callable[[Tensor], None]:
+        own = weakref.ref(self)  # the graph must not hold what holds the graph
+
         def hook(gradient: Tensor) -> None:
-            slots[index] = gradient.detach()
-            if self.on_gradient is not None:
-                self.on_gradient(self)
+            capture = own()
+            if capture is not None and capture.on_gradient is not None:
+                slots[index] = gradient.detach()
+                capture.on_gradient(capture)
 
         return hook
 
@@ -66,12 +87,47 @@ class Capture:
         """The layers that were called, in the order of their first call."""
         return list(self._edges)
 
+    def terms(self, loss: Loss) -> int:
+        """How many terms of the loss count: D."""
+        if not loss.needs_output:
+            return self.samples
+        return loss.terms(self.prediction) if self.counted is None else int(self.counted.sum())
+
+    def count_samples(self, layers: Mapping[str, Layer], told: int) -> None:
+        """N where no output tells it: as many as the call seems to have if layers see so many, else what most see."""
+        shapes = [(layers[name], shape) for name, calls in self.shapes().items() for shape in calls]
+        places = (shape[:1] if layer.is_convolution else shape[:-1] for layer, shape in shapes)
+        if any(told in place for place in places):
+            self.samples = told
+        else:
+            self.samples = Counter(shape[0] for _, shape in shapes).most_common(1)[0][0] if shapes else told
+
+    def shapes(self) -> dict[str, list[torch.Size]]:
+        """Layer -> of the input of every call."""
+        return {name: [x.shape for x in inputs] for name, inputs in self._inputs.items()}
+
     def inputs(self, name: str) -> list[Tensor]:
-        """The inputs of every call of a layer; raises RuntimeError if one was changed in place since."""
+        """The inputs of every call of a layer, samples first.
+
+        Raises:
+            RuntimeError: one was changed in place since.
+        """
         for x, version in zip(self._inputs[name], self._versions[name]):
             if x._version != version:
                 raise RuntimeError(f"Curvature: the input of layer {name!r} was changed in place after the call")
-        return self._inputs[name]
+        return [x for x in self.samples_first(name, self._inputs[name]) if x is not None]
+
+    def samples_first(self, name: str, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Tensors that belong to each call's positions, such as its gradient, samples first."""
+        if name not in self.layouts:
+            return list(tensors)
+        pairs = zip(tensors, self.layouts[name])
+        return [None if t is None else layout.samples_first(t, self.samples) for t, layout in pairs]
+
+    def calls(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        """(input, g) of every call of a layer that has a gradient, samples first."""
+        grads = self.samples_first(name, self.gradients[name])
+        return [(x.detach(), g) for x, g in zip(self.inputs(name), grads) if g is not None]
 
     def gradients_of(
         self, output: Tensor, seed: Tensor | None = None, *, create_graph: bool = False
@@ -89,12 +145,21 @@ class ForwardHook:
     """A forward pre-hook that calls `function(args, kwargs)`, uncompiled; deep copies and pickles get an inert one."""
 
     def __init__(self, function: Callable[[tuple[Any, ...], dict[str, Any]], None] | None) -> None:
-        self._function = None if function is None else torch.compiler.disable(function)
+        self._function = None if function is None else uncompiled(function)
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What torch calls before the forward."""
-        if self._function is not None:
+        if self._function is not None and not (_is_exporting is not None and _is_exporting()):
             self._function(args, kwargs)
 
     def __reduce__(self) -> tuple[type[ForwardHook], tuple[None]]:
         return ForwardHook, (None,)
+
+    @property
+    def __name__(self) -> str:  # torch.jit.script asks for it
+        raise AttributeError(f"torch.jit.script cannot compile a model with a hook of Python: {REMOVE}")
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, never compiled; where it must be, as with fullgraph=True, the error says what to do."""
+    return torch.compiler.disable(function, **_REASON)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,22 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from kfac_ext.curvature.calls import call_hooks
-from kfac_ext.curvature.capture import Capture, ForwardHook
-from kfac_ext.curvature.fisher import (
-    LOSSES,
-    checked_output,
-    output_gradient,
-    prediction_count,
-    sample_targets,
-)
+from kfac_ext.curvature.capture import Capture, ForwardHook, uncompiled
+from kfac_ext.curvature.loss import Loss
+from kfac_ext.curvature.losses import OtherLoss, loss_of
 from kfac_ext.curvature.modes import RngState, device_of
+from kfac_ext.curvature.outputs import Pick, Reading
+from kfac_ext.curvature.recent import ModelCall, RecentCalls
 from kfac_ext.curvature.recorder import Recorder
 from kfac_ext.curvature.running import ROUNDING, RunningFactors
+from kfac_ext.curvature.samples import Layout, Layouts
+from kfac_ext.curvature.shortened import inputs_with_and_without_last
 from kfac_ext.curvature.tracing import check_model, trace_layers
+from kfac_ext.curvature.transforms import is_transformed
+from kfac_ext.curvature.updates import FisherUpdates
 from kfac_ext.factors import FactorSet
 from kfac_ext.layers import Layer
-
-_RECENT_SAMPLES = 256
 
 
 class Curvature:
@@ -61,9 +59,21 @@ class Curvature:
         fisher_type: "true" draws labels from the model's prediction (with a generator of its own), one extra partial
             backward an update; "empirical" uses the gradients of the user's own backward of the mean loss.
         kfac_approx: "reduce" averages a and sums g over positions first, "expand" keeps positions apart; a layer
-            called several times in one forward: calls count as positions.
-        loss: "cross_entropy" (output [N, C, ...]) or "mse" (torch's mean over all elements).
+            called several times in one forward: calls count as positions (on batches of different sizes: "expand").
+        loss: "cross_entropy", "bce" (with logits), "mse" (torch's mean over all elements), "poisson_nll",
+            "gaussian_nll", a criterion of torch (its weights and reduction are read), or a list of these for several
+            outputs. "other", or any other function: the empirical Fisher of a mean over samples.
+        output: what of the model's output the loss is of: a key, attribute or index, a function of the output, or a
+            list of keys for as many losses. None: the only floating-point tensor, or what is called "logits".
+        class_dim: dimension of the classes in that. None: 1 of two; of more that of the features of the layer whose
+            output it is, so 1 of a convolution's and the last of a Linear's.
+        batch_dim: dimension that counts samples in inputs and outputs of three dimensions or more (1: sequence-first).
+        layer_batch_dims: regular expression of layer names -> the same for what these layers see, where sizes do not
+            tell it (see `kfac_ext.curvature.samples`); "reduce" needs to know.
+        reduction: "mean" or "sum", of the loss that is backpropagated; None: that of the criterion, else "mean".
         skip_layers: regular expressions of layer names that get no factors.
+        max_factor_size: layers of which A or G has more rows get no factors, which is said once. None: 11,180 in
+            float32, 7,905 in float64, which is 0.5 GB a factor.
         fold_norms: False: z is always the layer's own output, so that A (x) G is the block of its raw weight and
             bias, whatever batch norm follows.
         generator: for the labels; None: a CPU generator seeded with `torch.initial_seed()`.
@@ -71,8 +81,9 @@ class Curvature:
             function (`GradScaler.get_scale`, 1/k for gradient accumulation over k batches).
 
     Raises:
-        TypeError: `model` is no module, `skip_layers` is one string.
+        TypeError: `model` is no module, `skip_layers` is one string; an argument is nothing of the kind.
         ValueError: an argument out of range; the model has no parameters, has uninitialised (lazy) ones or is compiled.
+            In `trace` or the first training forward: it is ambiguous what the loss is of, or where its classes stand.
 
     Example:
         >>> curvature = Curvature(model)
@@ -88,35 +99,48 @@ class Curvature:
         factor_update_steps: int | Callable[[int], int] | None = None,
         fisher_type: str = "true",
         kfac_approx: str = "reduce",
-        loss: str = "cross_entropy",
+        loss: str | Callable[..., Any] | Sequence[Any] = "cross_entropy",
+        output: Pick = None,
+        class_dim: int | None = None,
+        batch_dim: int = 0,
+        layer_batch_dims: Mapping[str, int] | None = None,
+        reduction: str | None = None,
         skip_layers: Iterable[str] = (),
+        max_factor_size: int | None = None,
         fold_norms: bool = True,
         generator: torch.Generator | None = None,
         grad_scale: float | Callable[[], float] = 1.0,
     ) -> None:
         _check_choice("fisher_type", fisher_type, ("true", "empirical"))
         _check_choice("kfac_approx", kfac_approx, ("reduce", "expand"))
-        _check_choice("loss", loss, LOSSES)
         if not callable(factor_decay) and not 0 <= factor_decay < 1:
             raise ValueError(f"Curvature: factor_decay is {factor_decay}, expected 0 <= factor_decay < 1")
         if factor_update_steps is not None and not callable(factor_update_steps) and factor_update_steps < 1:
             raise ValueError(f"Curvature: factor_update_steps is {factor_update_steps}, expected >= 1")
         if isinstance(skip_layers, str):  # would be taken apart into letters
             raise TypeError(f"Curvature: skip_layers is {skip_layers!r}, expected a list of regular expressions")
+        if max_factor_size is not None and max_factor_size < 1:
+            raise ValueError(f"Curvature: max_factor_size is {max_factor_size}, expected >= 1")
         check_model(model)
+        self.reading = Reading(loss_of(loss, reduction), output, class_dim, batch_dim)
+        if isinstance(self.loss, OtherLoss) and fisher_type == "true":
+            raise ValueError(
+                f"Curvature: loss is {getattr(loss, '__name__', loss)!r}, of which no labels can be drawn; "
+                "fisher_type='empirical' takes the gradients of your own backward"
+            )
         self.model = model
         self.factor_decay, self.factor_update_steps = factor_decay, factor_update_steps
-        self.fisher_type, self.kfac_approx, self.loss = fisher_type, kfac_approx, loss
-        self.skip_layers, self.grad_scale = tuple(skip_layers), grad_scale
+        self.fisher_type, self.kfac_approx = fisher_type, kfac_approx
+        self.skip_layers, self.max_factor_size = tuple(skip_layers), max_factor_size
         self.fold_norms = fold_norms
         self.generator = generator or torch.Generator().manual_seed(torch.initial_seed())
         self.step_count = 0
         self._running: RunningFactors | None = None
-        self._recent: deque[tuple[Tensor, ...]] = deque()
-        self._recent_count = 0
+        self._recent = RecentCalls()
+        self._layouts = Layouts(layer_batch_dims)
+        self._updates = FisherUpdates(self.reading, fisher_type, kfac_approx, grad_scale, self.generator, self.place)
         self._pauses = 0
         self._open: ExitStack | None = None
-        self._pending: Capture | None = None
         self.recorder = Recorder()
         self._handle = model.register_forward_pre_hook(ForwardHook(self._before_forward), with_kwargs=True)
 
@@ -135,16 +159,21 @@ class Curvature:
     @factors.setter
     def factors(self, factors: FactorSet) -> None:
         self._traced().replace(factors)
-        self._pending = None
+        self._updates.drop()
         self.recorder.record = None
 
     @property
-    def recent_inputs(self) -> tuple[Any, ...]:
-        """The model's last positional inputs in training, oldest first, 256 samples or more once seen; detached.
+    def loss(self) -> Loss:
+        """What is known of the loss."""
+        return self.reading.loss
 
-        One tensor a batch, or a tuple of tensors for a model of several inputs.
+    @property
+    def recent_calls(self) -> tuple[ModelCall, ...]:
+        """The model's last calls in training, whole and detached, oldest first.
+
+        256 samples, or a batch more, once seen; at most 64 calls and 256 MB, the newest in any case.
         """
-        return tuple(batch[0] if len(batch) == 1 else batch for batch in self._recent)
+        return self._recent.calls()
 
     @property
     def is_updated(self) -> bool:
@@ -163,8 +192,17 @@ class Curvature:
         """
         if self._running is None:
             with self.paused():
-                layers = trace_layers(self.model, args, kwargs, self.skip_layers, fold_norms=self.fold_norms)
+                layers = trace_layers(
+                    self.model,
+                    args,
+                    kwargs,
+                    self.skip_layers,
+                    fold_norms=self.fold_norms,
+                    max_factor_size=self.max_factor_size,
+                    reading=self.reading if self.loss.needs_output else None,
+                )
             self._running = RunningFactors(layers)
+            self._running.warn_of_size(self.model)
 
     def layer(self, name: str) -> Layer:
         """The layer of this name; raises KeyError that lists the names there are, RuntimeError like `layers`."""
@@ -230,7 +268,7 @@ class Curvature:
         """Take every hook off the model; factors stay readable. Calling it twice does nothing."""
         self._handle.remove()
         self._close()
-        self._pending = None
+        self._updates.drop()
         self.recorder.begin()  # forget it, and the wish for one
 
     def __enter__(self) -> Curvature:
@@ -250,29 +288,40 @@ class Curvature:
         return self._running is None or self._updates_next() or self.recorder.is_asked
 
     def settle(self, loss: Tensor) -> None:
-        """Empirical Fisher: take the gradients of a pending update from this mean loss now, not from its backward."""
-        pending, self._pending = self._pending, None
-        if pending is not None and loss.requires_grad:
-            pending.on_gradient = None
-            pending.gradients = pending.gradients_of(loss)
-            self._commit_empirical(pending, grad_scale=1.0)
+        """Take a pending update from the gradient of this mean loss now, not from its backward."""
+        self._updates.settle(loss)
 
     def finish_update(self) -> None:
         """Empirical Fisher: take what the backward of a pending update has shown now, not at the next forward.
 
         Where the loss reaches every layer an update is finished at the end of that backward already.
         """
-        if self._pending is not None:
-            self._commit_empirical(self._pending)
+        self._updates.finish()
+
+    def place(self, capture: Capture, call: ModelCall | None = None) -> None:
+        """Find where the samples stand in what the layers of a forward saw, the newest or that of `call`."""
+        newest = call or self._recent.calls()[-1]
+
+        def probe() -> dict[str, tuple[Tensor, Tensor]]:
+            with self.paused():
+                return inputs_with_and_without_last(self.model, self.layers.values(), newest, self.reading.batch_dim)
+
+        shapes, warns = capture.shapes(), self.kfac_approx == "reduce"
+        capture.layouts = self._layouts.of(shapes, capture.samples, self.layers, probe, warns=warns)
 
     # state
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and containers: counters, layers, factors, generator, recent inputs."""
+        """Plain tensors and containers: counters, layers, factors, generator, recent calls."""
         state: dict[str, Any] = {
             "step_count": self.step_count,
             "generator": self.generator.get_state(),
-            "recent_inputs": [[x.clone() for x in batch] for batch in self._recent],
+            "recent_calls": self._recent.state(),
+            "reading": {
+                "features": self.reading.features,
+                "layouts": {name: tuple(layout) for name, layout in self._layouts.found.items()},
+                "pads": self._updates.pads,
+            },
         }
         if self._running is not None:
             self._running.warn_of_left_out()
@@ -289,10 +338,12 @@ class Curvature:
         self.generator.set_state(state["generator"].cpu())
         self._running = running
         self.step_count = state["step_count"]
-        device = device_of(self.model)
-        self._recent = deque(tuple(x.to(device) for x in batch) for batch in state["recent_inputs"])
-        self._recent_count = sum(len(batch[0]) for batch in self._recent)
-        self._pending = None
+        self._recent = RecentCalls.from_state(state["recent_calls"], device_of(self.model))
+        reading = state["reading"]
+        self.reading.features = reading["features"]
+        self._layouts.found = {name: Layout(*layout) for name, layout in reading["layouts"].items()}
+        self._updates.pads = reading["pads"]
+        self._updates.drop()
         self.recorder.record = None
 
     # inside
@@ -307,21 +358,16 @@ class Curvature:
     def _before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._pauses or not self.model.training or not torch.is_grad_enabled():
             return
+        if is_transformed((*args, *kwargs.values())):
+            return
         if self._running is None:
             self.trace(*args, **kwargs)
-        if args and all(isinstance(x, Tensor) and x.dim() > 0 for x in args):
-            self._remember(args)
-        self.finish_update()
+        self._recent.add(ModelCall.of(args, kwargs, self.reading.batch_dim))
         update, observe = self._updates_next(), self.observes_next
+        self._updates.next_forward(update)
         self.step_count += 1
         if observe:
-            self._observe_forward(update)
-
-    def _remember(self, args: tuple[Tensor, ...]) -> None:
-        self._recent.append(tuple(x.detach() for x in args))
-        self._recent_count += len(args[0])
-        while self._recent_count - len(self._recent[0][0]) >= _RECENT_SAMPLES:
-            self._recent_count -= len(self._recent.popleft()[0])
+            self._observe_forward(update, isinstance(kwargs.get("labels"), Tensor))
 
     def _updates_next(self) -> bool:
         return self.step_count % self._update_steps() == 0
@@ -337,22 +383,26 @@ class Curvature:
         """Whether a layer is a convolution: decides defaults that differ between MLPs and conv nets."""
         return any(layer.is_convolution for layer in self.layers.values())
 
-    def _observe_forward(self, update: bool) -> None:
+    def _observe_forward(self, update: bool, has_labels: bool) -> None:
         """Put up hooks for the forward that begins now; the last one takes them all down again."""
         self._close()
         device = device_of(self.model)
         record = self.recorder.begin()
         capture = Capture(RngState.now(device) if record else None, torch.is_autocast_enabled(device.type))
-        if update and self.fisher_type == "empirical":
-            capture.on_gradient = self._on_gradient
+        if update:
+            self._updates.prepare(capture)
         stack = ExitStack()
         stack.enter_context(call_hooks(self.layers.values(), capture.add))
 
-        @torch.compiler.disable
+        @uncompiled
         def finish(_module: nn.Module, _args: Any, output: Any) -> None:
             self._close()
-            if output is not None:  # a forward that raised comes by here with None
-                self._after_forward(capture, output, update, record)
+            if output is None or not self._read(capture, output):  # a forward that raised comes by here with None
+                return
+            if record:
+                self.recorder.record = capture
+            if update:
+                self._updates.start(self._traced(), capture, output, self._decay, has_labels=has_labels)
 
         stack.enter_context(self.model.register_forward_hook(finish, always_call=True))
         self._open = stack
@@ -362,50 +412,27 @@ class Curvature:
         if stack is not None:
             stack.close()
 
-    def _after_forward(self, capture: Capture, output: Any, update: bool, record: bool) -> None:
-        output = capture.output = checked_output(output, self.loss)
-        if not output.requires_grad:
-            return
+    def _read(self, capture: Capture, output: Any) -> bool:
+        """Take down what the forward returned; False if no gradient can come from it."""
+        if not self.loss.needs_output:
+            capture.count_samples(self.layers, self._recent.calls()[-1].samples)
+        if self.loss.needs_output:
+            capture.tensors = self.reading.picked(output)
+            capture.prediction = self.reading.prediction(capture.tensors)
+            capture.samples = len(capture.prediction)
+            if not capture.prediction.requires_grad:
+                return False
         if not capture.names:
             raise RuntimeError(
                 f"Curvature: the forward called none of {', '.join(self.layers)} through its module; a model that is "
                 "compiled hides its layers: call the plain model wherever `observes_next` says so"
             )
-        if record:
-            self.recorder.record = capture
-        if update and self.fisher_type == "empirical":
-            self._pending = capture
-        elif update:
-            finite = self._traced().is_finite([output], "output")
-            if finite is not False:
-                self._update_true(capture, finite)
+        if self.kfac_approx == "reduce":
+            self.place(capture)
+        return True
 
-    def _update_true(self, capture: Capture, finite: Tensor | bool) -> None:
-        output = capture.output
-        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
-            capture.targets = sample_targets(output, self.loss, self.generator)
-            values = output.detach()
-            seed = output_gradient(values.float() if values.itemsize < 4 else values, capture.targets, self.loss)
-        capture.gradients = capture.gradients_of(output, seed.to(output.dtype))
-        self._commit(capture, 1.0, finite)
-
-    def _on_gradient(self, capture: Capture) -> None:
-        if capture is self._pending and all(g is not None for slots in capture.gradients.values() for g in slots):
-            self._commit_empirical(capture)
-
-    def _commit_empirical(self, capture: Capture, grad_scale: float | None = None) -> None:
-        self._pending = None
-        if grad_scale is None:
-            grad_scale = self.grad_scale() if callable(self.grad_scale) else self.grad_scale
-        gradients = [g for slots in capture.gradients.values() for g in slots if g is not None]
-        finite = bool(gradients) and self._traced().is_finite([capture.output, *gradients], "output or gradient")
-        if finite is not False:
-            self._commit(capture, prediction_count(capture.output, self.loss) / grad_scale, finite)
-
-    def _commit(self, capture: Capture, factor: float, finite: Tensor | bool) -> None:
-        """Blend one forward's A and G (gradients times `factor`) into the factors."""
-        decay = self.factor_decay(self.step_count - 1) if callable(self.factor_decay) else self.factor_decay
-        self._traced().blend_(capture, mode=self.kfac_approx, loss=self.loss, decay=decay, factor=factor, finite=finite)
+    def _decay(self) -> float:
+        return self.factor_decay(self.step_count - 1) if callable(self.factor_decay) else self.factor_decay
 
 
 def _check_choice(argument: str, value: str, choices: Sequence[str]) -> None:

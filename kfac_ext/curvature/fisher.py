@@ -1,4 +1,4 @@
-"""From what one forward (and backward) shows to Kronecker factors: sampled labels, A and G of one layer, projections.
+"""From what one forward (and backward) shows to Kronecker factors: A and G of one layer, projections.
 
 A layer that is called several times in one forward shares its weight over the calls as a convolution does over
 positions, so calls count as more positions (Eschenhagen et al. 2023, arXiv 2311.00636): *expand* averages a a^T over
@@ -11,68 +11,14 @@ from collections.abc import Mapping, Sequence, Set
 from itertools import zip_longest
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_ext.curvature.capture import Capture
-from kfac_ext.curvature.modes import sent
+from kfac_ext.curvature.padding import counted_input_updates, counted_rows
 from kfac_ext.factors import FactorSet
 from kfac_ext.geometry import accumulator_dtype
 from kfac_ext.layers import Layer
 from kfac_ext.ops.covariance_group import CovarianceUpdate, covariance_group_
-
-LOSSES = ("cross_entropy", "mse")
-
-
-def checked_output(output: object, loss: str) -> Tensor:
-    """The model's output as a tensor; raises TypeError or ValueError that says what is wanted."""
-    if not isinstance(output, Tensor):
-        raise TypeError(f"Curvature: the model returns {type(output).__name__}, expected one tensor")
-    if loss == "cross_entropy" and (output.dim() < 2 or output.shape[1] < 2):
-        raise ValueError(f"Curvature: output {tuple(output.shape)}, expected [N, classes >= 2, ...] for cross_entropy")
-    return output
-
-
-def prediction_count(output: Tensor, loss: str) -> int:
-    """N, what a mean loss divides by: for cross entropy N times the positions of [N, C, ...]; for mse the samples."""
-    return output.numel() // output.shape[1] if loss == "cross_entropy" else output.shape[0]
-
-
-def sample_targets(output: Tensor, loss: str, generator: torch.Generator) -> Tensor:
-    """Labels [N, ...] (cross entropy) or values like `output` (mse) drawn from the model's own prediction.
-
-    mse is read as torch's mean over all elements: l_n = 1/C |f - y|^2 is the negative log-likelihood of
-    N(f, C/2 I), so that E[g g^T] at the output is its Hessian 2/C I.
-    """
-    values = output.detach().to(torch.float64 if output.dtype == torch.float64 else torch.float32)
-    if loss == "mse":
-        scale = (values[0].numel() / 2) ** 0.5
-        noise = torch.randn(values.shape, generator=generator, device=generator.device, dtype=values.dtype)
-        return values + scale * sent(noise, values.device)
-    cumulative = values.softmax(dim=1).movedim(1, -1).cumsum(dim=-1)
-    shape = (*cumulative.shape[:-1], 1)
-    draw = torch.rand(shape, generator=generator, device=generator.device, dtype=values.dtype)
-    return (cumulative < sent(draw, values.device)).sum(dim=-1).clamp_max(output.shape[1] - 1)
-
-
-def output_gradient(output: Tensor, targets: Tensor, loss: str) -> Tensor:
-    """d(loss summed over samples)/d(output): softmax - onehot, or 2/C (f - y)."""
-    if loss == "mse":
-        return (output - targets.to(output.dtype)) * (2.0 / output[0].numel())
-    onehot = F.one_hot(targets, output.shape[1]).movedim(-1, 1)
-    return output.softmax(dim=1) - onehot.to(output.dtype)
-
-
-def output_variance(output: Tensor, change: Tensor, loss: str) -> Tensor:
-    """mean over samples of t^T H t, t = `change` of the output and H the Hessian of one sample's loss there.
-
-    Cross entropy: mean[sum_c p t^2 - (sum_c p t)^2], p the softmax of `output`; mse: mean 2/C |t|^2.
-    """
-    if loss == "mse":
-        return change.square().sum() * (2.0 / output.numel())
-    p = output.softmax(dim=1)
-    mean = (p * change).sum(dim=1, keepdim=True)
-    return (p * (change - mean).square()).sum(dim=1).mean()
 
 
 def empty_factors(layers: Mapping[str, Layer]) -> FactorSet:
@@ -95,23 +41,33 @@ def update_factors_(
     started: Set[str],
     count: int,
     gradient_scale: float,
+    positions: Tensor | None = None,
 ) -> set[str]:
     """factors <- decay factors + (1 - decay) (A, gradient_scale G) of one forward; layers not in `started`: decay 0.
 
-    One call of `FactorSet.accumulate_` for all layers. Returns the layers seen. Raises RuntimeError if a layer's shape
-    is not its factor's; nothing is changed then.
+    One call of `FactorSet.accumulate_` for all layers. `positions` [N, P] are those of predictions that count, where
+    some do not. Returns the layers seen. Raises RuntimeError if a layer's shape is not its factor's; nothing is changed
+    then.
     """
     seen = {}
-    for name, slots in capture.gradients.items():
-        used = [(x.detach(), g) for x, g in zip(capture.inputs(name), slots) if g is not None]
+    for name in capture.gradients:
+        used = capture.calls(name)
         if used:
             seen[name] = used
             _check_sizes(factors, layers[name])
     calls: list[list[CovarianceUpdate]] = []
-    for name, used in seen.items():
+    for name, used in list(seen.items()):
         past, layer = decay if name in started else 0.0, layers[name]
         inputs, grads = [x for x, _ in used], [g for _, g in used]
-        calls.append(input_updates(layer, inputs, mode, decay=past, scale=1 - past))
+        kept = [None if positions is None else counted_rows(layer, x, g, positions) for x, g in used]
+        if all(rows is None for rows in kept):
+            of_inputs = input_updates(layer, inputs, mode, decay=past, scale=1 - past)
+        else:
+            of_inputs = counted_input_updates(layer, inputs, kept, mode, decay=past, scale=1 - past)
+        if not of_inputs:
+            del seen[name]
+            continue
+        calls.append(of_inputs)
         calls.append(gradient_updates(layer, grads, mode, count, decay=past, scale=(1 - past) * gradient_scale))
     # first the first calls of all layers: what goes into the same factor again needs a launch of its own
     factors.accumulate_(update for nth in zip_longest(*calls) for update in nth if update is not None)
@@ -140,7 +96,7 @@ def input_updates(
     layer: Layer, inputs: Sequence[Tensor], mode: str, *, decay: float, scale: float
 ) -> list[CovarianceUpdate]:
     """`layer.A` <- decay A + scale (A over all calls of the layer in one forward)."""
-    bias = layer.constant
+    bias, mode = layer.constant, _mode(mode, inputs)
     if len(inputs) > 1 and mode == "reduce":
         pixels = _mean_rows(layer, inputs)[:, :, None, None]  # one position: a block a group, as of a 1x1 convolution
         update = CovarianceUpdate.conv2d(
@@ -158,8 +114,8 @@ def gradient_updates(
     layer: Layer, grads: Sequence[Tensor], mode: str, count: int, *, decay: float, scale: float
 ) -> list[CovarianceUpdate]:
     """`layer.G` <- decay G + scale (1/count sum of g g^T over all calls); g = d(summed loss)/dz."""
+    mode = _mode(mode, grads)
     if len(grads) > 1 and mode == "reduce":
-        _same_batch(layer, grads)
         grads = [torch.stack([layer.gradient_rows(g).sum(dim=1) for g in grads]).sum(dim=0)]
     return [
         layer.gradient_update(g, mode, decay=decay if i == 0 else 1.0, scale=scale / count) for i, g in enumerate(grads)
@@ -170,11 +126,10 @@ def projected_inputs(layer: Layer, inputs: Sequence[Tensor], unit: Tensor, mode:
     """u.a of every row that A averages over: [rows, groups], so that its mean square is u^T A u of this batch."""
     filters, d = unit.view(layer.groups, -1), layer.patch_size
     constant = filters[:, d] if layer.constant else 0.0
-    if mode == "expand":
+    if _mode(mode, inputs) == "expand":
         return torch.cat([(layer.projected(x, filters[:, :d]) + constant).flatten(0, 1) for x in inputs])
     counts = [layer.position_count(x) for x in inputs]
     sums = [layer.projected_sum(x, filters[:, :d]) + count * constant for x, count in zip(inputs, counts)]
-    _same_batch(layer, sums)
     return torch.stack(sums).sum(dim=0) / sum(counts)
 
 
@@ -182,23 +137,17 @@ def projected_gradients(layer: Layer, grads: Sequence[Tensor], unit: Tensor, mod
     """s.g of every row that G sums over: [rows, groups], so that its sum of squares / N is s^T G s of this batch."""
     filters = unit.view(layer.groups, -1)
     values = [(layer.gradient_rows(g).unflatten(-1, filters.shape) * filters).sum(dim=-1) for g in grads]
-    if mode == "expand":
+    if _mode(mode, grads) == "expand":
         return torch.cat([v.flatten(0, 1) for v in values])
-    _same_batch(layer, values)
     return torch.cat(values, dim=1).sum(dim=1)
 
 
 def _mean_rows(layer: Layer, inputs: Sequence[Tensor]) -> Tensor:
     """a averaged over positions and calls: [N, groups d]."""
-    _same_batch(layer, inputs)
     counts = [layer.position_count(x) for x in inputs]
     return torch.stack([layer.mean_rows(x) * (n / sum(counts)) for x, n in zip(inputs, counts)]).sum(dim=0)
 
 
-def _same_batch(layer: Layer, tensors: Sequence[Tensor]) -> None:
-    sizes = {len(t) for t in tensors}
-    if len(sizes) > 1:
-        raise ValueError(
-            f"Curvature: layer {layer.name!r} is called on batches of {sorted(sizes)} samples in one forward; "
-            "kfac_approx='reduce' needs equal ones (skip the layer, or use 'expand')"
-        )
+def _mode(mode: str, tensors: Sequence[Tensor]) -> str:
+    """The mode, but "expand" where calls of one forward are on different batches: positions, say, without samples."""
+    return mode if len({len(t) for t in tensors}) == 1 else "expand"

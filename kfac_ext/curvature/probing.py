@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from kfac_ext.curvature.calls import call_hooks
 from kfac_ext.curvature.capture import Capture
 from kfac_ext.curvature.curvature import Curvature
-from kfac_ext.curvature.fisher import checked_output, input_covariance
+from kfac_ext.curvature.fisher import input_covariance
 from kfac_ext.curvature.modes import RngState, batch_statistics, device_of, module_modes, undisturbed
+from kfac_ext.curvature.recent import ModelCall
 from kfac_ext.layers import Layer
 
 
@@ -28,35 +30,58 @@ def observe(curvature: Curvature, *args: Any, **kwargs: Any) -> Capture:
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(call_hooks(curvature.layers.values(), capture.add))
-        capture.output = checked_output(curvature.model(*args, **kwargs), curvature.loss)
+        output = curvature.model(*args, **kwargs)
+    call = ModelCall.of(args, kwargs, curvature.reading.batch_dim)
+    capture.count_samples(curvature.layers, call.samples)
+    if curvature.loss.needs_output:
+        capture.tensors = curvature.reading.picked(output)
+        capture.prediction = curvature.reading.prediction(capture.tensors)
+        capture.samples = len(capture.prediction)
+    curvature.place(capture, call)
     return capture
 
 
 def reached_layers(curvature: Curvature, *args: Any, **kwargs: Any) -> frozenset[str]:
     """The layers whose z a gradient of the output reaches, as parameters are frozen now; others get no factors.
 
+    In evaluation mode, or, where the model returns something else then, in training mode without dropout.
+
     Args:
         curvature: of the model.
-        args, kwargs: inputs of the model for one forward in evaluation mode.
+        args, kwargs: inputs of the model for one forward.
+
+    Raises:
+        TypeError, ValueError: the output can be read in neither mode; says what is wrong in both.
     """
     curvature.trace(*args, **kwargs)
-    with module_modes(dict.fromkeys(curvature.model.modules(), False)):
-        capture = observe(curvature, *args, **kwargs)
-    if not capture.output.requires_grad:
+    if not curvature.loss.needs_output:  # any of its outputs may be in the loss
+        return frozenset(curvature.layers)
+    try:
+        with module_modes(dict.fromkeys(curvature.model.modules(), False)):
+            capture = observe(curvature, *args, **kwargs)
+    except (TypeError, ValueError) as error:
+        with module_modes(_still_modes(curvature.model)):
+            try:
+                capture = observe(curvature, *args, **kwargs)
+            except (TypeError, ValueError) as other:
+                raise type(other)(f"{other}; that is in training mode, in evaluation mode: {error}") from error
+    if not capture.prediction.requires_grad:
         return frozenset()
-    gradients = capture.gradients_of(capture.output, torch.ones_like(capture.output))
+    gradients = capture.gradients_of(capture.prediction, torch.ones_like(capture.prediction))
     return frozenset(name for name, calls in gradients.items() if any(g is not None for g in calls))
 
 
-def fresh_covariances(
+def fresh_look(
     curvature: Curvature,
     names: Iterable[str],
-    inputs: Tensor | Sequence[Any],
+    calls: Sequence[ModelCall],
     mode: str = "expand",
     *,
     bias: bool | None = True,
-) -> dict[str, Tensor]:
-    """A of the layers named from one forward on `inputs`, apart from the running factors.
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """A of the layers named, apart from the running factors (the mean over all rows), and what the model predicts.
+
+    One forward a call gives both.
 
     Batch norms use batch statistics (those frozen in a training model stay frozen), dropout is off, random streams and
     running statistics are untouched.
@@ -64,50 +89,107 @@ def fresh_covariances(
     Args:
         curvature: of the model.
         names: layers.
-        inputs: a batch, or batches as `Curvature.recent_inputs` gives them (joined to one).
+        calls: as `Curvature.recent_calls` gives them; each is made as it was.
         mode: "expand" or "reduce".
         bias: append the 1, so that the last row and column hold the mean patch; None: as in the running factors.
 
     Raises:
         KeyError: naming what is no layer.
-        RuntimeError: naming a layer that the forward does not call.
+        RuntimeError: naming a layer that no forward calls.
+        ValueError: there are no calls.
     """
     layers = [curvature.layer(name) for name in names]
     found: dict[str, list[tuple[int, Tensor]]] = {}
 
     def report(layer: Layer, x: Tensor, _z: Tensor) -> None:
         append = layer.constant if bias is None else bias
-        found.setdefault(layer.name, []).append((len(x), input_covariance(layer, x, mode, bias=append)))
+        rows = len(x) * (layer.position_count(x) if mode == "expand" else 1)
+        found.setdefault(layer.name, []).append((rows, input_covariance(layer, x, mode, bias=append)))
 
-    with call_hooks(layers, report):
-        fresh_output(curvature, inputs)
+    _refuse_none(calls)
+    with torch.no_grad(), replaying(curvature), call_hooks(layers, report):
+        predictions = _predictions(curvature, calls)
+    missing = [layer for layer in layers if layer.name not in found]
+    if missing:  # in evaluation mode
+        with torch.no_grad(), replaying(curvature, training=True), call_hooks(missing, report):
+            for call in calls:
+                call.run(curvature.model)
     for layer in layers:
         if layer.name not in found:
-            raise RuntimeError(f"fresh_covariances: the forward did not call layer {layer.name!r}")
-    return {layer.name: _weighted_mean(found[layer.name]) for layer in layers}
+            raise RuntimeError(f"fresh_look: the forward did not call layer {layer.name!r}")
+    return {layer.name: _weighted_mean(found[layer.name]) for layer in layers}, predictions
 
 
 @torch.no_grad()
-def fresh_output(curvature: Curvature, inputs: Tensor | Sequence[Any]) -> Tensor:
-    """The model's output [N, ...] on `inputs` without gradients, in the modes of `fresh_covariances`.
+def fresh_predictions(curvature: Curvature, calls: Sequence[ModelCall]) -> list[Tensor]:
+    """The model's prediction for each call, as the loss reads it, in the modes of `fresh_look`.
+
+    Models that return something else in evaluation mode are in training mode, without dropout.
 
     Args:
         curvature: of the model.
-        inputs: a batch, or batches as `Curvature.recent_inputs` gives them (joined to one).
+        calls: as `Curvature.recent_calls` gives them; each is made as it was.
+
+    Raises:
+        ValueError: there are no calls.
+    """
+    _refuse_none(calls)
+    with replaying(curvature):
+        return _predictions(curvature, calls)
+
+
+def _predictions(curvature: Curvature, calls: Sequence[ModelCall]) -> list[Tensor]:
+    """Of each call, made again; none where the loss knows nothing of the output."""
+    outputs = (call.run(curvature.model) for call in calls)
+    if curvature.loss.needs_output:
+        return [curvature.reading.read(output) for output in outputs]
+    for _ in outputs:
+        pass
+    return []
+
+
+@contextmanager
+def replaying(curvature: Curvature, *, training: bool = False) -> Iterator[None]:
+    """Forwards inside disturb nothing: evaluation mode, batch norms on batch statistics, factors stay.
+
+    Args:
+        curvature: of the model.
+        training: training mode but for dropout, as for models that return something else in evaluation mode.
     """
     model = curvature.model
-    with curvature.paused(), batch_statistics(model), undisturbed(model):
-        return checked_output(model(*joined_inputs(inputs)), curvature.loss)
+    training = training or _reads_only_training(curvature)
+    modes = module_modes(_still_modes(model)) if training else batch_statistics(model)
+    with curvature.paused(), modes, undisturbed(model):
+        yield
 
 
-def joined_inputs(inputs: Tensor | Sequence[Any]) -> tuple[Tensor, ...]:
-    """The positional inputs of one forward on all batches together."""
-    if isinstance(inputs, Tensor):
-        return (inputs,)
-    batches = [batch if isinstance(batch, (tuple, list)) else (batch,) for batch in inputs]
-    if not batches:
-        raise ValueError("Curvature: inputs is empty, expected a batch or a sequence of batches")
-    return tuple(torch.cat(parts) for parts in zip(*batches))
+def _reads_only_training(curvature: Curvature) -> bool:
+    """Whether the loss cannot read what the model returns in evaluation mode; tried once, on the newest call."""
+    reading = curvature.reading
+    if reading.only_in_training is None and curvature.loss.needs_output and curvature.recent_calls:
+        model = curvature.model
+        with curvature.paused(), batch_statistics(model), undisturbed(model), torch.no_grad():
+            output = curvature.recent_calls[-1].run(model)
+        try:
+            reading.read(output)
+        except (TypeError, ValueError):
+            reading.only_in_training = True
+        else:
+            reading.only_in_training = False
+    return bool(reading.only_in_training)
+
+
+def _still_modes(model: nn.Module) -> dict[nn.Module, bool]:
+    """Training mode without dropout; what is frozen in a training model stays so."""
+    return {
+        module: (module.training or not model.training) and not isinstance(module, _DropoutNd)
+        for module in model.modules()
+    }
+
+
+def _refuse_none(calls: Sequence[ModelCall]) -> None:
+    if not calls:
+        raise ValueError("Curvature: no calls to make again, the model has made no training forward yet")
 
 
 def _weighted_mean(values: list[tuple[int, Tensor]]) -> Tensor:

@@ -31,4 +31,6 @@ class Recorder:
     def take(self, output: Tensor) -> Capture | None:
         """The record of the forward that gave this very tensor; None if there is none, or if it ran in autocast."""
         record, self.record = self.record, None
-        return record if record is not None and record.output is output and not record.autocast else None
+        if record is None or record.autocast or all(tensor is not output for tensor in record.tensors):
+            return None
+        return record

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kfac_ext.curvature.capture import Capture
-from kfac_ext.curvature.fisher import empty_factors, prediction_count, update_factors_
+from kfac_ext.curvature.fisher import empty_factors, update_factors_
+from kfac_ext.curvature.loss import Loss
 from kfac_ext.curvature.modes import reading_is_free
 from kfac_ext.factors import FactorSet
 from kfac_ext.layers import Layer, layer_from_state
 
 ROUNDING = 1e-10  # of the largest radius: less is rounding, as of the keys of a softmax, whose sum has no gradient
+_DWARFED, _SMALL = 50, 64_000_000  # times the bytes of the model; bytes
 _FIRST_POWER_STEPS, _POWER_STEPS, _REMOVAL_POWER_STEPS = 20, 3, 10
 
 
@@ -46,7 +49,8 @@ class RunningFactors:
         A bool (False with a warning) where the host may look, and before the first update, which is worth one wait;
         a 0-d tensor otherwise.
         """
-        finite = torch.stack([t.isfinite().all() for t in tensors]).all()
+        with torch.no_grad():
+            finite = torch.stack([t.isfinite().all() for t in tensors]).all()
         if self.started and not reading_is_free(finite.device):
             return finite
         if not bool(finite):
@@ -54,22 +58,25 @@ class RunningFactors:
         return bool(finite)
 
     def blend_(
-        self, capture: Capture, *, mode: str, loss: str, decay: float, factor: float, finite: Tensor | bool
+        self, capture: Capture, *, mode: str, loss: Loss, decay: float, factor: float, finite: Tensor | bool
     ) -> None:
         """factors <- decay factors + (1 - decay) those of one forward, then follow their eigenvectors.
 
         Args:
             capture: the forward, with its gradients.
             mode: "expand" or "reduce".
-            loss: of the output, which decides how many predictions a sample makes.
+            loss: which decides how many terms the mean loss has.
             decay: weight of the past; a layer that is new takes its factors whole.
             factor: for the gradients.
             finite: from `is_finite`; where it is False the factors stay.
         """
         kept = self.factors.buffer.clone() if isinstance(finite, Tensor) else None
-        count = prediction_count(capture.output, loss)
-        with torch.no_grad(), torch.autocast(capture.output.device.type, enabled=False):
-            seen = update_factors_(self.factors, self.layers, capture, mode, decay, self.started, count, factor**2)
+        count = capture.terms(loss)
+        positions = None if capture.counted is None else loss.positions(capture.counted)
+        with torch.no_grad(), torch.autocast(self.factors.buffer.device.type, enabled=False):
+            seen = update_factors_(
+                self.factors, self.layers, capture, mode, decay, self.started, count, factor**2, positions
+            )
         if not seen:
             return
         if kept is not None and isinstance(finite, Tensor):
@@ -122,7 +129,25 @@ class RunningFactors:
         running.was_cut = state["was_cut"]
         return running
 
+    def warn_of_size(self, model: nn.Module) -> None:
+        """Warn, naming the largest, where the factors dwarf the model."""
+        own = sum(p.nbytes for p in model.parameters())
+        factors = self.factors.buffer.nbytes
+        if factors <= max(_DWARFED * own, _SMALL):
+            return
+        sizes = {n: sum(self.factors[key].nbytes for key in layer.factor_sizes()) for n, layer in self.layers.items()}
+        name = max(sizes, key=lambda n: sizes[n])
+        warnings.warn(
+            f"Curvature: the factors take {factors / 1e6:,.0f} MB, {factors / own:.0f} times the model, most of it "
+            f"those of {name!r}; skip_layers=[{f'^{re.escape(name)}$'!r}] or a max_factor_size leaves them out",
+            stacklevel=3,
+        )
+
     def _warn_unreached(self, seen: set[str]) -> None:
         missing = [name for name in self.layers if name not in seen]
         if missing:
-            warnings.warn(f"Curvature: no gradient reaches {', '.join(map(repr, missing))}; no factors", stacklevel=2)
+            warnings.warn(
+                f"Curvature: no gradient reaches {', '.join(map(repr, missing))}; no factors (parts under "
+                "torch.utils.checkpoint need use_reentrant=False)",
+                stacklevel=2,
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections import Counter
@@ -16,9 +17,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from kfac_ext.curvature.modes import module_modes, undisturbed
+from kfac_ext.curvature.outputs import Reading
 from kfac_ext.layers import BatchNorm, Layer, can_be_folded, kind_of, layer_of
 from kfac_ext.layers.composite import opened
-from kfac_ext.layers.operators import OperatorCall, operator_call
+from kfac_ext.layers.operators import OperatorCall, operator_call, transposed
 
 
 def check_model(model: nn.Module) -> None:
@@ -45,15 +47,17 @@ def trace_layers(
     skip_layers: Iterable[str] = (),
     *,
     fold_norms: bool = True,
+    max_factor_size: int | None = None,
+    reading: Reading | None = None,
 ) -> dict[str, Layer]:
     """The layers that one forward calls, in that order, with the batch norms behind them.
 
     A layer is a module of a registered kind (`kfac_ext.layers`) or, in a module of any other type, a parameter that
-    `F.linear`, `torch.matmul`, `torch.addmm` or a convolution takes itself as its weight. A batch norm belongs to a
-    layer if, in every call of the layer, its input is the very tensor that the layer gave and no other torch call takes
-    that tensor (an in-place ReLU in between counts as one). The forward runs without gradients and leaves random
-    streams and buffers untouched; batch norms are in eval mode (one sample is enough), all other modules in the mode
-    they are in. Weights that get no factors are named in a warning, each with the reason.
+    `F.linear`, `torch.matmul`, `torch.addmm` or a convolution takes itself, or turned, as its weight. A batch norm
+    belongs to a layer if, in every call of the layer, its input is the very tensor that the layer gave and no other
+    torch call takes that tensor (an in-place ReLU in between counts as one). The forward runs without gradients and
+    leaves random streams and buffers untouched; batch norms are in eval mode (one sample is enough), all others in
+    the mode they are in. Weights that get no factors are named in a warning, each with the reason.
 
     Args:
         model: any module.
@@ -61,12 +65,17 @@ def trace_layers(
         kwargs: keyword inputs of the model.
         skip_layers: regular expressions; a layer whose name one of them matches (`re.search`) is left out.
         fold_norms: False: no layer gets a batch norm.
+        max_factor_size: layers with a factor of more rows are left out; None: of more than 0.5 GB in the layer's dtype.
+        reading: learns where the features of the output stand.
 
     Raises:
-        ValueError: no layer is left.
+        ValueError: no layer is left; the output cannot be read.
+        TypeError: the output cannot be read.
     """
     patterns = [re.compile(pattern) for pattern in skip_layers]
     seen = _observe(model, args, kwargs or {})
+    if reading is not None:
+        _learn(reading, seen)
     found: dict[str, Layer] = {}
     unused: list[str] = []
     reasons: dict[str, str] = {}
@@ -75,6 +84,8 @@ def trace_layers(
         name = layer.name if isinstance(layer, Layer) else seen.name(place)
         if any(pattern.search(name) for pattern in patterns):
             continue
+        if isinstance(layer, Layer) and (too_large := _too_large(layer, max_factor_size)):
+            layer = too_large
         if isinstance(layer, Layer):
             found[name] = layer
             if fold_norms:
@@ -98,6 +109,48 @@ def trace_layers(
 
 
 _NEVER_CALLED = "the forward never calls it"
+_LARGEST = 500_000_000  # bytes of a factor
+
+
+def _too_large(layer: Layer, largest: int | None) -> str:
+    """Why a layer's factors are left out for their size; empty if they are not."""
+    bytes_each = 8 if layer.weight.dtype == torch.float64 else 4
+    limit = math.isqrt(_LARGEST // bytes_each) if largest is None else largest
+    key, size = max(layer.factor_sizes().items(), key=lambda item: _rows(item[1]))
+    rows = _rows(size)
+    if rows <= limit:
+        return ""
+    factor, amount = key[len(layer.name) + 1 :], rows * rows * bytes_each / 1e9
+    return f"its {factor} [{rows}, {rows}] of {amount:.2g} GB is above max_factor_size={limit}"
+
+
+def _rows(size: int | tuple[int, int]) -> int:
+    return size[1] if isinstance(size, tuple) else size
+
+
+def _learn(reading: Reading, seen: _Observer) -> None:
+    """Tell where the features stand in the output, from the layer that made it; refuse an output that is ambiguous."""
+    try:
+        tensors = reading.picked(seen.output)
+    except (TypeError, ValueError):
+        if seen.in_training:
+            raise
+        return  # in evaluation mode models may return something else
+    events = [(e.output, _kind(e).channel_dim) for _, e in seen.events]
+    own = [dim for output, dim in events if output is tensors[0]]
+    if own:
+        reading.features = (own[-1], tensors[0].shape[own[-1]])
+    elif events:
+        output, dim = events[-1]
+        reading.features = (None, output.shape[dim])
+    if seen.in_training:
+        reading.prediction(tensors)
+
+
+def _kind(event: _Event) -> type[Layer]:
+    kind = kind_of(event.host) if event.call is None else event.call.kind
+    assert kind is not None
+    return kind
 
 
 class _Weight(NamedTuple):
@@ -129,7 +182,9 @@ class _Observer(TorchFunctionMode):
         self.running: list[nn.Module] = []
         self.called: set[nn.Module] = set()
         self.norm_inputs: dict[int, nn.Module] = {}
-        self._events: list[tuple[int | None, _Event]] = []
+        self.output: Any = None
+        self.in_training = model.training
+        self.events: list[tuple[int | None, _Event]] = []
         self._others: dict[tuple[nn.Module, int], str] = {}
         self._uses: Counter[int] = Counter()
         self._alive: list[Any] = []  # no id is used again
@@ -151,12 +206,16 @@ class _Observer(TorchFunctionMode):
                 continue
             self._uses[id(leaf)] += 1
             self._alive.append(leaf)
-            if id(leaf) not in self.owners or not self.running or result is leaf:  # `weight.to` may be no use of it
+            whole = transposed(leaf)
+            weight = leaf if whole is None else whole
+            if id(weight) not in self.owners or not self.running or result is leaf:  # `weight.to` may be no use of it
                 continue
-            if call is not None and call.weight is leaf and call.x is not leaf:
-                self._events.append((id(leaf), _Event(self.running[-1], call, result)))
+            if isinstance(result, Tensor) and transposed(result) is weight:  # what takes that is the use
+                continue
+            if call is not None and call.weight is weight and call.x is not leaf:
+                self.events.append((id(weight), _Event(self.running[-1], call, result)))
             else:
-                self._others.setdefault((self.running[-1], id(leaf)), getattr(func, "__name__", str(func)))
+                self._others.setdefault((self.running[-1], id(weight)), getattr(func, "__name__", str(func)))
         return result
 
     def enter(self, module: nn.Module, _args: Any) -> None:
@@ -168,12 +227,12 @@ class _Observer(TorchFunctionMode):
         """A forward hook of every module, called in any case."""
         self.running.pop()
         if kind_of(module) is not None and isinstance(output, Tensor):
-            self._events.append((None, _Event(module, None, output)))
+            self.events.append((None, _Event(module, None, output)))
 
     def by_weight(self) -> dict[_Weight, list[_Event]]:
         """The uses of every weight, those with uses first and in the order of the first one."""
         found: dict[_Weight, list[_Event]] = {}
-        for weight, event in self._events:
+        for weight, event in self.events:
             kind = kind_of(event.host)
             if weight is None:
                 assert kind is not None
@@ -267,5 +326,5 @@ def _observe(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         stack.enter_context(module_modes(dict.fromkeys(norms, False)))
         stack.enter_context(torch.no_grad())
         stack.enter_context(seen)
-        model(*args, **kwargs)
+        seen.output = model(*args, **kwargs)
     return seen

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac_ext.geometry import accumulator_dtype
+from kfac_ext.geometry import accumulator_dtype, conv_geometry
 from kfac_ext.layers.layer import Layer, register
 from kfac_ext.ops.covariance_group import CovarianceUpdate
 
@@ -120,6 +120,13 @@ class Convolution(Layer):
         for taps in self._taps(x, rows, padding):  # each turns the first dimension left into the kernel's last
             rows = torch.tensordot(rows, taps, dims=([2], [1]))
         return rows.flatten(1) / self.position_count(x)
+
+    def input_rows(self, x: Tensor) -> Tensor:
+        """[N, positions, groups d], every patch in memory."""
+        image, place = self._image(x)
+        found = conv_geometry(image.shape, groups=1, **place)
+        patches = F.unfold(F.pad(image, found.padding), found.kernel_size, found.dilation, stride=found.stride)
+        return patches.mT.reshape(len(x), -1, patches.shape[1])  # the depths of a volume are images, in its order
 
     def gradient_rows(self, g: Tensor) -> Tensor:
         """[N, positions, O]."""

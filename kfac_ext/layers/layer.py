@@ -219,6 +219,10 @@ class Layer(ABC):
         """a averaged over positions: [N, groups d]."""
 
     @abstractmethod
+    def input_rows(self, x: Tensor) -> Tensor:
+        """a at every position: [N, positions, groups d]."""
+
+    @abstractmethod
     def gradient_rows(self, g: Tensor) -> Tensor:
         """g as [N, positions, O]."""
 

@@ -34,6 +34,10 @@ class Linear(Layer):
         """[N, d]."""
         return x.flatten(1, -2).mean(dim=1) if x.dim() > 2 else x
 
+    def input_rows(self, x: Tensor) -> Tensor:
+        """[N, positions, d]."""
+        return x.reshape(len(x), -1, x.shape[-1])
+
     def gradient_rows(self, g: Tensor) -> Tensor:
         """[N, positions, O]."""
         g = g if g.dim() > 1 else g[None]

@@ -111,4 +111,19 @@ def operator_call(
         place = Geometry.of(weight.dim() - 2, named)
         geometry = {**place._asdict(), "groups": int(named.get("groups", 1))}
         return OperatorCall(operator.kind, x, weight, bias, geometry)
-    return OperatorCall(operator.kind, x, weight, bias, None) if weight.dim() == 2 else None
+    if weight.dim() != 2:
+        return None
+    whole = transposed(weight)
+    if whole is None:
+        return OperatorCall(operator.kind, x, weight, bias, None)
+    kind = Linear if operator.kind is InputMajorLinear else InputMajorLinear
+    return OperatorCall(kind, x, whole, bias, None)
+
+
+def transposed(view: Tensor) -> Tensor | None:
+    """The matrix whose transpose this is, as in `x @ weight.T`; None if it is a tensor of its own or another view."""
+    base = view._base
+    if base is None or base.dim() != 2 or view.dim() != 2:
+        return None
+    turned = view.shape == base.shape[::-1] and view.stride() == base.stride()[::-1]
+    return base if turned and view.storage_offset() == base.storage_offset() else None

@@ -8,6 +8,7 @@ from kfac_ext.reference.covariance import (
     linear_covariance,
     linear_covariance_,
 )
+from kfac_ext.reference.greedy import greedy_remove_, greedy_selection
 from kfac_ext.reference.inverse import damped_inverse, damped_inverse_ex
 from kfac_ext.reference.power import covariance_power_iteration, power_iteration
 from kfac_ext.reference.saliency import compensate, obd_saliency, obs_saliency
@@ -23,6 +24,8 @@ __all__ = [
     "damped_inverse_ex",
     "gradient_covariance",
     "gradient_covariance_",
+    "greedy_remove_",
+    "greedy_selection",
     "linear_covariance",
     "linear_covariance_",
     "obd_saliency",

@@ -13,12 +13,13 @@ from bench.gpu import run as runs
 from bench.gpu.networks import work_sets
 from bench.gpu.table import GOALS, results_table
 from kfac_ext import _C
+from tests.found_couplings import couplings_are_kept
 
 
 def test_a_dry_run_writes_all_of_the_document(tmp_path, monkeypatch):
     path = tmp_path / "gpu.json"
     monkeypatch.setattr("sys.argv", ["gpu", "--dry", "--out", str(path)])
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as end, couplings_are_kept():
         script.main()
     assert end.value.code == 0
     document = json.loads(path.read_text())

@@ -99,7 +99,8 @@ def test_the_learning_rate_of_the_classic_pipeline():
 
 def test_a_fresh_network_has_the_widths_of_the_pruned_one(flatprune, tmp_path, npz):
     out = tmp_path / "run"
-    options = ("--model", "resnet20", "--epochs", 1, "--batch-size", 32, "--target-params", 0.6, "--flatness", "off")
+    network = ("--model", "resnet20", "--widths", "8,8,8")
+    options = (*network, "--epochs", 1, "--batch-size", 32, "--target-params", 0.6, "--flatness", "off")
     assert flatprune("run", "--data", npz(), "--out", out, *options, "--measure-latency", "--corruptions").code == 0
     from flatprune import load
     from flatprune.models import layer_widths

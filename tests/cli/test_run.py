@@ -141,11 +141,13 @@ def test_overwrite_replaces_the_run_and_nothing_else(flatprune, npz, tmp_path):
     assert not (out / "dense" / "summary.json").exists()
 
 
-@pytest.mark.parametrize("model", ["convnet", "lenet5", "resnet20"])
-def test_convolutional_networks(flatprune, npz, tmp_path, model):
+@pytest.mark.parametrize(
+    ("model", "widths"), [("convnet", "8,8,12,12,16,16"), ("lenet5", "6,16,40,24"), ("resnet20", "8,8,8")]
+)
+def test_convolutional_networks(flatprune, npz, tmp_path, model, widths):
     out = tmp_path / "out"
     options = ("--epochs", 2, "--batch-size", 32, "--target-params", 0.5, "--label-noise", 0.1, "--augment", "on")
-    outcome = flatprune("run", "--data", npz(), "--model", model, "--out", out, *options)
+    outcome = flatprune("run", "--data", npz(), "--model", model, "--widths", widths, "--out", out, *options)
     assert (outcome.code, outcome.err) == (0, "")
     summary = summary_of(out)
     assert summary["params_after"] <= 0.5 * summary["params_before"]

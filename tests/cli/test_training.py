@@ -27,6 +27,7 @@ from flatprune.training.trainer import Observer, Trainer
 from kfac_ext import Curvature
 
 CPU = torch.device("cpu")
+CONVNET = {"model": "convnet", "widths": (4, 4, 6, 6, 8, 8)}
 
 
 @pytest.fixture
@@ -307,7 +308,7 @@ def as_on_a_gpu(monkeypatch):
     "options",
     [
         {},
-        {"augment": True, "model": "convnet", "amp": "bf16", "channels_last": True},
+        {"augment": True, **CONVNET, "amp": "bf16", "channels_last": True},
         {"optimizer": "adamw", "ema": 0.9, "mixup": 0.4, "label_smoothing": 0.1},
         {"amp": "fp16", "accumulate": 2, "flatness": "sam", "disout": 0.1},
         {"flatness": "msam", "optimizer": "adam"},

@@ -319,6 +319,16 @@ def test_bad_inputs_are_one_clear_error(inputs, words):
     assert names(find_coupling(net, X)) == {"a"}
 
 
+def test_logits_of_which_a_loss_is_made_are_outputs():
+    def forward(m: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = m.b(F.relu(m.a(x)))
+        return F.cross_entropy(logits, torch.zeros(len(x), dtype=torch.long)), logits
+
+    coupling = find_coupling(Net(forward, a=nn.Linear(5, 8), b=nn.Linear(8, 3)), X)
+    assert names(coupling) == {"a"}
+    assert coupling.refused == {"b": "it is an output of the model"} and coupling.expected == {"b"}
+
+
 def test_a_model_without_neurons_has_no_groups():
     coupling = find_coupling(nn.Linear(5, 3), X)
     assert not coupling.groups

@@ -213,11 +213,13 @@ def test_gains_of_zero_hide_nothing():
 
 
 @pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.spectral_norm])
-def test_computed_weights_are_cut_right_or_refused(wrap):
-    """Weight norm keeps the rows apart, spectral norm does not."""
+def test_computed_weights(wrap):
+    """What a norm of a weight knows of each row and column goes with it."""
     net = Net(lambda m, x: m.b(F.relu(m.a(x))), a=wrap(nn.Linear(5, 6)), b=wrap(nn.Linear(6, 3)))
-    coupling = find_coupling(net, torch.randn(2, 5))
-    assert bool(coupling.groups) != any(name.startswith("a") for name in coupling.refused)
+    (group,) = find_coupling(net, torch.randn(2, 5)).groups
+    found = {name: member.dim for member in group.members for name in member.names}
+    sized = {name: list(t.shape).index(6) for name, t in {**net.state_dict()}.items() if 6 in t.shape}
+    assert group.name == "a" and group.width == 6 and found == sized
 
 
 def test_standardised_weights_are_cut_right_or_refused():
@@ -236,3 +238,31 @@ def test_standardised_weights_are_cut_right_or_refused():
         check(net, image(), PLAIN)
     else:
         assert any(word in coupling.refused["a"] for word in ("mean", "std", "convolution"))
+
+
+@pytest.mark.parametrize("widths", [(8, 8), (8, 16)])
+def test_group_norm_of_a_concatenation(widths):
+    """No slice of the norm holds both parts, so that neurons of one part go with neurons of the other."""
+    first, second = widths
+    total = first + second
+    groups = total // 4
+    net = Net(
+        lambda m, x: pooled(m.b(F.relu(m.norm(torch.cat([m.a(x), m.c(x)], 1))))),
+        a=conv(3, first),
+        c=conv(3, second),
+        norm=nn.GroupNorm(groups, total),
+        b=conv(total, 3),
+    )
+    times = second // first
+    neurons = [(i, *(first + i + 8 * k for k in range(times))) for i in range(8)]
+    own = {"norm": neurons, "b.weight[1]": neurons}
+    check(
+        net,
+        image(),
+        {
+            "a": range(8),
+            "c": [tuple(i + 8 * k for k in range(times)) for i in range(8)],
+            **own,
+            "slices": [0] * 4 + [1] * 4,
+        },
+    )

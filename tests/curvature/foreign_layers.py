@@ -48,6 +48,17 @@ class InputMajor(nn.Module):
         return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(shape)
 
 
+class TurnedInputMajor(nn.Module):
+    """A weight [in, out] that F.linear takes."""
+
+    def __init__(self, outputs, inputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) / 2)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.t())
+
+
 class Multiplied(nn.Module):
     """As layers of graph networks: x @ weight, the bias added later."""
 
@@ -58,6 +69,13 @@ class Multiplied(nn.Module):
 
     def forward(self, x):
         return x @ self.weight + self.shift
+
+
+class Turned(nn.Linear):
+    """As Falcon's linear layer: the transpose of the weight, the bias added later."""
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
 
 
 class ForeignLinear(nn.Module):
@@ -188,6 +206,14 @@ CASES = {
     "multiplied": (
         lambda: rows(Multiplied(6, 4)), lambda: rows(nn.Linear(4, 6)),
         ROWS, {"0": ("0", "0"), "2": ("2", "2"), "5": ("5", "5")}, {"2.bias": "2.shift"}, ("2",),
+    ),
+    "turned": (
+        lambda: rows(Turned(4, 6)), lambda: rows(nn.Linear(4, 6)),
+        ROWS, {"0": ("0", "0"), "2": ("2", "2"), "5": ("5", "5")}, {}, (),
+    ),
+    "turned_input_major": (
+        lambda: rows(TurnedInputMajor(6, 4)), lambda: rows(nn.Linear(4, 6, bias=False)),
+        ROWS, {"0": ("0", "0"), "2": ("2", "2"), "5": ("5", "5")}, {}, ("2",),
     ),
     "foreign_linear": (
         lambda: rows(ForeignLinear(4, 6)), lambda: rows(nn.Linear(4, 6)),

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from kfac_ext import Curvature, FactorSet
-from kfac_ext.curvature.fisher import prediction_count, sample_targets
-from kfac_ext.curvature.probing import fresh_covariances
+from kfac_ext.curvature.losses import loss_of
+from kfac_ext.curvature.probing import fresh_look
 
 NORMS = {
     "mlp_norm": {"0": "1"},
@@ -42,7 +42,7 @@ def assert_factors(curvature, reference, x, name, mode, summed_loss, tolerance=1
     inputs, grads = curvature_oracles.observe(reference, layers, x, summed_loss)
     assert set(curvature.layers) == set(layers)
     with torch.no_grad():
-        predictions = prediction_count(reference(x), "cross_entropy")
+        predictions = loss_of("cross_entropy").terms(reference(x))
     for key, (module, z_module) in layers.items():
         constant = module.bias is not None or z_module is not module
         A, G = curvature_oracles.factors(module, inputs[key], grads[key], mode, constant, predictions)
@@ -77,7 +77,7 @@ def test_true_fisher_equals_loops(name, mode):
     generator = torch.Generator().manual_seed(3)
     curvature = Curvature(model, kfac_approx=mode, generator=generator)
     output = model(x)
-    targets = sample_targets(output, "cross_entropy", torch.Generator().manual_seed(3))
+    targets = loss_of("cross_entropy").draw(output, torch.Generator().manual_seed(3))
     assert_factors(curvature, reference, x, name, mode, curvature_oracles.cross_entropy_sum(targets))
 
 
@@ -129,7 +129,7 @@ def test_mean_squared_error_estimates_the_gauss_newton_factor():
 
 def test_sampled_labels_follow_the_prediction():
     logits = torch.tensor([[0.0, 1.0, -1.0, 2.0]]).repeat(200_000, 1)
-    drawn = sample_targets(logits, "cross_entropy", torch.Generator().manual_seed(1)).bincount(minlength=4) / 200_000
+    drawn = loss_of("cross_entropy").draw(logits, torch.Generator().manual_seed(1)).bincount(minlength=4) / 200_000
     torch.testing.assert_close(drawn, logits[0].softmax(0), rtol=0, atol=5e-3)
 
 
@@ -252,39 +252,41 @@ def test_folded_weight_gives_z(name):
         torch.testing.assert_close(z, expected)
 
 
-def test_fresh_covariances():
+def test_fresh_look():
     model, x = curvature_nets.make("conv_norm_depthwise")
     curvature = Curvature(model)
     for part in (x[:2], x[2:]):
         model(part)
-    assert torch.equal(torch.cat(curvature.recent_inputs), x)
+    assert torch.equal(torch.cat([call.args[0] for call in curvature.recent_calls]), x)
     buffers, rng = {k: v.clone() for k, v in model.named_buffers()}, torch.get_rng_state()
     factors = curvature.factors.buffer.clone()
     for training in (True, False):
         model.train(training)
-        fresh = fresh_covariances(curvature, ["4", "9"], curvature.recent_inputs, mode="expand")
+        fresh, predictions = fresh_look(curvature, ["4", "9"], curvature.recent_calls, mode="expand")
         assert model.training is training and model[1].training is training
     assert all(torch.equal(v, buffers[k]) for k, v in model.named_buffers())
     assert torch.equal(torch.get_rng_state(), rng) and torch.equal(curvature.factors.buffer, factors)
     with torch.no_grad():
         model.train()
-        seen = model[:4](x)  # batch statistics of all five samples together
+        seen = torch.cat([model[:4](part) for part in (x[:2], x[2:])])  # each call with its own batch statistics
+        for found, part in zip(predictions, (x[:2], x[2:]), strict=True):
+            torch.testing.assert_close(found, model(part))
     rows = curvature_oracles.input_rows(model[4], seen).flatten(0, 1)
     for channel in range(4):
         a = torch.cat([rows[:, channel * 9 : channel * 9 + 9], torch.ones(len(rows), 1, dtype=torch.float64)], dim=1)
         torch.testing.assert_close(fresh["4"][channel], a.T @ a / len(a))
     assert fresh["9"].shape == (5, 5)
     with pytest.raises(KeyError, match="no layer named 'x'"):
-        fresh_covariances(curvature, ["x"], x)
+        fresh_look(curvature, ["x"], curvature.recent_calls)
 
 
-def test_recent_inputs_hold_256_samples():
+def test_recent_calls_hold_256_samples():
     model, _ = curvature_nets.make("mlp")
     curvature = Curvature(model)
     for _ in range(9):
         model(torch.randn(100, 4, dtype=torch.float64))
-    assert [len(batch) for batch in curvature.recent_inputs] == [100, 100, 100]
-    assert not any(batch.requires_grad for batch in curvature.recent_inputs)
+    assert [call.samples for call in curvature.recent_calls] == [100, 100, 100]
+    assert not any(call.args[0].requires_grad for call in curvature.recent_calls)
 
 
 @pytest.mark.parametrize("name", list(curvature_nets.NETS))

@@ -88,7 +88,7 @@ def test_acts_only_in_training_with_gradients():
     with curvature.paused():
         model.train()
         model(x)
-    assert curvature.step_count == 0 and not curvature.is_updated and curvature.recent_inputs == ()
+    assert curvature.step_count == 0 and not curvature.is_updated and curvature.recent_calls == ()
     with pytest.raises(RuntimeError, match="no factors yet"):
         curvature.spectral_radii()
     with pytest.raises(RuntimeError, match="trace"):
@@ -224,7 +224,7 @@ def test_bad_arguments_name_the_argument():
         {"factor_update_steps": 0},
         {"fisher_type": "exact"},
         {"kfac_approx": "both"},
-        {"loss": "nll"},
+        {"loss": "hinge"},
     ):
         with pytest.raises(ValueError, match=next(iter(option))):
             Curvature(model, **option)

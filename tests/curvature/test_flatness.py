@@ -18,7 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flatprune.flatness import spectrum
 from flatprune.flatness.spectrum import Flatness, hessian_lambda_max
 from kfac_ext import Curvature
-from kfac_ext.curvature.fisher import projected_inputs, sample_targets
+from kfac_ext.curvature.fisher import projected_inputs
+from kfac_ext.curvature.losses import loss_of
 from kfac_ext.curvature.probing import observe
 
 
@@ -50,7 +51,7 @@ def test_double_backward_gradient_equals_finite_differences(name, mode):
     curvature = Curvature(model, kfac_approx=mode, generator=torch.Generator().manual_seed(2))
     flatness = Flatness(curvature, start=0, every=1, strength=1.0, kappa=0.0, mode="double_backward", fade_below=0)
     output = model(x)
-    targets = sample_targets(output, "cross_entropy", torch.Generator().manual_seed(2))  # those of the update
+    targets = loss_of("cross_entropy").draw(output, torch.Generator().manual_seed(2))  # those of the update
     curvature.factors.power_iteration_(tol=1e-13, max_iter=20_000)
     loss = F.cross_entropy(output, targets)
     parameters = list(model.parameters())

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from kfac_ext import Curvature
-from kfac_ext.curvature.probing import fresh_output, observe
+from kfac_ext.curvature.probing import fresh_predictions, observe
+from kfac_ext.curvature.recent import ModelCall
 
 
 def found_and_expected(name, mode, fisher_type="empirical"):
@@ -100,7 +101,8 @@ class Used(nn.Module):
 
 
 REFUSED = {
-    "view": (lambda m, x: F.linear(x, m.weight.T), r"__get__ takes its weight"),
+    "view": (lambda m, x: F.linear(x, m.weight.view(4, 4)), "view takes its weight"),
+    "turned besides": (lambda m, x: x @ m.weight.T + m.weight.T.sum(), "sum takes its weight too"),
     "computed": (lambda m, x: F.linear(x, m.weight * 2), "mul takes its weight"),
     "einsum": (lambda m, x: torch.einsum("ni,io->no", x, m.weight), "einsum takes its weight"),
     "left factor": (lambda m, x: (m.weight @ x.T).T, "matmul takes its weight"),
@@ -208,5 +210,5 @@ def test_running_statistics_of_foreign_norms_are_left_alone():
     model(x)
     before = {key: value.clone() for key, value in model.named_buffers()}
     observe(curvature, x)
-    fresh_output(curvature, x)
+    fresh_predictions(curvature, [ModelCall((x,), {})])
     assert all(torch.equal(value, before[key]) for key, value in model.named_buffers())

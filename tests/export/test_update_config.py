@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -10,20 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flatprune
-
-pytest.importorskip("transformers", reason="transformers is not installed (make zoo does that)")
-pytest.importorskip("bench.zoo.environment").prepare()
-
-from transformers import (  # noqa: E402
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from bench.zoo.environment import prepare
 
 IDS = torch.arange(14).view(2, 7) * 3 % 50
 IMAGES = torch.linspace(-1, 1, 384).view(2, 3, 8, 8)
@@ -31,20 +19,35 @@ SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "intermediate_size": 32}
 WORDS = {"vocab_size": 50, "max_position_embeddings": 16}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _transformers():
+    if find_spec("transformers") is None:
+        pytest.skip("transformers is not installed")
+    prepare()
+
+
 def bert() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification  # takes seconds, so not for those who collect
+
     return BertForSequenceClassification(BertConfig(**SIZES, **WORDS, num_attention_heads=4, num_labels=5))
 
 
 def llama(**sizes: int) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 6}
     return LlamaForCausalLM(LlamaConfig(**{**SIZES, **WORDS, **heads, "use_cache": False, **sizes}))
 
 
 def vit() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
     return ViTForImageClassification(ViTConfig(**SIZES, num_attention_heads=4, image_size=8, patch_size=4))
 
 
 def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     sizes = {"n_embd": 24, "n_layer": 2, "n_head": 4, "vocab_size": 50, "n_positions": 16}
     return GPT2LMHeadModel(GPT2Config(**sizes, use_cache=False, bos_token_id=0, eos_token_id=0))
 

@@ -5,6 +5,7 @@
 #include "../../csrc/cuda/covariance_lanes.cuh"
 #include "../../csrc/cuda/covariance_pack.cuh"
 #include "../../csrc/cuda/covariance_tiles.cuh"
+#include "../../csrc/cuda/greedy.cuh"
 #include "../../csrc/cuda/inverse_sweep.cuh"
 #include "../../csrc/cuda/inverse_tiles.cuh"
 #include "../../csrc/cuda/power_iteration.cuh"
@@ -92,4 +93,32 @@ inline void emulate_saliency(const kfac::SaliencyGroup& group, const void* descr
       kfac::saliency<kfac::Saliency::kObd>(b, list, pointers, flags);
     }
   });
+}
+
+inline void emulate_greedy(const std::vector<kfac::GreedyJob>& jobs,
+                           const std::vector<std::vector<kfac::GreedyList>>& lists, const simulated::Schedule& how) {
+  using namespace kfac;
+  using simulated::Block;
+  const auto launch = [&](int64_t shared, const std::function<void(Block&)>& body) {
+    simulated::run(kGreedyThreads, shared, how, body);
+  };
+  for (const GreedyJob& job : jobs) {
+    if (!job.q) continue;
+    launch(0, [&](Block& b) { greedy_gather(b, job); });
+    const simulated::Schedule alone{how.order, how.copies, 1};
+    simulated::run(kGreedyThreads, kGreedyPivotBytes, alone, [&](Block& b) { greedy_pivot(b, job); });
+  }
+  for (size_t i = 0; i < jobs.size(); ++i) {
+    const GreedyJob& job = jobs[i];
+    if (job.q) {
+      launch(0, [&](Block& b) { greedy_weights(b, job); });
+      launch(0, [&](Block& b) { greedy_products(b, job); });
+      launch(0, [&](Block& b) { greedy_forms(b, job); });
+      launch(kGreedyColumnBytes, [&](Block& b) { greedy_columns(b, job); });
+    }
+    for (const GreedyList& list : lists[i]) {
+      launch(kGreedyScoreBytes, [&](Block& b) { greedy_scores(b, job, list); });
+    }
+    if (job.q) launch(0, [&](Block& b) { greedy_finish(b, job); });
+  }
 }

@@ -6,6 +6,7 @@
 #include <array>
 #include <utility>
 
+#include "../../csrc/bindings/greedy_layers.h"
 #include "emulation.h"
 
 namespace py = pybind11;
@@ -67,6 +68,23 @@ PYBIND11_MODULE(kfac_emulation, m) {
         [](const std::vector<std::array<int64_t, 8>>& pairs, double damping, uintptr_t amounts, int, uintptr_t) {
           emulate_pi_damping(kfac::pi_pairs(pairs), damping, reinterpret_cast<double*>(amounts));
         });
+  m.def("greedy_remove_cuda", [](const std::vector<GreedyNumbers>& layers, uintptr_t workspace, int64_t changes,
+                                 int64_t failures, int, uintptr_t) {
+    std::vector<kfac::GreedyJob> jobs;
+    std::vector<std::vector<kfac::GreedyList>> lists;
+    float* place = reinterpret_cast<float*>(workspace);
+    for (const auto& [v, neurons] : layers) {
+      jobs.push_back(greedy_job(v, int32_t(jobs.size()), int32_t(layers.size()), changes, failures));
+      kfac::place_greedy(jobs.back(), place);
+      place += kfac::greedy_workspace(jobs.back());
+      lists.emplace_back();
+      for (const auto& n : neurons) lists.back().push_back(greedy_list(n));
+    }
+    // forward and backward in turn: what races would differ from the reference in one of them
+    static bool backward = false;
+    backward = !backward;
+    emulate_greedy(jobs, lists, {backward ? simulated::Order::kBackward : simulated::Order::kForward});
+  });
   m.def("saliency_cuda",
         [](const kfac::SaliencyGroup& group, uintptr_t descriptors,
            const std::vector<std::array<uintptr_t, 4>>& pointers, bool obs, uintptr_t flags, int, uintptr_t) {

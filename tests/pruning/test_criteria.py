@@ -13,6 +13,10 @@ from torch import nn
 from flatprune.coupling import Coupling
 from flatprune.criteria import CRITERIA, Criterion, ScoringContext, as_criterion, banzhaf, shapley
 from flatprune.cutting import surgery
+from flatprune.flatness.spectrum import Flatness
+from flatprune.pruning.pruner import Pruner
+from flatprune.pruning.targets import Target
+from kfac_ext import Curvature
 
 QUICK = {**CRITERIA, "shapley": shapley(80), "banzhaf": banzhaf(80)}
 
@@ -38,9 +42,9 @@ class Declared(ScoringContext):
         self.asked |= {"gradients"}
         return super().gradient(parameter, name)
 
-    def recent_inputs(self):
+    def recent_calls(self):
         self.asked |= {"forwards"}
-        return super().recent_inputs()
+        return super().recent_calls()
 
 
 @pytest.mark.parametrize("name", [name for name in QUICK if name != "bn_scale"])
@@ -194,3 +198,35 @@ def test_the_pruner_reaches_its_target_by_any_name(name):
     records = run.train(45)
     assert run.pruner.params <= 0.4 * run.pruner.params_start
     assert all(record.compensated == (name == "c_obs") for record in records)
+
+
+def test_a_loss_that_is_not_known_is_refused_by_what_reads_it():
+    model = mlp(8, 6)
+    curvature = Curvature(model, loss="other", fisher_type="empirical")
+    with pytest.raises(ValueError, match=r"criterion 'shapley' reads the model's output, .* name the loss"):
+        Pruner(model, None, curvature, digits()[0][:2], target=Target(0.5), total_steps=4, criterion="shapley")
+    with pytest.raises(ValueError, match="Flatness: the curvature's loss is 'other'"):
+        Flatness(curvature, total_steps=4)
+
+
+def test_the_pruner_can_say_what_the_loss_is_of():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), TwoOutputs())
+    curvature = Curvature(model)
+    options = {"target": Target(0.8), "total_steps": 4}
+    with pytest.raises(ValueError, match=r"the loss may be of output\[0\] .* or output\[1\]"):
+        Pruner(model, None, curvature, digits()[0][:2], **options)
+    Pruner(model, None, curvature, digits()[0][:2], output=0, **options)
+    with pytest.raises(ValueError, match="output is 0 already, and now 1"):
+        Pruner(model, None, curvature, digits()[0][:2], output=1, **options)
+
+
+class TwoOutputs(nn.Module):
+    """Logits and probabilities."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x):
+        logits = self.head(x)
+        return logits, logits.softmax(1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flatprune.coupling import CONSUMER, PRODUCER, Coupling
 from flatprune.criteria import CRITERIA, ScoringContext, banzhaf, shapley
 from flatprune.criteria.game import MaskedNetwork
-from kfac_ext.curvature.fisher import sample_targets
+from kfac_ext.curvature.losses import loss_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Curvature")
 
@@ -118,7 +118,7 @@ def test_row_compensation_holds_with_batch_statistics_too(double_nets):
     """gamma, mean and variance follow the new weights, so that training mode sees the folded rows as well."""
     context = context_of(double_nets["chain"])
     values = CRITERIA["kron_obs"].compensation(context, {0: torch.tensor([0, 2, 5])})
-    model, x = context.model, torch.cat(context.curvature.recent_inputs)
+    model, x = context.model, torch.cat([call.args[0] for call in context.curvature.recent_calls])
     convolution, norm = model[0], model[1]
     raw = F.conv2d(x, values["0.weight"], padding=1)
     before = F.conv2d(x, convolution.weight.detach(), padding=1)
@@ -183,19 +183,20 @@ def test_taylor_is_the_squared_derivative_of_a_gate(double_nets, name, position,
 def test_gate_fisher_is_the_mean_square_of_gate_derivatives(double_nets, name, position, place):
     """A gate of its own for every sample: its derivative, squared, averaged; labels as the criterion draws them."""
     context = context_of(double_nets[name])
-    x = torch.cat(context.curvature.recent_inputs).double()
-    gate = torch.ones(len(x), context.groups[position].width, dtype=torch.float64, requires_grad=True)
-    shape = (*gate.shape, 1, 1) if name == "chain" else gate.shape
-    handle = context.model[place].register_forward_hook(lambda _m, _a, out: out * gate.view(shape))
-    try:
-        with context.probing():
-            logits = context.model(x)
-    finally:
-        handle.remove()
-    labels = sample_targets(logits, "cross_entropy", context_of(double_nets[name]).generator)
-    (slopes,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), gate)
+    generator, slopes = context_of(double_nets[name]).generator, []
+    for call in context.curvature.recent_calls:
+        gate = torch.ones(call.samples, context.groups[position].width, dtype=torch.float64, requires_grad=True)
+        shape = (*gate.shape, 1, 1) if name == "chain" else gate.shape
+        handle = context.model[place].register_forward_hook(lambda _m, _a, out, g=gate, s=shape: out * g.view(s))
+        try:
+            with context.probing():
+                logits = context.model(*call.args)
+        finally:
+            handle.remove()
+        labels = loss_of("cross_entropy").draw(logits, generator)
+        slopes += torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), gate)
     found = CRITERIA["gate_fisher"].scores(context)[position]
-    torch.testing.assert_close(found, 0.5 * slopes.square().mean(dim=0), rtol=1e-6, atol=1e-14)
+    torch.testing.assert_close(found, 0.5 * torch.cat(slopes).square().mean(dim=0), rtol=1e-6, atol=1e-14)
 
 
 def tiny_game() -> tuple[ScoringContext, dict[frozenset, float]]:
@@ -203,7 +204,7 @@ def tiny_game() -> tuple[ScoringContext, dict[frozenset, float]]:
     run = Run(mlp(3, 2))
     run.train(30)
     context = context_of(run)
-    x = torch.cat(context.curvature.recent_inputs)
+    x = torch.cat([call.args[0] for call in context.curvature.recent_calls])
     owners = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
     values = {}
     with torch.no_grad(), context.curvature.paused():

@@ -4,15 +4,18 @@ import copy
 
 import pytest
 import torch
+from greedy_oracle import DirectObs, select_directly
 from pruning_networks import Run, chain, digits, mlp
 from torch import Tensor
 
 from flatprune.coupling import find_coupling
 from flatprune.criteria import CRITERIA, ScoringContext
 from flatprune.criteria.joint import JointObd, JointObs
+from flatprune.criteria.members import lost_channels
 from flatprune.pruning.costs import ParameterCount
 from flatprune.pruning.limits import Limits, LossBudget
 from flatprune.pruning.selection import select, select_greedily
+from flatprune.pruning.ties import find_ties
 
 
 def context_of(run: Run) -> ScoringContext:
@@ -41,7 +44,7 @@ def test_each_neuron_is_the_one_that_brute_force_adds(double_nets, criterion, ki
         best = min(changes, key=changes.__getitem__)
         scores = joint.scores[0]
         assert min(left, key=lambda j: float(scores[j])) == best
-        joint.remove(0, best)
+        joint.remove(0, [best])
         pruned.append(best)
         left.remove(best)
         assert joint.total == pytest.approx(changes[best], rel=1e-6)
@@ -53,6 +56,45 @@ def test_the_first_scores_are_the_independent_ones(double_nets):
         for criterion, kind in (("obs", JointObs), ("obd", JointObd)):
             for found, expected in zip(kind(context).scores, CRITERIA[criterion].scores(context)):
                 torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["mlp", "chain", "resnet", "grouped", "concat"])
+@pytest.mark.parametrize(
+    ("fraction", "limits", "closely", "share"),
+    [
+        (0.6, Limits(1, 2, 0.5), False, None),
+        (0.4, Limits(1, 1, 1.0), True, None),
+        (0.5, Limits(4, 2, 0.8), True, None),
+        (0.3, Limits(2, 2, 1.0), False, 0.3),
+    ],
+)
+def test_the_direct_algorithm_chooses_the_same(double_nets, name, fraction, limits, closely, share):
+    """With several consumers, slices, rounding, budgets and limits of the loss; the same weights come of it."""
+    context = context_of(double_nets[name])
+    model, groups = context.model, context.groups
+    options = {"ties": find_ties(groups, False), "closely": closely}
+    budget = fraction * sum(parameter.numel() for parameter in model.parameters())
+
+    def chosen(kind, way, limit):
+        joint, losses = kind(context), LossBudget(limit)
+        found = way(ParameterCount(model, groups), groups, joint, budget, limits, losses=losses, **options)
+        return {position: list(map(int, neurons)) for position, neurons in found.items()}, joint
+
+    _, whole = chosen(DirectObs, select_directly, None)
+    limit = None if share is None else share * whole.total
+    expected, direct = chosen(DirectObs, select_directly, limit)
+    found, joint = chosen(JointObs, select_greedily, limit)
+    assert found == expected and found
+    assert joint.total == pytest.approx(direct.total, rel=1e-9)
+    pruned = {position: torch.tensor(neurons) for position, neurons in found.items()}
+    jointly, afterwards = joint.compensated(), CRITERIA["obs"].compensation(context, pruned)
+    assert jointly.keys() == afterwards.keys()
+    for layer, lost in lost_channels(context.layers, groups, pruned, "consumer"):
+        if layer.groups == 1:
+            tensors = [values[layer.weight_name].movedim(layer.input_dim, 0)[~lost] for values in (jointly, afterwards)]
+            torch.testing.assert_close(*tensors, rtol=1e-8, atol=1e-10)
+    for key in jointly.keys() - {layer.weight_name for layer in context.layers.values()}:
+        torch.testing.assert_close(jointly[key], afterwards[key], rtol=1e-8, atol=1e-10)
 
 
 def paired_neurons() -> ScoringContext:

@@ -17,6 +17,7 @@ from flatprune.pruning.limits import LossBudget
 from flatprune.pruning.predicted_vs_measured import Cut, cuts, in_words, pearson, predicted_vs_measured, ranks
 from flatprune.pruning.schedule import CubicSchedule
 from flatprune.pruning.targets import Target
+from kfac_ext.curvature.losses import loss_of
 
 
 def removal(predicted: float | None, measured: float | None, step: int = 1, number: int = 0) -> dict:
@@ -77,7 +78,7 @@ def test_too_few_or_constant_changes_have_no_correlation():
 
 
 def test_divergence_is_the_expected_change_of_the_loss():
-    generator = torch.Generator().manual_seed(0)
+    generator, entropy = torch.Generator().manual_seed(0), loss_of("cross_entropy")
     before, after = (torch.randn(6, 4, 3, generator=generator, dtype=torch.float64) for _ in range(2))
     total = 0.0
     for sample, position in itertools.product(range(6), range(3)):
@@ -87,9 +88,9 @@ def test_divergence_is_the_expected_change_of_the_loss():
                 nn.functional.cross_entropy(out[sample, :, position], torch.tensor(label)) for out in (before, after)
             ]
             total += float(p[label] * (losses[1] - losses[0]))
-    assert divergence(before, after, "cross_entropy") == pytest.approx(total / 18)
-    assert divergence(before, before, "cross_entropy") == pytest.approx(0.0, abs=1e-12)
-    assert divergence(torch.zeros(2, 2), torch.tensor([[1.0, 0.0], [0.0, 3.0]]), "mse") == 2.5
+    assert divergence([before[:2], before[2:]], [after[:2], after[2:]], entropy) == pytest.approx(total / 18)
+    assert divergence([before], [before], entropy) == pytest.approx(0.0, abs=1e-12)
+    assert divergence([torch.zeros(2, 2)], [torch.tensor([[1.0, 0.0], [0.0, 3.0]])], loss_of("mse")) == 2.5
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -119,18 +120,20 @@ def test_measuring_disturbs_nothing():
     assert all(r.measured_change > 0.0 for r in with_it)
 
 
-def test_the_change_is_measured_on_the_last_256_inputs():
+def test_the_change_is_measured_on_the_recent_calls():
     run = Run(mlp())
     run.train(6)  # batches of 64
     change = LossChange(run.curvature)
-    recent = torch.cat(list(run.curvature.recent_inputs))
-    assert torch.equal(torch.cat([batch[0] for batch in change._inputs]), recent[-256:])
+    recent = torch.cat([call.args[0] for call in run.curvature.recent_calls])
+    assert len(recent) == 256
     assert change.measure() == pytest.approx(0.0, abs=1e-9)
     before = copy.deepcopy(run.model)
     with torch.no_grad():
         run.model[5].bias += torch.linspace(0, 1, 10)
-        expected = divergence(before(recent[-256:]), run.model(recent[-256:]), "cross_entropy")
+        expected = divergence([before(recent)], [run.model(recent)], loss_of("cross_entropy"))
     assert change.measure() == pytest.approx(expected, rel=1e-5)
+    shown = LossChange(run.curvature, [before(call.args[0]).detach() for call in run.curvature.recent_calls])
+    assert shown.measure() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:Curvature")

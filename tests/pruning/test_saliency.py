@@ -88,21 +88,22 @@ def _quadratic_change(run: Run, group, neuron: int) -> float:
     Measured by calling each layer on what it reads with the neuron's channels zero: no A, no columns, no formula.
     """
     curvature, total = run.curvature, 0.0
-    inputs: dict[str, Tensor] = {}
+    inputs: dict[str, list[Tensor]] = {}
     readers = group.of_role(CONSUMER)
     handles = [
         run.model.get_submodule(m.module).register_forward_pre_hook(
-            lambda _m, args, name=m.module: inputs.__setitem__(name, args[0].clone())
+            lambda _m, args, name=m.module: inputs.setdefault(name, []).append(args[0].clone())
         )
         for m in readers
     ]
     with curvature.paused(), torch.no_grad():  # what the covariances are measured on: batch statistics, recent inputs
-        copy.deepcopy(run.model).train()(torch.cat(curvature.recent_inputs))
+        for call in curvature.recent_calls:
+            copy.deepcopy(run.model).train()(*call.args)
     for handle in handles:
         handle.remove()
     with torch.no_grad():
         for member in readers:
-            layer, x = curvature.layers[member.module], inputs[member.module]
+            layer, x = curvature.layers[member.module], torch.cat(inputs[member.module])
             axis = 1 if layer.is_convolution else x.dim() - 1
             masked = x.index_fill(axis, member.index[neuron], 0.0)
             dz = (layer.module(masked) - layer.module(x)).movedim(axis, -1)

@@ -100,8 +100,10 @@ def test_multiply_accumulates_on_paper_are_those_after_the_cut(name):
             assert count.cost == expected
         surgery.plan(model, coupling, pruned).commit()
         assert count.cost == counted_by_hooks(model) + products_of_attention(model)
-        again = find_coupling(model, digits()[0][:1])
-        assert count.cost == MacCount(groups, coupling.macs).cost == MacCount(again.groups, again.macs).cost
+        assert count.cost == MacCount(groups, coupling.macs).cost
+        if seed % 2:  # finding takes longest
+            again = find_coupling(model, digits()[0][:1])
+            assert count.cost == MacCount(again.groups, again.macs).cost
         changed += bool(pruned)
     assert changed >= 3
 

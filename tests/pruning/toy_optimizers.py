@@ -74,6 +74,16 @@ class Preconditioned(Toy):
         return {f"pre_cond_{i}": torch.eye(n) for i, n in enumerate(p.shape)} if p.dim() == 2 else {}
 
 
+class Closured(Preconditioned):
+    """Steps on a closure alone (as SAM)."""
+
+    def step(self, closure=None):
+        assert closure is not None, "a closure is wanted"
+        with torch.enable_grad():
+            closure()
+        super().step()
+
+
 class Rotated(Toy):
     """Averages of the weight's shape, in a basis of a list of matrices (as SOAP)."""
 

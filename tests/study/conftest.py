@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from study_command import Outcome
+
+from flatprune.cli import main
 
 TWO_RUNS = """
 title: two
@@ -21,3 +25,14 @@ def study_file(tmp_path: Path):
         return path
 
     return write
+
+
+@pytest.fixture
+def study(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """`flatprune study` in this process, whose imports are made; its runs have processes of their own."""
+
+    def call(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        return Outcome(main(["study", *map(str, arguments)]), *capsys.readouterr())
+
+    return call

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import NamedTuple
+
+
+class Outcome(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
 
 
 def command(*arguments: object) -> list[str]:

@@ -114,26 +114,26 @@ def test_the_report_stands_alone(finished):
     assert (finished[1] / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_once_more_runs_nothing(finished):
+def test_once_more_runs_nothing(finished, study):
     path, out, _ = finished
     before = {file: file.stat().st_mtime_ns for file in out.glob("runs/*/*")}
-    outcome = call(path, "--out", out)
+    outcome = study(path, "--out", out)
     assert outcome.returncode == 0 and "12 done already" in outcome.stdout
     assert {file: file.stat().st_mtime_ns for file in out.glob("runs/*/*")} == before
 
 
-def test_report_only(finished):
+def test_report_only(finished, study):
     out = finished[1]
     table = (out / "table.md").read_text()
     for name in ("table.md", "report.html"):
         (out / name).unlink()
-    assert call("--report-only", out).returncode == 0
+    assert study("--report-only", out).returncode == 0
     assert (out / "table.md").read_text() == table and (out / "report.html").is_file()
-    assert "no study was begun" in call("--report-only", out.parent).stderr
+    assert "no study was begun" in study("--report-only", out.parent).stderr
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_killed_and_continued(study_file, tmp_path, how):
+def test_killed_and_continued(study_file, study, tmp_path, how):
     path = study_file(
         """
 base: {data: digits, model: mlp, epochs: 60, target_params: 0.5, widths: [8, 8], flatness: off}
@@ -152,7 +152,7 @@ variants: {short: {epochs: 1}, long: {}}
         assert "the same command goes on" in text
         assert running()
     times = {key: file.stat().st_mtime_ns for key, file in summaries(out).items()}
-    outcome = call(path, "--out", out, "--jobs", 1)
+    outcome = study(path, "--out", out, "--jobs", 1)
     assert outcome.returncode == 0, outcome.stderr
     assert len(summaries(out)) == 2
     assert all(summaries(out)[key].stat().st_mtime_ns == before for key, before in times.items())
@@ -161,11 +161,11 @@ variants: {short: {epochs: 1}, long: {}}
         assert epochs in ([1], list(range(1, 61)))  # nothing lost and nothing twice
 
 
-def test_two_studies_in_one_folder_refuse_each_other(study_file, tmp_path):
+def test_two_studies_in_one_folder_refuse_each_other(study_file, study, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     with locked(out):
-        outcome = call(study_file(), "--out", out)
+        outcome = study(study_file(), "--out", out)
         assert outcome.returncode == 2 and f"in use by process {os.getpid()}" in outcome.stderr
         with pytest.raises(InputError, match="in use"), locked(out):
             pass
@@ -175,12 +175,12 @@ def test_two_studies_in_one_folder_refuse_each_other(study_file, tmp_path):
         assert (out / "lock").read_text() == f"{os.getpid()}\n"
 
 
-def test_an_impossible_entry_is_named_before_the_first_run(study_file, tmp_path):
+def test_an_impossible_entry_is_named_before_the_first_run(study_file, study, tmp_path):
     text = "base: {widths: [8, 8]}\ngrid: {target_params: [0.5, 0.01]}"
-    outcome = call(study_file(text), "--out", tmp_path / "out")
+    outcome = study(study_file(text), "--out", tmp_path / "out")
     assert outcome.returncode == 2 and not (tmp_path / "out").exists()
     assert "target_params 0.01, seed 0: target_params is 0.01" in outcome.stderr and outcome.stderr.count("\n") == 1
-    outcome = call(study_file("variants: {a: {}, b: {data: none.npz}}"), "--out", tmp_path / "out")
+    outcome = study(study_file("variants: {a: {}, b: {data: none.npz}}"), "--out", tmp_path / "out")
     assert outcome.returncode == 2 and "none.npz" in outcome.stderr
 
 

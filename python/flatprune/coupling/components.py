@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
-from torch import Tensor
+from torch import Tensor, nn
 
 from flatprune.coupling.findings import AxisTable, Findings
 from flatprune.coupling.neurons import CHANNELWISE, CONSUMER, PRODUCER, Member, NeuronGroup, Refused, module_of
-from flatprune.coupling.slices import slices_of
+from flatprune.coupling.slices import Uneven, slices_of
 from flatprune.coupling.values import JOINT, Axis
 
 _PRIMES = (1_000_003, 7_919, 2_147_483_647)  # of signatures, which wrap around
@@ -63,6 +63,7 @@ class Components:
         component: int64 [flat labels], of each label; a flat label counts joint ones after those of tensors.
         candidates: groups in forward order.
         refused: (modules that make neurons which stay, reason) of each set of coupled axes.
+        balances: pairs of flat labels of neurons which could go together, but not alone.
     """
 
     def __init__(self, table: AxisTable, findings: Findings, more: Sequence[Tensor] = ()) -> None:
@@ -78,10 +79,12 @@ class Components:
         self._reasons: list[str] = []
         self.component, broadcast = self._connect()
         self._reason = torch.full((int(self.component.max()) + 1,), -1, dtype=torch.int64)
-        for labels, why in (*findings.pins, *broadcast):
+        pins = sorted(findings.pins, key=lambda pin: pin[1] != OUTPUT)  # logits stay whatever a loss makes of them
+        for labels, why in (*pins, *broadcast):
             self._note_reason(self.component[self.flat(labels)].unique(), why)
         self.candidates: list[Candidate] = []
         self.refused: list[tuple[tuple[str, ...], str]] = []
+        self.balances: list[Tensor] = []
         self._read_off()
 
     def flat(self, labels: Tensor) -> Tensor:
@@ -89,10 +92,8 @@ class Components:
         return torch.where(labels >= JOINT, labels - JOINT + self._nodes, labels)
 
     def known(self, layer: Tensor) -> Tensor:
-        """Labels as positions; -1 for none, and for what a later run met first, such as an expert now chosen."""
-        flat = self.flat(layer)
-        met = (layer < self._nodes) | (layer >= JOINT)
-        return torch.where((layer > 0) & met & (flat < self.total), flat, -1)
+        """Labels as positions, -1 for none."""
+        return torch.where(layer > 0, self.flat(layer), -1)
 
     def _unflat(self, labels: Tensor) -> Tensor:
         return torch.where(labels >= self._nodes, labels - self._nodes + JOINT, labels)
@@ -161,6 +162,7 @@ class Components:
         """Neurons that own the same axes and counts form a group."""
         count = int(self.component.max()) + 1
         made, used, acted = (self._touched_by(role, count) for role in (PRODUCER, CONSUMER, CHANNELWISE))
+        made &= self._owning_parameters(count)  # not the positions of a fixed table alone
         for labels in self.findings.read:
             used[self.component[self.flat(labels)]] = True
         self._note_reason(made & ~used, "nothing reads it")
@@ -185,6 +187,15 @@ class Components:
             if role in axis.roles:
                 touched[self._of(axis)] = True
         return touched
+
+    def _owning_parameters(self, count: int) -> Tensor:
+        """Whether a component holds an entry of a parameter: bool [components]."""
+        owning = torch.zeros(count, dtype=torch.bool)
+        parameters = {self.table.names[key][0] for key, t in self.table.tensors.items() if isinstance(t, nn.Parameter)}
+        for axis in self.table.axes:
+            if axis.names[0] in parameters:
+                owning[self._of(axis)] = True
+        return owning
 
     def _of(self, axis: Axis) -> Tensor:
         """The component of each entry of an axis."""
@@ -237,11 +248,32 @@ class Components:
                 raise Refused(UNITED)
             slices, slice_of, where = slices_of(self._flat_findings, of_label, len(neurons))
         except Refused as refusal:
+            if isinstance(refusal, Uneven):
+                self._note_balance(refusal.array, number)
             self.refused.append((makers, str(refusal)))
             return
         group = NeuronGroup(module_of(lead.names[0]), members, slices, slice_of, self._multiple(of_label, members))
         labels = (of_label >= 0).nonzero().flatten()
         self.candidates.append(Candidate(group, labels, of_label[labels], where))
+
+    def _note_balance(self, array: Tensor, number: Tensor) -> None:
+        """Slices of several groups (parts of a concatenation under a group norm): their neurons can go together.
+
+        Args:
+            array: flat labels [slices, entries], each slice of one group.
+            number: of each component, the neuron of the group that was refused.
+        """
+        if bool((array == self.total).any()):
+            return
+        owners = self._signature[self.component[array]]
+        if bool((owners != owners[:, :1]).any()) or bool((self._reason[self.component[array]] >= 0).any()):
+            return
+        rows = [array[owners[:, 0] == owner] for owner in owners[:, 0].unique()]
+        fewest = min(rows, key=len)
+        for own in rows:
+            if own is not fewest and len(own) % len(fewest) == 0:
+                over = fewest.repeat(len(own) // len(fewest), 1)
+                self.balances.append(torch.stack([over.flatten(), own.flatten()], dim=1))
 
     def _member(self, axis: Axis, number: Tensor, count: int) -> Member:
         of_entry = number[self._of(axis)]

@@ -106,6 +106,7 @@ class _Search:
         more, unsafe = couple_unreached(self.model, components, self.called, self.read_by_host)
         if more:
             components = Components(self.table, self.findings, more)
+        self.table.frozen = True
         for left in reversed(range(_ROUNDS + 1)):
             trial, failed, reasons = self._tried(components, unsafe)
             coarser = _coarser_pairs(components, trial, failed) if left else []
@@ -162,6 +163,7 @@ _EXCLUDED = "it is excluded"
 def _coarser_pairs(components: Components, trial: Trial, failed: Iterable[int]) -> list[Tensor]:
     """Pairs of labels to go together, so that what failed may pass; empty if there is nothing left to try."""
     pairs = [pair for p in failed for pair in _coarser(components, components.candidates[p])]
+    pairs += components.balances
     return pairs or [pair for p in failed for q in trial.partners.get(p, ()) for pair in _tied(components, p, q)]
 
 

@@ -64,6 +64,8 @@ def cut_tensor(tensor: Tensor, cuts: Sequence[Cut]) -> Tensor:
     kept = tensor
     for cut in sorted(cuts, key=lambda cut: (-cut.groups, cut.dim)):  # by groups first, while these are whole
         kept = _selected(kept, cut)
+    if tensor.layout != torch.strided:  # the gradient of a sparse embedding
+        return kept
     return kept.contiguous(memory_format=_memory_format(tensor))
 
 

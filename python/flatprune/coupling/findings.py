@@ -18,12 +18,16 @@ class AxisTable:
 
     Args:
         model: tensors are known by identity, so tied weights and functional use need no rule.
+
+    Attributes:
+        frozen: no labels are made any more: what a later run meets first, an expert say, has negative ones.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.axes: list[Axis] = []
         self.next_node = 1
         self.joints: dict[bytes, int] = {}  # labels summed over -> the joint label that is left
+        self.frozen = False
         self.tensors: dict[int, Tensor] = {}
         self.names: dict[int, list[str]] = {}
         self._found: dict[tuple[int, int, int], Axis] = {}
@@ -36,6 +40,8 @@ class AxisTable:
     def axis(self, key: int, dim: int, size: int, groups: int = 1) -> Axis:
         """The axis of a tensor (by id) along `dim`."""
         found = self._found.get((key, dim, groups))
+        if found is None and self.frozen:
+            return Axis(tuple(self.names[key]), dim, -size, size, groups)
         if found is None:
             found = Axis(tuple(self.names[key]), dim, self.next_node, size, groups)
             self._found[key, dim, groups] = found
@@ -50,7 +56,10 @@ class AxisTable:
     def joint(self, rows: Tensor) -> Tensor:
         """The label of each entry that a sum over labels [entries, labels] leaves; the same sum leaves the same one."""
         keys = [row.tobytes() for row in rows.numpy()]
-        return torch.tensor([self.joints.setdefault(key, JOINT + len(self.joints)) for key in keys])
+        if not self.frozen:
+            for key in keys:
+                self.joints.setdefault(key, JOINT + len(self.joints))
+        return torch.tensor([self.joints.get(key, -1) for key in keys])
 
     def owners(self, labels: Tensor) -> list[Axis]:
         """The axes that labels belong to."""

@@ -1,7 +1,8 @@
 """What must stay alike when neurons go: tensors whose labels vary along several dimensions must stay rectangular.
 
 Of such a *grid*, for one of its dimensions, either whole slices go (each holds one neuron), or every slice holds all
-neurons alike (no constraint), or each neuron lies in one slice: then the same number must go from each.
+neurons alike (no constraint), or each neuron lies in one slice (or one of several sets of slices that balance each
+other): then the same number must go from each.
 """
 
 from __future__ import annotations
@@ -16,6 +17,18 @@ from flatprune.coupling.findings import Findings
 from flatprune.coupling.neurons import Refused
 
 EVEN, WHOLE, MIXED = "even", "whole", "mixed"
+
+
+class Uneven(Refused):
+    """Only some of the slices that must stay equally large hold these neurons.
+
+    Attributes:
+        array: the labels [slices, entries].
+    """
+
+    def __init__(self, array: Tensor, where: str) -> None:
+        super().__init__(f"it meets something of fixed size ({where})")
+        self.array = array
 
 
 class _Constraint(NamedTuple):
@@ -76,14 +89,18 @@ def _of_fixed_slices(findings: Findings, number: Tensor, count: int) -> Iterable
         if not bool((ids >= 0).any()):
             continue
         kind = _kind(ids, count)
-        if isinstance(kind, Tensor) and len(kind.unique()) == len(ids):
+        if isinstance(kind, Tensor) and bool((ids >= 0).any(dim=1).all()):
             yield _Constraint([kind], where)
         elif not isinstance(kind, str) or kind != EVEN:
-            raise Refused(f"it meets something of fixed size ({where})")
+            raise Uneven(array, where)
 
 
 def _kind(ids: Tensor, count: int) -> str | Tensor:
-    """How neurons lie in slices [slices, entries]: alike in all, one a slice, each in one (its slice), or mixed."""
+    """How neurons [count] lie in `ids` [slices, entries]: alike in all, one a slice, mixed, or the class of each.
+
+    Neurons of a class have as many entries in each slice; as many of each class leave slices of equal size. Where each
+    neuron lies in one slice, that is its class.
+    """
     rows = torch.arange(len(ids))[:, None].expand_as(ids)
     known = ids >= 0
     table = torch.zeros(len(ids), count, dtype=torch.int64)
@@ -92,9 +109,10 @@ def _kind(ids: Tensor, count: int) -> str | Tensor:
         return EVEN
     if int((table > 0).sum(dim=1).max()) <= 1:
         return WHOLE
-    if bool(((table > 0).sum(dim=0) == 1).all()):
-        return table.argmax(dim=0)
-    return MIXED
+    patterns, which = table.T.unique(dim=0, return_inverse=True)
+    apart = bool(((patterns > 0).sum(dim=1) == 1).all()) and len(patterns) == len(patterns.argmax(dim=1).unique())
+    balanced = bool((patterns.sum(dim=0) == patterns.sum(dim=0)[:1]).all())
+    return len(patterns) - 1 - which if apart or balanced else MIXED  # in the order of the slices
 
 
 def _refines(fine: Tensor, coarse: Tensor) -> bool:

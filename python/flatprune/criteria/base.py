@@ -22,8 +22,8 @@ from flatprune.criteria.saliency import (
     relative_damping,
 )
 from kfac_ext.curvature import Curvature
-from kfac_ext.curvature.modes import batch_statistics, undisturbed
-from kfac_ext.curvature.probing import joined_inputs
+from kfac_ext.curvature.probing import replaying
+from kfac_ext.curvature.recent import ModelCall
 from kfac_ext.layers import Layer
 
 Scores = list[Tensor]  # one tensor [neurons] a group
@@ -42,6 +42,7 @@ class ScoringContext:
 
     Attributes:
         generator: on the CPU, its state a function of seed and step.
+        predictions: of the model for each recent call, once forwards have shown them; None before.
     """
 
     def __init__(
@@ -52,11 +53,13 @@ class ScoringContext:
         self._statistics: dict[str, InputStatistics] = {}
         self._inverses: dict[str, Inverses] = {}
         self._output_inverses: Inverses | None = None
+        self.predictions: list[Tensor] | None = None
 
     def statistics(self, role: str) -> InputStatistics:
         """A of every layer in which neurons are a "consumer" or "producer"; see `input_statistics`."""
         if role not in self._statistics:
             self._statistics[role] = input_statistics(self.curvature, self.layer_names(role))
+            self.predictions = self._statistics[role].predictions
         return self._statistics[role]
 
     def inverses(self, role: str) -> Inverses:
@@ -64,6 +67,15 @@ class ScoringContext:
         if role not in self._inverses:
             self._inverses[role] = self.statistics(role).inverses()
         return self._inverses[role]
+
+    def take_inverses(self, role: str) -> Inverses:
+        """As `inverses`, for a caller who overwrites them: nothing of them, nor of what they are made of, is kept."""
+        if role in self._inverses:
+            del self._statistics[role]
+            return self._inverses.pop(role)
+        found = self.statistics(role).spent_inverses()
+        del self._statistics[role]
+        return found
 
     def gradient_factors(self, role: str) -> dict[str, tuple[Tensor, ...]]:
         """G of each group of the same layers."""
@@ -117,16 +129,20 @@ class ScoringContext:
             )
         return parameter.grad
 
-    def recent_inputs(self) -> tuple[Tensor, ...]:
-        """The model's recent inputs in training, joined to one batch (256 samples or a little more)."""
-        if not self.curvature.recent_inputs:
+    def recent_calls(self) -> tuple[ModelCall, ...]:
+        """The model's last calls in training (256 samples or a batch more), each to be made again as it was.
+
+        Raises:
+            RuntimeError: there has been none.
+        """
+        if not self.curvature.recent_calls:
             raise RuntimeError("no inputs yet: the model must make a training forward before neurons can be scored")
-        return joined_inputs(self.curvature.recent_inputs)
+        return self.curvature.recent_calls
 
     @contextmanager
     def probing(self) -> Iterator[None]:
         """Forwards inside disturb nothing: batch norms use batch statistics, dropout is off, factors stay."""
-        with self.curvature.paused(), batch_statistics(self.model), undisturbed(self.model):
+        with replaying(self.curvature):
             yield
 
 
@@ -154,8 +170,13 @@ class JointScores(Protocol):
         """As they are now."""
         ...
 
-    def remove(self, position: int, neuron: int) -> None:
-        """Let one neuron of the group at `position` go."""
+    def remove(self, position: int, neurons: Sequence[int]) -> set[int]:
+        """Let neurons of the group at `position` go; returns positions of the groups whose scores may have changed."""
+        ...
+
+    def compensated(self) -> dict[str, Tensor] | None:
+        """New values of the survivors' tensors after what went; None: those that the criterion's compensation gives."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ class MaskedNetwork:
 
     def __init__(self, context: ScoringContext) -> None:
         self._context = context
-        self._inputs = context.recent_inputs()
+        self._calls = context.recent_calls()
         self._whole = self._output({})
 
     @torch.no_grad()
@@ -113,11 +113,15 @@ class MaskedNetwork:
         return divergence(self._whole, self._output(indices), self._context.curvature.loss)
 
     @torch.no_grad()
-    def _output(self, pruned: Mapping[int, Tensor]) -> Tensor:
+    def _output(self, pruned: Mapping[int, Tensor]) -> list[Tensor]:
         model, groups = self._context.model, self._context.groups
         masked = masked_tensors(dict(model.named_parameters(remove_duplicate=False)), groups, pruned)
         with self._context.probing(), survivors_only(model, groups, pruned):
-            return functional_call(model, masked, self._inputs, tie_weights=False)
+            outputs = [
+                call.run(lambda *args, **kwargs: functional_call(model, masked, args, kwargs, tie_weights=False))
+                for call in self._calls
+            ]
+        return [self._context.curvature.reading.read(output) for output in outputs]
 
 
 def _players(context: ScoringContext) -> range:

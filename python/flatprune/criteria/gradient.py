@@ -17,7 +17,7 @@ from flatprune.criteria.base import Criterion, Scores, ScoringContext
 from flatprune.criteria.members import member_rows
 from kfac_ext.curvature.calls import call_hooks
 from kfac_ext.curvature.capture import Capture
-from kfac_ext.curvature.fisher import checked_output, output_gradient, prediction_count, sample_targets
+from kfac_ext.curvature.recent import ModelCall
 from kfac_ext.layers import Layer
 
 
@@ -66,22 +66,23 @@ def _affine_map(context: ScoringContext, group: NeuronGroup, member: Member) -> 
 def gate_scores(context: ScoringContext) -> Scores:
     """S_j = 1/2 E[(sum over positions of g z_j)^2], the diagonal Fisher of the gates.
 
-    One forward on the recent inputs, labels drawn from the model's own prediction.
+    One forward a recent call, labels drawn from the model's own prediction.
     """
-    sums, count = _gate_gradients(context, [context.curvature.layer(name) for name in context.layer_names(PRODUCER)])
-    scores = []
-    for group in context.groups:
-        gates = sum(
-            sums[context.layers[m.names].name].double().cpu()[:, m.index].sum(dim=2) for m in group.of_role(PRODUCER)
-        )
-        assert isinstance(gates, Tensor)
-        scores.append(0.5 * gates.square().sum(dim=0) / count)
-    return scores
+    layers = [context.curvature.layer(name) for name in context.layer_names(PRODUCER)]
+    scores, count = [torch.zeros(group.width, dtype=torch.float64) for group in context.groups], 0
+    for call in context.recent_calls():
+        sums, terms = _gate_gradients(context, layers, call)
+        count += terms
+        for total, group in zip(scores, context.groups):
+            gates = [sums[context.layers[m.names].name].double().cpu()[:, m.index] for m in group.of_role(PRODUCER)]
+            total += torch.stack([gate.sum(dim=2) for gate in gates]).sum(dim=0).square().sum(dim=0)
+    return [0.5 * total / count for total in scores]
 
 
-def _gate_gradients(context: ScoringContext, layers: list[Layer]) -> tuple[dict[str, Tensor], int]:
+def _gate_gradients(context: ScoringContext, layers: list[Layer], call: ModelCall) -> tuple[dict[str, Tensor], int]:
     """Sum over positions and calls of g z [N, O] of each layer; what the mean loss divides by."""
-    loss, capture = context.curvature.loss, Capture()
+    curvature, capture = context.curvature, Capture()
+    loss = curvature.loss
     values: dict[str, list[Tensor]] = {}
 
     def report(layer: Layer, x: Tensor, z: Tensor) -> None:
@@ -89,16 +90,18 @@ def _gate_gradients(context: ScoringContext, layers: list[Layer]) -> tuple[dict[
         capture.add(layer, x, z)
 
     with context.probing(), torch.enable_grad(), call_hooks(layers, report):
-        output = checked_output(context.model(*context.recent_inputs()), loss)
-    targets = sample_targets(output, loss, context.generator)
-    gradients = capture.gradients_of(output, output_gradient(output.detach(), targets, loss))
+        capture.prediction = curvature.reading.read(call.run(context.model))
+    prediction = capture.prediction
+    capture.samples = len(prediction)
+    curvature.place(capture, call)
+    targets = loss.draw(prediction, context.generator)
+    gradients = capture.gradients_of(prediction, loss.gradient(prediction.detach(), targets))
     sums = {}
     for layer in layers:
-        calls = [
-            _over_positions(layer, z * g) for z, g in zip(values[layer.name], gradients[layer.name]) if g is not None
-        ]
+        products = [None if g is None else z * g for z, g in zip(values[layer.name], gradients[layer.name])]
+        calls = [_over_positions(layer, p) for p in capture.samples_first(layer.name, products) if p is not None]
         sums[layer.name] = torch.stack(calls).sum(dim=0)
-    return sums, prediction_count(output, loss)
+    return sums, loss.terms(prediction)
 
 
 def _over_positions(layer: Layer, product: Tensor) -> Tensor:

@@ -1,14 +1,9 @@
 """Scores that know which neurons went before, for choosing one after the other (`flatprune.pruning.selection`).
 
-Independent scores are right for one neuron; two that stand in for each other both look free. Here the lowest goes, what
-it leaves behind is brought up to date by an update of rank k (the k columns a neuron feeds), and the layers it touched
-are scored again. For "obs", with J the pruned columns,
-
-    V <- V - V_J (H_JJ)^-1 H_J.        H <- H - H_.J (H_JJ)^-1 H_J.
-
-so that the scores add up to the predicted change of the whole removal, 1/2 tr(V_S^T G V_S (H_SS)^-1) for all columns S
-pruned (block elimination; Hassibi & Stork 1992, sequentially). For "obd" the same without compensation: the products
-of V_S A with what is left carry the cross terms of 1/2 tr(V_S^T G V_S A_SS).
+Independent scores are right for one neuron; two that stand in for each other both look free. Here the lowest goes, and
+what it leaves behind is brought up to date: for "obs" by `kfac_ext.GreedySelection`, so that the scores add up to the
+predicted change of the whole removal, 1/2 tr(V_S^T G V_S (H_SS)^-1) for all columns S pruned. For "obd" the same
+without compensation: 1/2 tr(V_S^T G V_S A_SS), whose cross terms join the scores of the neurons that are left.
 """
 
 from __future__ import annotations
@@ -19,149 +14,215 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+import kfac_ext
 from flatprune.coupling import CONSUMER
 from flatprune.criteria.members import Reading, readings
-from flatprune.criteria.saliency import factor_blocks
+from flatprune.criteria.saliency import factor_blocks, raw_weight, tensors_of_weight
+from kfac_ext.layers.batch_norm import norm_affine
 
 if TYPE_CHECKING:
     from flatprune.criteria.base import ScoringContext
 
+_Part = tuple[str, int]  # a layer, and the group of its convolution
 
-class ColumnScores:
-    """Scores of the neurons that are left, given those that went; the base of `JointObs` and `JointObd`.
+
+class _Readings:
+    """Where the neurons of all groups are read, and sums over it.
 
     Args:
-        context: gives A, H, G and the folded weights; it is left as it is.
+        context: has the groups and the layers.
+
+    Attributes:
+        scores: float64 [neurons] a group, on the CPU.
+    """
+
+    def __init__(self, context: ScoringContext) -> None:
+        self.all = readings(context.layers, context.groups, CONSUMER)
+        self.parts: dict[_Part, list[int]] = {}
+        self.of_group: list[list[int]] = [[] for _ in context.groups]
+        self._places = []
+        for number, reading in enumerate(self.all):
+            self.parts.setdefault((reading.layer, reading.group), []).append(number)
+            self.of_group[reading.position].append(number)
+            places = torch.full((context.groups[reading.position].width,), -1)
+            places[reading.neurons] = torch.arange(len(reading.neurons))
+            self._places.append(places)
+        self.scores = [torch.zeros(group.width, dtype=torch.float64) for group in context.groups]
+
+    def where(self, position: int, neurons: Sequence[int]) -> dict[int, list[int]]:
+        """Number of a reading -> which of its neurons these neurons of a group are."""
+        found = {}
+        for number in self.of_group[position]:
+            places = [place for place in self._places[number][list(neurons)].tolist() if place >= 0]
+            if places:  # none in another group of a convolution
+                found[number] = places
+        return found
+
+    def beside(self, numbers: Sequence[int]) -> set[int]:
+        """Positions of the groups that these readings' layers read."""
+        parts = {(self.all[number].layer, self.all[number].group) for number in numbers}
+        return {self.all[number].position for part in parts for number in self.parts[part]}
+
+    def add_up(self, positions: Sequence[int] | set[int], values: Sequence[Tensor]) -> None:
+        """The scores of these groups from one tensor [neurons] a reading."""
+        for position in positions:
+            total = torch.zeros_like(self.scores[position])
+            for number in self.of_group[position]:
+                total.index_add_(0, self.all[number].neurons, values[number].double().cpu())
+            self.scores[position] = total
+
+
+class JointObs:
+    """Joint scores with compensation by the columns that are left.
+
+    Args:
+        context: gives H, G and the weights; what it holds of H is used up.
+
+    Attributes:
+        total: the predicted change of the loss of everything that went.
+
+    Raises:
+        ValueError: naming the layer whose H is not positive definite.
+    """
+
+    def __init__(self, context: ScoringContext) -> None:
+        self.total = 0.0
+        self._context, self._readings = context, _Readings(context)
+        self._parts = list(self._readings.parts)
+        self._touched: set[str] = set()
+        if not self._parts:
+            return
+        inverses = context.take_inverses(CONSUMER)
+        operands: list[tuple[Tensor, Tensor, Tensor]] = []
+        for name, part in self._parts:
+            layer = context.curvature.layers[name]
+            H, G = inverses[name][part], factor_blocks(context.curvature.factors[f"{name}.G"])[part]
+            if layer.norm is not None:  # then V = s W: the same scores from W and s G s, which gives W as it becomes
+                scale = norm_affine(layer.norm)[0].unflatten(0, (layer.groups, -1))[part].to(G.dtype)
+                G = scale[:, None] * G * scale
+            operands.append((raw_weight(layer, H).unflatten(0, (layer.groups, -1))[part], H, G.to(H.dtype)))
+        number_of = {part: number for number, part in enumerate(self._parts)}
+        weights, Hs, Gs = (list(column) for column in zip(*operands))
+        self._selection = kfac_ext.GreedySelection(
+            weights,
+            Hs,
+            Gs,
+            [reading.entries for reading in self._readings.all],
+            [number_of[reading.layer, reading.group] for reading in self._readings.all],
+            overwrite=True,
+        )
+        self._readings.add_up(range(len(context.groups)), self._selection.scores)
+
+    @property
+    def scores(self) -> Sequence[Tensor]:
+        """S_j of every neuron, float64 [neurons] a group on the CPU; those of pruned neurons mean nothing."""
+        return self._readings.scores
+
+    def remove(self, position: int, neurons: Sequence[int]) -> set[int]:
+        """Let neurons of one group go, and score again what is read beside them.
+
+        Returns:
+            Positions of the groups whose scores may have changed.
+        """
+        where = self._readings.where(position, neurons)
+        self.total += self._selection.remove_(where)
+        self._touched |= {self._readings.all[number].layer for number in where}
+        changed = self._readings.beside(list(where))
+        self._readings.add_up(changed, self._selection.scores)
+        return changed
+
+    def compensated(self) -> dict[str, Tensor]:
+        """Qualified tensor name -> new values of the weights that read the pruned neurons, as the survivors make up."""
+        parts = dict(zip(self._parts, self._selection.weights())) if self._touched else {}
+        values: dict[str, Tensor] = {}
+        for name in self._touched:
+            layer = self._context.curvature.layers[name]
+            found = [matrix for part, matrix in parts.items() if part[0] == name]
+            values.update(tensors_of_weight(self._context.curvature, name, torch.cat(found)))
+            assert len(found) == layer.groups
+        return values
+
+
+class JointObd:
+    """Joint scores without compensation.
+
+    Args:
+        context: gives A, G and the folded weights.
 
     Attributes:
         total: the predicted change of the loss of everything that went.
     """
 
     def __init__(self, context: ScoringContext) -> None:
-        self.groups = context.groups
         self.total = 0.0
-        self._readings = readings(context.layers, self.groups, CONSUMER)
-        self._blocks: dict[tuple[str, int], _Block] = {}
-        for reading in self._readings:
-            key = (reading.layer, reading.group)
-            if key not in self._blocks:
-                self._blocks[key] = self._block(context, reading)
-        self._scores = [torch.zeros(group.width, dtype=torch.float64) for group in self.groups]
-        self._values = {i: self._score(reading) for i, reading in enumerate(self._readings)}
-        for i, reading in enumerate(self._readings):
-            self._scores[reading.position].index_add_(0, reading.neurons, self._values[i])
+        self._readings = _Readings(context)
+        statistics = context.statistics(CONSUMER)
+        self._parts = {
+            (name, part): _Silenced(
+                context.curvature.folded_weight(name),
+                factor_blocks(context.curvature.factors[f"{name}.G"]),
+                statistics.blocks(name),
+                part,
+            )
+            for name, part in self._readings.parts
+        }
+        self._values = [self._part(reading).scores(reading.entries) for reading in self._readings.all]
+        self._readings.add_up(range(len(context.groups)), self._values)
 
     @property
     def scores(self) -> Sequence[Tensor]:
         """S_j of every neuron, float64 [neurons] a group on the CPU; those of pruned neurons mean nothing."""
-        return self._scores
+        return self._readings.scores
 
-    def remove(self, position: int, neuron: int) -> None:
-        """Let one neuron go and score again what reads or is read beside it."""
-        self.total += float(self._scores[position][neuron])
-        touched = set()
-        for reading in self._readings:
-            if reading.position != position:
-                continue
-            for place in (reading.neurons == neuron).nonzero().flatten().tolist():  # one, or none in another group
-                key = (reading.layer, reading.group)
-                self._blocks[key].remove(reading.entries[place])
-                touched.add(key)
-        for i, reading in enumerate(self._readings):
-            if (reading.layer, reading.group) in touched:
-                found = self._score(reading)
-                self._scores[reading.position].index_add_(0, reading.neurons, found - self._values[i])
-                self._values[i] = found
+    def remove(self, position: int, neurons: Sequence[int]) -> set[int]:
+        """As `JointObs.remove`."""
+        changed: set[int] = set()
+        for neuron in neurons:
+            self.total += float(self._readings.scores[position][neuron])
+            where = self._readings.where(position, [neuron])
+            for number, places in where.items():
+                reading = self._readings.all[number]
+                self._part(reading).remove(reading.entries[places].flatten())
+            for number in (n for w in where for n in self._readings.parts[self._key(self._readings.all[w])]):
+                reading = self._readings.all[number]
+                self._values[number] = self._part(reading).scores(reading.entries)
+            beside = self._readings.beside(list(where))
+            self._readings.add_up(beside, self._values)
+            changed |= beside
+        return changed
 
-    def _score(self, reading: Reading) -> Tensor:
-        return self._blocks[reading.layer, reading.group].scores(reading.entries).double().cpu()
+    def compensated(self) -> None:
+        """Nothing: the survivors stay as they are."""
 
-    def _block(self, context: ScoringContext, reading: Reading) -> _Block:
-        raise NotImplementedError
+    @staticmethod
+    def _key(reading: Reading) -> _Part:
+        return reading.layer, reading.group
 
-
-class JointObs(ColumnScores):
-    """Joint scores with compensation by the columns that are left."""
-
-    def _block(self, context: ScoringContext, reading: Reading) -> _Block:
-        return _Compensated(*_operands(context, reading), context.inverses(CONSUMER)[reading.layer][reading.group])
+    def _part(self, reading: Reading) -> _Silenced:
+        return self._parts[self._key(reading)]
 
 
-class JointObd(ColumnScores):
-    """Joint scores without compensation."""
+class _Silenced:
+    """One layer (one group of it): what each column's silence costs, given the columns S that went.
 
-    def _block(self, context: ScoringContext, reading: Reading) -> _Block:
-        return _Silenced(
-            *_operands(context, reading), context.statistics(CONSUMER).blocks(reading.layer)[reading.group]
-        )
+    1/2 tr(V_J^T G V_J A_JJ) of the columns J of a neuron, and for each of these columns c the sum over s in S of
+    (V^T G V)_cs A_cs, which is what they cost together beyond that.
+    """
 
-
-def _operands(context: ScoringContext, reading: Reading) -> tuple[Tensor, Tensor]:
-    """V and G of a reading's group."""
-    G = factor_blocks(context.curvature.factors[f"{reading.layer}.G"])[reading.group]
-    V = context.curvature.folded_weight(reading.layer).unflatten(0, (-1, G.shape[0]))[reading.group]
-    return V, G
-
-
-class _Block:
-    """One layer (one group of it): V [O, d], G V, and a matrix [d, d], in float64 so that many updates stay exact."""
-
-    def __init__(self, V: Tensor, G: Tensor, matrix: Tensor) -> None:
-        self.V, self.matrix = V.to(torch.float64, copy=True), matrix.to(torch.float64, copy=True)
-        self.GV = G.double() @ self.V
+    def __init__(self, V: Tensor, Gs: Sequence[Tensor], As: Sequence[Tensor], part: int) -> None:
+        self.A = As[part]
+        self.V = V.unflatten(0, (len(Gs), -1))[part].to(self.A.dtype)
+        self.GV = Gs[part].to(self.A.dtype) @ self.V
+        self.together = torch.zeros(len(self.A), dtype=torch.float64, device=self.A.device)
 
     def scores(self, columns: Tensor) -> Tensor:
         """S of neurons that feed `columns` [n, k]."""
-        raise NotImplementedError
+        columns = columns.to(self.A.device)
+        left, right = (matrix[:, columns].transpose(0, 1) for matrix in (self.V, self.GV))  # [n, O, k]
+        alone = (left.mT @ right).double() * self.A[columns[:, :, None], columns[:, None, :]]
+        return 0.5 * alone.sum(dim=(1, 2)) + self.together[columns].sum(dim=1)
 
     def remove(self, columns: Tensor) -> None:
         """Let one neuron go, which feeds `columns` [k]."""
-        raise NotImplementedError
-
-    def _forms(self, columns: Tensor) -> Tensor:
-        """V_J^T G V_J [n, k, k]."""
-        left, right = self.V[:, columns], self.GV[:, columns]  # [O, n, k]
-        return torch.einsum("onk,onl->nkl", left, right)
-
-
-class _Compensated(_Block):
-    """`matrix` is H of the columns that are left; rows and columns of those pruned are zero."""
-
-    def __init__(self, V: Tensor, G: Tensor, matrix: Tensor) -> None:
-        super().__init__(V, G, matrix)
-        self.alive = torch.ones(len(self.matrix), dtype=torch.bool, device=self.matrix.device)
-
-    def scores(self, columns: Tensor) -> Tensor:
-        columns = columns.to(self.matrix.device)
-        blocks = self.matrix[columns[:, :, None], columns[:, None, :]]  # H_JJ [n, k, k]
-        pruned = ~self.alive[columns]  # their V_J is zero: any definite block gives them the score 0
-        blocks = blocks + torch.diag_embed(pruned.to(blocks.dtype))
-        return 0.5 * torch.linalg.solve(blocks, self._forms(columns)).diagonal(dim1=1, dim2=2).sum(dim=1)
-
-    def remove(self, columns: Tensor) -> None:
-        J = columns.to(self.matrix.device)
-        update = torch.linalg.solve(self.matrix[J][:, J], self.matrix[J])  # (H_JJ)^-1 H_J.
-        for held in (self.V, self.GV, self.matrix):
-            held.addmm_(held[:, J], update, alpha=-1.0)
-        self.alive[J] = False
-        self.V[:, J] = self.GV[:, J] = 0.0
-        self.matrix[J] = self.matrix[:, J] = 0.0
-
-
-class _Silenced(_Block):
-    """`matrix` is A, and `error` = V_S A [O, d] of the pruned columns S: what their silence does beside each column."""
-
-    def __init__(self, V: Tensor, G: Tensor, matrix: Tensor) -> None:
-        super().__init__(V, G, matrix)
-        self.error = torch.zeros_like(self.V)
-
-    def scores(self, columns: Tensor) -> Tensor:
-        columns = columns.to(self.matrix.device)
-        blocks = self.matrix[columns[:, :, None], columns[:, None, :]]
-        own = 0.5 * (self._forms(columns) * blocks).sum(dim=(1, 2))
-        return own + (self.GV * self.error).sum(dim=0)[columns].sum(dim=1)
-
-    def remove(self, columns: Tensor) -> None:
-        J = columns.to(self.matrix.device)
-        self.error.addmm_(self.V[:, J], self.matrix[J])
-        self.V[:, J] = self.GV[:, J] = 0.0
+        J = columns.to(self.A.device)
+        self.together += ((self.V.mT @ self.GV[:, J]).double() * self.A[:, J]).sum(dim=1)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from kfac_ext.curvature import Curvature
-from kfac_ext.curvature.probing import fresh_output
-
-_SAMPLES = 256
+from kfac_ext.curvature.loss import Loss
+from kfac_ext.curvature.probing import fresh_predictions
 
 
 class LossChange:
@@ -21,41 +19,27 @@ class LossChange:
 
         cross entropy: mean KL(p_before || p_after)        mse: mean (f_after - f_before)^2
 
-    over the last 256 inputs of training (and all positions of an output [N, C, ...]), with batch norms on batch
-    statistics and dropout off, before and after alike. Two forwards without gradients; random streams, running
-    statistics and factors stay as they are.
+    over the recent calls of training (256 samples or a batch more, and all positions of an output [N, C, ...]), each
+    made again as it was, with batch norms on batch statistics and dropout off, before and after alike. Two forwards a
+    call without gradients; random streams, running statistics and factors stay as they are.
 
     Args:
         curvature: of the network, with at least one training forward behind it.
+        before: what the network predicts now for each of them, where a `kfac_ext.curvature.probing.fresh_look` has
+            shown it already.
     """
 
-    def __init__(self, curvature: Curvature) -> None:
-        self._curvature = curvature
-        self._inputs = _last_samples(curvature.recent_inputs)
-        self._before = fresh_output(curvature, self._inputs)
+    def __init__(self, curvature: Curvature, before: Sequence[Tensor] | None = None) -> None:
+        self._curvature, self._calls = curvature, curvature.recent_calls
+        self._before = fresh_predictions(curvature, self._calls) if before is None else before
 
     def measure(self) -> float:
         """The change since this object was made."""
-        return divergence(self._before, fresh_output(self._curvature, self._inputs), self._curvature.loss)
+        return divergence(self._before, fresh_predictions(self._curvature, self._calls), self._curvature.loss)
 
 
-def divergence(before: Tensor, after: Tensor, loss: str) -> float:
-    """mean KL(softmax before || softmax after) over all but dimension 1, or the mean squared difference for "mse"."""
-    before, after = before.double(), after.double()
-    if loss == "mse":
-        return float((after - before).square().mean())
-    log_p = before.log_softmax(dim=1)
-    return float((log_p.exp() * (log_p - after.log_softmax(dim=1))).sum(dim=1).mean())
-
-
-def _last_samples(batches: Sequence[Any]) -> list[tuple[Tensor, ...]]:
-    """The newest 256 samples of batches, oldest first."""
-    kept: list[tuple[Tensor, ...]] = []
-    missing = _SAMPLES
-    for batch in reversed(batches):
-        if missing <= 0:
-            break
-        parts = batch if isinstance(batch, tuple) else (batch,)
-        kept.append(tuple(part[-missing:] for part in parts))
-        missing -= len(parts[0])
-    return kept[::-1]
+def divergence(before: Sequence[Tensor], after: Sequence[Tensor], loss: Loss) -> float:
+    """How much the mean loss is expected to rise, over the terms of all predictions together."""
+    terms = [loss.terms(prediction) for prediction in before]
+    rises = [loss.divergence(p.double(), q.double()) for p, q in zip(before, after)]
+    return sum(float(rise) * (n / sum(terms)) for rise, n in zip(rises, terms))

@@ -25,7 +25,7 @@ import kfac_ext
 from flatprune.coupling import CONSUMER, NeuronGroup
 from flatprune.coupling.neurons import tensor_name
 from flatprune.criteria.members import Layers, Reading, input_columns, lost_channels, readings
-from kfac_ext.curvature.probing import fresh_covariances
+from kfac_ext.curvature.probing import fresh_look
 from kfac_ext.layers import Layer
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 RELATIVE_DAMPING = 1e-2  # of the mean of diag A; 1e-3 and 0.1 lost 0.3 and 0.9 points of accuracy
 CONSTANT_DAMPING = 1e-6  # of the appended 1, whose variance is known
+_ENTRIES_TOGETHER = 1 << 20  # of covariances inverted in one call, where memory counts: enough to share out
 _TINY = 1e-12  # keeps A + D definite where a layer's inputs are all zero
 
 
@@ -43,10 +44,12 @@ class InputStatistics:
     Attributes:
         covariances: layer name -> A [d, d], or [groups, d, d]; the last row for the 1 where the layer has a constant.
         constant: layer name -> whether A has that last row.
+        predictions: of the model for each recent call, where forwards of these gave A; else None.
     """
 
     covariances: dict[str, Tensor]
     constant: dict[str, bool]
+    predictions: list[Tensor] | None = None
 
     def blocks(self, name: str) -> tuple[Tensor, ...]:
         """A of each group of a layer."""
@@ -60,8 +63,26 @@ class InputStatistics:
         Raises:
             ValueError: naming the layer whose A is not finite or not positive definite.
         """
+        return self._inverses_of(list(self.covariances))
+
+    def spent_inverses(self) -> dict[str, tuple[Tensor, ...]]:
+        """As `inverses`; each A is given up for its H, some layers at a time, so that not all of both are held."""
+        found: dict[str, tuple[Tensor, ...]] = {}
+        while self.covariances:
+            names, entries = [], 0
+            for name, A in self.covariances.items():
+                names.append(name)
+                entries += A.numel()
+                if entries >= _ENTRIES_TOGETHER:
+                    break
+            found.update(self._inverses_of(names))
+            for name in names:
+                del self.covariances[name]
+        return found
+
+    def _inverses_of(self, names: Sequence[str]) -> dict[str, tuple[Tensor, ...]]:
         return damped_inverses(
-            {name: self.blocks(name) for name in self.covariances},
+            {name: self.blocks(name) for name in names},
             lambda name, block: _damping(block, self.constant[name]),
             "the covariance of its inputs",
         )
@@ -115,7 +136,7 @@ def _damping(A: Tensor, constant: bool) -> Tensor:
 def input_statistics(curvature: Curvature, names: Iterable[str]) -> InputStatistics:
     """A of the inputs of the layers named.
 
-    With a convolution in the network: *expand* A of one forward on the recent inputs, batch norms on batch statistics
+    With a convolution in the network: *expand* A of the recent calls made again, batch norms on batch statistics
     (the *reduce* A of the running factors starves early layers); else the running A.
 
     Raises:
@@ -126,10 +147,9 @@ def input_statistics(curvature: Curvature, names: Iterable[str]) -> InputStatist
         raise RuntimeError("no factors yet: the model must make a training forward before neurons can be scored")
     constant = {name: curvature.layers[name].constant for name in names}
     if curvature.has_convolutions:
-        covariances = fresh_covariances(curvature, names, curvature.recent_inputs, "expand", bias=None)
-    else:
-        covariances = {name: curvature.factors[f"{name}.A"] for name in names}
-    return InputStatistics(covariances, constant)
+        covariances, predictions = fresh_look(curvature, names, curvature.recent_calls, "expand", bias=None)
+        return InputStatistics(covariances, constant, predictions)
+    return InputStatistics({name: curvature.factors[f"{name}.A"] for name in names}, constant)
 
 
 @torch.no_grad()
@@ -222,7 +242,7 @@ def compensation(
     arguments: list[tuple[Tensor, Tensor, Tensor]] = []
     lost = lost_channels(layers, groups, pruned, CONSUMER)
     for layer, channels in lost:
-        full = _with_constant(layer, inverses[layer.name][0])
+        full = raw_weight(layer, inverses[layer.name][0])
         for part, of_group in enumerate(channels.view(layer.groups, -1)):
             columns = input_columns(layer, of_group.nonzero()).flatten().to(full.device)
             arguments.append((full.unflatten(0, (layer.groups, -1))[part], inverses[layer.name][part], columns))
@@ -233,11 +253,11 @@ def compensation(
     values: dict[str, Tensor] = {}
     for layer, _ in lost:
         parts = [_scatter(*next(rows), next(kept)) for _ in inverses[layer.name]]
-        values.update(_as_tensors(curvature, layer.name, torch.cat(parts)))
+        values.update(tensors_of_weight(curvature, layer.name, torch.cat(parts)))
     return values
 
 
-def _with_constant(layer: Layer, inverse: Tensor) -> Tensor:
+def raw_weight(layer: Layer, inverse: Tensor) -> Tensor:
     """The raw weight as a matrix [O, d], with the bias (or zeros) as a last column if the inverse has one for the 1."""
     weight = layer.weight_matrix().to(inverse.dtype)
     if inverse.shape[0] == weight.shape[1]:
@@ -255,7 +275,11 @@ def _scatter(full: Tensor, _inverse: Tensor, pruned: Tensor, kept: Tensor) -> Te
     return result
 
 
-def _as_tensors(curvature: Curvature, name: str, full: Tensor) -> dict[str, Tensor]:
+def tensors_of_weight(curvature: Curvature, name: str, full: Tensor) -> dict[str, Tensor]:
+    """The inverse of `raw_weight`, by the names of the tensors.
+
+    The 1's column of a layer without a bias is subtracted from the running mean of the batch norm behind it.
+    """
     layer = curvature.layers[name]
     weight, bias = layer.weight, layer.bias
     size = layer.patch_size

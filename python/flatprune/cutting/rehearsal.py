@@ -109,7 +109,7 @@ def _states_after_steps(optimizer: Any, groups: Sequence[Sequence[nn.Parameter]]
         _gradients(stand_ins)
         try:
             step(double)
-        except TypeError:
+        except Exception:
             step(double, lambda: _gradients(stand_ins))
     return double.state
 

@@ -18,17 +18,12 @@ from flatprune.flatness.hessian import hessian_lambda_max
 from kfac_ext.curvature import Curvature
 from kfac_ext.curvature.calls import call_hooks
 from kfac_ext.curvature.capture import Capture
-from kfac_ext.curvature.fisher import (
-    output_gradient,
-    output_variance,
-    prediction_count,
-    projected_gradients,
-    projected_inputs,
-    sample_targets,
-)
+from kfac_ext.curvature.fisher import projected_gradients, projected_inputs
 from kfac_ext.curvature.modes import device_of, reading_is_free, sent, undisturbed
 from kfac_ext.curvature.probing import observe
+from kfac_ext.curvature.recent import ModelCall
 from kfac_ext.curvature.running import ROUNDING
+from kfac_ext.curvature.samples import Layout
 from kfac_ext.layers import Layer
 
 __all__ = ["Flatness", "hessian_lambda_max"]
@@ -107,6 +102,8 @@ class Flatness:
         for name, value in (("strength", strength), ("kappa", kappa), ("fade_below", fade_below), ("start", start)):
             if value is not None and value < 0:
                 raise ValueError(f"Flatness: {name} is {value}, expected >= 0")
+        if not curvature.loss.needs_output:
+            raise ValueError("Flatness: the curvature's loss is 'other', of which nothing is known; name the loss")
         self.curvature, self.mode, self.fade_below = curvature, mode, fade_below
         self._strength, self._kappa, self._every = strength, kappa, every
         self.warmup_steps = _warmup_steps(start, total_steps)
@@ -139,7 +136,7 @@ class Flatness:
             return self._every
         return 8 if self.curvature.has_convolutions else 4
 
-    def penalty(self, x: Tensor | tuple[Tensor, ...], logits: Tensor, loss: Tensor) -> Tensor:
+    def penalty(self, x: Any, logits: Tensor, loss: Tensor) -> Tensor:
         """A 0-d tensor to add to the loss before `backward()`: 0 in warm-up and between the steps it acts on.
 
         Its gradient is what counts: it is that of strength Lbar (1/B) sum log rho_l; its value is not that sum's.
@@ -148,8 +145,9 @@ class Flatness:
         "double_backward" through a fused attention, which has no second derivative), the forward is repeated.
 
         Args:
-            x: what the model was given, a tensor or the tuple of its positional inputs.
-            logits: what it returned.
+            x: what the model was given: a tensor, a tuple of its positional inputs, a dict of keywords, or a
+                `kfac_ext.curvature.recent.ModelCall`.
+            logits: what it returned, or of that what the loss is of.
             loss: the mean loss of these, with its graph.
         """
         self.curvature.settle(loss)
@@ -222,14 +220,14 @@ class Flatness:
     def _size(self) -> int:
         return sum(p.numel() for p in self.curvature.model.parameters())
 
-    def _value(self, x: Tensor | tuple[Tensor, ...], logits: Tensor) -> Tensor | None:
+    def _value(self, x: Any, logits: Tensor) -> Tensor | None:
         if self.strength * self._fade() == 0:
             return None
         weight, blocks = self._weight(), self._blocks()
         if not blocks:
             return None
-        inputs = x if isinstance(x, tuple) else (x,)
-        capture = self._capture(inputs, logits)
+        call = ModelCall.from_inputs(x)
+        capture = self._capture(call, logits)
         blocks = [block for block in blocks if block.layer.name in capture.names]
         mode = self.curvature.kfac_approx
         with torch.autocast(logits.device.type, enabled=False):
@@ -240,17 +238,17 @@ class Flatness:
                     values = projected_inputs(block.layer, seen, block.u, mode)
                     total = total + block.input_weight * values.square().mean(dim=0).sum()
             second = self._forward_part if self.mode == "forward" else self._double_backward_part
-            return weight * (total + second(blocks, capture, inputs))
+            return weight * (total + second(blocks, capture, call))
 
-    def _capture(self, inputs: tuple[Tensor, ...], logits: Tensor) -> Capture:
+    def _capture(self, call: ModelCall, logits: Tensor) -> Capture:
         """The user's forward if it was recorded and can be differentiated as often as it must be, else one more."""
         record = self.curvature.recorder.take(logits)
         if self.mode == "forward":
-            return record or observe(self.curvature, *inputs)
+            return record or observe(self.curvature, *call.args, **call.kwargs)
         if record is not None and not _has_fused_attention(logits):
             return record
         with sdpa_kernel(SDPBackend.MATH):
-            return observe(self.curvature, *inputs)
+            return observe(self.curvature, *call.args, **call.kwargs)
 
     def _blocks(self) -> list[_Block]:
         """The blocks above their floor; on a GPU all, those below with weight 0, so that the host need not wait."""
@@ -276,25 +274,26 @@ class Flatness:
             blocks.append(_Block(layer, u.clone(), s.clone(), *weights))
         return blocks
 
-    def _double_backward_part(self, blocks: list[_Block], capture: Capture, _inputs: Any) -> Tensor:
+    def _double_backward_part(self, blocks: list[_Block], capture: Capture, _call: ModelCall) -> Tensor:
         """Sum over blocks of c lambda(A) mean (s.g)^2, g from labels drawn from the model's prediction."""
-        curvature, output = self.curvature, capture.output
+        curvature, output = self.curvature, capture.prediction
         if capture.targets is None:
-            capture.targets = sample_targets(output, curvature.loss, curvature.generator)
+            capture.targets = curvature.loss.draw(output, curvature.generator)
         # the label's gradient depends on the output too, through the softmax
-        seed = output_gradient(output, capture.targets, curvature.loss)
+        seed = curvature.loss.gradient(output, capture.targets, capture.counted)
         loss_gradients = capture.gradients_of(output, seed, create_graph=True)
-        count, total = prediction_count(output, curvature.loss), output.new_zeros(())
+        count, total = capture.terms(curvature.loss), output.new_zeros(())
         for block in blocks:
-            grads = [g for g in loss_gradients[block.layer.name] if g is not None]
+            found = capture.samples_first(block.layer.name, loss_gradients[block.layer.name])
+            grads = [g for g in found if g is not None]
             if grads:
                 values = projected_gradients(block.layer, grads, block.s, curvature.kfac_approx)
                 total = total + block.gradient_weight * values.square().sum() / count
         return total
 
-    def _forward_part(self, blocks: list[_Block], capture: Capture, inputs: tuple[Tensor, ...]) -> Tensor:
+    def _forward_part(self, blocks: list[_Block], capture: Capture, call: ModelCall) -> Tensor:
         """The same, its expectation over labels, from the change of the output in one forward with moved z."""
-        curvature, output = self.curvature, capture.output
+        curvature, output = self.curvature, capture.prediction
         lengths = torch.stack([block.gradient_weight for block in blocks]).sqrt()
         sizes = torch.stack([capture.z_squares[block.layer.name] for block in blocks]).sqrt()
         longest = (lengths / sizes).max()
@@ -309,14 +308,15 @@ class Flatness:
                 shape = [1 if d == axis else n for d, n in enumerate(z.shape)]
                 return z + self._signs(shape, z) * shift
             sign = signs.get(layer.name)
+            layout = capture.layouts.get(layer.name, [Layout()])[0]
             if sign is None:
-                sign = signs[layer.name] = self._signs([len(z)], z)
-            return z + sign.view([-1, *[1] * (z.dim() - 1)]) * shift
+                sign = signs[layer.name] = self._signs([len(layout.samples_first(z, capture.samples))], z)
+            return z + layout.spread(sign, z) * shift
 
         layers = [block.layer for block in blocks]
         with curvature.paused(), undisturbed(curvature.model, capture.rng), call_hooks(layers, move):
-            moved = curvature.model(*inputs)
-        return output_variance(output, (moved - output) / step, curvature.loss)
+            moved = curvature.reading.read(curvature.model(*call.args, **call.kwargs))
+        return curvature.loss.variance(output, (moved - output) / step)
 
     def _signs(self, shape: list[int], like: Tensor) -> Tensor:
         generator = self.curvature.generator

@@ -18,7 +18,8 @@ from flatprune.cutting.states import check_states, keeps_tensors, rehearsed
 class HeldStates:
     """The optimizers of a model and what they keep, or will keep, of its parameters.
 
-    Warns of trainable parameters that none of those given holds, and watches then for others that step.
+    Warns of trainable parameters that none of those given holds, and watches for others that step: those that were
+    forgotten, or made later.
 
     Args:
         model: the network.
@@ -37,8 +38,8 @@ class HeldStates:
         self.model, self.seen = model, Seen()
         self.optimizers: tuple[torch.optim.Optimizer, ...] = as_optimizers(optimizer, "Pruner: optimizer")
         check_held(model, self.optimizers, "Pruner: optimizer")
+        self._watch = StepWatch()
         unheld = unheld_parameters(model, self.optimizers)
-        self._watch = StepWatch() if unheld else None
         if unheld and optimizer is not None:  # None says that there is nothing to cut
             warnings.warn(
                 f"Pruner: no optimizer that was given holds {some_of(unheld)}; give all that train the model, "
@@ -57,7 +58,7 @@ class HeldStates:
 
     def take_in_stepped(self) -> None:
         """Know from now on the optimizers that were not given but were seen to step; warns if they keep something."""
-        found = self._watch.holders_of(self.model, self.optimizers) if self._watch else []
+        found = self._watch.holders_of(self.model, self.optimizers)
         self.optimizers += tuple(found)
         if keeps_tensors(found):
             kinds = ", ".join(sorted({type(optimizer).__name__ for optimizer in found}))

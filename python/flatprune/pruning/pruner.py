@@ -28,6 +28,7 @@ from flatprune.pruning.selection import check_selection, choose
 from flatprune.pruning.targets import Target
 from flatprune.pruning.ties import find_ties, named_ties
 from kfac_ext.curvature import Curvature
+from kfac_ext.curvature.outputs import Pick
 
 MLP_COMPENSATION_BELOW = 0.04  # fraction of the parameters; above, compensating an MLP gains nothing
 
@@ -78,13 +79,14 @@ class Pruner:
         max_predicted_loss: at an event, neurons go only as long as the sum of their predicted changes of the loss does
             not exceed this; the record says where it bound. None: no such limit.
         measure: take down what each cut made of the loss beside what was predicted (`flatprune.criteria.loss_change`),
-            for two forwards on 256 samples an event.
+            for one or two forwards on 256 samples an event.
         exclude: layers whose outputs stay: names of modules, or types.
         layers: names of the layers to prune; default all that can be.
         forward: how a training loop calls the model with `example_inputs`, such as
             lambda model, batch: model(batch["image"]); None: as its arguments.
         ema_models: copies of the model, such as `torch.optim.swa_utils.AveragedModel(model)`, that lose the same
             neurons at the same time; see `flatprune.cutting.ema_models`.
+        output: what of the model's output the loss is of, as for `Curvature`, if the curvature has not been told.
 
     Raises:
         TypeError: `target` is no Target; `exclude`, `layers`, `tie_widths` or `ema_models` is no list; one of the
@@ -126,6 +128,7 @@ class Pruner:
         layers: Sequence[str] | None = None,
         forward: Callable[..., Any] | None = None,
         ema_models: Sequence[nn.Module] = (),
+        output: Pick = None,
     ) -> None:
         self.criterion = as_criterion(criterion)
         if not isinstance(compensate, bool) and compensate != "auto":
@@ -137,6 +140,13 @@ class Pruner:
         self._states = HeldStates(model, optimizer)
         if curvature.model is not model:
             raise ValueError("Pruner: the curvature belongs to another model")
+        if output is not None:
+            curvature.reading.tell(output)
+        if "forwards" in self.criterion.needs and not curvature.loss.needs_output:
+            raise ValueError(
+                f"Pruner: criterion {self.criterion.name!r} reads the model's output, of which a curvature with "
+                "loss='other' knows nothing; name the loss, or take another criterion"
+            )
         self.model, self.curvature = model, curvature
         self.ema_models = checked_ema_models(model, ema_models)
         self.target, self.compensate, self.selection, self.seed = target, compensate, selection, seed
@@ -295,8 +305,10 @@ class Pruner:
         pruned = choice.pruned
         if not pruned:
             return []
-        replacements = self.criterion.compensation(context, pruned) if compensate else None
-        loss_change = LossChange(self.curvature) if self.measure and self.curvature.recent_inputs else None
+        replacements = None if choice.joint is None or not compensate else choice.joint.compensated()
+        if compensate and replacements is None:
+            replacements = self.criterion.compensation(context, pruned)
+        loss_change = LossChange(self.curvature, context.predictions) if self._measures else None
         params, cost, widths = self.params, self.cost, [group.width for group in self.groups]
         plan(
             self.model,
@@ -326,6 +338,11 @@ class Pruner:
             predicted_change=choice.predicted_change,
             measured_change=None if loss_change is None else loss_change.measure(),
         )
+
+    @property
+    def _measures(self) -> bool:
+        """Whether changes of the loss can be measured: there are calls to make again, and what they return is known."""
+        return self.measure and self.curvature.loss.needs_output and bool(self.curvature.recent_calls)
 
     def _compensates(self, budget: float) -> bool:
         if self.compensate != "auto":

@@ -7,6 +7,8 @@ together, and the mean of the scores stands for them.
 
 from __future__ import annotations
 
+import heapq
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -40,12 +42,14 @@ class Choice(NamedTuple):
         scores: what they were ranked by, one tensor [neurons] a group; of a greedy selection, before the first went.
         costs: what goes with a neuron of each group.
         predicted_change: of the loss, in total; None if the criterion predicts none.
+        joint: what a greedy selection was made by, or None.
     """
 
     pruned: dict[int, Tensor]
     scores: Scores
     costs: list[float]
     predicted_change: float | None
+    joint: JointScores | None
 
 
 @torch.no_grad()
@@ -79,6 +83,7 @@ def choose(
     """
     costs = _shared(paper.neuron_costs(), ties)
     options: dict[str, Any] = {"ties": ties, "closely": closely, "losses": losses}
+    joint: JointScores | None = None
     if selection == "greedy":
         assert criterion.joint is not None
         joint = criterion.joint(context)
@@ -93,7 +98,7 @@ def choose(
         pruned = select(paper, context.groups, scores, budget, limits, changes=known, **options)
         predicted = None if known is None else sum(float(known[p][neurons].sum()) for p, neurons in pruned.items())
     losses.spent += predicted or 0.0
-    return Choice(pruned, scores, costs, predicted)
+    return Choice(pruned, scores, costs, predicted, joint)
 
 
 def select(
@@ -183,30 +188,89 @@ def select_greedily(
         Position in `groups` -> int64 [m] neurons, ascending; groups that lose none are left out.
     """
     ties = find_ties(groups, False) if ties is None else ties
-    prices = _shared(costs.neuron_costs(), ties)
-    left = [torch.ones(group.width, dtype=torch.bool) for group in groups]
-    sizes = {tie: limits.bundles(*(groups[position] for position in tie)) for tie in ties}
-    while costs.cost > budget:
-        moves = {
-            tie: {p: _lowest(groups[p], joint.scores[p], left[p], sizes[tie][0]) for p in tie}
-            for tie in ties
-            if sizes[tie]
-        }
-        if not moves:
+    moves = _Moves(groups, ties, joint, limits, _shared(costs.neuron_costs(), ties))
+    while costs.cost > budget and moves.nexts:
+        move = moves.lowest()
+        if closely and costs.cost_without(move.tie, move.size) <= budget:
+            finishing = [m for m in moves.nexts.values() if costs.cost_without(m.tie, m.size) <= budget]
+            move = min(finishing, key=lambda move: move.change)
+        if losses is not None and not losses.allows(joint.total + move.change):
             break
-        sums = {tie: sum(float(joint.scores[p][n].sum()) for p, n in move.items()) for tie, move in moves.items()}
-        tie = min(moves, key=lambda tie: sums[tie] / (len(tie) * sizes[tie][0] * prices[tie[0]]))
-        finishing = [tie for tie in moves if costs.cost_without(tie, sizes[tie][0]) <= budget]
-        if closely and tie in finishing:
-            tie = min(finishing, key=sums.__getitem__)
-        if losses is not None and not losses.allows(joint.total + sums[tie]):
-            break
-        for position, neurons in moves[tie].items():
-            for neuron in neurons.tolist():
-                joint.remove(position, neuron)
-            left[position][neurons] = False
-        costs.remove_from(tie, sizes[tie].pop(0))
-    return {p: (~alive).nonzero().flatten() for p, alive in enumerate(left) if not bool(alive.all())}
+        costs.remove_from(move.tie, move.size)
+        moves.make(move)
+    return {p: (~alive).nonzero().flatten() for p, alive in enumerate(moves.left) if not bool(alive.all())}
+
+
+class _Move(NamedTuple):
+    """Neurons that may go next, of each group of a tie, and the sum of their scores."""
+
+    tie: Tie
+    size: int
+    neurons: dict[int, list[int]]
+    change: float
+
+
+class _Moves:
+    """What may go next: one move a tie, and a heap of them, in which those that scores have overtaken stay behind.
+
+    Args:
+        groups: the neuron groups.
+        ties: groups that keep one width.
+        joint: their scores.
+        limits: how many may go.
+        prices: what goes with a neuron of each group.
+
+    Attributes:
+        nexts: tie -> the move; without those that have none left.
+        left: bool [neurons] a group.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[NeuronGroup],
+        ties: Sequence[Tie],
+        joint: JointScores,
+        limits: Limits,
+        prices: Sequence[float],
+    ) -> None:
+        self.nexts: dict[Tie, _Move] = {}
+        self.left = [torch.ones(group.width, dtype=torch.bool) for group in groups]
+        self._groups, self._joint, self._prices = groups, joint, prices
+        self._sizes = {tie: limits.bundles(*(groups[position] for position in tie))[::-1] for tie in ties}
+        self._tie_of = {position: tie for tie in ties for position in tie}
+        self._heap: list[tuple[float, int, int, _Move]] = []
+        self._pushed = itertools.count()
+        self._numbers = {tie: number for number, tie in enumerate(ties)}
+        for tie in ties:
+            self._look_at(tie)
+
+    def lowest(self) -> _Move:
+        """The move of lowest mean score by price."""
+        while self.nexts.get(self._heap[0][-1].tie) is not self._heap[0][-1]:
+            heapq.heappop(self._heap)
+        return self._heap[0][-1]
+
+    def make(self, move: _Move) -> None:
+        """Let its neurons go."""
+        changed = set(move.tie)
+        for position, neurons in move.neurons.items():
+            changed |= self._joint.remove(position, neurons)
+            self.left[position][neurons] = False
+        self._sizes[move.tie].pop()
+        for tie in {self._tie_of[position] for position in changed}:
+            self._look_at(tie)
+
+    def _look_at(self, tie: Tie) -> None:
+        if not self._sizes[tie]:
+            self.nexts.pop(tie, None)
+            return
+        size = self._sizes[tie][-1]
+        scores = {position: self._joint.scores[position] for position in tie}
+        neurons = {p: _lowest(self._groups[p], scores[p], self.left[p], size) for p in tie}
+        change = sum(float(scores[position][chosen].sum()) for position, chosen in neurons.items())
+        move = self.nexts[tie] = _Move(tie, size, neurons, change)
+        score = change / (len(tie) * size * self._prices[tie[0]])
+        heapq.heappush(self._heap, (score, self._numbers[tie], next(self._pushed), move))  # of equal ones the first tie
 
 
 def _shared(prices: Sequence[float], ties: Sequence[Tie]) -> list[float]:
@@ -215,10 +279,12 @@ def _shared(prices: Sequence[float], ties: Sequence[Tie]) -> list[float]:
     return [means[position] for position in range(len(prices))]
 
 
-def _lowest(group: NeuronGroup, score: Tensor, left: Tensor, size: int) -> Tensor:
+def _lowest(group: NeuronGroup, score: Tensor, left: Tensor, size: int) -> list[int]:
     """The `size` neurons of lowest score among those left, equally many of each slice."""
-    order = removal_order(group, score.masked_fill(~left, torch.inf))
-    return order[:size]
+    score = score.masked_fill(~left, torch.inf)
+    if size == 1:
+        return [int(score.numpy().argmin())]  # of equal ones the first
+    return removal_order(group, score)[:size].tolist()
 
 
 def removal_order(group: NeuronGroup, score: Tensor) -> Tensor:

@@ -292,7 +292,7 @@ class Trainer:
             return
         where = {"kind": "optimum_shift", "epoch": self.progress.epoch + 1, "step": self.progress.step}
         before = {name: tensor.detach().clone() for name, tensor in named_tensors(self.model).items()}
-        shifts = optimum_shift(self.model, torch.cat(self.curvature.recent_inputs))
+        shifts = optimum_shift(self.model, torch.cat([call.args[0] for call in self.curvature.recent_calls]))
         if self.average is not None:
             self.average.move_along(before, self.model)
         self.history += [{**where, **shift._asdict()} for shift in shifts]

@@ -1,0 +1,97 @@
+"""Losses whose Fisher information is known: what of a prediction is drawn, and the gradient that follows.
+
+A *prediction* is the model's output as a loss reads it: samples first, classes (where there are any) second. With the
+mean loss L = 1/D sum of l over D terms (docs/losses.md has D of each), G = 1/D sum of g g^T, g the gradient of
+D L: that of the sum of the terms.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kfac_ext.curvature.modes import sent
+
+
+class Loss(ABC):
+    """What curvature knows of a loss; `Curvature.loss` is one.
+
+    Attributes:
+        name: as in `Curvature(loss=...)`.
+        reduction: of the loss that the user backpropagates, "mean" or "sum".
+        needs_output: False: nothing of the model's output is read.
+        has_classes: whether one dimension of the output holds classes that exclude each other.
+    """
+
+    name: str
+    needs_output = True
+    has_classes = False
+
+    def __init__(self, reduction: str = "mean") -> None:
+        self.reduction = reduction
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, reduction={self.reduction!r})"
+
+    def check(self, prediction: Tensor) -> None:
+        """Raise ValueError for a prediction of a shape that the loss does not read."""
+        if prediction.dim() < 1 or not prediction.is_floating_point():
+            raise ValueError(
+                f"Curvature: output {tuple(prediction.shape)} of {prediction.dtype}, expected floating point [N, ...] "
+                f"for {self.name}"
+            )
+
+    def terms(self, prediction: Tensor) -> int:
+        """D, how many terms the mean loss is a mean of."""
+        return prediction.numel()
+
+    def elements(self, prediction: Tensor) -> int:
+        """What torch's mean divides the sum over everything by."""
+        return self.terms(prediction)
+
+    def ignored(self, prediction: Tensor, gradient: Tensor) -> Tensor | None:
+        """Which terms the user's loss leaves out, by its gradient; None: none, or that cannot be told."""
+        del prediction, gradient
+        return None
+
+    def drawn_shape(self, shape: torch.Size) -> torch.Size:
+        """The shape of what is drawn for a prediction of this shape."""
+        return torch.Size((shape[0], *shape[2:])) if self.has_classes else shape
+
+    def over_terms(self, mask: Tensor) -> Tensor:
+        """A mask of terms in a shape that multiplies a prediction."""
+        return mask
+
+    def positions(self, mask: Tensor) -> Tensor:
+        """A mask of terms as [N, P] over the positions of each sample, true where one of their terms is."""
+        return mask.flatten(2).any(dim=1) if mask.dim() > 2 else mask.flatten(1).any(dim=1, keepdim=True)
+
+    @abstractmethod
+    def draw(self, prediction: Tensor, generator: torch.Generator) -> Tensor:
+        """Labels or values drawn from the model's own prediction."""
+
+    @abstractmethod
+    def gradient(self, prediction: Tensor, targets: Tensor, counted: Tensor | None = None) -> Tensor:
+        """d(sum of the terms)/d(prediction) for these targets; only `counted` terms have one."""
+
+    @abstractmethod
+    def variance(self, prediction: Tensor, change: Tensor) -> Tensor:
+        """1/D sum of t^T H t, t = `change` of the prediction and H the Hessian of the terms there."""
+
+    @abstractmethod
+    def divergence(self, before: Tensor, after: Tensor) -> Tensor:
+        """The expected rise of the mean loss from one prediction to another, if labels are drawn from the first."""
+
+
+def plain(prediction: Tensor) -> Tensor:
+    """Detached, float32 or float64."""
+    return prediction.detach().to(torch.float64 if prediction.dtype == torch.float64 else torch.float32)
+
+
+def uniform(shape: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:
+    """Numbers in [0, 1) from a generator, wherever it is, in dtype and place of a tensor."""
+    draw = torch.rand(tuple(shape), generator=generator, device=generator.device, dtype=like.dtype)
+    return sent(draw, like.device)

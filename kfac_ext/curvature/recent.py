@@ -1,0 +1,134 @@
+"""The last calls of a model in training, kept whole so that they can be made again."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+SAMPLES = 256  # kept, or a batch more
+CALLS = 64
+BYTES = 256_000_000
+
+_PLAIN = (Tensor, bool, int, float, str, type(None))
+
+
+class ModelCall(NamedTuple):
+    """The arguments of one call of a model, detached.
+
+    Attributes:
+        args, kwargs: positional and keyword arguments, nested as they were.
+        samples: how many samples it is of.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    samples: int = 1
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch_dim: int = 0) -> ModelCall:
+        """A call as hooks see it; samples are dimension `batch_dim` of its first tensor of so many dimensions."""
+        if not kwargs and all(type(x) is Tensor for x in args):  # the usual call, on every step
+            detached: tuple[Any, ...] = tuple(x.detach() for x in args)
+            return cls(detached, {}, _samples(detached, batch_dim))
+        args, kwargs = tree_map(_detached, (args, dict(kwargs)))
+        return cls(args, dict(kwargs), _samples(tree_leaves((args, kwargs)), batch_dim))
+
+    @classmethod
+    def from_inputs(cls, inputs: Any) -> ModelCall:
+        """From a tensor, a tuple or list of positional arguments, a dict of keywords, or a `ModelCall`."""
+        if isinstance(inputs, ModelCall):
+            return inputs
+        if isinstance(inputs, Mapping):
+            return cls.of((), inputs)
+        return cls.of(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {})
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors among the arguments, nested ones too."""
+        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
+    def run(self, model: nn.Module | Any) -> Any:
+        """Make the call again, on copies, to which the model may write."""
+        args, kwargs = tree_map(_copied, (self.args, self.kwargs))
+        return model(*args, **kwargs)
+
+    def without_last(self, batch_dim: int = 0) -> ModelCall:
+        """The call with one sample fewer, in every tensor that has as many as there are samples."""
+
+        def shorter(leaf: Any) -> Any:
+            fits = isinstance(leaf, Tensor) and leaf.dim() > batch_dim and leaf.shape[batch_dim] == self.samples
+            return leaf.narrow(batch_dim, 0, self.samples - 1) if fits else leaf
+
+        args, kwargs = tree_map(shorter, (self.args, self.kwargs))
+        return ModelCall(args, kwargs, self.samples - 1)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is made of tensors, numbers, texts and containers alone, which can be saved."""
+        return _is_plain((self.args, self.kwargs))
+
+
+class RecentCalls:
+    """The newest calls: 256 samples or a batch more, at most 64 calls and 256 MB; the newest is kept in any case."""
+
+    def __init__(self) -> None:
+        self._calls: deque[tuple[ModelCall, int]] = deque()
+        self._samples = self._bytes = 0
+
+    def add(self, call: ModelCall) -> None:
+        """Keep a call, and let go of the oldest beyond the bounds."""
+        size = sum(t.nbytes for t in (call.args if not call.kwargs else call.tensors()) if isinstance(t, Tensor))
+        self._calls.append((call, size))
+        self._samples += call.samples
+        self._bytes += size
+        while len(self._calls) > 1 and (
+            self._samples - self._calls[0][0].samples >= SAMPLES or len(self._calls) > CALLS or self._bytes > BYTES
+        ):
+            oldest, freed = self._calls.popleft()
+            self._samples -= oldest.samples
+            self._bytes -= freed
+
+    def calls(self) -> tuple[ModelCall, ...]:
+        """Oldest first."""
+        return tuple(call for call, _ in self._calls)
+
+    def state(self) -> list[dict[str, Any]]:
+        """Plain containers and copies of tensors; calls with other things among their arguments are left out."""
+        kept = [call for call, _ in self._calls if call.is_plain]
+        return [tree_map(_copied, {"args": list(c.args), "kwargs": c.kwargs, "samples": c.samples}) for c in kept]
+
+    @classmethod
+    def from_state(cls, state: list[dict[str, Any]], device: torch.device) -> RecentCalls:
+        """From `state`."""
+        recent = cls()
+        for entry in state:
+            moved = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, entry)
+            recent.add(ModelCall(tuple(moved["args"]), moved["kwargs"], moved["samples"]))
+        return recent
+
+
+def _samples(leaves: Any, batch_dim: int) -> int:
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and leaf.dim() > batch_dim:
+            return max(leaf.shape[batch_dim], 1)
+    return 1
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in (list, tuple):
+        return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(isinstance(key, (str, int)) and _is_plain(inner) for key, inner in value.items())
+    return type(value) in _PLAIN or type(value) is nn.Parameter
