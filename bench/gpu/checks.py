@@ -18,10 +18,8 @@ SANITIZED = {  # program of tests/native -> its small cases
     "inverse_emulation": ("small", "failing", "failing_large", "pi"),
     "saliency_emulation": ("failing", "sizes"),
 }
-_OPERATIONS = (
-    *("covariance", "covariance_group", "covariance_cuda", "factors_cuda"),
-    *("power", "inverse", "saliency", "greedy"),
-)
+_COVARIANCES = ("covariance", "covariance_group", "covariance_cuda", "factors_cuda")
+_OPERATIONS = (*_COVARIANCES, "power", "inverse", "saliency", "greedy")
 TESTS = (*(f"tests/ops/test_{name}.py" for name in _OPERATIONS), "tests/cli/test_training_cuda.py")
 
 

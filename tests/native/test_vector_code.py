@@ -20,8 +20,11 @@ REGISTER = {"avx2": "%ymm", "avx512": "%zmm"}
 SOURCES = Path(__file__).parents[2] / "csrc"
 CROSS = "aarch64-linux-gnu-"
 PRODUCTS = ["gram", "gram_diagonal", "left_product", "lower_product", "row_products", "filter", "filter_gradient"]
-PRODUCTS += ["invert_factor", "lane_dots", "rayleigh", "lane_traces", "blend_tile"]
+PRODUCTS += ["invert_factor", "lane_dots", "rayleigh", "lane_traces", "lane_updates", "blend_tile", "add_rows"]
 SUMS = ["column_sums", "sum_lines"]
+DOUBLES = ("rayleigh", "lane_traces", "lane_updates")  # these sum in double
+PLAIN = ("lane_traces", "lane_updates")  # no templates
+FILES = ("simd_greedy", "simd_kernels", "simd_linalg")
 
 pytestmark = [
     pytest.mark.skipif(not FOLDER.is_dir(), reason=f"the extension's build folder {FOLDER} is not there"),
@@ -69,10 +72,10 @@ def cross_compiled(folder):
     if not shutil.which(f"{CROSS}g++"):
         pytest.skip(f"needs {CROSS}g++")
     options = ["-O3", "-std=c++17", "-ffp-contract=fast", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
-    for name in ("simd_kernels", "simd_linalg", "simd"):
+    for name in (*FILES, "simd"):
         command = [f"{CROSS}g++", *options, "-DKFAC_SIMD=baseline", "-I", SOURCES / "include", "-c"]
         subprocess.run([*command, SOURCES / "cpu" / f"{name}.cpp", "-o", folder / f"{name}.o"], check=True)
-    return disassemble(folder / "simd_kernels.o", folder / "simd_linalg.o", prefix=CROSS)
+    return disassemble(*(folder / f"{name}.o" for name in FILES), prefix=CROSS)
 
 
 @pytest.fixture(scope="module", params=SETS)
@@ -82,7 +85,7 @@ def compiled(request, tmp_path_factory):
         return "arm64", functions(cross_compiled(tmp_path_factory.mktemp("arm64")))
     simd = "baseline" if request.param == "arm64" else request.param
     objects = sorted((FOLDER / f"kfac_simd_{simd}.dir" / "cpu").glob("*.o"))
-    assert [path.name for path in objects] == ["simd_kernels.cpp.o", "simd_linalg.cpp.o"]
+    assert [path.name for path in objects] == [f"{name}.cpp.o" for name in FILES]
     return request.param, functions(disassemble(*objects))
 
 
@@ -90,9 +93,9 @@ def compiled(request, tmp_path_factory):
 @pytest.mark.parametrize("kernel", PRODUCTS + SUMS)
 def test_hot_loops_use_whole_vectors(compiled, kernel, kind):
     simd, found = compiled
-    element = "s" if kind == "float" and kernel not in ("rayleigh", "lane_traces") else "d"  # these sum in double
+    element = "s" if kind == "float" and kernel not in DOUBLES else "d"
     pattern = packed(simd, element, kernel in PRODUCTS)
-    bodies = found[kernel, None if kernel == "lane_traces" else kind]
+    bodies = found[kernel, None if kernel in PLAIN else kind]
     assert any(pattern.search(line) for body in bodies for line in body), f"{len(bodies)} loops, none with {pattern}"
 
 
@@ -111,4 +114,6 @@ def test_no_symbol_of_an_instruction_set_can_serve_the_rest(simd):
     objects = map(str, (FOLDER / f"kfac_simd_{simd}.dir").rglob("*.o"))
     names = subprocess.run(["nm", "--demangle", *objects], capture_output=True, text=True, check=True).stdout
     defined = re.findall(r"^[0-9a-f]{16} ([A-Zuvw]) (.*)$", names, flags=re.M)
-    assert sorted(defined) == [("D", f"kfac::{simd}::k{table}") for table in ("LinalgSimd", "SimdKernels")]
+    assert sorted(defined) == [
+        ("D", f"kfac::{simd}::k{table}") for table in ("GreedySimd", "LinalgSimd", "SimdKernels")
+    ]
