@@ -64,6 +64,7 @@ class Trial:
         self.partners: dict[int, set[int]] = {}
         self._owner = self._candidates_by_label()
         self._ahead: dict[tuple[int, Round], Expected] = {}  # (call, round) -> what was masked beside other rounds
+        self._beside = False  # whether the last attempt used that
         self._alone: set[int] = set()  # calls that cannot be masked for several rounds at once
 
     def prove(self, positions: Sequence[int]) -> dict[int, str]:
@@ -73,7 +74,9 @@ class Trial:
         with self._tried.prepared():
             for number, how in enumerate(order):
                 while good:
-                    failure = self._attempt(good, how, order[number:]) and self._attempt(good, how)
+                    failure = self._attempt(good, how, order[number:])
+                    if failure is not None and self._beside:  # what Python code sees of numbers may have been another's
+                        failure = self._attempt(good, how)
                     if failure is None:
                         break
                     found = self._refuse(failure, good, how)
@@ -123,6 +126,7 @@ class Trial:
         for position in chosen:
             if position in self.attributes:
                 plan.attributes[position] = list(self.attributes[position])
+        self._beside = False
         masked: dict[int, Expected] = {}  # the masked network does the same in both modes, if the whole one does
         for number, traced in enumerate(self._calls):
             if isinstance(how, int) and traced.training:
@@ -131,6 +135,7 @@ class Trial:
             try:
                 if like not in masked:
                     ahead = self._looked_ahead(number, chosen, order)
+                    self._beside |= ahead is not None
                     masked[like] = ahead or self._masked(number, [plan.pruned])[0]
             except Exception as error:  # an operator that does not bear what masking does to its results
                 return Failure(f"it cannot be masked ({first_lines(error)})", list(plan.chosen), (), (0, 0))
