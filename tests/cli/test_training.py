@@ -297,6 +297,8 @@ def as_on_a_gpu(monkeypatch):
         flatprune.flatness.sam,
         flatprune.flatness.spectrum,
         kfac_ext.curvature.running,
+        kfac_ext.curvature.updates,
+        kfac_ext.curvature.label_losses,
     ):
         monkeypatch.setattr(module, "reading_is_free", lambda device: False)
     monkeypatch.setattr(builders, "fused_optimizer", lambda device: True)

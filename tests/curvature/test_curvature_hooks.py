@@ -239,21 +239,6 @@ def test_bad_arguments_name_the_argument():
         one_class(x)
 
 
-def test_unequal_batches_of_one_layer_are_refused_by_reduce():
-    class Uneven(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 2)
-
-        def forward(self, x):
-            return self.b(self.a(x) + self.a(x[:2]).sum(0))
-
-    model = Uneven()
-    Curvature(model)
-    with pytest.raises(ValueError, match=r"'a'.*expand"):
-        model(torch.randn(4, 3))
-
-
 def test_shapes_changed_behind_its_back_are_an_error():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     curvature = Curvature(model, factor_update_steps=1)

@@ -95,7 +95,7 @@ def test_direction_is_that_of_the_dense_blocks(name, mode):
 
 
 @pytest.mark.parametrize("mode", ["expand", "reduce"])
-@pytest.mark.parametrize("name", sorted(set(foreign_layers.CASES) - {"multiplied"}))  # its bias is added later
+@pytest.mark.parametrize("name", sorted(set(foreign_layers.CASES) - {"multiplied", "turned"}))  # biases added later
 def test_foreign_layers_get_the_direction_of_plain_ones(name, mode):
     model, plain, x, places = foreign_layers.make(name)
     y = classes(x)

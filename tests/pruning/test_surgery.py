@@ -236,6 +236,7 @@ POINTS = {
     "attributes": (surgery, "known_attributes"),
     "narrowing": (None, "narrowed"),
     "compensation": (saliency.kfac_ext, "compensate"),
+    "greedy": (saliency.kfac_ext.GreedySelection, "remove_"),
     "inverse": (saliency.kfac_ext, "damped_inverse_ex"),
     "scores": (saliency.kfac_ext, "obs_saliency"),
 }
@@ -244,7 +245,7 @@ POINTS = {
 @pytest.mark.parametrize("point", POINTS)
 def test_an_error_at_any_point_changes_nothing(point, monkeypatch):
     torch.manual_seed(0)
-    selection = "independent" if point == "scores" else "auto"
+    selection = "independent" if point in ("scores", "compensation") else "auto"
     run = Run(chain(), None).prune(100, params=0.3, selection=selection)
     run.train(19)
     assert run.pruner.step_count + 1 == run.pruner.schedule.events[0]

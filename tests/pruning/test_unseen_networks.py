@@ -125,11 +125,11 @@ def test_lazy_layers_must_have_seen_an_input():
     assert set(pruner.widths()) == {"1"}
 
 
-def test_an_output_that_is_no_tensor_is_refused():
+def test_an_output_in_a_dict_is_read():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 12), torch.nn.ReLU(), torch.nn.Linear(12, 10))
     model.register_forward_hook(lambda _module, _inputs, output: {"logits": output})
-    with pytest.raises(TypeError, match="the model returns dict, expected one tensor"):
-        Pruner(model, None, Curvature(model), torch.randn(2, 1, 8, 8), target=Target(0.5), total_steps=10)
+    pruner = Pruner(model, None, Curvature(model), torch.randn(2, 1, 8, 8), target=Target(0.5), total_steps=10)
+    assert [group.name for group in pruner.groups] == ["1"]
 
 
 @pytest.mark.parametrize(
