@@ -19,4 +19,4 @@ def command(*arguments: object) -> list[str]:
 
 def call(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
     """`flatprune study` in a process of its own."""
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=240, **options)
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=900, **options)
