@@ -1,9 +1,17 @@
-// Sums over a block.
+// Sums over a warp and over a block.
 #pragma once
 
 #include "kfac/device.h"
 
 namespace kfac {
+
+// The sum over the lanes of a warp, the same bits in each: a tree.
+template <class Block, class T>
+KFAC_DEVICE T warp_sum(Block& block, T value) {
+  KFAC_UNROLL
+  for (int mask = 16; mask > 0; mask /= 2) value += block.shuffle_xor(value, mask);
+  return value;
+}
 
 // values <- their sums over the block's threads, the same bits in each: a tree over the lanes of a warp, then the warps
 // in order. memory: kCount kThreads / 32 doubles of shared memory; free again on return.
@@ -11,8 +19,7 @@ template <int kThreads, int kCount, class Block>
 KFAC_DEVICE void block_sum(Block& block, double* memory, double (&values)[kCount]) {
   KFAC_UNROLL
   for (int i = 0; i < kCount; ++i) {
-    KFAC_UNROLL
-    for (int mask = 16; mask > 0; mask /= 2) values[i] += block.shuffle_xor(values[i], mask);
+    values[i] = warp_sum(block, values[i]);
     if (block.thread() % 32 == 0) memory[block.thread() / 32 * kCount + i] = values[i];
   }
   block.sync();

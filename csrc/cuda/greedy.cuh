@@ -25,13 +25,6 @@ KFAC_DEVICE const float* greedy_latest_row(const GreedyJob& job, int32_t k) {
 }
 
 template <class Block>
-KFAC_DEVICE double greedy_warp_sum(Block& block, double value) {
-  KFAC_UNROLL
-  for (int mask = 16; mask > 0; mask /= 2) value += block.shuffle_xor(value, mask);
-  return value;
-}
-
-template <class Block>
 KFAC_DEVICE void greedy_gather(Block& block, const GreedyJob& job) {
   const int32_t first = block.index() * kGreedyThreads + block.thread(), step = block.count() * kGreedyThreads;
   for (int32_t at = first; at < job.removed_count * job.q; at += step) {
@@ -53,7 +46,7 @@ KFAC_DEVICE void greedy_pivot_block(Block& block, const GreedyJob& job, double* 
       const float* const row = job.factors + int64_t(k) * job.q;
       sum -= double(row[pair.i]) * double(row[pair.j]);
     }
-    sum = greedy_warp_sum(block, sum);
+    sum = warp_sum(block, sum);
     if (block.thread() % 32 == 0) S[at] = job.H[job.lost[pair.i] * job.H_stride + job.lost[pair.j]] + sum;
   }
   block.sync();
@@ -128,7 +121,7 @@ KFAC_DEVICE void greedy_products(Block& block, const GreedyJob& job) {
       }
       KFAC_UNROLL
       for (int i = 0; i < kGreedySums; ++i) {
-        sums[i] = greedy_warp_sum(block, sums[i]);
+        sums[i] = warp_sum(block, sums[i]);
         if (lane == 0 && first + i < job.q) job.forms[int64_t(o) * job.q + first + i] = float(sums[i]);
       }
     }
@@ -146,7 +139,7 @@ KFAC_DEVICE void greedy_forms(Block& block, const GreedyJob& job) {
     const float* const P = fresh < 0 ? job.pending + int64_t(k) * job.outputs : job.P + int64_t(fresh) * job.outputs;
     double sum = 0.0;
     for (int32_t o = lane; o < job.outputs; o += 32) sum += double(P[o]) * double(job.forms[int64_t(o) * job.q + i]);
-    sum = greedy_warp_sum(block, sum);
+    sum = warp_sum(block, sum);
     if (lane == 0) job.forms[int64_t(job.outputs) * job.q + at] = float(fresh < 0 ? -sum : -0.5 * sum);
   }
 }

@@ -83,8 +83,7 @@ KFAC_DEVICE void multiply_rows(Block& block, const EigenJob& job, const OwnRows&
     }
     KFAC_UNROLL
     for (int r = 0; r < kPowerRows; ++r) {
-      KFAC_UNROLL
-      for (int mask = 16; mask > 0; mask /= 2) sum[r] += block.shuffle_xor(sum[r], mask);
+      sum[r] = warp_sum(block, sum[r]);
       const int32_t at = rows.range.first + first + r;
       if (lane != r || first + r >= rows.range.count) continue;
       image[at] = sum[r];

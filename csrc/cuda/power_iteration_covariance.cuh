@@ -24,13 +24,6 @@ KFAC_DEVICE GramMemory gram_memory(float* shared, int32_t n) {
   return memory;
 }
 
-template <class Block>
-KFAC_DEVICE float warp_sum(Block& block, float value) {
-  KFAC_UNROLL
-  for (int mask = 16; mask > 0; mask /= 2) value += block.shuffle_xor(value, mask);
-  return value;
-}
-
 // dots[row] <- a.v without the bias: a thread a row where pixels lie side by side, a warp where channels do.
 template <class Block>
 KFAC_DEVICE void gram_dots(Block& block, const CovariancePowerJob& job, const void* image, const GramMemory& memory,

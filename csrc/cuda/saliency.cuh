@@ -1,6 +1,7 @@
 // Scores of neurons; who does what: kfac/saliency_group.h
 #pragma once
 
+#include "block_sum.cuh"
 #include "kfac/saliency_group.h"
 
 namespace kfac {
@@ -111,8 +112,7 @@ KFAC_DEVICE void obd_traces(Block& block, const SaliencyJob& job, const Saliency
       const int32_t entry = neuron * work.pairs + at;
       trace += (pair.i == pair.j ? 1.0 : 2.0) * memory.forms[entry] * memory.inputs[entry];
     }
-    KFAC_UNROLL
-    for (int mask = 16; mask > 0; mask /= 2) trace += block.shuffle_xor(trace, mask);
+    trace = warp_sum(block, trace);
     if (block.thread() % 32 == 0) scores[work.first + neuron] = float(0.5 * trace);
   }
 }

@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kfac_ext.curvature.loss import Loss
 from kfac_ext.curvature.modes import RngState
+from kfac_ext.curvature.outputs import Reading
 from kfac_ext.curvature.samples import Layout
 from kfac_ext.layers import Layer
 
@@ -87,13 +88,22 @@ class Capture:
         """The layers that were called, in the order of their first call."""
         return list(self._edges)
 
+    def read(self, reading: Reading, output: Any, layers: Mapping[str, Layer], told: int) -> None:
+        """Take down what the forward returned, as the loss reads it, and N; `told`: what its call seems to have."""
+        if not reading.loss.needs_output:
+            self._count_samples(layers, told)
+            return
+        self.tensors = reading.picked(output)
+        self.prediction = reading.prediction(self.tensors)
+        self.samples = len(self.prediction)
+
     def terms(self, loss: Loss) -> int:
         """How many terms of the loss count: D."""
         if not loss.needs_output:
             return self.samples
         return loss.terms(self.prediction) if self.counted is None else int(self.counted.sum())
 
-    def count_samples(self, layers: Mapping[str, Layer], told: int) -> None:
+    def _count_samples(self, layers: Mapping[str, Layer], told: int) -> None:
         """N where no output tells it: as many as the call seems to have if layers see so many, else what most see."""
         shapes = [(layers[name], shape) for name, calls in self.shapes().items() for shape in calls]
         places = (shape[:1] if layer.is_convolution else shape[:-1] for layer, shape in shapes)

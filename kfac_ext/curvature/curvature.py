@@ -15,7 +15,7 @@ from kfac_ext.curvature.loss import Loss
 from kfac_ext.curvature.losses import OtherLoss, loss_of
 from kfac_ext.curvature.modes import RngState, device_of
 from kfac_ext.curvature.outputs import Pick, Reading
-from kfac_ext.curvature.recent import ModelCall, RecentCalls
+from kfac_ext.curvature.recent import Call, RecentCalls
 from kfac_ext.curvature.recorder import Recorder
 from kfac_ext.curvature.running import ROUNDING, RunningFactors
 from kfac_ext.curvature.samples import Layout, Layouts
@@ -168,7 +168,7 @@ class Curvature:
         return self.reading.loss
 
     @property
-    def recent_calls(self) -> tuple[ModelCall, ...]:
+    def recent_calls(self) -> tuple[Call, ...]:
         """The model's last calls in training, whole and detached, oldest first.
 
         256 samples, or a batch more, once seen; at most 64 calls and 256 MB, the newest in any case.
@@ -298,7 +298,7 @@ class Curvature:
         """
         self._updates.finish()
 
-    def place(self, capture: Capture, call: ModelCall | None = None) -> None:
+    def place(self, capture: Capture, call: Call | None = None) -> None:
         """Find where the samples stand in what the layers of a forward saw, the newest or that of `call`."""
         newest = call or self._recent.calls()[-1]
 
@@ -362,7 +362,7 @@ class Curvature:
             return
         if self._running is None:
             self.trace(*args, **kwargs)
-        self._recent.add(ModelCall.of(args, kwargs, self.reading.batch_dim))
+        self._recent.add(Call.of(args, kwargs, self.reading.batch_dim))
         update, observe = self._updates_next(), self.observes_next
         self._updates.next_forward(update)
         self.step_count += 1
@@ -414,14 +414,9 @@ class Curvature:
 
     def _read(self, capture: Capture, output: Any) -> bool:
         """Take down what the forward returned; False if no gradient can come from it."""
-        if not self.loss.needs_output:
-            capture.count_samples(self.layers, self._recent.calls()[-1].samples)
-        if self.loss.needs_output:
-            capture.tensors = self.reading.picked(output)
-            capture.prediction = self.reading.prediction(capture.tensors)
-            capture.samples = len(capture.prediction)
-            if not capture.prediction.requires_grad:
-                return False
+        capture.read(self.reading, output, self.layers, self._recent.calls()[-1].samples)
+        if self.loss.needs_output and not capture.prediction.requires_grad:
+            return False
         if not capture.names:
             raise RuntimeError(
                 f"Curvature: the forward called none of {', '.join(self.layers)} through its module; a model that is "

@@ -91,6 +91,12 @@ def plain(prediction: Tensor) -> Tensor:
     return prediction.detach().to(torch.float64 if prediction.dtype == torch.float64 else torch.float32)
 
 
+def normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal numbers from a generator, wherever it is, in shape, dtype and place of a tensor."""
+    draw = torch.randn(like.shape, generator=generator, device=generator.device, dtype=like.dtype)
+    return sent(draw, like.device)
+
+
 def uniform(shape: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:
     """Numbers in [0, 1) from a generator, wherever it is, in dtype and place of a tensor."""
     draw = torch.rand(tuple(shape), generator=generator, device=generator.device, dtype=like.dtype)

@@ -15,7 +15,7 @@ from kfac_ext.curvature.capture import Capture
 from kfac_ext.curvature.curvature import Curvature
 from kfac_ext.curvature.fisher import input_covariance
 from kfac_ext.curvature.modes import RngState, batch_statistics, device_of, module_modes, undisturbed
-from kfac_ext.curvature.recent import ModelCall
+from kfac_ext.curvature.recent import Call
 from kfac_ext.layers import Layer
 
 
@@ -31,12 +31,8 @@ def observe(curvature: Curvature, *args: Any, **kwargs: Any) -> Capture:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(call_hooks(curvature.layers.values(), capture.add))
         output = curvature.model(*args, **kwargs)
-    call = ModelCall.of(args, kwargs, curvature.reading.batch_dim)
-    capture.count_samples(curvature.layers, call.samples)
-    if curvature.loss.needs_output:
-        capture.tensors = curvature.reading.picked(output)
-        capture.prediction = curvature.reading.prediction(capture.tensors)
-        capture.samples = len(capture.prediction)
+    call = Call.of(args, kwargs, curvature.reading.batch_dim)
+    capture.read(curvature.reading, output, curvature.layers, call.samples)
     curvature.place(capture, call)
     return capture
 
@@ -74,7 +70,7 @@ def reached_layers(curvature: Curvature, *args: Any, **kwargs: Any) -> frozenset
 def fresh_look(
     curvature: Curvature,
     names: Iterable[str],
-    calls: Sequence[ModelCall],
+    calls: Sequence[Call],
     mode: str = "expand",
     *,
     bias: bool | None = True,
@@ -121,7 +117,7 @@ def fresh_look(
 
 
 @torch.no_grad()
-def fresh_predictions(curvature: Curvature, calls: Sequence[ModelCall]) -> list[Tensor]:
+def fresh_predictions(curvature: Curvature, calls: Sequence[Call]) -> list[Tensor]:
     """The model's prediction for each call, as the loss reads it, in the modes of `fresh_look`.
 
     Models that return something else in evaluation mode are in training mode, without dropout.
@@ -138,7 +134,7 @@ def fresh_predictions(curvature: Curvature, calls: Sequence[ModelCall]) -> list[
         return _predictions(curvature, calls)
 
 
-def _predictions(curvature: Curvature, calls: Sequence[ModelCall]) -> list[Tensor]:
+def _predictions(curvature: Curvature, calls: Sequence[Call]) -> list[Tensor]:
     """Of each call, made again; none where the loss knows nothing of the output."""
     outputs = (call.run(curvature.model) for call in calls)
     if curvature.loss.needs_output:
@@ -187,7 +183,7 @@ def _still_modes(model: nn.Module) -> dict[nn.Module, bool]:
     }
 
 
-def _refuse_none(calls: Sequence[ModelCall]) -> None:
+def _refuse_none(calls: Sequence[Call]) -> None:
     if not calls:
         raise ValueError("Curvature: no calls to make again, the model has made no training forward yet")
 

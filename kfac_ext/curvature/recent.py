@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,21 +18,25 @@ BYTES = 256_000_000
 _PLAIN = (Tensor, bool, int, float, str, type(None))
 
 
-class ModelCall(NamedTuple):
-    """The arguments of one call of a model, detached.
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The arguments of one call of a model.
 
     Attributes:
         args, kwargs: positional and keyword arguments, nested as they were.
-        samples: how many samples it is of.
+        samples: how many samples it is of, where that counts.
+
+    Example:
+        >>> Call((images,), {"return_features": True})
     """
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
     samples: int = 1
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch_dim: int = 0) -> ModelCall:
-        """A call as hooks see it; samples are dimension `batch_dim` of its first tensor of so many dimensions."""
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch_dim: int = 0) -> Call:
+        """A call as hooks see it, detached; `batch_dim` of its first tensor of so many dimensions counts samples."""
         if not kwargs and all(type(x) is Tensor for x in args):  # the usual call, on every step
             detached: tuple[Any, ...] = tuple(x.detach() for x in args)
             return cls(detached, {}, _samples(detached, batch_dim))
@@ -39,9 +44,9 @@ class ModelCall(NamedTuple):
         return cls(args, dict(kwargs), _samples(tree_leaves((args, kwargs)), batch_dim))
 
     @classmethod
-    def from_inputs(cls, inputs: Any) -> ModelCall:
-        """From a tensor, a tuple or list of positional arguments, a dict of keywords, or a `ModelCall`."""
-        if isinstance(inputs, ModelCall):
+    def from_inputs(cls, inputs: Any) -> Call:
+        """From a tensor, a tuple or list of positional arguments, a dict of keywords, or a `Call`."""
+        if isinstance(inputs, Call):
             return inputs
         if isinstance(inputs, Mapping):
             return cls.of((), inputs)
@@ -49,37 +54,37 @@ class ModelCall(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """All tensors among the arguments, nested ones too."""
-        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+        return [leaf for leaf in tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Tensor)]
 
     def run(self, model: nn.Module | Any) -> Any:
         """Make the call again, on copies, to which the model may write."""
-        args, kwargs = tree_map(_copied, (self.args, self.kwargs))
+        args, kwargs = tree_map(_copied, (self.args, dict(self.kwargs)))
         return model(*args, **kwargs)
 
-    def without_last(self, batch_dim: int = 0) -> ModelCall:
+    def without_last(self, batch_dim: int = 0) -> Call:
         """The call with one sample fewer, in every tensor that has as many as there are samples."""
 
         def shorter(leaf: Any) -> Any:
             fits = isinstance(leaf, Tensor) and leaf.dim() > batch_dim and leaf.shape[batch_dim] == self.samples
             return leaf.narrow(batch_dim, 0, self.samples - 1) if fits else leaf
 
-        args, kwargs = tree_map(shorter, (self.args, self.kwargs))
-        return ModelCall(args, kwargs, self.samples - 1)
+        args, kwargs = tree_map(shorter, (self.args, dict(self.kwargs)))
+        return Call(args, kwargs, self.samples - 1)
 
     @property
     def is_plain(self) -> bool:
         """Whether it is made of tensors, numbers, texts and containers alone, which can be saved."""
-        return _is_plain((self.args, self.kwargs))
+        return _is_plain((self.args, dict(self.kwargs)))
 
 
 class RecentCalls:
     """The newest calls: 256 samples or a batch more, at most 64 calls and 256 MB; the newest is kept in any case."""
 
     def __init__(self) -> None:
-        self._calls: deque[tuple[ModelCall, int]] = deque()
+        self._calls: deque[tuple[Call, int]] = deque()
         self._samples = self._bytes = 0
 
-    def add(self, call: ModelCall) -> None:
+    def add(self, call: Call) -> None:
         """Keep a call, and let go of the oldest beyond the bounds."""
         size = sum(t.nbytes for t in (call.args if not call.kwargs else call.tensors()) if isinstance(t, Tensor))
         self._calls.append((call, size))
@@ -92,14 +97,14 @@ class RecentCalls:
             self._samples -= oldest.samples
             self._bytes -= freed
 
-    def calls(self) -> tuple[ModelCall, ...]:
+    def calls(self) -> tuple[Call, ...]:
         """Oldest first."""
         return tuple(call for call, _ in self._calls)
 
     def state(self) -> list[dict[str, Any]]:
         """Plain containers and copies of tensors; calls with other things among their arguments are left out."""
         kept = [call for call, _ in self._calls if call.is_plain]
-        return [tree_map(_copied, {"args": list(c.args), "kwargs": c.kwargs, "samples": c.samples}) for c in kept]
+        return [tree_map(_copied, {"args": list(c.args), "kwargs": dict(c.kwargs), "samples": c.samples}) for c in kept]
 
     @classmethod
     def from_state(cls, state: list[dict[str, Any]], device: torch.device) -> RecentCalls:
@@ -107,7 +112,7 @@ class RecentCalls:
         recent = cls()
         for entry in state:
             moved = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, entry)
-            recent.add(ModelCall(tuple(moved["args"]), moved["kwargs"], moved["samples"]))
+            recent.add(Call(tuple(moved["args"]), moved["kwargs"], moved["samples"]))
         return recent
 
 

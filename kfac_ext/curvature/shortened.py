@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from kfac_ext.curvature.calls import call_hooks
 from kfac_ext.curvature.modes import module_modes, plain_kernels, undisturbed
-from kfac_ext.curvature.recent import ModelCall
+from kfac_ext.curvature.recent import Call
 from kfac_ext.layers import Layer
 
 
 def inputs_with_and_without_last(
-    model: nn.Module, layers: Collection[Layer], call: ModelCall, batch_dim: int
+    model: nn.Module, layers: Collection[Layer], call: Call, batch_dim: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The first input of each layer in two forwards in evaluation mode, the second without the call's last sample.
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kfac_ext.curvature.loss import Loss, plain
-from kfac_ext.curvature.modes import sent
+from kfac_ext.curvature.loss import Loss, normal, plain
 
 _EPS = 1e-8  # as `torch.nn.functional.poisson_nll_loss`
 
@@ -30,8 +29,7 @@ class MeanSquaredError(Loss):
     def draw(self, prediction: Tensor, generator: torch.Generator) -> Tensor:
         """Values like the prediction."""
         values = plain(prediction)
-        noise = torch.randn(values.shape, generator=generator, device=generator.device, dtype=values.dtype)
-        return values + (values[0].numel() / 2) ** 0.5 * sent(noise, values.device)
+        return values + (values[0].numel() / 2) ** 0.5 * normal(values, generator)
 
     def gradient(self, prediction: Tensor, targets: Tensor, counted: Tensor | None = None) -> Tensor:
         """2/C (f - y)."""
@@ -113,8 +111,7 @@ class GaussianNll(Loss):
     def draw(self, prediction: Tensor, generator: torch.Generator) -> Tensor:
         """Values [N, ...]."""
         mean, variance = plain(prediction).unbind(1)
-        noise = torch.randn(mean.shape, generator=generator, device=generator.device, dtype=mean.dtype)
-        return mean + variance.sqrt() * sent(noise, mean.device)
+        return mean + variance.sqrt() * normal(mean, generator)
 
     def gradient(self, prediction: Tensor, targets: Tensor, counted: Tensor | None = None) -> Tensor:
         """Of mean and variance."""

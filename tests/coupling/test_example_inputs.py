@@ -86,7 +86,7 @@ def test_every_form_is_read_as_the_call_that_works(name):
     kind, given, expected = READ[name]
     model = kind()
     (call,) = example_calls(model, given)
-    assert described(call.shown()) == described(expected.shown())
+    assert described(call) == described(expected)
     assert torch.equal(call.run(model), expected.run(model))
     pruner = flatprune.Pruner(
         model, None, flatprune.Curvature(model), given, target=flatprune.Target(params=0.5), total_steps=8
@@ -112,7 +112,7 @@ BATCH = {"image": X, "label": torch.tensor([0, 1]), "name": ["a", "b"]}
 def test_forward_takes_a_batch_of_a_loader(forward):
     model = Plain().train()
     (call,) = example_calls(model, BATCH, forward)
-    assert described(call.shown()) == described((X, {"scale": 2.0}))
+    assert described(call) == described((X, {"scale": 2.0}))
     assert model.training and not model._forward_pre_hooks
     loader = DataLoader(TensorDataset(torch.randn(8, 20), torch.zeros(8)), batch_size=2)
     pruner = flatprune.Pruner(
@@ -131,7 +131,7 @@ def test_forward_may_take_the_batch_alone_and_call_often():
     model = Plain()
     views = torch.randn(3, 2, 20)
     calls = example_calls(model, views, lambda batch: [model(view) for view in batch] + [model(batch[0], MASK)])
-    assert [described(call.shown()) for call in calls] == ["(float32 [2, 20])", "(float32 [2, 20], float32 [2, 32])"]
+    assert [described(call) for call in calls] == ["(float32 [2, 20])", "(float32 [2, 20], float32 [2, 32])"]
 
 
 def test_choosing_a_reading_leaves_the_model_as_it_was():
@@ -146,7 +146,7 @@ def test_choosing_a_reading_leaves_the_model_as_it_was():
     model = Noisy().train()
     rng, mean = torch.get_rng_state(), model.norm.running_mean.clone()
     (call,) = example_calls(model, (X, MASK))
-    assert described(call.shown()) == described(((X, MASK),))  # two arguments raise behind the noise
+    assert described(call) == described(((X, MASK),))  # two arguments raise behind the noise
     assert model.training and torch.equal(rng, torch.get_rng_state()) and torch.equal(mean, model.norm.running_mean)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from kfac_ext import Curvature
 from kfac_ext.curvature import recent
 from kfac_ext.curvature.probing import fresh_look, fresh_predictions
-from kfac_ext.curvature.recent import ModelCall, RecentCalls
+from kfac_ext.curvature.recent import Call, RecentCalls
 
 
 class Net(nn.Module):
@@ -73,16 +73,16 @@ def test_replays_may_write_to_their_inputs():
 def test_no_more_is_kept_than_is_said(monkeypatch):
     calls = RecentCalls()
     for _ in range(9):
-        calls.add(ModelCall.of((torch.zeros(100, 4),), {}))
+        calls.add(Call.of((torch.zeros(100, 4),), {}))
     assert [call.samples for call in calls.calls()] == [100, 100, 100]
     calls = RecentCalls()
     for _ in range(100):
-        calls.add(ModelCall.of((torch.zeros(1, 4),), {}))
+        calls.add(Call.of((torch.zeros(1, 4),), {}))
     assert len(calls.calls()) == recent.CALLS
     monkeypatch.setattr(recent, "BYTES", 1000)
     calls = RecentCalls()
     for length in (50, 50, 150, 400):
-        calls.add(ModelCall.of((torch.zeros(1, length),), {}))
+        calls.add(Call.of((torch.zeros(1, length),), {}))
         assert sum(t.nbytes for call in calls.calls() for t in call.tensors()) <= max(1000, 4 * length)
     assert [call.args[0].shape[1] for call in calls.calls()] == [400]  # the newest is kept however large it is
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from kfac_ext import Curvature
 from kfac_ext.curvature.probing import fresh_predictions, observe
-from kfac_ext.curvature.recent import ModelCall
+from kfac_ext.curvature.recent import Call
 
 
 def found_and_expected(name, mode, fisher_type="empirical"):
@@ -210,5 +210,5 @@ def test_running_statistics_of_foreign_norms_are_left_alone():
     model(x)
     before = {key: value.clone() for key, value in model.named_buffers()}
     observe(curvature, x)
-    fresh_predictions(curvature, [ModelCall((x,), {})])
+    fresh_predictions(curvature, [Call((x,), {})])
     assert all(torch.equal(value, before[key]) for key, value in model.named_buffers())

@@ -1,14 +1,14 @@
 // A step of greedy selection on a GPU: what its kernels share, and who does what. See kfac/greedy.h for the equations.
 //
 // One launch after the other on a stream, for each layer; nothing waits for the host:
-//   gather   -L_J of the columns that went before, and V_J                                 a thread an entry
-//   pivot    T^-1 of H_JJ = T T^T                                                          one block
-//   weights  P^T = T^-1 (V_J - pending)^T                                                  a thread an output
-//   products G P                                                                           a warp an output
-//   forms    what rows of pending and new L are multiplied by in Y^T = X^T - 1/2 (P^T G P) L^T   a warp an entry
-//   columns  the new rows of L^T, in place of rows J of H, and Y^T                         a block kGreedyColumns
-//   columns scores   blocks of H and V^T G V, scores                                               a warp a neuron
-//   finish   P joins what is pending, or all of it is subtracted from V                    a thread some entries
+//   gather    -L_J of the columns that went before, and V_J: a thread an entry
+//   pivot     T^-1 of H_JJ = T T^T: one block
+//   weights   P^T = T^-1 (V_J - pending)^T: a thread an output
+//   products  G P: a warp an output
+//   forms     what rows of pending and new L are multiplied by in Y^T = X^T - 1/2 (P^T G P) L^T: a warp an entry
+//   columns   the new rows of L^T, in place of rows J of H, and Y^T: a block kGreedyColumns columns
+//   scores    blocks of H and V^T G V, scores: a warp a neuron
+//   finish    P joins what is pending, or all of it is subtracted from V: a thread some entries
 // Where a pivot is not positive definite in any layer, all that follows returns at once. The order of all sums is
 // fixed.
 #pragma once

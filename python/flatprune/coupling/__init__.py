@@ -5,7 +5,6 @@ stand or fall with (`values`, `tracer`). What meets is one (`algebra`, `operator
 (`components`, `slices`), and a trial cut proves them (`trial`).
 """
 
-from flatprune.coupling.calls import Call
 from flatprune.coupling.coupling import find_coupling
 from flatprune.coupling.cuts import Cut, cut_tensor, tensor_cuts
 from flatprune.coupling.neurons import (
@@ -18,6 +17,7 @@ from flatprune.coupling.neurons import (
     NeuronGroup,
     Refusal,
 )
+from kfac_ext.curvature.recent import Call
 
 __all__ = [
     "CHANNELWISE",

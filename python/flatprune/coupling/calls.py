@@ -1,50 +1,19 @@
-"""Calls of a model: what it is called with, and calls that leave it as it was."""
+"""Calls that leave a model as it was."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from kfac_ext.curvature.modes import RngState, device_of, module_modes
-
-
-@dataclass(frozen=True)
-class Call:
-    """The arguments of one call of a model.
-
-    Example:
-        >>> Call((images,), {"return_features": True})
-    """
-
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-    def tensors(self) -> list[Tensor]:
-        """All tensors among the arguments, nested ones too."""
-        return [leaf for leaf in tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Tensor)]
-
-    def shown(self) -> Any:
-        """The arguments alone, as a message describes them."""
-        return (*self.args, dict(self.kwargs)) if self.kwargs else self.args
-
-    def run(self, model: nn.Module) -> Any:
-        """The model's output on a copy of the arguments, to which it may write."""
-        args, kwargs = tree_map(_copied, (self.args, dict(self.kwargs)))
-        return model(*args, **kwargs)
-
-
-def _copied(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
-
 
 _NEW = object()
 _PLAIN = (bool, int, float, str, type(None))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flatprune.coupling.attention import make_prunable, undo_prunable
-from flatprune.coupling.calls import Call, first_lines, traced_mode, unchanged
+from flatprune.coupling.calls import first_lines, traced_mode, unchanged
 from flatprune.coupling.components import OUTPUT, Candidate, Components
 from flatprune.coupling.constants import register_tensors, unregister_tensors
 from flatprune.coupling.example_inputs import GIVE, described, example_calls
@@ -22,6 +22,7 @@ from flatprune.coupling.trial import Trial
 from flatprune.coupling.tried import TracedCall
 from flatprune.coupling.unreached import couple_unreached
 from kfac_ext.curvature.modes import plain_kernels
+from kfac_ext.curvature.recent import Call
 
 _ROUNDS = 4  # of trial cuts with coarser neurons
 
@@ -89,7 +90,7 @@ class _Search:
                 mode = "training" if training else "evaluation"
                 raise ValueError(
                     f"example_inputs: the model's forward raises in {mode} mode, in {self.stack.here} "
-                    f"({first_lines(error)}), given {described(call.shown())}; {GIVE}"
+                    f"({first_lines(error)}), given {described(call)}; {GIVE}"
                 ) from error
             labels.note_outputs(output)
         self.called |= labels.called

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, Dataset
 
-from flatprune.coupling.calls import Call, first_lines, traced_mode, unchanged
+from flatprune.coupling.calls import first_lines, traced_mode, unchanged
+from kfac_ext.curvature.recent import Call
 
 GIVE = "give what its forward takes, as (args, kwargs), or a batch and forward=lambda model, batch: model(...)"
 _NAMED = 4  # entries of a container that a message shows
@@ -68,6 +69,8 @@ def example_calls(model: nn.Module, example_inputs: Any, forward: Callable[..., 
 
 def described(value: Any) -> str:
     """Shapes and types of nested inputs, such as "(float32 [2, 20], {'mask': bool [2, 5]})"."""
+    if isinstance(value, Call):
+        return described((*value.args, dict(value.kwargs)) if value.kwargs else value.args)
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(value, Mapping):

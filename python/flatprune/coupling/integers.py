@@ -31,16 +31,16 @@ def followable(
         groups: position -> group, of all that are cut.
         taken: integers that follow something already.
     """
-    settled_places = {(a.module, a.key, a.place) for a in taken}
+    following = {(a.module, a.key, a.place) for a in taken}
     for name in _around(modules, running):
         module = modules[name]
         settled = known_attributes(module, own_shapes(module))
+        owned = {p: _owned_inside(groups[p], name) for p in suspects or groups}
+        possible = sorted((p for p in owned if suspects or owned[p]), key=lambda p: -owned[p])
         for key, place, value in integers(module):
-            if key in settled or (name, key, place) in settled_places:
+            if key in settled or (name, key, place) in following:
                 continue
-            owned = {p: _owned_inside(groups[p], name) for p in suspects or groups}
-            possible = [p for p in owned if suspects or owned[p]]
-            for position in sorted(possible, key=lambda p: -owned[p]):
+            for position in possible:
                 for step, per in _changes(groups[position], value):
                     yield position, Attribute(name, key, place, step, per)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flatprune.coupling.arithmetic import Arithmetic, seed
 from flatprune.coupling.attributes import known_attributes, own_shapes, with_integer
-from flatprune.coupling.calls import Call, traced_mode, unchanged
+from flatprune.coupling.calls import traced_mode, unchanged
 from flatprune.coupling.components import Components
 from flatprune.coupling.neurons import module_of
 from flatprune.coupling.rounds import Plan
@@ -21,6 +21,7 @@ from flatprune.coupling.runs import FullRun
 from flatprune.coupling.stand_ins import StandIns, holding
 from flatprune.coupling.tracer import ModuleStack, tensor_leaves
 from kfac_ext.curvature.modes import plain_kernels
+from kfac_ext.curvature.recent import Call
 
 _SMALL = 0.1  # constants below are drawn anew like zeros
 

@@ -23,7 +23,7 @@ from flatprune.criteria.saliency import (
 )
 from kfac_ext.curvature import Curvature
 from kfac_ext.curvature.probing import replaying
-from kfac_ext.curvature.recent import ModelCall
+from kfac_ext.curvature.recent import Call
 from kfac_ext.layers import Layer
 
 Scores = list[Tensor]  # one tensor [neurons] a group
@@ -129,7 +129,7 @@ class ScoringContext:
             )
         return parameter.grad
 
-    def recent_calls(self) -> tuple[ModelCall, ...]:
+    def recent_calls(self) -> tuple[Call, ...]:
         """The model's last calls in training (256 samples or a batch more), each to be made again as it was.
 
         Raises:

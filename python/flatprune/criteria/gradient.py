@@ -17,7 +17,7 @@ from flatprune.criteria.base import Criterion, Scores, ScoringContext
 from flatprune.criteria.members import member_rows
 from kfac_ext.curvature.calls import call_hooks
 from kfac_ext.curvature.capture import Capture
-from kfac_ext.curvature.recent import ModelCall
+from kfac_ext.curvature.recent import Call
 from kfac_ext.layers import Layer
 
 
@@ -79,7 +79,7 @@ def gate_scores(context: ScoringContext) -> Scores:
     return [0.5 * total / count for total in scores]
 
 
-def _gate_gradients(context: ScoringContext, layers: list[Layer], call: ModelCall) -> tuple[dict[str, Tensor], int]:
+def _gate_gradients(context: ScoringContext, layers: list[Layer], call: Call) -> tuple[dict[str, Tensor], int]:
     """Sum over positions and calls of g z [N, O] of each layer; what the mean loss divides by."""
     curvature, capture = context.curvature, Capture()
     loss = curvature.loss
@@ -90,10 +90,9 @@ def _gate_gradients(context: ScoringContext, layers: list[Layer], call: ModelCal
         capture.add(layer, x, z)
 
     with context.probing(), torch.enable_grad(), call_hooks(layers, report):
-        capture.prediction = curvature.reading.read(call.run(context.model))
-    prediction = capture.prediction
-    capture.samples = len(prediction)
+        capture.read(curvature.reading, call.run(context.model), curvature.layers, call.samples)
     curvature.place(capture, call)
+    prediction = capture.prediction
     targets = loss.draw(prediction, context.generator)
     gradients = capture.gradients_of(prediction, loss.gradient(prediction.detach(), targets))
     sums = {}

@@ -21,7 +21,7 @@ from kfac_ext.curvature.capture import Capture
 from kfac_ext.curvature.fisher import projected_gradients, projected_inputs
 from kfac_ext.curvature.modes import device_of, reading_is_free, sent, undisturbed
 from kfac_ext.curvature.probing import observe
-from kfac_ext.curvature.recent import ModelCall
+from kfac_ext.curvature.recent import Call
 from kfac_ext.curvature.running import ROUNDING
 from kfac_ext.curvature.samples import Layout
 from kfac_ext.layers import Layer
@@ -146,7 +146,7 @@ class Flatness:
 
         Args:
             x: what the model was given: a tensor, a tuple of its positional inputs, a dict of keywords, or a
-                `kfac_ext.curvature.recent.ModelCall`.
+                `kfac_ext.curvature.recent.Call`.
             logits: what it returned, or of that what the loss is of.
             loss: the mean loss of these, with its graph.
         """
@@ -226,7 +226,7 @@ class Flatness:
         weight, blocks = self._weight(), self._blocks()
         if not blocks:
             return None
-        call = ModelCall.from_inputs(x)
+        call = Call.from_inputs(x)
         capture = self._capture(call, logits)
         blocks = [block for block in blocks if block.layer.name in capture.names]
         mode = self.curvature.kfac_approx
@@ -240,7 +240,7 @@ class Flatness:
             second = self._forward_part if self.mode == "forward" else self._double_backward_part
             return weight * (total + second(blocks, capture, call))
 
-    def _capture(self, call: ModelCall, logits: Tensor) -> Capture:
+    def _capture(self, call: Call, logits: Tensor) -> Capture:
         """The user's forward if it was recorded and can be differentiated as often as it must be, else one more."""
         record = self.curvature.recorder.take(logits)
         if self.mode == "forward":
@@ -274,7 +274,7 @@ class Flatness:
             blocks.append(_Block(layer, u.clone(), s.clone(), *weights))
         return blocks
 
-    def _double_backward_part(self, blocks: list[_Block], capture: Capture, _call: ModelCall) -> Tensor:
+    def _double_backward_part(self, blocks: list[_Block], capture: Capture, _call: Call) -> Tensor:
         """Sum over blocks of c lambda(A) mean (s.g)^2, g from labels drawn from the model's prediction."""
         curvature, output = self.curvature, capture.prediction
         if capture.targets is None:
@@ -291,7 +291,7 @@ class Flatness:
                 total = total + block.gradient_weight * values.square().sum() / count
         return total
 
-    def _forward_part(self, blocks: list[_Block], capture: Capture, call: ModelCall) -> Tensor:
+    def _forward_part(self, blocks: list[_Block], capture: Capture, call: Call) -> Tensor:
         """The same, its expectation over labels, from the change of the output in one forward with moved z."""
         curvature, output = self.curvature, capture.prediction
         lengths = torch.stack([block.gradient_weight for block in blocks]).sqrt()
