@@ -6,13 +6,13 @@ import copy
 import gc
 import weakref
 
-import curvature_oracles
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from kfac_ext import Curvature
+from tests.curvature import curvature_oracles
 
 T, C = 4, 3
 
