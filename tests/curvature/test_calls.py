@@ -147,6 +147,20 @@ def test_outputs_that_only_training_has_are_read_there(decoded):
     assert fresh_look(curvature, ["extra", "a"], curvature.recent_calls)[0]["extra"].shape == (7, 7)
 
 
+def test_each_call_is_made_again_once():
+    """Also the first time, when it is not known yet whether evaluation mode can be read."""
+    model = Net()
+    curvature = Curvature(model)
+    for _ in range(3):
+        model(batch(4, 3))
+    calls, times = curvature.recent_calls, []
+    model.register_forward_pre_hook(lambda *_: times.append(model.training))
+    A, predictions = fresh_look(curvature, ["a", "head"], calls)
+    assert times == [False] * 3 and len(predictions) == 3 and list(A) == ["a", "head"]
+    fresh_predictions(curvature, calls)
+    assert times == [False] * 6
+
+
 def test_no_calls_are_an_error():
     curvature = Curvature(nn.Linear(3, 2))
     with pytest.raises(ValueError, match="no training forward yet"):

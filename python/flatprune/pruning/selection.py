@@ -194,7 +194,8 @@ def select_greedily(
         if closely and costs.cost_without(move.tie, move.size) <= budget:
             finishing = [m for m in moves.nexts.values() if costs.cost_without(m.tie, m.size) <= budget]
             move = min(finishing, key=lambda move: move.change)
-        if losses is not None and not losses.allows(joint.total + move.change):
+        limited = losses is not None and losses.limit is not None
+        if limited and not losses.allows(joint.total + joint.change(move.neurons)):  # together, not the sum of scores
             break
         costs.remove_from(move.tie, move.size)
         moves.make(move)
