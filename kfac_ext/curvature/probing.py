@@ -75,10 +75,11 @@ def fresh_look(
     mode: str = "expand",
     *,
     bias: bool | None = True,
+    samples: int | None = None,
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """A of the layers named, apart from the running factors (the mean over all rows), and what the model predicts.
 
-    One forward a call gives both.
+    One forward a call gives both, the newest call first.
 
     Batch norms use batch statistics (those frozen in a training model stay frozen), dropout is off, random streams and
     running statistics are untouched.
@@ -89,6 +90,11 @@ def fresh_look(
         calls: as `Curvature.recent_calls` gives them; each is made as it was.
         mode: "expand" or "reduce".
         bias: append the 1, so that the last row and column hold the mean patch; None: as in the running factors.
+        samples: enough where each A is of at least as many rows as it has: older calls are not made again then. None:
+            all calls are.
+
+    Returns:
+        Name -> A; and the predictions for the newest calls, those made again, oldest first.
 
     Raises:
         KeyError: naming what is no layer.
@@ -110,9 +116,14 @@ def fresh_look(
         found.clear()
         seen.clear()
 
+    def is_enough(so_far: int) -> bool:
+        if samples is None or so_far < samples or len(found) < len(layers):
+            return False
+        return all(seen[name] >= A.shape[-1] for name, A in found.items())
+
     _refuse_none(calls)
     with call_hooks(layers, report):
-        predictions = _predictions(curvature, calls, forget)
+        predictions = _predictions(curvature, calls, forget, is_enough)
     missing = [layer for layer in layers if layer.name not in found]
     if missing:  # in evaluation mode
         with torch.no_grad(), replaying(curvature, training=True), call_hooks(missing, report):
@@ -137,31 +148,34 @@ def fresh_predictions(curvature: Curvature, calls: Sequence[Call]) -> list[Tenso
         ValueError: there are no calls.
     """
     _refuse_none(calls)
-    return _predictions(curvature, calls, lambda: None)
+    return _predictions(curvature, calls, lambda: None, lambda _samples: False)
 
 
 @torch.no_grad()
-def _predictions(curvature: Curvature, calls: Sequence[Call], forget: Callable[[], None]) -> list[Tensor]:
-    """Of each call, made again; none where the loss knows nothing of the output.
+def _predictions(
+    curvature: Curvature,
+    calls: Sequence[Call],
+    forget: Callable[[], None],
+    is_enough: Callable[[int], bool],
+) -> list[Tensor]:
+    """Of calls made again, the newest first, until those of so many samples are enough; in the calls' order.
 
-    The first call ever made again shows whether evaluation mode can be read; if not, it is made once more, in training
-    mode, and `forget` is called in between.
+    None where the loss knows nothing of the output. The first call ever made again shows whether evaluation mode can be
+    read; if not, it is made once more, in training mode, and `forget` is called in between.
     """
-    model, reading = curvature.model, curvature.reading
-    if not curvature.loss.needs_output:
-        with replaying(curvature):
-            for call in calls:
-                call.run(model)
-        return []
-    found = []
-    if reading.only_in_training is None:
-        first = _read_in_evaluation(curvature, calls[0])
+    reads = curvature.loss.needs_output
+    found: list[Any] = []
+    if reads and curvature.reading.only_in_training is None:
+        first = _read_in_evaluation(curvature, calls[-1])
         if first is None:
             forget()
         else:
             found.append(first)
     with replaying(curvature):
-        return found + [reading.read(call.run(model)) for call in calls[len(found) :]]
+        while len(found) < len(calls) and not is_enough(sum(c.samples for c in calls[len(calls) - len(found) :])):
+            output = calls[-1 - len(found)].run(curvature.model)
+            found.append(curvature.reading.read(output) if reads else None)
+    return found[::-1] if reads else []
 
 
 @contextmanager

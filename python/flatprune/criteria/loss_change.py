@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from flatprune.criteria.saliency import SAMPLES
 from kfac_ext.curvature import Curvature
 from kfac_ext.curvature.loss import Loss
 from kfac_ext.curvature.probing import fresh_predictions
 from kfac_ext.curvature.recent import Call
-
-_SAMPLES = 128
 
 
 class LossChange:
@@ -28,14 +27,15 @@ class LossChange:
 
     Args:
         curvature: of the network, with at least one training forward behind it.
-        before: what the network predicts now for each of `Curvature.recent_calls`, where a
+        before: what the network predicts now for the newest of `Curvature.recent_calls`, where a
             `kfac_ext.curvature.probing.fresh_look` has shown it already.
     """
 
     def __init__(self, curvature: Curvature, before: Sequence[Tensor] | None = None) -> None:
         self._curvature, self._calls = curvature, _newest(curvature.recent_calls)
-        shown = None if before is None else before[len(before) - len(self._calls) :]
-        self._before = fresh_predictions(curvature, self._calls) if shown is None else shown
+        if before is None or len(before) < len(self._calls):
+            before = fresh_predictions(curvature, self._calls)
+        self._before = before[len(before) - len(self._calls) :]
 
     def measure(self) -> float:
         """The change since this object was made."""
@@ -47,7 +47,7 @@ def _newest(calls: Sequence[Call]) -> list[Call]:
     found: list[Call] = []
     samples = 0
     for call in reversed(calls):
-        if samples >= _SAMPLES:
+        if samples >= SAMPLES:
             break
         found.append(call)
         samples += call.samples
