@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from flatprune.criteria.saliency import SAMPLES
 from kfac_ext.curvature import Curvature
 from kfac_ext.curvature.loss import Loss
 from kfac_ext.curvature.probing import fresh_predictions
 from kfac_ext.curvature.recent import Call
+
+_SAMPLES = 64
 
 
 class LossChange:
@@ -21,7 +22,7 @@ class LossChange:
 
         cross entropy: mean KL(p_before || p_after)        mse: mean (f_after - f_before)^2
 
-    over the newest calls of training (128 samples or a batch more, and all positions of an output [N, C, ...]), each
+    over the newest calls of training (64 samples or a batch more, and all positions of an output [N, C, ...]), each
     made again as it was, with batch norms on batch statistics and dropout off, before and after alike. Two forwards a
     call without gradients; random streams, running statistics and factors stay as they are.
 
@@ -47,7 +48,7 @@ def _newest(calls: Sequence[Call]) -> list[Call]:
     found: list[Call] = []
     samples = 0
     for call in reversed(calls):
-        if samples >= SAMPLES:
+        if samples >= _SAMPLES:
             break
         found.append(call)
         samples += call.samples

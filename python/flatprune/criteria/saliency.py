@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 RELATIVE_DAMPING = 1e-2  # of the mean of diag A; 1e-3 and 0.1 lost 0.3 and 0.9 points of accuracy
 CONSTANT_DAMPING = 1e-6  # of the appended 1, whose variance is known
-SAMPLES = 128  # that an event looks at, where an A needs no more rows than they give
+_SAMPLES = 128  # that an event looks at, where an A needs no more rows than they give
 _ENTRIES_TOGETHER = 1 << 20  # of covariances inverted in one call, where memory counts: enough to share out
 _TINY = 1e-12  # keeps A + D definite where a layer's inputs are all zero
 
@@ -150,7 +150,7 @@ def input_statistics(curvature: Curvature, names: Iterable[str]) -> InputStatist
     constant = {name: curvature.layers[name].constant for name in names}
     if curvature.has_convolutions:
         covariances, predictions = fresh_look(
-            curvature, names, curvature.recent_calls, "expand", bias=None, samples=SAMPLES
+            curvature, names, curvature.recent_calls, "expand", bias=None, samples=_SAMPLES
         )
         return InputStatistics(covariances, constant, predictions)
     return InputStatistics({name: curvature.factors[f"{name}.A"] for name in names}, constant)

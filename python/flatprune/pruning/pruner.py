@@ -80,7 +80,7 @@ class Pruner:
             (greedy: together; independent: the sum of theirs) does not exceed this; the record says where it bound.
             None: no such limit.
         measure: take down what each cut made of the loss beside what was predicted (`flatprune.criteria.loss_change`),
-            for one or two forwards on 128 samples, or a batch more, an event.
+            for one or two forwards on 64 samples, or a batch more, an event.
         exclude: layers whose outputs stay: names of modules, or types.
         layers: names of the layers to prune; default all that can be.
         forward: how a training loop calls the model with `example_inputs`, such as
