@@ -20,7 +20,7 @@ SANITIZED = {  # program of tests/native -> its small cases
 }
 _COVARIANCES = ("covariance", "covariance_group", "covariance_cuda", "factors_cuda")
 _OPERATIONS = (*_COVARIANCES, "power", "inverse", "saliency", "greedy")
-TESTS = (*(f"tests/ops/test_{name}.py" for name in _OPERATIONS), "tests/cli/test_training_cuda.py")
+TESTS = (*(f"tests/ops/test_{name}.py" for name in _OPERATIONS), "tests/training/test_training_cuda.py")
 
 
 def build(run: Run) -> None:

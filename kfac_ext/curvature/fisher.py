@@ -50,13 +50,13 @@ def update_factors_(
     started: Set[str],
     count: int,
     gradient_scale: float,
-    positions: Tensor | None = None,
+    positions: Mapping[str, Sequence[Tensor]],
 ) -> set[str]:
     """factors <- decay factors + (1 - decay) (A, gradient_scale G) of one forward; layers not in `started`: decay 0.
 
-    One call of `FactorSet.accumulate_` for all layers. `positions` [N, P] are those of predictions that count, where
-    some do not. Returns the layers seen. Raises RuntimeError if a layer's shape is not its factor's; nothing is changed
-    then.
+    One call of `FactorSet.accumulate_` for all layers. `positions` of a layer are [N, P] of predictions that count,
+    where some do not. Returns the layers seen. Raises RuntimeError if a layer's shape is not its factor's; nothing is
+    changed then.
     """
     seen = {}
     for name in capture.gradients:
@@ -68,7 +68,7 @@ def update_factors_(
     for name, used in list(seen.items()):
         past, layer = decay if name in started else 0.0, layers[name]
         inputs, grads = [x for x, _ in used], [g for _, g in used]
-        kept = [None if positions is None else counted_rows(layer, x, g, positions) for x, g in used]
+        kept = [counted_rows(layer, x, g, positions.get(name, ())) for x, g in used]
         if all(rows is None for rows in kept):
             of_inputs = input_updates(layer, inputs, mode, decay=past, scale=1 - past)
         else:

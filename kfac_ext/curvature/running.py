@@ -79,7 +79,7 @@ class RunningFactors:
         """
         kept = self.factors.buffer.clone() if isinstance(finite, Tensor) else None
         count = capture.terms(loss)
-        positions = None if capture.counted is None else loss.positions(capture.counted)
+        positions = capture.positions(loss)
         with torch.no_grad(), torch.autocast(self.factors.buffer.device.type, enabled=False):
             seen = update_factors_(
                 self.factors, self.layers, capture, mode, decay, self.started, count, factor**2, positions

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import curvature_nets
-import curvature_oracles
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from kfac_ext import Curvature, FactorSet
 from kfac_ext.curvature.losses import loss_of
 from kfac_ext.curvature.probing import fresh_look
+from tests.curvature import curvature_nets, curvature_oracles
 
 NORMS = {
     "mlp_norm": {"0": "1"},

@@ -4,8 +4,6 @@ import copy
 
 import pytest
 import torch
-from greedy_oracle import DirectObs, select_directly
-from pruning_networks import Run, chain, digits, mlp
 from torch import Tensor
 
 from flatprune.coupling import find_coupling
@@ -16,6 +14,8 @@ from flatprune.pruning.costs import ParameterCount
 from flatprune.pruning.limits import Limits, LossBudget
 from flatprune.pruning.selection import select, select_greedily
 from flatprune.pruning.ties import find_ties
+from tests.pruning.greedy_oracle import DirectObs, select_directly
+from tests.pruning.pruning_networks import Run, chain, digits, mlp
 
 
 def context_of(run: Run) -> ScoringContext:

@@ -8,7 +8,6 @@ import math
 
 import pytest
 import torch
-from pruning_networks import NETWORKS, Run, chain, mlp
 from torch import Tensor, nn
 
 from flatprune.criteria.loss_change import LossChange, divergence
@@ -18,6 +17,7 @@ from flatprune.pruning.predicted_vs_measured import Cut, cuts, in_words, pearson
 from flatprune.pruning.schedule import CubicSchedule
 from flatprune.pruning.targets import Target
 from kfac_ext.curvature.losses import loss_of
+from tests.pruning.pruning_networks import NETWORKS, Run, chain, mlp
 
 
 def removal(predicted: float | None, measured: float | None, step: int = 1, number: int = 0) -> dict:
