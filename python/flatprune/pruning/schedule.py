@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-_EVERY, _EVENTS = 20, 40  # steps between events at least, and about how many events at most, unless told otherwise
+_EVERY, _EVENTS = 20, 25  # steps between events at least, and about how many events at most, unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class CubicSchedule:
         total_steps: optimizer steps of the whole training.
         start: fraction of the training after which pruning begins.
         end: fraction of the training at which the last event is.
-        every: steps between events; the last one is exactly at `end`. None: 20, or as many as make about 40 events, so
+        every: steps between events; the last one is exactly at `end`. None: 20, or as many as make about 25 events, so
             that a long training has no more of them than a short one.
 
     Raises:
