@@ -109,6 +109,20 @@ def test_layers_are_in_forward_order_with_their_norms():
     assert list(curvature.layers) == ["first", "second", "head"]
 
 
+def test_factors_take_no_memory_before_the_first_update():
+    model, x = curvature_nets.make("mlp")
+    curvature, other = Curvature(model), Curvature(copy.deepcopy(model))
+    curvature.trace(x)
+    state = curvature.state_dict()
+    assert state["factors"] is None and state["layers"]
+    other.load_state_dict(state)
+    assert not other.is_updated and other.state_dict()["factors"] is None
+    for watched in (curvature, other):
+        watched.generator.manual_seed(0)
+        watched.model(x)
+    assert torch.equal(curvature.factors.buffer, other.factors.buffer) and bool(curvature.factors.buffer.any())
+
+
 def test_an_inplace_relu_before_the_norm_is_not_overlooked():
     # relu_ returns the very tensor that the convolution made
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.BatchNorm1d(4), nn.Linear(4, 2))

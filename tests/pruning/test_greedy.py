@@ -97,6 +97,29 @@ def test_the_direct_algorithm_chooses_the_same(double_nets, name, fraction, limi
         torch.testing.assert_close(jointly[key], afterwards[key], rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", [JointObs, JointObd])
+@pytest.mark.parametrize("name", ["resnet", "grouped", "concat"])
+def test_a_change_is_told_before_anything_goes(double_nets, kind, name):
+    context = context_of(double_nets[name])
+    joint, other = kind(context), kind(context_of(double_nets[name]))
+    several = {position: [0, 3] for position in range(min(2, len(context.groups)))}
+    told = joint.change(several)
+    assert joint.total == 0.0
+    for position, neurons in several.items():
+        joint.remove(position, neurons)
+        for neuron in neurons:
+            other.remove(position, [neuron])
+    assert joint.total == pytest.approx(told, rel=1e-9) == pytest.approx(other.total, rel=1e-9)
+
+
+def test_a_layer_whose_inverse_is_indefinite_is_named(double_nets):
+    context = context_of(double_nets["mlp"])
+    H = context.inverses("consumer")["3"][0]
+    H[2, 2] = -1.0
+    with pytest.raises(ValueError, match=r"^3: the inverse .* not positive definite at the columns of neuron 2 of '1'"):
+        JointObs(context)
+
+
 def paired_neurons() -> ScoringContext:
     """A network whose hidden neurons come in four equal pairs: one of a pair is free, both are not."""
     torch.manual_seed(0)
