@@ -72,18 +72,18 @@ class Covariance {
   }
 
  private:
-  int64_t sample_bytes() const { return source_.panels() * source_.pixels() * kPanel * int64_t(sizeof(T)); }
+  int64_t sample_bytes() const { return source_.panels() * source_.order().pixels() * kPanel * int64_t(sizeof(T)); }
   int64_t chunk(int64_t bytes, int64_t samples) const {
     return std::min(samples, std::max<int64_t>(1, bytes / sample_bytes()));
   }
   T* panel(T* packed, int64_t number, int64_t samples) const {
-    return packed + number * source_.pixels() * samples * kPanel;
+    return packed + number * source_.order().pixels() * samples * kPanel;
   }
 
   // Rows few enough to be packed at once: every tile is summed and written while it is in the nearest cache.
   bool fits_one_pass() const {
     return shape_.taps() == 1 && shape_.groups == 1 && plan_.regions.size() == 1 &&
-           shape_.samples * sample_bytes() <= kSharedBytes && shape_.samples * source_.pixels() <= kOnePassRows;
+           shape_.samples * sample_bytes() <= kSharedBytes && shape_.samples * source_.order().pixels() <= kOnePassRows;
   }
 
   void run_in_one_pass(T decay, T scale, T* out) {
@@ -154,33 +154,32 @@ class Covariance {
     const PanelKernels<T>& kernels = panel_kernels<T>();
     for (int number = 0; number < int(plan_.regions.size()); ++number) {
       const Region& region = plan_.regions[number];
-      const int64_t start = start_of(region, samples);
-      const int64_t shift = (region.shift_y * shape_.width + region.shift_x) * samples * kPanel;
+      const int64_t start = start_of(region, samples), shifted = start_of(region, samples, true);
       const Runs runs = runs_of(region, samples);
       const T* a = panel(packed, p, samples) + start;
       if (bias_ && region.symmetric() && first == 0) {
         kernels.column_sums(runs, a, sums + layout_.columns(number, p));
       }
       if (source_.depthwise()) {
-        kernels.gram_diagonal(runs, a, a + shift, sums + layout_.lanes(number, p));
+        kernels.gram_diagonal(runs, a, panel(packed, p, samples) + shifted, sums + layout_.lanes(number, p));
         continue;
       }
       for (int64_t j = first; j < (region.symmetric() ? std::min(last, i + 1) : last); ++j) {
-        const T* b = panel(packed, group * per_group + j, samples) + start + shift;
+        const T* b = panel(packed, group * per_group + j, samples) + shifted;
         kernels.gram(runs, a, b, channels_in(i), sums + layout_.tile(region, number, group, i, j));
       }
     }
   }
 
-  int64_t start_of(const Region& region, int64_t samples) const {
-    return (region.y0 * shape_.width + region.x0) * samples * kPanel;
+  // Where a region's pixels u begin in a panel, or where their u + s do.
+  int64_t start_of(const Region& region, int64_t samples, bool shifted = false) const {
+    const int64_t y = region.y0 + (shifted ? region.shift_y : 0), x = region.x0 + (shifted ? region.shift_x : 0);
+    return source_.order().place(y, x) * samples * kPanel;
   }
 
   Runs runs_of(const Region& region, int64_t samples) const {
-    const int64_t row = shape_.width * samples;
-    Runs runs{region.ny, shape_.stride_h * row, region.nx, shape_.stride_w * samples, samples};
-    if (shape_.stride_w == 1) runs.inner *= std::exchange(runs.middle, 1);
-    if (runs.middle == 1 && runs.outer_stride == runs.inner) runs.inner *= std::exchange(runs.outer, 1);
+    Runs runs{region.ny, source_.order().columns() * samples, region.nx * samples};
+    if (runs.stride == runs.inner) runs.inner *= std::exchange(runs.outer, 1);
     return runs;
   }
 
@@ -223,8 +222,9 @@ class Covariance {
       for (size_t t = 0; t < terms.size(); ++t) terms[t] = tiles[2 * plan_.terms[t].region + plan_.terms[t].transposed];
       for (int64_t c = 0; c < rows; ++c) {
         for (int64_t p = 0; p < taps; ++p, target += d) {
-          kernels.sum_lines(terms.data(), plan_.first_term.data() + p * taps, int(taps), c * kPanel, lines.data());
-          kernels.blend_taps(lines.data(), int(taps), channels_in(j), decay, scale, target);
+          kernels.sum_lines(terms.data(), plan_.first_term.data() + p * taps, int(taps), c * kPanel, scale,
+                            lines.data());
+          kernels.blend_taps(lines.data(), int(taps), channels_in(j), decay, target);
         }
       }
     }

@@ -1,5 +1,7 @@
 #include "panel_source.h"
 
+#include <cstring>
+#include <numeric>
 #include <utility>
 
 namespace kfac {
@@ -20,17 +22,36 @@ class ImageSource final : public PanelSource<T> {
       for (int64_t i = 0; i < channels; ++i) sources[i] = this->pixel(n, channel + i, y, 0);
     };
     const auto interleave = panel_kernels<T>().interleave;
-    if (s.height * s.width == 1) {
+    if (s.height * s.width == 1 && this->order().pixels() == 1) {
       point(first, 0);
       return interleave(sources, v.dtype, samples, v.stride_n, target, kPanel);
     }
-    const bool one_run = v.stride_h == v.stride_w * s.width;
-    const int64_t runs = one_run ? 1 : s.height, length = one_run ? s.height * s.width : s.width;
+    if (s.stride_h == 1 && s.stride_w == 1) {
+      const bool one_run = v.stride_h == v.stride_w * s.width;
+      const int64_t runs = one_run ? 1 : s.height, length = one_run ? s.height * s.width : s.width;
+      for (int64_t n = 0; n < samples; ++n) {
+        for (int64_t y = 0; y < runs; ++y) {
+          point(first + n, y);
+          interleave(sources, v.dtype, length, v.stride_w, target + (y * length * samples + n) * kPanel,
+                     samples * kPanel);
+        }
+      }
+      return;
+    }
+    const PixelOrder& order = this->order();
+    std::vector<T> row(s.width * kPanel);
     for (int64_t n = 0; n < samples; ++n) {
-      for (int64_t y = 0; y < runs; ++y) {
+      for (int64_t y = 0; y < s.height; ++y) {
+        if (!order.has_row(y)) continue;
         point(first + n, y);
-        interleave(sources, v.dtype, length, v.stride_w, target + (y * length * samples + n) * kPanel,
-                   samples * kPanel);
+        interleave(sources, v.dtype, s.width, v.stride_w, row.data(), kPanel);
+        for (int64_t rest = 0; rest < std::min(s.stride_w, s.width); ++rest) {
+          if (!order.has_column(rest)) continue;
+          T* pixel = target + (order.place(y, rest) * samples + n) * kPanel;
+          for (int64_t x = rest; x < s.width; x += s.stride_w, pixel += samples * kPanel) {
+            std::memcpy(pixel, row.data() + x * kPanel, kPanel * sizeof(T));
+          }
+        }
       }
     }
   }
@@ -53,20 +74,36 @@ class PaddedSource : public PanelSource<T> {
   PaddedSource(const ImageView& image, const ConvShape& shape, const ConvShape& packed)
       : PanelSource<T>(image, shape, packed),
         rows_((shape.out_h - 1) * shape.stride_h + (shape.kernel_h - 1) * shape.dilation_h + 1),
-        columns_((shape.out_w - 1) * shape.stride_w + (shape.kernel_w - 1) * shape.dilation_w + 1) {}
+        phase_(((shape.out_w - 1) * shape.stride_w + (shape.kernel_w - 1) * shape.dilation_w) / shape.stride_w + 1),
+        line_(phase_ * shape.stride_w) {}
 
-  // plane [rows_][columns_] <- all that the kernel meets of one channel of one sample
+  // plane [rows_][stride_w][phase_] <- all that the kernel meets of one channel of one sample; columns with the same
+  // rest by the stride are neighbours
   void pad(int64_t n, int64_t channel, T* plane) const {
     const ConvShape& s = this->shape_;
-    const int64_t count = std::min(s.width, columns_ - s.pad_left);
-    std::fill_n(plane, rows_ * columns_, T(0));
+    const int64_t step = s.stride_w, width = std::min(s.width, line_ - s.pad_left);
+    std::fill_n(plane, rows_ * line_, T(0));
     for (int64_t y = 0; y < std::min(s.height, rows_ - s.pad_top); ++y) {
-      panel_kernels<T>().convert(this->pixel(n, channel, y, 0), this->image_.dtype, count, this->image_.stride_w,
-                                 plane + (y + s.pad_top) * columns_ + s.pad_left);
+      for (int64_t x = 0; x < std::min(step, width); ++x) {
+        panel_kernels<T>().convert(this->pixel(n, channel, y, x), this->image_.dtype, divide_up(width - x, step),
+                                   this->image_.stride_w * step,
+                                   plane + (y + s.pad_top) * line_ + place(x + s.pad_left));
+      }
     }
   }
 
-  const int64_t rows_, columns_;
+  // Of a column of the padded image in a line of the plane.
+  int64_t place(int64_t column) const {
+    return column % this->shape_.stride_w * phase_ + column / this->shape_.stride_w;
+  }
+
+  // Where in the plane the tap meets the first pixel of output row 0; those of the next outputs follow.
+  int64_t tap_start(int64_t tap) const {
+    const ConvShape& s = this->shape_;
+    return tap / s.kernel_w * s.dilation_h * line_ + place(tap % s.kernel_w * s.dilation_w);
+  }
+
+  const int64_t rows_, phase_, line_;
 };
 
 // Patches gathered pixel by pixel: for few channels, where shifting would mostly multiply padding.
@@ -80,20 +117,20 @@ class PatchSource final : public PaddedSource<T> {
     const auto [entry, entries] = this->channels_of(panel);
     const ConvShape& s = this->shape_;
     const int64_t taps = s.taps(), channel = entry / taps, channels = (entry + entries - 1) / taps - channel + 1;
-    const int64_t plane = this->rows_ * this->columns_;
+    const int64_t plane = this->rows_ * this->line_;
     std::vector<T> planes(channels * plane);
+    const T* taps_at[kPanel];  // in output row 0
+    for (int64_t i = 0; i < entries; ++i) {
+      taps_at[i] = planes.data() + ((entry + i) / taps - channel) * plane + this->tap_start((entry + i) % taps);
+    }
     const void* sources[kPanel] = {};
     for (int64_t n = 0; n < samples; ++n) {
       for (int64_t c = 0; c < channels; ++c) this->pad(first + n, channel + c, planes.data() + c * plane);
       for (int64_t y = 0; y < s.out_h; ++y) {
-        for (int64_t i = 0; i < entries; ++i) {
-          const int64_t tap = (entry + i) % taps, row = y * s.stride_h + tap / s.kernel_w * s.dilation_h;
-          sources[i] = planes.data() + ((entry + i) / taps - channel) * plane + row * this->columns_ +
-                       tap % s.kernel_w * s.dilation_w;
-        }
+        for (int64_t i = 0; i < entries; ++i) sources[i] = taps_at[i] + y * s.stride_h * this->line_;
         constexpr DType kType = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
-        panel_kernels<T>().interleave(sources, kType, s.out_w, s.stride_w,
-                                      target + (y * s.out_w * samples + n) * kPanel, samples * kPanel);
+        panel_kernels<T>().interleave(sources, kType, s.out_w, 1, target + (y * s.out_w * samples + n) * kPanel,
+                                      samples * kPanel);
       }
     }
   }
@@ -109,7 +146,7 @@ class MeanPatchSource final : public PaddedSource<T> {
   void pack(int64_t first, int64_t samples, int64_t panel, T* target) const override {
     const auto [entry, entries] = this->channels_of(panel);
     const int64_t taps = this->shape_.taps();
-    std::vector<T> plane(this->rows_ * this->columns_), means(taps), row(this->columns_);
+    std::vector<T> plane(this->rows_ * this->line_), means(taps), row(this->line_);
     std::fill_n(target, samples * kPanel, T(0));
     for (int64_t n = 0; n < samples; ++n) {
       for (int64_t c = entry / taps; c * taps < entry + entries; ++c) {
@@ -131,13 +168,12 @@ class MeanPatchSource final : public PaddedSource<T> {
     for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
       std::fill(row.begin(), row.end(), T(0));
       for (int64_t y = 0; y < s.out_h; ++y) {
-        const T* line = plane + (y * s.stride_h + ky * s.dilation_h) * this->columns_;
-        for (int64_t x = 0; x < this->columns_; ++x) row[x] += line[x];
+        const T* line = plane + (y * s.stride_h + ky * s.dilation_h) * this->line_;
+        for (int64_t x = 0; x < this->line_; ++x) row[x] += line[x];
       }
       for (int64_t kx = 0; kx < s.kernel_w; ++kx) {
-        T sum = 0;
-        for (int64_t x = 0; x < s.out_w; ++x) sum += row[x * s.stride_w + kx * s.dilation_w];
-        means[ky * s.kernel_w + kx] = sum / positions;
+        const auto first = row.begin() + this->place(kx * s.dilation_w);
+        means[ky * s.kernel_w + kx] = std::accumulate(first, first + s.out_w, T(0)) / positions;
       }
     }
   }
