@@ -90,8 +90,8 @@ class Covariance {
     const int64_t d = shape_.patch_size() + (bias_ ? 1 : 0), panels = source_.panels(), samples = shape_.samples;
     sums_.assign(panels * kPanel, T(0));  // of columns, for the bias
     std::vector<T> packed(samples * sample_bytes() / sizeof(T));
-    const Runs runs = runs_of(plan_.regions[0], samples);
-    T* const first = packed.data() + start_of(plan_.regions[0], samples);
+    const Runs runs = source_.order().runs(plan_.regions[0], samples);
+    T* const first = packed.data() + source_.order().start(plan_.regions[0], samples);
     const PanelKernels<T>& kernels = panel_kernels<T>();
     parallel_for(panels, threads_, [&](int64_t p) { source_.pack(0, samples, p, panel(packed.data(), p, samples)); });
     parallel_for(panels, threads_, [&](int64_t task) {
@@ -152,10 +152,11 @@ class Covariance {
     const int64_t per_group = source_.panels_per_group(), group = p / per_group, i = p % per_group;
     const int64_t first = task % column_blocks() * kColumnBlock, last = std::min(first + kColumnBlock, per_group);
     const PanelKernels<T>& kernels = panel_kernels<T>();
+    const PixelOrder& order = source_.order();
     for (int number = 0; number < int(plan_.regions.size()); ++number) {
       const Region& region = plan_.regions[number];
-      const int64_t start = start_of(region, samples), shifted = start_of(region, samples, true);
-      const Runs runs = runs_of(region, samples);
+      const int64_t start = order.start(region, samples), shifted = order.start(region, samples, true);
+      const Runs runs = order.runs(region, samples);
       const T* a = panel(packed, p, samples) + start;
       if (bias_ && region.symmetric() && first == 0) {
         kernels.column_sums(runs, a, sums + layout_.columns(number, p));
@@ -169,18 +170,6 @@ class Covariance {
         kernels.gram(runs, a, b, channels_in(i), sums + layout_.tile(region, number, group, i, j));
       }
     }
-  }
-
-  // Where a region's pixels u begin in a panel, or where their u + s do.
-  int64_t start_of(const Region& region, int64_t samples, bool shifted = false) const {
-    const int64_t y = region.y0 + (shifted ? region.shift_y : 0), x = region.x0 + (shifted ? region.shift_x : 0);
-    return source_.order().place(y, x) * samples * kPanel;
-  }
-
-  Runs runs_of(const Region& region, int64_t samples) const {
-    Runs runs{region.ny, source_.order().columns() * samples, region.nx * samples};
-    if (runs.stride == runs.inner) runs.inner *= std::exchange(runs.outer, 1);
-    return runs;
   }
 
   // ---- from regions to the patch covariance ----
@@ -295,7 +284,7 @@ class Covariance {
 template <class T>
 void covariance(const ImageView& image, const ConvShape& shape, CovarianceMode mode, CovarianceAlgorithm algorithm,
                 bool bias, double decay, double scale, void* out, int threads) {
-  const auto source = panel_source<T>(image, shape, mode, algorithm);
+  const auto source = panel_source<T>(image, shape, mode, algorithm, threads);
   Covariance<T>(*source, bias, threads).run(decay, scale, static_cast<T*>(out));
 }
 

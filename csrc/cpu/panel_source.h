@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "kfac/covariance.h"
@@ -24,8 +25,17 @@ class PixelOrder {
       : vertical_(shape.height, shape.kernel_h, shape.stride_h, shape.pad_top, shape.dilation_h),
         horizontal_(shape.width, shape.kernel_w, shape.stride_w, shape.pad_left, shape.dilation_w) {}
 
-  int64_t columns() const { return horizontal_.length; }  // of one of the images
   int64_t pixels() const { return vertical_.phases * vertical_.length * horizontal_.phases * horizontal_.length; }
+  // Where the pixels u of a region begin in a panel of so many samples, or where their u + s do.
+  int64_t start(const Region& region, int64_t samples, bool shifted = false) const {
+    const int64_t y = region.y0 + (shifted ? region.shift_y : 0), x = region.x0 + (shifted ? region.shift_x : 0);
+    return place(y, x) * samples * kPanel;
+  }
+  Runs runs(const Region& region, int64_t samples) const {
+    Runs found{region.ny, horizontal_.length * samples, region.nx * samples};
+    if (found.stride == found.inner) found.inner *= std::exchange(found.outer, 1);
+    return found;
+  }
   bool has_row(int64_t y) const { return vertical_.number_of(y) >= 0; }
   bool has_column(int64_t x) const { return horizontal_.number_of(x) >= 0; }
   // The place of a pixel whose row and column are there.
@@ -72,7 +82,6 @@ class PanelSource {
   // target [pixels][samples][kPanel] <- samples first, first + 1, ... of one panel
   virtual void pack(int64_t first, int64_t samples, int64_t panel, T* target) const = 0;
 
- protected:
   // First packed channel of a panel and how many it holds.
   std::pair<int64_t, int64_t> channels_of(int64_t panel) const {
     if (depthwise()) return {panel * kPanel, std::min<int64_t>(kPanel, packed_.groups - panel * kPanel)};
@@ -80,6 +89,7 @@ class PanelSource {
     return {group * packed_.group_channels() + start, std::min<int64_t>(kPanel, packed_.group_channels() - start)};
   }
 
+ protected:
   const char* pixel(int64_t n, int64_t c, int64_t y, int64_t x) const {
     const int64_t at = n * image_.stride_n + c * image_.stride_c + y * image_.stride_h + x * image_.stride_w;
     return static_cast<const char*>(image_.data) + at * element_size(image_.dtype);
@@ -93,6 +103,6 @@ class PanelSource {
 
 template <class T>
 std::unique_ptr<PanelSource<T>> panel_source(const ImageView& image, const ConvShape& shape, CovarianceMode mode,
-                                             CovarianceAlgorithm algorithm);
+                                             CovarianceAlgorithm algorithm, int threads);
 
 }  // namespace kfac

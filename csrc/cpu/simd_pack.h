@@ -2,6 +2,10 @@
 // For the files compiled once per instruction set.
 #pragma once
 
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
 #include "kfac/simd.h"
 #include "simd_vector.h"
 
@@ -56,6 +60,13 @@ KFAC_INLINE typename Vector<T>::type load_as(const S* from) {
     return load(from);
   } else {
     static_assert(__is_same(T, float) && sizeof(S) == 2, "only 16-bit numbers are widened, to float");
+#if defined(__AVX512F__)
+    if constexpr (__is_same(S, Float16))
+      return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__F16C__)
+    if constexpr (__is_same(S, Float16))
+      return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#endif
     typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
     typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
     const Bits bits = __builtin_convertvector(*reinterpret_cast<const Half*>(from), Bits);
