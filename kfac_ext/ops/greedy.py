@@ -67,7 +67,7 @@ _remove_op = define(
 
 def _column_forms(V: Tensor, G: Tensor, columns: Tensor) -> Tensor:
     """V_J^T G V_J [neurons, block, block] of the columns J of every neuron."""
-    with full_precision():
+    with full_precision(V.device):
         read = V[:, columns]  # [O, neurons, block]
         through = (G @ read.flatten(1)).view_as(read)
         return read.transpose(0, 1).mT @ through.transpose(0, 1)
@@ -211,7 +211,7 @@ class GreedySelection:
             self._Vs, self._Hs, self._removed, self._pending, self._counts
         ):
             gone = removed[:count]
-            with full_precision():
+            with full_precision(V.device):
                 now = V - pending[:waiting].mT @ H[gone[count - waiting :]]
             now[:, gone] = 0.0
             found.append(now)
