@@ -143,7 +143,7 @@ def run_cuda(problems: Sequence[Problem], precision: int | None = None) -> None:
     """
     device = problems[0].image.device
     precision = _precision() if precision is None else precision
-    for launch in _launches.get(device, tuple(_spec(problem, precision) for problem in problems)):
+    for launch in _launches(device, tuple(_spec(problem, precision) for problem in problems)):
         part = problems[launch.first : launch.end]
         workspace = workspace_on(device, launch.group.workspace_bytes)
         _C.covariance_cuda(

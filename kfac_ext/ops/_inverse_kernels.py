@@ -42,13 +42,13 @@ def run_cpu(matrices: Sequence[Tensor], amounts: Tensor, diagonals: Sequence[Ten
 # ---- CUDA ----
 
 
-def _group(device: torch.device, shapes: tuple[tuple[int, int], ...]) -> tuple[_C.InverseGroup, Tensor]:
+def _make_group(device: torch.device, shapes: tuple[tuple[int, int], ...]) -> tuple[_C.InverseGroup, Tensor]:
     """The schedule for matrices of these sizes and row strides, and its copy on the device."""
     group = _C.InverseGroup(shapes)
     return group, descriptors_on(device, "damped_inverse", group.descriptors())
 
 
-_groups = Schedules(_group, lambda found: [found[1]])
+_group = Schedules(_make_group, lambda found: [found[1]])
 
 
 def run_cuda(matrices: Sequence[Tensor], amounts: Tensor, diagonals: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -59,7 +59,7 @@ def run_cuda(matrices: Sequence[Tensor], amounts: Tensor, diagonals: Sequence[Te
     problems = _problems(matrices, diagonals)
     for first in range(0, len(problems), _C.max_inverse_matrices):
         part = problems[first : first + _C.max_inverse_matrices]
-        group, descriptors = _groups.get(device, tuple((m.shape[0], m.stride(0)) for m, *_ in part))
+        group, descriptors = _group(device, tuple((m.shape[0], m.stride(0)) for m, *_ in part))
         workspace = workspace_on(device, group.workspace_bytes)
         _C.damped_inverse_cuda(
             group,

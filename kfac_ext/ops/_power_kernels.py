@@ -56,13 +56,13 @@ def _device(device: torch.device) -> tuple[int, int]:
     return _C.power_iteration_device(device.index or 0)
 
 
-def _group(device: torch.device, shapes: tuple[tuple[int, int], ...]) -> tuple[_C.PowerGroup, Tensor]:
+def _make_group(device: torch.device, shapes: tuple[tuple[int, int], ...]) -> tuple[_C.PowerGroup, Tensor]:
     """The schedule for matrices of these sizes and row strides, and its copy on the device."""
     group = _C.PowerGroup(shapes, *_device(device))
     return group, descriptors_on(device, "power_iteration", group.descriptors())
 
 
-_groups = Schedules(_group, lambda found: [found[1]])
+_group = Schedules(_make_group, lambda found: [found[1]])
 
 
 def fits_cuda(matrices: Sequence[Tensor]) -> bool:
@@ -78,7 +78,7 @@ def run_cuda(matrices: Sequence[Tensor], vectors: Tensor, starts: Sequence[int],
     for first in range(0, len(matrices), _C.max_power_matrices):
         part = slice(first, first + _C.max_power_matrices)
         rows = [row_major(matrix) for matrix in matrices[part]]
-        group, descriptors = _groups.get(device, tuple((m.shape[0], m.stride(0)) for m in rows))
+        group, descriptors = _group(device, tuple((m.shape[0], m.stride(0)) for m in rows))
         workspace = workspace_on(device, group.workspace_bytes)
         _C.power_iteration_cuda(
             group,

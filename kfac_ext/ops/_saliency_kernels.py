@@ -38,13 +38,13 @@ def run_cpu(layers: Sequence[Layer], obs: bool) -> tuple[list[Tensor], list[int]
 _Shape = tuple[int, int, int, int, int, int]
 
 
-def _group(device: torch.device, shapes: tuple[_Shape, ...]) -> tuple[_C.SaliencyGroup, Tensor]:
+def _make_group(device: torch.device, shapes: tuple[_Shape, ...]) -> tuple[_C.SaliencyGroup, Tensor]:
     """The schedule for layers of these shapes and row strides, and its copy on the device."""
     group = _C.SaliencyGroup(shapes)
     return group, descriptors_on(device, "saliency", group.descriptors())
 
 
-_groups = Schedules(_group, lambda found: [found[1]])
+_group = Schedules(_make_group, lambda found: [found[1]])
 
 
 def _shape(layer: Layer) -> _Shape:
@@ -68,7 +68,7 @@ def launch_cuda(layers: Sequence[Layer], obs: bool) -> tuple[list[Tensor], Tenso
     neurons = 0
     for first in range(0, len(rows), _C.max_saliency_layers):
         part = slice(first, first + _C.max_saliency_layers)
-        group, descriptors = _groups.get(device, tuple(_shape(layer) for layer in rows[part]))
+        group, descriptors = _group(device, tuple(_shape(layer) for layer in rows[part]))
         _C.saliency_cuda(
             group,
             descriptors.data_ptr(),

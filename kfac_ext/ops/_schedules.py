@@ -48,7 +48,7 @@ class Schedules(Generic[Value]):
         self._size = 0
         self._lock = threading.RLock()
 
-    def get(self, device: torch.device, key: Hashable) -> Value:
+    def __call__(self, device: torch.device, key: Hashable) -> Value:
         """The schedule of a key, made if it is new.
 
         Raises:
@@ -66,7 +66,7 @@ class Schedules(Generic[Value]):
                 _tell(entry, torch.cuda.current_stream(device))
             return entry.value
 
-    def clear(self) -> None:
+    def cache_clear(self) -> None:
         """Forget what no graph has captured."""
         with self._lock:
             self._entries.clear()

@@ -41,10 +41,10 @@ def launches(emulation, monkeypatch):
     compiled["power_iteration_device"] = emulation.power_iteration_device
     monkeypatch.setattr(kernels, "_C", SimpleNamespace(**compiled, power_iteration_cuda=launch))
     monkeypatch.setattr(power, "_run", kernels.run_cuda)
-    kernels._groups.clear()
+    kernels._group.cache_clear()
     kernels._device.cache_clear()
     yield counts
-    kernels._groups.clear()
+    kernels._group.cache_clear()
     kernels._device.cache_clear()
 
 

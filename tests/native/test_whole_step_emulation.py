@@ -20,7 +20,6 @@ from kfac_ext.ops import (
     inverse,
     power,
 )
-from kfac_ext.ops._schedules import Schedules
 from tests.conftest import relative_error
 
 aten = torch.ops.aten
@@ -50,8 +49,7 @@ def cuda_way(emulation, monkeypatch):
             return getattr(emulation if hasattr(emulation, name) else _C, name)
 
     modules = (_covariance_kernels, _inverse_kernels, _power_covariance_kernels, _power_kernels)
-    caches = [c.cache_clear for module in modules for c in vars(module).values() if hasattr(c, "cache_clear")]
-    caches += [c.clear for module in modules for c in vars(module).values() if isinstance(c, Schedules)]
+    caches = [c for module in modules for c in vars(module).values() if hasattr(c, "cache_clear")]
     for module in modules:
         monkeypatch.setattr(module, "_C", Both())
     monkeypatch.setattr(covariance, "_run", lambda problem: _covariance_kernels.run_cuda([problem]))
@@ -66,11 +64,11 @@ def cuda_way(emulation, monkeypatch):
         (power, "_covariance_op", power._covariance),
     ):
         monkeypatch.setattr(module, operator, function)
-    for clear in caches:
-        clear()
+    for cache in caches:
+        cache.cache_clear()
     yield
-    for clear in caches:
-        clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 SIZES = {"conv.A": 37, "conv.G": 8, "deep.A": (4, 9), "fc.A": 140, "fc.G": 10}
