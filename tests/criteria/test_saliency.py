@@ -21,6 +21,12 @@ def trained(name: str, steps: int = 120) -> Run:
     return run
 
 
+@pytest.fixture(autouse=True)
+def all_recent_calls(monkeypatch):
+    """As the oracles here take all of them."""
+    monkeypatch.setattr(saliency, "_SAMPLES", 1_000_000)
+
+
 def scores_of(context: ScoringContext, criterion: str) -> list[Tensor]:
     statistics = context.statistics(CONSUMER)
     inverses = context.inverses(CONSUMER) if criterion == "obs" else None
