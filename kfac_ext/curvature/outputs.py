@@ -92,7 +92,10 @@ class Reading:
         loss = self.loss
         if isinstance(loss, SeveralLosses):
             if len(tensors) != len(loss.losses):
-                raise ValueError(f"Curvature: {len(loss.losses)} losses for {len(tensors)} outputs")
+                raise ValueError(
+                    f"Curvature: {len(loss.losses)} losses, and output gives {len(tensors)} of what the model returns; "
+                    "expected as many, such as output=['boxes', 'classes']"
+                )
             parts = [
                 self._prediction(one, tensor, place) for place, (one, tensor) in enumerate(zip(loss.losses, tensors))
             ]
