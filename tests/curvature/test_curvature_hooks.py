@@ -322,7 +322,7 @@ def test_what_cannot_be_watched_is_refused():
         Curvature(nn.ReLU())
     with pytest.raises(TypeError, match=r"skip_layers is 'head', expected a list"):
         Curvature(nn.Linear(2, 2), skip_layers="head")
-    with pytest.raises(ValueError, match="model is a DataParallel, .* model.module"):
+    with pytest.raises(ValueError, match=r"model is a DataParallel, .* model\.module"):
         Curvature(nn.DataParallel(nn.Linear(2, 2)))
 
 
