@@ -72,26 +72,26 @@ class Covariance {
   }
 
  private:
-  int64_t sample_bytes() const { return source_.panels() * source_.pixels() * kPanel * int64_t(sizeof(T)); }
+  int64_t sample_bytes() const { return source_.panels() * source_.order().pixels() * kPanel * int64_t(sizeof(T)); }
   int64_t chunk(int64_t bytes, int64_t samples) const {
     return std::min(samples, std::max<int64_t>(1, bytes / sample_bytes()));
   }
   T* panel(T* packed, int64_t number, int64_t samples) const {
-    return packed + number * source_.pixels() * samples * kPanel;
+    return packed + number * source_.order().pixels() * samples * kPanel;
   }
 
   // Rows few enough to be packed at once: every tile is summed and written while it is in the nearest cache.
   bool fits_one_pass() const {
     return shape_.taps() == 1 && shape_.groups == 1 && plan_.regions.size() == 1 &&
-           shape_.samples * sample_bytes() <= kSharedBytes && shape_.samples * source_.pixels() <= kOnePassRows;
+           shape_.samples * sample_bytes() <= kSharedBytes && shape_.samples * source_.order().pixels() <= kOnePassRows;
   }
 
   void run_in_one_pass(T decay, T scale, T* out) {
     const int64_t d = shape_.patch_size() + (bias_ ? 1 : 0), panels = source_.panels(), samples = shape_.samples;
     sums_.assign(panels * kPanel, T(0));  // of columns, for the bias
     std::vector<T> packed(samples * sample_bytes() / sizeof(T));
-    const Runs runs = runs_of(plan_.regions[0], samples);
-    T* const first = packed.data() + start_of(plan_.regions[0], samples);
+    const Runs runs = source_.order().runs(plan_.regions[0], samples);
+    T* const first = packed.data() + source_.order().start(plan_.regions[0], samples);
     const PanelKernels<T>& kernels = panel_kernels<T>();
     parallel_for(panels, threads_, [&](int64_t p) { source_.pack(0, samples, p, panel(packed.data(), p, samples)); });
     parallel_for(panels, threads_, [&](int64_t task) {
@@ -152,36 +152,24 @@ class Covariance {
     const int64_t per_group = source_.panels_per_group(), group = p / per_group, i = p % per_group;
     const int64_t first = task % column_blocks() * kColumnBlock, last = std::min(first + kColumnBlock, per_group);
     const PanelKernels<T>& kernels = panel_kernels<T>();
+    const PixelOrder& order = source_.order();
     for (int number = 0; number < int(plan_.regions.size()); ++number) {
       const Region& region = plan_.regions[number];
-      const int64_t start = start_of(region, samples);
-      const int64_t shift = (region.shift_y * shape_.width + region.shift_x) * samples * kPanel;
-      const Runs runs = runs_of(region, samples);
+      const int64_t start = order.start(region, samples), shifted = order.start(region, samples, true);
+      const Runs runs = order.runs(region, samples);
       const T* a = panel(packed, p, samples) + start;
       if (bias_ && region.symmetric() && first == 0) {
         kernels.column_sums(runs, a, sums + layout_.columns(number, p));
       }
       if (source_.depthwise()) {
-        kernels.gram_diagonal(runs, a, a + shift, sums + layout_.lanes(number, p));
+        kernels.gram_diagonal(runs, a, panel(packed, p, samples) + shifted, sums + layout_.lanes(number, p));
         continue;
       }
       for (int64_t j = first; j < (region.symmetric() ? std::min(last, i + 1) : last); ++j) {
-        const T* b = panel(packed, group * per_group + j, samples) + start + shift;
+        const T* b = panel(packed, group * per_group + j, samples) + shifted;
         kernels.gram(runs, a, b, channels_in(i), sums + layout_.tile(region, number, group, i, j));
       }
     }
-  }
-
-  int64_t start_of(const Region& region, int64_t samples) const {
-    return (region.y0 * shape_.width + region.x0) * samples * kPanel;
-  }
-
-  Runs runs_of(const Region& region, int64_t samples) const {
-    const int64_t row = shape_.width * samples;
-    Runs runs{region.ny, shape_.stride_h * row, region.nx, shape_.stride_w * samples, samples};
-    if (shape_.stride_w == 1) runs.inner *= std::exchange(runs.middle, 1);
-    if (runs.middle == 1 && runs.outer_stride == runs.inner) runs.inner *= std::exchange(runs.outer, 1);
-    return runs;
   }
 
   // ---- from regions to the patch covariance ----
@@ -223,8 +211,9 @@ class Covariance {
       for (size_t t = 0; t < terms.size(); ++t) terms[t] = tiles[2 * plan_.terms[t].region + plan_.terms[t].transposed];
       for (int64_t c = 0; c < rows; ++c) {
         for (int64_t p = 0; p < taps; ++p, target += d) {
-          kernels.sum_lines(terms.data(), plan_.first_term.data() + p * taps, int(taps), c * kPanel, lines.data());
-          kernels.blend_taps(lines.data(), int(taps), channels_in(j), decay, scale, target);
+          kernels.sum_lines(terms.data(), plan_.first_term.data() + p * taps, int(taps), c * kPanel, scale,
+                            lines.data());
+          kernels.blend_taps(lines.data(), int(taps), channels_in(j), decay, target);
         }
       }
     }
@@ -295,7 +284,7 @@ class Covariance {
 template <class T>
 void covariance(const ImageView& image, const ConvShape& shape, CovarianceMode mode, CovarianceAlgorithm algorithm,
                 bool bias, double decay, double scale, void* out, int threads) {
-  const auto source = panel_source<T>(image, shape, mode, algorithm);
+  const auto source = panel_source<T>(image, shape, mode, algorithm, threads);
   Covariance<T>(*source, bias, threads).run(decay, scale, static_cast<T*>(out));
 }
 

@@ -16,6 +16,7 @@ from kfac_ext.curvature.modes import reading_is_free
 from kfac_ext.curvature.outputs import Reading
 from kfac_ext.curvature.padding import OutputGradient
 from kfac_ext.curvature.running import RunningFactors
+from kfac_ext.geometry import accumulator_dtype
 
 
 @dataclass
@@ -61,7 +62,7 @@ class FisherUpdates:
         reading: Reading,
         fisher_type: str,
         kfac_approx: str,
-        grad_scale: float | Callable[[], float],
+        grad_scale: float | Callable[[], float | Tensor],
         generator: torch.Generator,
         place: Callable[[Capture], None],
     ) -> None:
@@ -201,11 +202,14 @@ class FisherUpdates:
             ) from error
         self._blend(update, 1.0, finite)
 
-    def _take(self, update: _Update, grad_scale: float | None = None) -> None:
+    def _take(self, update: _Update, grad_scale: float | Tensor | None = None) -> None:
         """The empirical Fisher: what the user's own backward has shown."""
         if grad_scale is None:
             grad_scale = self.grad_scale() if callable(self.grad_scale) else self.grad_scale
         capture, loss = update.capture, self.reading.loss
+        if isinstance(grad_scale, Tensor):
+            _divide(capture, grad_scale)
+            grad_scale = 1.0
         gradients = [g for g in _gradients(capture) if g is not None]
         finite = bool(gradients) and update.running.is_finite([*capture.tensors, *gradients], "output or gradient")
         if finite is False:
@@ -228,6 +232,15 @@ class FisherUpdates:
 
 def _gradients(capture: Capture) -> list[Tensor | None]:
     return [g for slots in capture.gradients.values() for g in slots]
+
+
+def _divide(capture: Capture, scale: Tensor) -> None:
+    """The gradients of a forward without a factor that only their device knows, in float32 or better."""
+    with torch.no_grad():
+        capture.gradients = {
+            name: [None if g is None else g.to(accumulator_dtype(g.dtype)) / scale for g in slots]
+            for name, slots in capture.gradients.items()
+        }
 
 
 def _values(capture: Capture) -> Tensor:

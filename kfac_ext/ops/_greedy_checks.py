@@ -48,7 +48,7 @@ def _seems_symmetric(matrix: Tensor) -> bool:
     generator = torch.Generator().manual_seed(len(matrix))
     x = torch.rand(len(matrix), generator=generator) + 1
     x = (x * (2 * torch.randint(0, 2, (len(matrix),), generator=generator) - 1)).to(matrix.device, matrix.dtype)
-    with full_precision():
+    with full_precision(matrix.device):
         difference = (matrix @ x - matrix.mT @ x).abs().max()
     return bool(difference <= _ASYMMETRY[matrix.dtype] * matrix.diagonal().abs().max())
 

@@ -86,7 +86,7 @@ def _together(layer: int) -> NotDefiniteError:
 
 def _column_forms(V: Tensor, G: Tensor, columns: Tensor) -> Tensor:
     """V_J^T G V_J [neurons, block, block] of the columns J of every neuron."""
-    with full_precision():
+    with full_precision(V.device):
         read = V.mT.index_select(0, columns.flatten())  # [neurons block, O], each column in one piece
         through = (read @ G).view(*columns.shape, -1)
         return read.view_as(through) @ through.mT
@@ -264,7 +264,7 @@ class GreedySelection:
             self._Vs, self._Hs, self._removed, self._pending, self._counts
         ):
             gone = removed[:count]
-            with full_precision():
+            with full_precision(V.device):
                 now = V - pending[:waiting].mT @ H[gone[count - waiting :]]
             now[:, gone] = 0.0
             found.append(now)

@@ -63,6 +63,20 @@ def test_scaled_gradients_give_the_same_step(fisher_type, unscale_first):
     assert scaler.get_scale() == 2.0**13
 
 
+def test_the_scale_of_the_loss_is_not_waited_for(monkeypatch):
+    """`get_scale` copies a number from the device."""
+    monkeypatch.setattr(torch.amp.GradScaler, "get_scale", None)
+    model, x = curvature_nets.make("mlp", dtype=torch.float32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    options = {"fisher_type": "empirical", "grad_scaler": scaler, "accumulation_steps": 2}
+    with KFACPreconditioner(model, generator=generator(), **options) as preconditioner:
+        for _ in range(2):
+            scaler.scale(F.cross_entropy(model(x), classes(x)) / 2).backward()
+        preconditioner.step()
+        assert torch.equal(preconditioner._loss_scale(), torch.tensor(4.0))
+        assert preconditioner.curvature.factors.buffer.isfinite().all()
+
+
 def test_accumulated_batches_count_equally():
     # the factors of one step of two halves, and of the running average after it, are those of the whole batch
     model, x = curvature_nets.make("mlp")
