@@ -90,8 +90,8 @@ def fresh_look(
         calls: as `Curvature.recent_calls` gives them; each is made as it was.
         mode: "expand" or "reduce".
         bias: append the 1, so that the last row and column hold the mean patch; None: as in the running factors.
-        samples: enough where each A is of at least as many rows as it has: older calls are not made again then. None:
-            all calls are.
+        samples: enough for an A that is of as many rows as it has: older calls count for the others alone, and are not
+            made again where there are none. None: all calls count.
 
     Returns:
         Name -> A; and the predictions for the newest calls, those made again, oldest first.
@@ -104,8 +104,11 @@ def fresh_look(
     layers = [curvature.layer(name) for name in dict.fromkeys(names)]
     found: dict[str, Tensor] = {}
     seen: Counter[str] = Counter()  # rows
+    complete: set[str] = set()  # layers that need no older calls
 
     def report(layer: Layer, x: Tensor, _z: Tensor) -> None:
+        if layer.name in complete:
+            return
         append = layer.constant if bias is None else bias
         rows = len(x) * (layer.position_count(x) if mode == "expand" else 1)
         share = rows / (seen[layer.name] + rows)
@@ -117,9 +120,10 @@ def fresh_look(
         seen.clear()
 
     def is_enough(so_far: int) -> bool:
-        if samples is None or so_far < samples or len(found) < len(layers):
+        if samples is None or so_far < samples:
             return False
-        return all(seen[name] >= A.shape[-1] for name, A in found.items())
+        complete.update(name for name, A in found.items() if seen[name] >= A.shape[-1])
+        return len(complete) == len(layers)
 
     _refuse_none(calls)
     with call_hooks(layers, report):

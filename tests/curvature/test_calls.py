@@ -170,10 +170,13 @@ def test_no_older_calls_than_it_takes_are_made_again(samples, made):
     for _ in range(4):
         model(batch(6, 1))
     calls = curvature.recent_calls
-    A, predictions = fresh_look(curvature, ["a"], calls, samples=samples)
+    A, predictions = fresh_look(curvature, ["a", "head"], calls, samples=samples)
     again = fresh_look(curvature, ["a"], calls[4 - made :])
     assert len(predictions) == made and all(map(torch.equal, predictions, again[1]))
     torch.testing.assert_close(A["a"], again[0]["a"], rtol=1e-12, atol=0)
+    first = made if samples is None else min(4, -(-samples // 6))  # that of `head` has 6, as many as a call
+    newest = fresh_look(curvature, ["head"], calls[4 - first :])[0]
+    torch.testing.assert_close(A["head"], newest["head"], rtol=1e-12, atol=0)
 
 
 def test_no_calls_are_an_error():
