@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 GROUPS := --group dev $(if $(filter ON,$(KFAC_CUDA)),$(if $(shell command -v nvcc),,--group cuda))
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h')
 
-.PHONY: setup build demo test lint format bench bench-quick bench-report bench-peers zoo zoo-quick gpu cuda-report clean
+.PHONY: setup build demo test lint format bench bench-quick bench-report bench-peers zoo zoo-quick gpu-check gpu-bench cuda-report clean
 
 setup: $(READY)
 
@@ -76,10 +76,11 @@ zoo: setup $(ZOO_READY)
 zoo-quick: setup $(ZOO_READY)
 	$(RUN_ZOO) --fresh --results build/zoo/quick.json --quick
 
-# on a machine with a GPU, in a Python that has torch with CUDA: builds, tests, measures, sanitizes -> bench/results/gpu-*.json
-# (or into the folder $OUT)
-gpu:
-	$(PYTHON) -m bench.gpu
+# on a machine with a GPU, in a Python that has torch with CUDA, without network: builds, tests and sanitizes in 5 minutes,
+# measures in 6 -> build/gpu (or the folder $OUT): gpu-check.json, gpu-bench.json, logs; GPU="--dry" tries them on the CPU
+GPU ?=
+gpu-check gpu-bench:
+	$(PYTHON) -m bench.gpu $(@:gpu-%=%) $(GPU)
 
 # registers, spills and shared memory of the CUDA kernels, from the last build, into docs/kernels.md
 cuda-report: setup

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kfac_ext.factors import FactorSet
 from kfac_ext.layers import Layer
+from kfac_ext.ops._launch import without_autocast
 
 
 class InverseStack:
@@ -56,7 +57,8 @@ class InverseStack:
     def directions(self, layers: Sequence[Layer], gradients: Tensor) -> Tensor:
         """G^-1 M A^-1 of every block M of `gradients` [B, o, d] of these layers."""
         A_inverse, G_inverse = self.inverses(layers)
-        return G_inverse @ gradients @ A_inverse
+        with without_autocast(gradients.device):
+            return G_inverse @ gradients @ A_inverse
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Layer's name -> "A_inverse" and "G_inverse", each [groups, n, n], copied."""

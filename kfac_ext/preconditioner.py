@@ -233,10 +233,12 @@ class KFACPreconditioner:
         forward = self.curvature.step_count - self._first_forward
         return (decay + weight * (forward - 1)) / (decay + weight * forward)
 
-    def _loss_scale(self) -> float:
+    def _loss_scale(self) -> float | Tensor:
         """What the backpropagated loss is, as a multiple of the mean loss of its batch."""
-        scale = 1.0 if self.grad_scaler is None else self.grad_scaler.get_scale()
-        return scale / self.accumulation_steps
+        if self.grad_scaler is None:
+            return 1.0 / self.accumulation_steps
+        one = torch.ones((), device=self.curvature.factors.buffer.device)
+        return self.grad_scaler.scale(one) / self.accumulation_steps  # `get_scale` would wait for the device
 
     # inverses
 
@@ -302,7 +304,7 @@ class KFACPreconditioner:
         """nu, a 0-d tensor; products of gradients that carry the loss scale S are S^2 times as large."""
         change = torch.stack([torch.sum(gradients * directions) for gradients, directions in products]).sum()
         if self.grad_scaler is not None and not _is_unscaled(self.grad_scaler):
-            change = change / self.grad_scaler.scale(torch.ones_like(change)) ** 2  # `get_scale` would wait
+            change = change / self.grad_scaler.scale(torch.ones_like(change)) ** 2
         change = change * self._value("lr") ** 2
         return (self._value("kl_clip") / change.clamp_min(torch.finfo(change.dtype).tiny)).sqrt().clamp_max(1.0)
 

@@ -5,11 +5,56 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from bench.gpu.floor import Floor
 from bench.gpu.networks import work_sets
 from bench.worksets import LayerShape
 from kfac_ext import _C
 
 H100 = (132, 227 << 10)  # multiprocessors, and the shared memory a block may have
+
+
+def covariance_floor(layers: Sequence[LayerShape]) -> Floor:
+    """One update of A and G: inputs are read, rows and slots written and read, outputs read and written."""
+    counts = _C.CovarianceGroup([problem for layer in layers for problem in _problems(layer)]).counts()
+    floats = counts["inputs"] + 2 * (counts["packed"] + counts["slots"] + counts["outputs"])
+    return Floor(counts["products"], 3 * counts["products"], 0.0, 4 * floats)
+
+
+def inverse_floor(layers: Sequence[LayerShape]) -> Floor:
+    """All inverses, in full precision whatever is allowed."""
+    sizes = _sizes(layers)
+    products = 3 * _C.InverseGroup([(n, n) for n in sizes]).counts()["products"]
+    return Floor(products, products, 0.0, 8.0 * sum(n * n for n in sizes))
+
+
+def power_floor(layers: Sequence[LayerShape], steps: int) -> Floor:
+    """All factors, of which those in shared memory are read once."""
+    counts = _power(_sizes(layers))
+    read = counts["kept"] + steps * (counts["entries"] - counts["kept"])
+    return Floor(0.0, 0.0, steps * counts["entries"], 4 * read)
+
+
+def free_floor(layers: Sequence[LayerShape], steps: int) -> Floor:
+    """Two products with every patch a step, which reads the inputs once."""
+    products = sum(2 * layer.batch * layer.output_size**2 * layer.patch for layer in layers)
+    return Floor(0.0, 0.0, float(steps * products), float(steps * sum(layer.input_bytes for layer in layers)))
+
+
+def saliency_floor(layers: Sequence[LayerShape]) -> Floor:
+    """Scores of all neurons: V and G are read, and of H the blocks."""
+    products = _C.SaliencyGroup(_saliency_shapes(layers)).counts()["products"]
+    floats = sum(i.outputs * (i.patch + i.outputs) + i.patch * i.kernel**2 for i in layers)
+    return Floor(0.0, 0.0, products, 4.0 * floats)
+
+
+def greedy_floor(layers: Sequence[LayerShape], removals: int) -> Floor:
+    """Copies of V and H, first scores, then a pass over the rows of L and over V for each neuron that goes."""
+    products = floats = 0.0
+    for i in layers:
+        rows = sum(step * i.kernel**2 + i.outputs for step in range(removals))
+        products += i.outputs**2 * i.patch + 2.0 * i.patch * rows * i.kernel**2
+        floats += 2.0 * i.patch * (i.patch + i.outputs) + i.patch * rows
+    return Floor(0.0, 0.0, products, 4 * floats)
 
 
 def covariance_table() -> str:
@@ -43,11 +88,10 @@ def algebra_table() -> str:
     )
     rows = []
     for name, layers in work_sets(False).items():
-        sizes = [n for layer in layers for n in (layer.patch, layer.outputs)]
+        sizes = _sizes(layers)
         power = {key: value / 1e6 for key, value in _power(sizes).items()}
         inverse = _C.InverseGroup([(n, n) for n in sizes]).counts()
-        shapes = [(i.outputs, i.patch, i.kernel**2, i.patch, i.patch, i.outputs) for i in layers]
-        scores = _C.SaliencyGroup(shapes).counts()
+        scores = _C.SaliencyGroup(_saliency_shapes(layers)).counts()
         free = sum(2 * layer.batch * layer.output_size**2 * layer.patch for layer in layers)
         rows.append(
             (
@@ -66,6 +110,14 @@ def algebra_table() -> str:
             )
         )
     return _markdown(head, rows)
+
+
+def _sizes(layers: Sequence[LayerShape]) -> list[int]:
+    return [n for layer in layers for n in (layer.patch, layer.outputs)]
+
+
+def _saliency_shapes(layers: Sequence[LayerShape]) -> list[tuple[int, ...]]:
+    return [(i.outputs, i.patch, i.kernel**2, i.patch, i.patch, i.outputs) for i in layers]
 
 
 def _power(sizes: Sequence[int]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from torch import Tensor
 import kfac_ext
 from bench import baselines
 from bench.check import relative_error
+from bench.gpu.counts import covariance_floor
 from bench.gpu.measure import Variant
 from bench.worksets import LayerShape
 from kfac_ext import CovarianceUpdate, FactorSet
@@ -31,6 +32,7 @@ class Covariances:
         rows = [layer.batch * layer.output_size**2 for layer in layers]
         self.flops = float(sum(2 * r * (i.patch**2 + i.outputs**2) for r, i in zip(rows, layers)))
         self.bytes = float(sum(t.nbytes for t in (*self.x, *self.g)) + 2 * self.factors.buffer.nbytes)
+        self.floor = covariance_floor(layers)
 
     def updates(self) -> list[CovarianceUpdate]:
         """A and G of all layers."""

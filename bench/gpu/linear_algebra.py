@@ -10,13 +10,14 @@ from torch import Tensor
 import kfac_ext
 from bench import baselines
 from bench.check import worst_error
+from bench.gpu.counts import free_floor, inverse_floor, power_floor, saliency_floor
 from bench.gpu.measure import Variant
 from bench.worksets import LayerShape
 from kfac_ext import reference
 from kfac_ext.reference.power import start_vector
 
 DAMPING, STEPS = 1e-2, 8
-_LARGEST_CHECKED = 1200  # rows of a matrix that is compared with float64
+LARGEST_CHECKED = 1200  # rows of a matrix that is compared with float64
 
 
 def factor(n: int, device: torch.device) -> Tensor:
@@ -39,6 +40,7 @@ class Inverses:
         sizes = [len(m) for m in self.matrices]
         # Cholesky and the inverse from it; each matrix is read and written once
         self.flops, self.bytes = float(sum(n**3 for n in sizes)), float(sum(8 * n * n for n in sizes))
+        self.floor = inverse_floor(layers)
 
     def variants(self) -> dict[str, Variant]:
         """Native, without waiting for info, and Cholesky one by one."""
@@ -49,7 +51,7 @@ class Inverses:
 
     def error(self) -> float:
         """Worst relative error of native against float64."""
-        few = [m for m in self.matrices if len(m) <= _LARGEST_CHECKED]
+        few = [m for m in self.matrices if len(m) <= LARGEST_CHECKED]
         inverses, _ = kfac_ext.damped_inverse_ex(few, DAMPING)
         return worst_error(inverses, baselines.linalg_inverses([m.double() for m in few], DAMPING))
 
@@ -62,6 +64,7 @@ class PowerIterations:
         self.vectors = [start_vector(len(m), m.dtype, device) for m in self.matrices]
         entries = sum(len(m) ** 2 for m in self.matrices)
         self.flops, self.bytes = 2.0 * STEPS * entries, 4.0 * STEPS * entries  # read at every step
+        self.floor = power_floor(layers, STEPS)
 
     def variants(self) -> dict[str, Variant]:
         """Native, a loop that tests the residual as one does, and one that only multiplies."""
@@ -76,7 +79,7 @@ class PowerIterations:
 
     def error(self) -> float:
         """Worst relative error of native's eigenvalues against float64."""
-        few = [(m, v) for m, v in zip(self.matrices, self.vectors) if len(m) <= _LARGEST_CHECKED]
+        few = [(m, v) for m, v in zip(self.matrices, self.vectors) if len(m) <= LARGEST_CHECKED]
         exact = baselines.power_steps([m.double() for m, _ in few], [v.double() for _, v in few], STEPS)
         return worst_error(list(self._native(*map(list, zip(*few)))), exact)
 
@@ -92,6 +95,7 @@ class MatrixFree:
         rows = [layer.batch * layer.output_size**2 for layer in layers]
         self.flops = float(sum(4 * STEPS * r * layer.patch for r, layer in zip(rows, layers)))
         self.bytes = float(sum(STEPS * x.nbytes for x in self.x))
+        self.floor = free_floor(layers, STEPS)
 
     def variants(self) -> dict[str, Variant]:
         """Native, and a convolution with its weight's gradient."""
@@ -124,6 +128,7 @@ class Saliencies:
         # G V, then V_J^T (G V)_J
         self.flops = float(sum(2 * i.outputs * i.patch * (i.outputs + i.kernel**2) for i in layers))
         self.bytes = float(sum(4 * i.outputs * (i.patch + i.outputs) for i in layers))
+        self.floor = saliency_floor(layers)
 
     def variants(self) -> dict[str, Variant]:
         """Native, and all neurons of a layer as one batch."""
@@ -135,7 +140,7 @@ class Saliencies:
 
     def error(self) -> float:
         """Worst relative error of native against float64."""
-        layers = [i for i, H in enumerate(self.inverses) if len(H) <= _LARGEST_CHECKED]
+        layers = [i for i, H in enumerate(self.inverses) if len(H) <= LARGEST_CHECKED]
         few = [[values[i] for i in layers] for values in (self.weights, self.inverses, self.Gs)]
         blocks = [self.blocks[i] for i in layers]
         exact = reference.obs_saliency(*([m.double() for m in values] for values in few), blocks)

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 
 import torch
 
+from bench.gpu.names import PRECISIONS
+
 Variant = Callable[[], object]
 
-PRECISIONS = ("float32", "tf32")
-_FEWEST_ROUNDS = 3
+_FEWEST_ROUNDS, _MOST_KERNELS = 3, 16
 
 
 def timer(device: torch.device) -> Callable[[Variant], float]:
@@ -71,6 +72,27 @@ def precision(name: str) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def kernel_times(call: Variant, calls: int = 3) -> dict[str, float]:
+    """Milliseconds on the device of each kernel (or copy) of one call, by name, the longest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+    times = {event.key: event.self_device_time_total / 1e3 / calls for event in profile.key_averages()}
+    return {name: times[name] for name in sorted(times, key=lambda name: -times[name])[:_MOST_KERNELS]}
+
+
+def replayed(call: Variant) -> float | str:
+    """Milliseconds of the call as a replayed CUDA graph, without the host's part; or why it cannot be captured."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except Exception as error:  # whatever a call does that a graph cannot hold
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return alternate({"": graph.replay}, torch.device("cuda", 0), 10, 1.0)[""]["median"]
 
 
 def ceilings(device: torch.device, quick: bool) -> dict[str, float]:

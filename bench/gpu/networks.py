@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from bench import worksets as w
+from bench.gpu.names import NETWORKS
 
 
 def work_sets(quick: bool) -> dict[str, list[w.LayerShape]]:
     """The four networks; in a dry run the distinct kinds of their layers, small."""
-    full = {
-        "VGG19 b128": w.vgg(128, w.VGG19),
-        "ResNet32 b128": w.resnet(128, 5),
-        "ResNet50 b32": w.resnet50(32),
-        "MLP b256": w.mlp(256),
-    }
+    full = dict(zip(NETWORKS, (w.vgg(128, w.VGG19), w.resnet(128, 5), w.resnet50(32), w.mlp(256))))
     if not quick:
         return full
     small = {}

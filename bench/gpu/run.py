@@ -1,85 +1,165 @@
-"""A run of `bench.gpu`: its clock, its commands, and the JSON that grows with it."""
+"""A run on a GPU: steps, each a process with a limit and a log of its own, and the JSON that grows with them."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import math
 import os
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
-FORMAT = 2
-Work = TypeVar("Work")
-SHORTEST = 5.0  # seconds that a command may take, however late it is
-LIMITS = {"build": 180, "tests": 110, "bench": 150, "training": 60, "sanitizer": 120}  # seconds
+FORMAT = 3
+TIMEOUT, MISSING = 124, 127  # exit codes: took too long, is no program
+_SHORTEST = 5.0  # seconds: a step that would have less is left out
+_LAST_WORDS = 3.0  # seconds that a process gets to write where it stands
+
+
+class Step(NamedTuple):
+    """A command that is run in a process of its own."""
+
+    name: str
+    words: tuple[str, ...]
+    limit: float
+    """seconds"""
+    needs: tuple[str, ...] = ()
+    """packages without which it is skipped"""
+    writes: bool = False
+    """takes `--out FILE` and writes its outcome there, as JSON, as often as it likes"""
+    environment: Mapping[str, str] = {}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file at once, so that none reads half of it and none is lost."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(path.name + ".half")
+    half.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(half, path)
 
 
 class Run:
-    """The JSON under way; written after every step, so that a run that is cut short keeps what it has."""
+    """The JSON under way, in a folder with the logs of its steps; written anew after each of them.
 
-    def __init__(self, path: Path, minutes: float, limits: Mapping[str, float] = LIMITS) -> None:
-        self._limits = limits
-        self.path, self.end = path, time.monotonic() + 60 * minutes
-        self.step_end = self.end
+    Attributes:
+        document: `steps` name -> exit code, seconds, log, what it wrote; `left_out` name -> why.
+    """
+
+    def __init__(self, folder: Path, name: str, minutes: float) -> None:
+        self.folder, self.name = folder, name
+        self.end = time.monotonic() + 60 * minutes
         self.document: dict[str, Any] = {
             "format": FORMAT,
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "left_out": [],
+            "steps": {},
+            "left_out": {},
         }
+        self._lock = threading.Lock()
 
-    def begin(self, step: str) -> None:
-        """Start the clock of a step."""
-        self.step_end = min(self.end, time.monotonic() + self._limits.get(step, math.inf))
+    @property
+    def path(self) -> Path:
+        """Where the JSON is."""
+        return self.folder / f"{self.name}.json"
 
     def seconds_left(self) -> float:
-        """Until the step has to end."""
-        return self.step_end - time.monotonic()
-
-    def turns(self, work: Mapping[str, Work]) -> Iterator[tuple[str, Work, float]]:
-        """(label, work, its fair fraction of the seconds left) of all that there is time for; the rest is left out."""
-        for place, (label, item) in enumerate(work.items()):
-            left = self.seconds_left()
-            if left < SHORTEST:
-                self.document["left_out"].append(label)
-                continue
-            print(f"[{left:4.0f} s left] {label}", flush=True)
-            yield label, item, left / (len(work) - place)
-
-    def failed(self, label: str, error: RuntimeError) -> None:
-        """Note what did not work (out of memory, say); the rest is still of use."""
-        self.document.setdefault("failed", []).append(f"{label}: {str(error).splitlines()[0]}")
+        """Until the run has to end."""
+        return self.end - time.monotonic()
 
     def keep(self, key: str, value: Any) -> None:
-        """Store a step's outcome."""
-        self.document[key] = value
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.document, indent=1) + "\n")
+        """Store what is known beside the steps."""
+        with self._lock:
+            self.document[key] = value
+            write_json(self.path, self.document)
 
-    def command(self, name: str, *words: str, **environment: str) -> dict[str, Any]:
-        """Run a command; its exit code, seconds and the end of its output. A timeout is exit code 124."""
-        print(f"[{self.seconds_left():4.0f} s left] {name}", flush=True)
+    def steps(self, steps: Iterable[Step], at_once: int = 1) -> None:
+        """Run these, in order, so many beside each other."""
+        with ThreadPoolExecutor(at_once) as pool:
+            list(pool.map(self.step, steps))
+
+    def step(self, step: Step) -> dict[str, Any] | None:
+        """Run one; its outcome, or None where it is left out."""
+        missing = [package for package in step.needs if importlib.util.find_spec(package) is None]
+        limit = min(step.limit, self.seconds_left())
+        if missing or limit < _SHORTEST:
+            self._leave_out(step.name, f"{', '.join(missing)} not installed" if missing else "no time left")
+            return None
+        print(f"[{self.seconds_left():4.0f} s left] {step.name} ...", flush=True)
+        file_name = "".join(letter if letter.isalnum() else "-" for letter in step.name)
+        log, result = self.folder / "logs" / f"{file_name}.log", self.folder / "logs" / f"{file_name}.json"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        result.unlink(missing_ok=True)
+        words = (*step.words, "--out", str(result)) if step.writes else step.words
         start = time.monotonic()
-        process = subprocess.Popen(
-            words,
-            cwd=ROOT,
-            env={**os.environ, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
+        code = _execute(words, log, limit, step.environment)
+        outcome = {
+            "exit": code,
+            "seconds": round(time.monotonic() - start, 1),
+            "log": str(log.relative_to(self.folder)),
+        }
+        if result.exists():
+            outcome["result"] = json.loads(result.read_text())
+        self._end_of(step.name, outcome, log)
+        return outcome
+
+    def failed(self) -> list[str]:
+        """Steps that did not end well."""
+        return [name for name, outcome in self.document["steps"].items() if outcome["exit"]]
+
+    def _leave_out(self, name: str, why: str) -> None:
+        print(f"[{self.seconds_left():4.0f} s left] {name}: left out, {why}", flush=True)
+        with self._lock:
+            self.document["left_out"][name] = why
+            write_json(self.path, self.document)
+
+    def _end_of(self, name: str, outcome: dict[str, Any], log: Path) -> None:
+        lines = log.read_text(errors="replace").splitlines()
+        outcome["last"] = next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
+        told = "\n".join(lines[-25:] if outcome["exit"] else lines[-1:])
+        with self._lock:
+            self.document["steps"][name] = outcome
+            write_json(self.path, self.document)
+            print(f"[{self.seconds_left():4.0f} s left] {name}: exit {outcome['exit']}, {outcome['seconds']} s\n{told}")
+
+
+def _execute(words: tuple[str, ...], log: Path, limit: float, environment: Mapping[str, str]) -> int:
+    """Run a command with its output in a file; the exit code."""
+    paths = [str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    common = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+    with log.open("w") as output:
+        print("$", *words, file=output, flush=True)
         try:
-            output, _ = process.communicate(timeout=max(SHORTEST, self.seconds_left()))
-            code = process.returncode
+            process = subprocess.Popen(
+                words,
+                cwd=ROOT,
+                env={**os.environ, **common, **environment},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            print(error, file=output)
+            return MISSING
+        try:
+            return process.wait(limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # and what it has started
-            output, code = process.communicate()[0], 124
-        if code:
-            print(output[-3000:], flush=True)
-        return {"exit": code, "seconds": round(time.monotonic() - start, 1), "output": output[-3000:]}
+            _end(process)
+            print(f"ended after {limit:.0f} s", file=output)
+            return TIMEOUT
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and what it has started; Python tells where it stood. One that hangs in a driver is left behind."""
+    for last in (signal.SIGABRT, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, last)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(_LAST_WORDS)
+        except subprocess.TimeoutExpired:
+            continue

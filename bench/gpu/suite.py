@@ -1,20 +1,29 @@
-"""Every family of operations on every network: times in both precisions, errors, ratios, fractions of the ceilings."""
+"""One family of operations on one network: times in both precisions, errors, ratios, kernels, a replayed graph, floors.
+
+python -m bench.gpu.suite FAMILY NETWORK [--dry] --out FILE      # or `ceilings -`: what the device reaches
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import argparse
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from bench.gpu import linear_algebra as algebra
 from bench.gpu.covariance import Covariances
-from bench.gpu.measure import PRECISIONS, alternate, ceilings, precision
+from bench.gpu.floor import Floor
+from bench.gpu.greedy import Selections
+from bench.gpu.measure import alternate, ceilings, kernel_times, precision, replayed
+from bench.gpu.names import PRECISIONS
 from bench.gpu.networks import work_sets
-from bench.gpu.run import Run
+from bench.gpu.run import write_json
 from bench.worksets import LayerShape
 
-ROUNDS = 15
+ROUNDS, SECONDS = 15, 6.0
 
 
 class Work(Protocol):
@@ -24,6 +33,8 @@ class Work(Protocol):
     """operations of the plain way"""
     bytes: float
     """read and written at least"""
+    floor: Floor
+    """what the schedule of the native kernels counts"""
 
     def __init__(self, layers: Sequence[LayerShape], device: torch.device) -> None: ...
 
@@ -40,58 +51,62 @@ def families() -> dict[str, type[Work]]:
         "covariance": Covariances,
         "inverses": algebra.Inverses,
         "power iteration": algebra.PowerIterations,
-        "matrix-free power iteration": algebra.MatrixFree,
         "saliency": algebra.Saliencies,
+        "greedy selection": Selections,
+        "matrix-free power iteration": algebra.MatrixFree,
     }
 
 
 def measured(work: Work, device: torch.device, rounds: int, seconds: float) -> dict[str, Any]:
-    """In both precisions: milliseconds of each variant, error of the native one."""
-    entry: dict[str, Any] = {"flops": work.flops, "bytes": work.bytes}
+    """In both precisions: milliseconds of each variant and of a replayed graph, error of native, its kernels."""
+    entry: dict[str, Any] = {"flops": work.flops, "bytes": work.bytes, "floor": work.floor._asdict()}
     for name in PRECISIONS:
         with precision(name):
             times = alternate(work.variants(), device, rounds, seconds / 2)
             entry[name] = {"ms": times, "native_error": work.error()}
+    if device.type == "cuda":
+        for kind, of_native in (("kernels", kernel_times), ("graph", replayed)):  # a capture that fails comes last
+            for name in PRECISIONS:
+                with precision(name):
+                    entry[name][kind] = of_native(work.variants()["native"])
     return entry
 
 
-def ratios(entry: dict[str, Any]) -> dict[str, float]:
+def ratios(entry: Mapping[str, Any]) -> dict[str, float]:
     """Each baseline over native at the same precision."""
     found = {}
-    for name in ("float32", "tf32"):
+    for name in PRECISIONS:
         times = entry[name]["ms"]
         for baseline in times.keys() - {"native"}:
             found[f"{baseline} {name} / native {name}"] = times[baseline]["median"] / times["native"]["median"]
     return dict(sorted(found.items()))
 
 
-def fractions(entry: dict[str, Any], reached: dict[str, float]) -> dict[str, dict[str, float]]:
-    """Operations and bytes of the plain way in native's time, over what a matmul and a copy reach on this device.
-
-    Above 1 where native needs fewer operations, or reads from a cache.
-    """
-    found = {}
-    for name in ("float32", "tf32"):
-        ms = entry[name]["ms"]["native"]["median"]
-        found[name] = {
-            "matmul": 1e-9 * entry["flops"] / ms / reached[f"matmul_{name}_tflops"],
-            "copy": 1e-6 * entry["bytes"] / ms / reached["copy_gbs"],
-        }
-    return found
+def one(family: str, network: str, device: torch.device, quick: bool) -> dict[str, Any]:
+    """What there is to know of one family on one network."""
+    work = families()[family](work_sets(quick)[network], device)
+    entry = measured(work, device, 2 if quick else ROUNDS, SECONDS)
+    return {"family": family, "network": network, **entry, "ratios": ratios(entry)}
 
 
-def bench(run: Run, device: torch.device, quick: bool) -> None:
-    """Every family on every network, and the ceilings."""
-    run.keep("ceilings", ceilings(device, quick))
-    results: dict[str, Any] = {}
-    work = {f"{family}, {name}": (family, name) for family in families() for name in work_sets(quick)}
-    for label, (family, name), fraction in run.turns(work):
-        work_set = work_sets(quick)[name]
-        try:
-            entry = measured(families()[family](work_set, device), device, 2 if quick else ROUNDS, fraction)
-        except RuntimeError as error:
-            run.failed(label, error)
-            continue
-        entry |= {"ratios": ratios(entry), "fractions": fractions(entry, run.document["ceilings"])}
-        results.setdefault(family, {})[name] = entry
-        run.keep("results", results)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", choices=["ceilings", *families()])
+    parser.add_argument("network")
+    parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    device = torch.device("cpu") if arguments.dry else torch.device("cuda", 0)
+    torch.manual_seed(0)
+    start = time.monotonic()
+    if arguments.family == "ceilings":
+        write_json(arguments.out, ceilings(device, arguments.dry))
+        return
+    entry = one(arguments.family, arguments.network, device, arguments.dry)
+    write_json(arguments.out, entry)
+    times = {name: round(value["median"], 4) for name, value in entry["tf32"]["ms"].items()}
+    print(f"tf32, ms: {times}; measured in {time.monotonic() - start:.1f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,13 @@
-"""A training step on a GPU: the bare one against one with all defaults of `flatprune run`, in three precisions."""
+"""A training step on a GPU: the bare one against one with all defaults of `flatprune run`, in three precisions.
+
+python -m bench.gpu.training NETWORK [--dry] --out FILE
+"""
 
 from __future__ import annotations
 
+import argparse
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,33 +16,28 @@ import numpy as np
 import torch
 
 from bench.gpu.measure import alternate, precision
-from bench.gpu.run import Run
+from bench.gpu.names import KINDS, TRAINED
+from bench.gpu.run import write_json
 
 STEPS = 40  # a turn: four updates of the factors of a network with convolutions, five steps of the flatness term
-ROUNDS = 7
-# precision -> settings; float32 in both is without tf32
-KINDS: dict[str, dict[str, Any]] = {
-    "float32": {},
-    "bf16": {"amp": "bf16"},
-    "bf16, channels_last": {"amp": "bf16", "channels_last": True},
-}
-NETWORKS = {"resnet20": (32, 3), "vgg19_bn": (32, 3), "mlp": (28, 1)}  # side and channels of the images
+ROUNDS, SECONDS = 7, 8.0
 QUICK_WIDTHS = {"resnet20": (8, 8, 8), "vgg19_bn": (8,) * 16, "mlp": (24, 16)}
 
 
-def bench_training(run: Run, device: torch.device, quick: bool) -> None:
-    """Milliseconds of a step of each network and precision, bare and with curvature, flatness and pruner."""
-    results: dict[str, Any] = {}
-    work = {f"training, {name} {kind}": (name, kind) for name in NETWORKS for kind in KINDS}
+def trained(name: str, device: torch.device, quick: bool, out: Path) -> None:
+    """Milliseconds of a step in each precision, bare and with curvature, flatness and pruner; written after each."""
+    found: dict[str, Any] = {"network": name, "kinds": {}}
     with tempfile.TemporaryDirectory() as folder:
-        for label, (name, kind), seconds in run.turns(work):
+        for kind, settings in KINDS.items():
             try:
-                entry = _measured(Path(folder), name, KINDS[kind], device, quick, seconds)
-            except RuntimeError as error:
-                run.failed(label, error)
-                continue
-            results.setdefault(name, {})[kind] = entry
-            run.keep("training", results)
+                found["kinds"][kind] = _measured(Path(folder), name, settings, device, quick, SECONDS)
+            except Exception as error:  # the other precisions are still of use
+                found["kinds"][kind] = {"failed": f"{type(error).__name__}: {error}"}
+                traceback.print_exc()
+            write_json(out, found)
+            print(kind, found["kinds"][kind])
+    if any("failed" in entry for entry in found["kinds"].values()):
+        raise SystemExit(1)
 
 
 def _measured(
@@ -68,7 +68,7 @@ def _steps(
     from flatprune.training.trainer import Trainer
 
     size = 8 if quick else 128
-    side, channels = NETWORKS[name]
+    side, channels = TRAINED[name]
     path = _images(folder, 8 if quick and name == "resnet20" else side, channels, size)
     widths = QUICK_WIDTHS[name] if quick else None
     options = {"data": str(path), "model": name, "widths": widths, "batch_size": size, "device": str(device)}
@@ -106,19 +106,15 @@ def _endless(order: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
         yield from order.split(size)
 
 
-def training_table(document: dict[str, Any]) -> str:
-    """A Markdown table of milliseconds a step."""
-    lines = [
-        "Training step, batch 128, milliseconds (median): bare, and with the defaults of `flatprune run`",
-        "",
-        f"| | {' | '.join(f'{kind}: bare | flatprune | ratio' for kind in KINDS)} |",
-        f"| --- |{' ---: |' * 3 * len(KINDS)}",
-    ]
-    for name, kinds in document["training"].items():
-        cells = []
-        for kind in KINDS:
-            entry = kinds.get(kind)
-            times = [] if entry is None else [f"{entry['ms'][v]['median']:.3g}" for v in ("bare", "flatprune")]
-            cells += ["-"] * 3 if entry is None else [*times, f"{entry['ratio']:.2f}"]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("network", choices=TRAINED)
+    parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    device = torch.device("cpu") if arguments.dry else torch.device("cuda", 0)
+    trained(arguments.network, device, arguments.dry, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

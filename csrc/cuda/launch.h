@@ -32,6 +32,17 @@ class DeviceGuard {
   cudaError_t status_;
 };
 
+// Lets a kernel have all the shared memory that a block of the current device may have: `bytes`. Threads that launch it
+// at once all set the same limit, so none lowers what another needs.
+inline cudaError_t reserve_shared(const void* function, int* bytes) {
+  int device = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  status = cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status != cudaSuccess) return status;
+  return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, *bytes);
+}
+
 // Starts as many blocks as the device holds at once, or one a tile if there are fewer tiles; the kernel loops.
 template <class... Parameters>
 cudaError_t launch_persistent(void (*kernel)(Parameters...), int32_t tiles, int threads, int shared_bytes,

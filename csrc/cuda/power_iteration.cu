@@ -12,22 +12,16 @@ __global__ void __launch_bounds__(kPowerThreads, 1)
   power_iteration(block, schedule, pointers, method, workspace, results);
 }
 
-// One block a multiprocessor, with all the shared memory a block may have: what it keeps need not be read again.
-cudaError_t reserve_shared(int* bytes) {
-  int device = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status != cudaSuccess) return status;
-  status = cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (status != cudaSuccess) return status;
-  return cudaFuncSetAttribute(reinterpret_cast<const void*>(power_iteration_kernel),
-                              cudaFuncAttributeMaxDynamicSharedMemorySize, *bytes);
+const void* function() {
+  return reinterpret_cast<const void*>(power_iteration_kernel);
 }
 
 }  // namespace
 
+// One block a multiprocessor, with all the shared memory a block may have: what it keeps need not be read again.
 cudaError_t power_iteration_device(PowerDevice* found) {
   int device = 0, processors = 0, resident = 0;
-  cudaError_t status = reserve_shared(&found->shared_bytes);
+  cudaError_t status = reserve_shared(function(), &found->shared_bytes);
   if (status != cudaSuccess) return status;
   if ((status = cudaGetDevice(&device)) != cudaSuccess) return status;
   status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
@@ -44,7 +38,7 @@ cudaError_t power_iteration_cuda(const PowerGroup& group, const void* descriptor
   const PowerSchedule schedule = group.schedule(descriptors);
   if (schedule.blocks == 0) return cudaSuccess;
   int shared_bytes = 0;
-  cudaError_t status = reserve_shared(&shared_bytes);
+  cudaError_t status = reserve_shared(function(), &shared_bytes);
   if (status != cudaSuccess) return status;
   if (group.barrier_bytes() > 0) {
     status = cudaMemsetAsync(workspace, 0, size_t(group.barrier_bytes()), stream);
@@ -56,7 +50,7 @@ cudaError_t power_iteration_cuda(const PowerGroup& group, const void* descriptor
 }
 
 std::vector<KernelInfo> power_iteration_kernels() {
-  return {{"power_iteration_kernel", reinterpret_cast<const void*>(power_iteration_kernel), kPowerThreads, 0}};
+  return {{"power_iteration_kernel", function(), kPowerThreads, 0}};
 }
 
 }  // namespace kfac

@@ -12,9 +12,8 @@ __global__ void __launch_bounds__(kPowerThreads, 2)
   covariance_power_iteration(block, job, image, vector, method, workspace, results);
 }
 
-cudaError_t reserve_shared(int64_t bytes) {
-  return cudaFuncSetAttribute(reinterpret_cast<const void*>(covariance_power_iteration_kernel),
-                              cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+const void* function() {
+  return reinterpret_cast<const void*>(covariance_power_iteration_kernel);
 }
 
 }  // namespace
@@ -22,11 +21,9 @@ cudaError_t reserve_shared(int64_t bytes) {
 cudaError_t covariance_power_blocks(int64_t n, int* blocks) {
   int device = 0, processors = 0, resident = 0, most = 0;
   *blocks = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status != cudaSuccess) return status;
-  status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  cudaError_t status = reserve_shared(function(), &most);
   if (status != cudaSuccess || gram_shared_bytes(n) > most) return status;
-  if ((status = reserve_shared(gram_shared_bytes(n))) != cudaSuccess) return status;
+  if ((status = cudaGetDevice(&device)) != cudaSuccess) return status;
   status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (status != cudaSuccess) return status;
   status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, covariance_power_iteration_kernel, kPowerThreads,
@@ -40,7 +37,8 @@ cudaError_t covariance_power_iteration_cuda(const CovariancePowerGroup& group, c
                                             cudaStream_t stream) {
   const CovariancePowerJob& job = group.job();
   const int64_t shared_bytes = gram_shared_bytes(job.team.n);
-  cudaError_t status = reserve_shared(shared_bytes);
+  int most = 0;
+  cudaError_t status = reserve_shared(function(), &most);
   if (status != cudaSuccess) return status;
   status = cudaMemsetAsync(workspace, 0, size_t(kGramBarrierFloats) * sizeof(float), stream);
   if (status != cudaSuccess) return status;
@@ -49,8 +47,7 @@ cudaError_t covariance_power_iteration_cuda(const CovariancePowerGroup& group, c
 }
 
 std::vector<KernelInfo> covariance_power_kernels() {
-  return {{"covariance_power_iteration_kernel", reinterpret_cast<const void*>(covariance_power_iteration_kernel),
-           kPowerThreads, 0}};
+  return {{"covariance_power_iteration_kernel", function(), kPowerThreads, 0}};
 }
 
 }  // namespace kfac

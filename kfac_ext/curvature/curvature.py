@@ -77,8 +77,9 @@ class Curvature:
         fold_norms: False: z is always the layer's own output, so that A (x) G is the block of its raw weight and
             bias, whatever batch norm follows.
         generator: for the labels; None: a CPU generator seeded with `torch.initial_seed()`.
-        grad_scale: empirical only: by how much the loss that is backpropagated exceeds the mean loss, a float or a
-            function (`GradScaler.get_scale`, 1/k for gradient accumulation over k batches).
+        grad_scale: empirical only: by how much the loss that is backpropagated exceeds the mean loss (1/k for gradient
+            accumulation over k batches), a float or a function. One that returns a 0-d tensor, as
+            `lambda: scaler.scale(torch.ones((), device=device))`, does not wait as `GradScaler.get_scale` does.
 
     Raises:
         TypeError: `model` is no module, `skip_layers` is one string; an argument is nothing of the kind.
@@ -109,7 +110,7 @@ class Curvature:
         max_factor_size: int | None = None,
         fold_norms: bool = True,
         generator: torch.Generator | None = None,
-        grad_scale: float | Callable[[], float] = 1.0,
+        grad_scale: float | Callable[[], float | Tensor] = 1.0,
     ) -> None:
         _check_choice("fisher_type", fisher_type, ("true", "empirical"))
         _check_choice("kfac_approx", kfac_approx, ("reduce", "expand"))

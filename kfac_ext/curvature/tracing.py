@@ -137,14 +137,19 @@ def _learn(reading: Reading, seen: _Observer) -> None:
             raise
         return  # in evaluation mode models may return something else
     events = [(e.output, _kind(e).channel_dim) for _, e in seen.events]
-    own = [dim for output, dim in events if output is tensors[0]]
-    if own:
-        reading.features = (own[-1], tensors[0].shape[own[-1]])
-    elif events:
-        output, dim = events[-1]
-        reading.features = (None, output.shape[dim])
+    if events:
+        reading.features = [_features(tensor, events) for tensor in tensors]
     if seen.in_training:
         reading.prediction(tensors)
+
+
+def _features(tensor: Tensor, events: Sequence[tuple[Tensor, int]]) -> tuple[int | None, int]:
+    """Dimension and size of the features of the layer that made a tensor; else those of the last one, somewhere."""
+    own = [dim for output, dim in events if output is tensor]
+    if own:
+        return own[-1], tensor.shape[own[-1]]
+    output, dim = events[-1]
+    return None, output.shape[dim]
 
 
 def _kind(event: _Event) -> type[Layer]:

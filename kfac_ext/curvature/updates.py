@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor
 
 from kfac_ext.curvature.capture import Capture
+from kfac_ext.curvature.losses import SeveralLosses
 from kfac_ext.curvature.modes import reading_is_free
 from kfac_ext.curvature.outputs import Reading
 from kfac_ext.curvature.padding import OutputGradient
 from kfac_ext.curvature.running import RunningFactors
+from kfac_ext.geometry import accumulator_dtype
 
 
 @dataclass
@@ -59,7 +62,7 @@ class FisherUpdates:
         reading: Reading,
         fisher_type: str,
         kfac_approx: str,
-        grad_scale: float | Callable[[], float],
+        grad_scale: float | Callable[[], float | Tensor],
         generator: torch.Generator,
         place: Callable[[Capture], None],
     ) -> None:
@@ -87,7 +90,7 @@ class FisherUpdates:
             if looks:
                 update.gradient = OutputGradient(output, capture.tensors, self.reading)
             return
-        if self.pads or has_labels:
+        if (self.pads or has_labels) and not self._has_several:
             self._pending = update
             update.gradient = OutputGradient(output, capture.tensors, self.reading, self._on_output_gradient)
             return
@@ -145,10 +148,25 @@ class FisherUpdates:
         update, self._watched = self._watched, None
         if update is None:
             return
+        before = self.pads
         self._find_counted(update)
-        if update.capture.counted is not None:
-            update.running.started = set(update.started)  # what was measured with padding first of all is forgotten
-            self._draw(update)
+        if update.capture.counted is None:
+            return
+        if self._has_several:  # by now the backward has freed what leads to all outputs but the last
+            if not before:
+                warnings.warn(
+                    "Curvature: the loss leaves out predictions of one of several outputs (labels of -100?), for which "
+                    "labels are drawn all the same; fisher_type='empirical' leaves them out",
+                    stacklevel=2,
+                )
+            update.capture.counted = None
+            return
+        update.running.started = set(update.started)  # what was measured with padding first of all is forgotten
+        self._draw(update)
+
+    @property
+    def _has_several(self) -> bool:
+        return isinstance(self.reading.loss, SeveralLosses)
 
     def _find_counted(self, update: _Update) -> None:
         gradient, capture = update.gradient, update.capture
@@ -184,11 +202,14 @@ class FisherUpdates:
             ) from error
         self._blend(update, 1.0, finite)
 
-    def _take(self, update: _Update, grad_scale: float | None = None) -> None:
+    def _take(self, update: _Update, grad_scale: float | Tensor | None = None) -> None:
         """The empirical Fisher: what the user's own backward has shown."""
         if grad_scale is None:
             grad_scale = self.grad_scale() if callable(self.grad_scale) else self.grad_scale
         capture, loss = update.capture, self.reading.loss
+        if isinstance(grad_scale, Tensor):
+            _divide(capture, grad_scale)
+            grad_scale = 1.0
         gradients = [g for g in _gradients(capture) if g is not None]
         finite = bool(gradients) and update.running.is_finite([*capture.tensors, *gradients], "output or gradient")
         if finite is False:
@@ -211,6 +232,15 @@ class FisherUpdates:
 
 def _gradients(capture: Capture) -> list[Tensor | None]:
     return [g for slots in capture.gradients.values() for g in slots]
+
+
+def _divide(capture: Capture, scale: Tensor) -> None:
+    """The gradients of a forward without a factor that only their device knows, in float32 or better."""
+    with torch.no_grad():
+        capture.gradients = {
+            name: [None if g is None else g.to(accumulator_dtype(g.dtype)) / scale for g in slots]
+            for name, slots in capture.gradients.items()
+        }
 
 
 def _values(capture: Capture) -> Tensor:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kfac_ext import _C, reference
-from kfac_ext.geometry import ConvGeometry
-from kfac_ext.ops._cuda import register_family
+from kfac_ext.geometry import ConvGeometry, conv_geometry
+from kfac_ext.ops._cuda import register_family, worst
 from kfac_ext.ops._launch import descriptors_on, stream_of, tf32_allowed, workspace_on
 from kfac_ext.ops._library import DTYPE_CODES
+from kfac_ext.ops._schedules import Schedules
 
 _AUTO = 0  # kfac::CovarianceAlgorithm::kAuto
 
@@ -116,12 +116,6 @@ def _spec(problem: Problem, precision: int) -> _Spec:
     return DTYPE_CODES[x.dtype], x.stride(), problem.shape, problem.reduce, _AUTO, problem.bias, precision
 
 
-@lru_cache(maxsize=64)
-def _launches(device: torch.device, specs: tuple[_Spec, ...]) -> list[_Launch]:
-    """The schedules of a list of problems, and their copies on the device; made once for each list of shapes."""
-    return list(_cut(device, specs, 0, len(specs)))
-
-
 def _cut(device: torch.device, specs: tuple[_Spec, ...], first: int, end: int) -> Iterator[_Launch]:
     group = _C.CovarianceGroup(specs[first:end]) if end - first <= _C.max_group_layers else None
     if group is None or (group.workspace_bytes > _WORKSPACE_BYTES and end - first > 1):
@@ -132,9 +126,20 @@ def _cut(device: torch.device, specs: tuple[_Spec, ...], first: int, end: int) -
         yield _Launch(first, end, group, descriptors_on(device, "covariance", group.descriptors()))
 
 
-def run_cuda(problems: Sequence[Problem]) -> None:
-    """Compute problems of one device, no two with the same out, in a few launches on its current stream."""
-    device, precision = problems[0].image.device, _precision()
+_launches = Schedules(
+    lambda device, specs: list(_cut(device, specs, 0, len(specs))),
+    lambda launches: [launch.descriptors for launch in launches],
+)
+"""By the shapes of a list of problems."""
+
+
+def run_cuda(problems: Sequence[Problem], precision: int | None = None) -> None:
+    """Compute problems of one device, no two with the same out, in a few launches on its current stream.
+
+    `precision` is a kfac::Precision; None: as PyTorch's matmuls have it now.
+    """
+    device = problems[0].image.device
+    precision = _precision() if precision is None else precision
     for launch in _launches(device, tuple(_spec(problem, precision) for problem in problems)):
         part = problems[launch.first : launch.end]
         workspace = workspace_on(device, launch.group.workspace_bytes)
@@ -165,23 +170,58 @@ def rows_fit(shape: tuple[int, ...]) -> bool:
     return n * max(height * width, out_h * out_w) <= _MAX_ROWS
 
 
-def _check_error(device: torch.device) -> float:
-    """Relative error of the CUDA kernels on a 3 x 3 convolution and on some rows, in one launch."""
-    steps = torch.arange(3 * 20 * 7 * 6, dtype=torch.float64, device=device)
-    x = torch.sin(steps * steps / 7).view(3, 20, 7, 6)
-    rows = x.flatten()[: 45 * 50].view(45, 50)
-    place = ConvGeometry((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), (7, 6), 1)
-    exact = [reference.conv2d_covariance(x, 3, padding=1, bias=True), reference.linear_covariance(rows)]
-    outs = [torch.full_like(value, torch.nan, dtype=torch.float32) for value in exact]
-    run_cuda(
-        [
-            conv_problem(x.float(), outs[0], place, True, False, 0.0, 1.0),
-            linear_problem(rows.float(), outs[1], False, 0.0, 1.0),
-        ]
-    )
-    errors = torch.stack([(out - value).norm() / value.norm() for out, value in zip(outs, exact)])
-    return float(errors.nan_to_num(nan=torch.inf).max())
+# ---- the kernels' own check ----
+
+# of float32 (or exact) products and of tf32 inputs, on some hundred rows: a lost product of the split would be 1e-4
+_ALLOWED = (2e-6, 1e-3)
 
 
-# tf32 inputs, where they are allowed, are good for 2e-4 on so few rows
-register_family("covariance", frozenset({torch.float32, torch.bfloat16, torch.float16}), _check_error, 1e-3)
+def _check(device: torch.device) -> float:
+    """Every way through the kernels, all in one launch of each precision; as a multiple of what is allowed."""
+    cases = _cases(device)
+    found = []
+    for precision, allowed in enumerate(_ALLOWED):
+        outs = [torch.full_like(exact, torch.nan, dtype=torch.float32) for exact, _ in cases]
+        run_cuda([problem(out) for out, (_, problem) in zip(outs, cases)], precision)
+        errors = [(out - exact).norm() / exact.norm() for out, (exact, _) in zip(outs, cases)]
+        found.append(worst([torch.stack(errors).nan_to_num(nan=torch.inf).max()], allowed))
+    return max(found)
+
+
+def _cases(device: torch.device) -> list[tuple[Tensor, Callable[[Tensor], Problem]]]:
+    """Covariances in float64, and for each how to have it computed into a tensor."""
+    steps = torch.arange(3 * 140 * 7 * 6, dtype=torch.float64, device=device)
+    image = torch.sin(steps * steps / 7).float().view(3, 140, 7, 6)  # columns: tiles of 128 and what is left
+    rows = image.flatten()[: 45 * 50].view(45, 50)
+    place = {"kernel_size": 3, "padding": 1}
+    convolutions: list[tuple[Tensor, dict[str, Any]]] = [
+        (image, {"kernel_size": 1}),
+        (image[:, :20], {**place, "bias": True}),
+        (image[:, :20].contiguous(memory_format=torch.channels_last), place),
+        (image[:, :40].bfloat16(), {**place, "stride": 2}),
+        (image[:, :140, :2, :2].half(), {"kernel_size": 2}),
+        (image[:, :12], {**place, "mode": "reduce", "bias": True}),
+        (image[:, :16], {**place, "groups": 16, "bias": True}),
+        (image[:, :24], {**place, "groups": 2}),
+    ]
+    cases = [_conv_case(x, **options) for x, options in convolutions]
+    exact = reference.linear_covariance(rows.double(), bias=True)
+    return [*cases, (exact, lambda out: linear_problem(rows, out, True, 0.0, 1.0))]
+
+
+def _conv_case(
+    x: Tensor,
+    kernel_size: int,
+    padding: int = 0,
+    stride: int = 1,
+    groups: int = 1,
+    bias: bool = False,
+    mode: str = "expand",
+) -> tuple[Tensor, Callable[[Tensor], Problem]]:
+    geometry = conv_geometry(x.shape, kernel_size, stride, padding, 1, groups)
+    place: dict[str, Any] = {"stride": stride, "padding": padding, "groups": groups, "bias": bias, "mode": mode}
+    exact = reference.conv2d_covariance(x.double(), kernel_size, **place)
+    return exact, lambda out: conv_problem(x, out, geometry, bias, mode == "reduce", 0.0, 1.0)
+
+
+register_family("covariance", frozenset({torch.float32, torch.bfloat16, torch.float16}), _check)

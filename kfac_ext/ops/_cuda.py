@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kfac_ext import _C
+from kfac_ext.ops._launch import without_autocast
 
-OK = "ok"
+OK, NO_MEMORY = "ok", "no memory is left for their check, which the next call repeats"
 
 
 class Family(NamedTuple):
@@ -20,8 +21,7 @@ class Family(NamedTuple):
     dtypes: frozenset[torch.dtype]
     """what their inputs may have; others run in plain PyTorch"""
     check: Callable[[torch.device], float]
-    """runs the kernels on a small problem; relative error against the reference"""
-    tolerance: float
+    """runs the kernels on small problems; the worst error against the reference, as a multiple of what is allowed"""
 
 
 _families: dict[str, Family] = {}
@@ -29,11 +29,19 @@ _verdicts: dict[tuple[str, int], str] = {}
 _warned: set[str] = set()
 
 
-def register_family(
-    name: str, dtypes: frozenset[torch.dtype], check: Callable[[torch.device], float], tolerance: float
-) -> None:
+def register_family(name: str, dtypes: frozenset[torch.dtype], check: Callable[[torch.device], float]) -> None:
     """Announce CUDA kernels; `check` calls them directly, it must draw no random numbers."""
-    _families[name] = Family(dtypes, check, tolerance)
+    _families[name] = Family(dtypes, check)
+
+
+def families() -> list[str]:
+    """The names that are announced."""
+    return list(_families)
+
+
+def worst(errors: Iterable[Tensor | float], allowed: float) -> float:
+    """The largest of some errors as a multiple of what is allowed; NaN counts as infinite."""
+    return max(float(torch.as_tensor(error).nan_to_num(nan=torch.inf)) for error in errors) / allowed
 
 
 def warn_once(message: str) -> None:
@@ -55,14 +63,15 @@ def cuda_serves(operation: str, family: str, tensor: Tensor) -> bool:
             "themselves at their first use; call the operation once before capturing"
         )
         return False
-    if key not in _verdicts:
-        _verdicts[key] = verdict = _verdict(family, tensor.device)
-        if verdict != OK:
-            warn_once(
-                f"kfac_ext.{operation}: the CUDA kernels '{family}' do not serve on {tensor.device} "
-                f"({torch.cuda.get_device_name(tensor.device)}): {verdict}; plain PyTorch runs instead"
-            )
-    return _verdicts[key] == OK
+    verdict = _verdicts.get(key) or _verdict(family, tensor.device)
+    if verdict != NO_MEMORY:  # there may be some at the next call
+        _verdicts[key] = verdict
+    if verdict != OK:
+        warn_once(
+            f"kfac_ext.{operation}: the CUDA kernels '{family}' do not serve on {tensor.device} "
+            f"({torch.cuda.get_device_name(tensor.device)}): {verdict}; plain PyTorch runs instead"
+        )
+    return verdict == OK
 
 
 def _verdict(family: str, device: torch.device) -> str:
@@ -81,10 +90,13 @@ def _verdict(family: str, device: torch.device) -> str:
 
 def _self_check(family: Family, device: torch.device) -> str:
     try:
-        error = family.check(device)
+        with without_autocast(device):
+            error = family.check(device)
     except RuntimeError as failure:
+        if isinstance(failure, torch.OutOfMemoryError) or "out of memory" in str(failure):
+            return NO_MEMORY
         return f"their check failed: {failure}"
-    return OK if error <= family.tolerance else f"wrong on a small problem, relative error {error:.1e}"
+    return OK if error <= 1.0 else f"wrong on a small problem, by {error:.1e} times what is allowed"
 
 
 def cuda_verdicts() -> dict[str, str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,15 +23,23 @@ def tf32_allowed() -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Where products of PyTorch have the dtype of their inputs."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
 @contextmanager
-def full_precision() -> Iterator[None]:
-    """Float32 matmuls of PyTorch on CUDA in full float32."""
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Matmuls of PyTorch in the dtype of their inputs, those of float32 on CUDA in full float32."""
     matmul = torch.backends.cuda.matmul
     name, full = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
     before = getattr(matmul, name)
     setattr(matmul, name, full)
     try:
-        yield
+        with without_autocast(device):
+            yield
     finally:
         setattr(matmul, name, before)
 

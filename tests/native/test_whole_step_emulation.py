@@ -49,7 +49,9 @@ def cuda_way(emulation, monkeypatch):
             return getattr(emulation if hasattr(emulation, name) else _C, name)
 
     modules = (_covariance_kernels, _inverse_kernels, _power_covariance_kernels, _power_kernels)
-    caches = [c for module in modules for c in vars(module).values() if hasattr(c, "cache_clear")]
+    caches = [
+        c for module in modules for c in vars(module).values() if hasattr(c, "cache_clear") and not isinstance(c, type)
+    ]
     for module in modules:
         monkeypatch.setattr(module, "_C", Both())
     monkeypatch.setattr(covariance, "_run", lambda problem: _covariance_kernels.run_cuda([problem]))

@@ -30,7 +30,7 @@ def family(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: fake.capturing)
-    _cuda.register_family("fake", frozenset({torch.float32}), check, 1e-3)
+    _cuda.register_family("fake", frozenset({torch.float32}), check)
     return fake
 
 
@@ -43,7 +43,7 @@ def test_a_family_is_checked_once_a_device(family):
     assert _cuda.cuda_verdicts() == {"fake on cuda:1": "ok", "fake on cuda:0": "ok"}
 
 
-@pytest.mark.parametrize("error", [0.5, float("inf"), float("nan")])
+@pytest.mark.parametrize("error", [1.5, float("inf"), float("nan")])
 def test_wrong_numbers_warn_once_and_leave_the_reference(family, error):
     family.error = error
     with pytest.warns(
@@ -54,13 +54,35 @@ def test_wrong_numbers_warn_once_and_leave_the_reference(family, error):
         warnings.simplefilter("error")
         assert not _cuda.cuda_serves("op", "fake", TENSOR)
     assert family.checks == 1
-    assert "relative error" in _cuda.cuda_verdicts()["fake on cuda:1"]
+    assert "times what is allowed" in _cuda.cuda_verdicts()["fake on cuda:1"]
 
 
 def test_a_launch_that_fails_leaves_the_reference(family):
     family.error = RuntimeError("covariance_cuda: out of resources")
     with pytest.warns(UserWarning, match="their check failed: covariance_cuda: out of resources"):
         assert not _cuda.cuda_serves("op", "fake", TENSOR)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("cuda: out of memory")])
+def test_want_of_memory_is_no_verdict(family, error):
+    family.error = error
+    with pytest.warns(UserWarning, match="no memory is left for their check, which the next call repeats"):
+        assert not _cuda.cuda_serves("op", "fake", TENSOR)
+    assert _cuda.cuda_verdicts() == {}
+    family.error = 0.0
+    assert _cuda.cuda_serves("op", "fake", TENSOR) and family.checks == 2
+
+
+def test_a_check_is_not_cast():
+    seen = []
+    fake = _cuda.Family(frozenset(), lambda device: seen.append(torch.is_autocast_enabled("cpu")) or 0.0)
+    with torch.autocast("cpu"):
+        assert _cuda._self_check(fake, torch.device("cpu")) == "ok" and seen == [False]
+
+
+def test_the_worst_error_is_told_and_nan_is_infinite():
+    assert _cuda.worst([torch.tensor(2.0), 3.0], 1.5) == 2.0
+    assert _cuda.worst([torch.tensor(float("nan")), 3.0], 1.5) == float("inf")
 
 
 def test_a_device_that_cannot_run_the_kernels_is_named(family):

@@ -9,10 +9,10 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from preconditioner_helpers import DAMPING, backward, classes, generator, gradients, preconditioned
 
 from kfac_ext import KFACPreconditioner
 from tests.curvature import curvature_nets
+from tests.preconditioner.preconditioner_helpers import DAMPING, backward, classes, generator, gradients, preconditioned
 
 
 def kl(before, after):
@@ -61,6 +61,20 @@ def test_scaled_gradients_give_the_same_step(fisher_type, unscale_first):
             for parameter in model.parameters():
                 parameter -= 0.1 * parameter.grad
     assert scaler.get_scale() == 2.0**13
+
+
+def test_the_scale_of_the_loss_is_not_waited_for(monkeypatch):
+    """`get_scale` copies a number from the device."""
+    monkeypatch.setattr(torch.amp.GradScaler, "get_scale", None)
+    model, x = curvature_nets.make("mlp", dtype=torch.float32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    options = {"fisher_type": "empirical", "grad_scaler": scaler, "accumulation_steps": 2}
+    with KFACPreconditioner(model, generator=generator(), **options) as preconditioner:
+        for _ in range(2):
+            scaler.scale(F.cross_entropy(model(x), classes(x)) / 2).backward()
+        preconditioner.step()
+        assert torch.equal(preconditioner._loss_scale(), torch.tensor(4.0))
+        assert preconditioner.curvature.factors.buffer.isfinite().all()
 
 
 def test_accumulated_batches_count_equally():

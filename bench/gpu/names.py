@@ -1,0 +1,24 @@
+"""What is measured, by name; read before anything is built, so nothing is imported here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+PRECISIONS = ("float32", "tf32")
+NETWORKS = ("VGG19 b128", "ResNet32 b128", "ResNet50 b32", "MLP b256")
+FAMILIES = (
+    "covariance",
+    "inverses",
+    "power iteration",
+    "saliency",
+    "greedy selection",
+    "matrix-free power iteration",
+)
+TRAINED = {"resnet20": (32, 3), "vgg19_bn": (32, 3), "mlp": (28, 1)}
+"""network of flatprune -> side and channels of the images"""
+KINDS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bf16": {"amp": "bf16"},
+    "bf16, channels_last": {"amp": "bf16", "channels_last": True},
+}
+"""precision of a training step -> settings; float32 without tf32"""

@@ -1,0 +1,92 @@
+"""Schedules by their shapes, with the plain data that kernels read of them on the device."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+Value = TypeVar("Value")
+
+_MOST_BYTES = 64 << 20  # a call's shapes take kilobytes each, so no call alone fills it
+_OWN_BYTES = 1 << 10  # of a schedule on the host, about
+
+
+class _Entry(NamedTuple, Generic[Value]):
+    value: Value
+    tensors: Sequence[Tensor]
+    streams: set[Any]
+    """that have been told of the tensors"""
+    size: int
+
+
+class Schedules(Generic[Value]):
+    """Keeps what `make(device, key)` gives until much else has been asked for since.
+
+    What a CUDA graph has captured is kept for good, since the graph may be replayed at any time. The memory of what is
+    dropped is used again only when the kernels that read it have ended, on every stream that has asked for it.
+
+    Args:
+        make: a schedule.
+        tensors: what of it lies on the device.
+        most_bytes: kept on all devices, in schedules that no graph has captured.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[torch.device, Any], Value],
+        tensors: Callable[[Value], Sequence[Tensor]],
+        most_bytes: int = _MOST_BYTES,
+    ) -> None:
+        self._make, self._tensors, self._most_bytes = make, tensors, most_bytes
+        self._entries: OrderedDict[tuple[torch.device, Hashable], _Entry[Value]] = OrderedDict()
+        self._captured: dict[tuple[torch.device, Hashable], _Entry[Value]] = {}
+        self._size = 0
+        self._lock = threading.RLock()
+
+    def __call__(self, device: torch.device, key: Hashable) -> Value:
+        """The schedule of a key, made if it is new.
+
+        Raises:
+            RuntimeError: it is new, lies on the device, and a CUDA graph is being captured.
+        """
+        place = device, key
+        with self._lock:
+            entry = self._captured.get(place) or self._entries.get(place) or self._add(place)
+            if place in self._entries:
+                self._entries.move_to_end(place)
+                if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                    self._captured[place] = self._entries.pop(place)
+                    self._size -= entry.size
+            if device.type == "cuda":
+                _tell(entry, torch.cuda.current_stream(device))
+            return entry.value
+
+    def cache_clear(self) -> None:
+        """Forget what no graph has captured."""
+        with self._lock:
+            self._entries.clear()
+            self._size = 0
+
+    def _add(self, place: tuple[torch.device, Any]) -> _Entry[Value]:
+        value = self._make(*place)
+        tensors = self._tensors(value)
+        entry = _Entry(value, tensors, set(), _OWN_BYTES + sum(tensor.nbytes for tensor in tensors))
+        self._entries[place] = entry
+        self._size += entry.size
+        while self._size > self._most_bytes and len(self._entries) > 1:
+            _, oldest = self._entries.popitem(last=False)
+            self._size -= oldest.size
+        return entry
+
+
+def _tell(entry: _Entry[Any], stream: Any) -> None:
+    """Let PyTorch's allocator wait for this stream, too, before it gives the memory to others."""
+    if stream not in entry.streams:
+        entry.streams.add(stream)
+        for tensor in entry.tensors:
+            tensor.record_stream(stream)
