@@ -137,8 +137,22 @@ KFAC_INLINE T blend(T old, T value, T decay, T scale) {
 }
 
 template <class T>
-void blend_tile(const T* tile, int rows, int columns, T decay, T scale, T* out, int64_t out_stride) {
-  for (int r = 0; r < rows; ++r, tile += kPanel, out += out_stride) {
+void transpose_tile(const T* tile, T* target, int64_t target_stride) {
+  using V = typename Vector<T>::type;
+  constexpr int kLanes = Vector<T>::kLanes;
+  for (int r = 0; r < kPanel; r += kLanes) {
+    for (int c = 0; c < kPanel; c += kLanes) {
+      V rows[kLanes];
+      for (int i = 0; i < kLanes; ++i) rows[i] = load(tile + (r + i) * kPanel + c);
+      transpose<T>(rows);
+      for (int i = 0; i < kLanes; ++i) store(target + (c + i) * target_stride + r, rows[i]);
+    }
+  }
+}
+
+template <class T>
+void blend_tile(const T* tile, int64_t stride, int rows, int columns, T decay, T scale, T* out, int64_t out_stride) {
+  for (int r = 0; r < rows; ++r, tile += stride, out += out_stride) {
     if (columns == kPanel) {
       for (int c = 0; c < kPanel; ++c) out[c] = blend(out[c], tile[c], decay, scale);
     } else {
@@ -211,10 +225,10 @@ void blend_taps(const T* lines, int taps, int columns, T decay, T* out) {
 extern const SimdKernels kSimdKernels;
 const SimdKernels kSimdKernels = {
     KFAC_STRING(KFAC_SIMD),
-    {gram<float>, gram_diagonal<float>, column_sums<float>, interleave<float>, convert<float>, blend_tile<float>,
-     sum_lines<float>, blend_taps<float>},
-    {gram<double>, gram_diagonal<double>, column_sums<double>, interleave<double>, convert<double>, blend_tile<double>,
-     sum_lines<double>, blend_taps<double>},
+    {gram<float>, gram_diagonal<float>, column_sums<float>, interleave<float>, convert<float>, transpose_tile<float>,
+     blend_tile<float>, sum_lines<float>, blend_taps<float>},
+    {gram<double>, gram_diagonal<double>, column_sums<double>, interleave<double>, convert<double>,
+     transpose_tile<double>, blend_tile<double>, sum_lines<double>, blend_taps<double>},
 };
 
 }  // namespace KFAC_SIMD

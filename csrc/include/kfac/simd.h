@@ -30,8 +30,12 @@ struct PanelKernels {
                      int64_t target_stride);
   // target[r] = T(source[r * source_stride]) for r < count
   void (*convert)(const void* source, DType dtype, int64_t count, int64_t source_stride, T* target);
-  // out[r][c] <- decay out[r][c] + scale tile[r][c]; decay 0 overwrites `out`, NaN included
-  void (*blend_tile)(const T* tile, int rows, int columns, T decay, T scale, T* out, int64_t out_stride);
+  // target[c * target_stride + r] = tile[r][c]
+  void (*transpose_tile)(const T* tile, T* target, int64_t target_stride);
+  // out[r][c] <- decay out[r][c] + scale tile[r][c], rows `stride` and `out_stride` apart; decay 0 overwrites `out`,
+  // NaN included
+  void (*blend_tile)(const T* tile, int64_t stride, int rows, int columns, T decay, T scale, T* out,
+                     int64_t out_stride);
   // sums[q][i] = scale sum over first[q] <= l < first[q + 1] of lines[l][offset + i], q < count
   void (*sum_lines)(const T* const* lines, const int64_t* first, int count, int64_t offset, T scale, T* sums);
   // out[c * taps + q] <- decay out[c * taps + q] + lines[q][c]; decay 0 overwrites `out`
