@@ -284,3 +284,14 @@ def test_joined_pieces_of_several_layers():
         {"a": range(3), "b": range(3), "out.weight[1]": range(3)},
         {"a": range(3, 7), "c": range(4), "out.weight[1]": range(3, 7)},
     )
+
+
+def test_one_position_beside_the_mean_of_others():
+    """What one learned position was added to is an entry of it; its channels meet those of the mean of others."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = m.places + m.a(x)
+        return m.c(torch.cat([x[:, 0], x[:, 1:].mean(1)], -1))
+
+    net = Net(forward, a=nn.Linear(5, 6), places=nn.Parameter(torch.randn(1, 4, 6)), c=nn.Linear(12, 3))
+    check(net, torch.randn(2, 4, 5), {"a": range(6), "places[2]": range(6), "c.weight[1]": rows(6, 6)})

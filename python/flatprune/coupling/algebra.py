@@ -253,7 +253,13 @@ def joined(m: Labels, values: Sequence[Value], dim: int, size: Size) -> Value:
     rank = len(size)
     dim %= rank
     layers = []
-    for slot in _joined_slots(values, dim):
+    slots = _joined_slots(values, dim)
+    apart = any(dim in varying(layer) for slot in slots for layer in slot.values())
+    for slot in slots:
+        if apart and len(slot) < len(values) and not any(map(varying, slot.values())):
+            for layer in slot.values():  # of all of an operand, beside labels of its entries
+                m.findings.pin(layer, f"a single entry of it is joined with others ({m.where})")
+            continue
         if any(dim in varying(layer) or not varying(layer) for layer in slot.values()):
             shape = [max(layer.shape[d] for layer in slot.values()) for d in range(rank)]
             pieces = []
@@ -282,12 +288,15 @@ def _joined_slots(values: Sequence[Value], dim: int) -> list[dict[int, Tensor]]:
     slots: list[dict[int, Tensor]] = []
     for i, value in enumerate(values):
         for layer in value.layers:
-            for slot in slots:
-                other = next(iter(slot.values()))
-                along = varying(layer) <= {dim} and varying(other) <= {dim}
-                if i not in slot and (varying(other) & varying(layer) or along):
-                    slot[i] = layer
-                    break
+            alike, along = [], []
+            for slot in (slot for slot in slots if i not in slot):
+                other = varying(next(iter(slot.values())))
+                if other & varying(layer):
+                    alike.append(slot)
+                elif other | varying(layer) <= {dim}:  # one label beside several
+                    along.append(slot)
+            if alike or along:
+                (alike or along)[0][i] = layer
             else:
                 slots.append({i: layer})
     return slots
