@@ -1,12 +1,12 @@
 """Measure where multiplying shifted images beats gathering patches, and fit the rule that chooses between them.
 
-    python -m bench.crossover [--threads 1] [--out bench/results/crossover-<cpu>-1t.json]
-    python -m bench.crossover --fit bench/results/crossover-<cpu>-1t.json
+    python -m bench.crossover [--threads 1] [--out bench/results/crossover-<cpu>-<simd>-1t.json]
+    python -m bench.crossover --fit bench/results/crossover-<cpu>-<simd>-1t.json
 
 For each shape: time of both algorithms, their ratio, the ratio that the rule's cost model predicts, and the time lost
 where the rule picks the slower one. --fit measures nothing: from a result it computes the weights of the cost model
-(least squares of the relative errors, rounded) and says whether they are those that are built in
-(`kCovarianceWeights` in csrc/include/kfac/covariance.h); exit code 1 if not.
+(least squares of the relative errors, rounded) and says whether they are those that are built in for its instruction
+set (`kWideWeights`, `kNarrowWeights` in csrc/include/kfac/covariance.h); exit code 1 if not.
 """
 
 from __future__ import annotations
@@ -44,7 +44,12 @@ class Weights(NamedTuple):
     patches: list[float]
 
 
-BUILT_IN = Weights(*map(list, _C.covariance_weights))
+BUILT_IN = {simd: Weights(*map(list, weights)) for simd, weights in _C.covariance_weights.items()}
+
+
+def built_in(simd: str) -> Weights:
+    """The weights in use with an instruction set: AVX-512 has its own, all others share those of AVX2."""
+    return BUILT_IN["avx512" if simd == "avx512" else "avx2"]
 
 
 def shape_of(image: Sequence[int], kernel: int, stride: int) -> list[int]:
@@ -101,7 +106,7 @@ def fit(rows: Sequence[Row]) -> Weights:
     return Weights(*([float(f"{value / unit:.2g}") for value in values] for values in solved))
 
 
-def judge(rows: Sequence[Row], weights: Weights = BUILT_IN) -> Iterator[tuple[float, float, float]]:
+def judge(rows: Sequence[Row], weights: Weights) -> Iterator[tuple[float, float, float]]:
     """For each row: patches / shift as measured and as predicted, and the part of the time lost by a wrong choice."""
     for row in rows:
         times = row["shift_ms"], row["patches_ms"]
@@ -115,9 +120,9 @@ def always(rows: Sequence[Row], key: str) -> float:
     return statistics.fmean(row[key] / min(row["shift_ms"], row["patches_ms"]) - 1 for row in rows)
 
 
-def verdict(rows: Sequence[Row]) -> str:
-    """How often the built-in rule is right, and what one algorithm for all would lose."""
-    lost = [value for _, _, value in judge(rows)]
+def verdict(rows: Sequence[Row], weights: Weights) -> str:
+    """How often the rule is right, and what one algorithm for all would lose."""
+    lost = [value for _, _, value in judge(rows, weights)]
     return (
         f"rule right in {sum(value == 0 for value in lost)} of {len(lost)} shapes, mean time lost "
         f"{statistics.fmean(lost):.1%} (by shifts always {always(rows, 'shift_ms'):.0%}, by patches always "
@@ -142,12 +147,13 @@ def write(path: Path, document: Mapping[str, Any]) -> None:
 def run(samples: int, threads: int) -> dict[str, Any]:
     """Measure every shape and print a line for each."""
     rows = []
+    weights = built_in(machine()["simd"])
     print("kernel stride  size channels  shift ms  patches ms  ratio  predicted  lost")
     for kernel, stride in KERNELS:
         for size in SIZES:
             for channels in CHANNELS:
                 row = measure((samples, channels, size, size), kernel, stride, threads)
-                ((ratio, predicted, lost),) = judge([row])
+                ((ratio, predicted, lost),) = judge([row], weights)
                 rows.append(row)
                 print(
                     f"{kernel:6} {stride:6} {size:5} {channels:8} {row['shift_ms']:9.3f} {row['patches_ms']:11.3f}"
@@ -162,20 +168,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="default: bench/results/crossover-<cpu>-<threads>t.json")
+    parser.add_argument("--out", type=Path, help="default: bench/results/crossover-<cpu>-<simd>-<threads>t.json")
     parser.add_argument("--fit", type=Path, metavar="FILE", help="fit the rule to this result instead of measuring")
     arguments = parser.parse_args()
     if arguments.fit:
         document = json.loads(arguments.fit.read_text())
     else:
         document = run(arguments.samples, arguments.threads)
-        out = arguments.out or RESULTS / f"crossover-{cpu_slug()}-{arguments.threads}t.json"
+        name = f"crossover-{cpu_slug()}-{document['machine']['simd']}-{arguments.threads}t.json"
+        out = arguments.out or RESULTS / name
         write(out, document)
         print(f"written: {out}")
-    print(verdict(document["rows"]))
-    fitted = fit(document["rows"])
-    print(f"fit: {fitted}\nbuilt in: {BUILT_IN}")
-    return int(bool(arguments.fit) and fitted != BUILT_IN)
+    weights, fitted = built_in(document["machine"]["simd"]), fit(document["rows"])
+    print(verdict(document["rows"], weights))
+    print(f"fit: {fitted}\nbuilt in: {weights}")
+    return int(bool(arguments.fit) and fitted != weights)
 
 
 if __name__ == "__main__":

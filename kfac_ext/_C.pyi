@@ -19,7 +19,7 @@ def covariance_cpu(
 ) -> None: ...
 def covariance_work(shape: list[int]) -> tuple[list[float], list[float]]: ...
 
-covariance_weights: tuple[list[float], list[float]]
+covariance_weights: dict[str, tuple[list[float], list[float]]]
 
 class CovarianceGroup:
     workspace_bytes: int

@@ -68,12 +68,15 @@ void register_covariance(py::module_& m) {
                                static_cast<kfac::CovarianceAlgorithm>(algorithm), bias, decay, scale,
                                reinterpret_cast<void*>(out), threads);
         });
-  // kinds of work of the two algorithms, and what each takes
+  // kinds of work of the two algorithms, and what each takes, by instruction set
   m.def("covariance_work", [](const ConvShapeNumbers& shape) {
     const kfac::CovarianceWork work = kfac::covariance_work(conv_shape(shape));
     return py::make_tuple(work.shift, work.patches);
   });
-  m.attr("covariance_weights") = py::make_tuple(kfac::kCovarianceWeights.shift, kfac::kCovarianceWeights.patches);
+  py::dict weights;
+  weights["avx512"] = py::make_tuple(kfac::kWideWeights.shift, kfac::kWideWeights.patches);
+  weights["avx2"] = py::make_tuple(kfac::kNarrowWeights.shift, kfac::kNarrowWeights.patches);
+  m.attr("covariance_weights") = weights;
   py::class_<kfac::CovarianceGroup>(m, "CovarianceGroup")
       .def(py::init(&covariance_group))
       .def_property_readonly("workspace_bytes", &kfac::CovarianceGroup::workspace_bytes)

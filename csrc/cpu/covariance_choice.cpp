@@ -1,5 +1,6 @@
 // Which of the two algorithms serves a shape: a cost model, fitted to what bench/crossover.py has measured.
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 
 #include "kfac/covariance.h"
@@ -45,9 +46,14 @@ CovarianceWork covariance_work(const ConvShape& shape) {
            samples * seen * double(channels), double(patch_panels * (patch_panels + 1) / 2)}};
 }
 
+const CovarianceWork& covariance_weights() {
+  static const bool wide = std::strcmp(simd().name, "avx512") == 0;
+  return wide ? kWideWeights : kNarrowWeights;
+}
+
 CovarianceCosts covariance_costs(const ConvShape& shape) {
-  const CovarianceWork work = covariance_work(shape);
-  return {cost(work.shift, kCovarianceWeights.shift), cost(work.patches, kCovarianceWeights.patches)};
+  const CovarianceWork work = covariance_work(shape), &weights = covariance_weights();
+  return {cost(work.shift, weights.shift), cost(work.patches, weights.patches)};
 }
 
 CovarianceAlgorithm covariance_algorithm(const ConvShape& shape) {

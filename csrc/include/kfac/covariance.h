@@ -49,9 +49,14 @@ struct CovarianceWork {
 };
 CovarianceWork covariance_work(const ConvShape& shape);
 
-// What each of them takes, in units of the first: the fit to bench/results/crossover-amd-epyc-1t.json,
-// rounded, as `python -m bench.crossover --fit <that file>` prints it.
-constexpr CovarianceWork kCovarianceWeights = {{1, 0.79, 440, 12}, {1.2, 6.4, 1800}};
+// What each of them takes, in units of the first, on a processor with AVX-512 and on others: the fits to
+// bench/results/crossover-amd-epyc-avx512-1t.json and -avx2-1t.json, rounded, as `python -m bench.crossover --fit
+// <file>` prints them.
+constexpr CovarianceWork kWideWeights = {{1, 0.79, 440, 12}, {1.2, 6.4, 1800}};
+constexpr CovarianceWork kNarrowWeights = {{1, 0.85, 660, 11}, {1.2, 4.8, 3200}};
+
+// Those of the instruction set in use.
+const CovarianceWork& covariance_weights();
 
 // Predicted costs: work times weights.
 struct CovarianceCosts {
