@@ -46,4 +46,4 @@ class CMakeBuild(build_ext):
             shutil.copyfile(target, module)
 
 
-setup(ext_modules=[Extension("kfac_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(license="MIT", ext_modules=[Extension("kfac_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -46,6 +46,19 @@ class FactorSet:
     ) -> None:
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"FactorSet: dtype is {dtype}, expected torch.float32 or torch.float64")
+        self._lay_out(sizes, dtype, device)
+        for key, size in self.sizes.items():
+            self.vector(key).copy_(start_vector(_groups_and_n(size)[1], dtype, device))
+
+    @classmethod
+    def _without_starts(cls, sizes: Mapping[str, Size], dtype: torch.dtype, device: torch.device | str) -> FactorSet:
+        """A set whose eigenvectors are zero: power iteration begins at its start all the same."""
+        result = cls.__new__(cls)
+        result._lay_out(sizes, dtype, device)
+        return result
+
+    def _lay_out(self, sizes: Mapping[str, Size], dtype: torch.dtype, device: torch.device | str) -> None:
+        """Buffers of zeros, and the views that keys name."""
         self.sizes = {key: _checked_size(key, size) for key, size in sizes.items()}
         step = _ALIGNMENT // dtype.itemsize
         matrix_end = vector_end = value_end = 0
@@ -59,16 +72,16 @@ class FactorSet:
         self.buffer = torch.zeros(matrix_end, dtype=dtype, device=device)
         self.vectors = torch.zeros(vector_end, dtype=dtype, device=device)
         self.eigenvalues = torch.zeros(value_end, dtype=dtype, device=device)
-        self._matrix_views: dict[str, Tensor] = {}
-        self._vector_views: dict[str, Tensor] = {}
-        for key, size in self.sizes.items():
-            groups, n = _groups_and_n(size)
-            matrix, vector, _ = self._slots[key]
-            shape = size if isinstance(size, tuple) else ()
-            lead = shape[:1]
-            self._matrix_views[key] = self.buffer[matrix : matrix + groups * n * n].view(*lead, n, n)
-            self._vector_views[key] = self.vectors[vector : vector + groups * n].view(*lead, n)
-            self._vector_views[key].copy_(start_vector(n, dtype, device).expand(*lead, n))
+        self._matrix_views = {key: self._view(self.buffer, key, 2) for key in self.sizes}
+        self._vector_views: dict[str, Tensor] = {}  # made when they are asked for
+
+    def _view(self, memory: Tensor, key: str, dims: int) -> Tensor:
+        """The matrices (2 dims) or vectors (1) of a key in their memory."""
+        size = self.sizes[key]
+        groups, n = _groups_and_n(size)
+        shape, strides = (groups, *(n,) * dims), (n**dims, *(n, 1)[-dims:])
+        lead = 0 if isinstance(size, tuple) else 1
+        return memory.as_strided(shape[lead:], strides[lead:], self._slots[key][2 - dims])
 
     @classmethod
     def of(cls, matrices: Mapping[str, Tensor]) -> FactorSet:
@@ -95,7 +108,10 @@ class FactorSet:
 
     def vector(self, key: str) -> Tensor:
         """The last dominant eigenvector [n] (or [groups, n]) of `key`, a view of unit rows."""
-        return self._vector_views[key]
+        view = self._vector_views.get(key)
+        if view is None:
+            view = self._vector_views[key] = self._view(self.vectors, key, 1)
+        return view
 
     def eigenvalue(self, key: str) -> Tensor:
         """The last dominant eigenvalue [] (or [groups]) of `key`, a view."""
@@ -162,7 +178,7 @@ class FactorSet:
         """A FactorSet of (M + damping I)^-1 for the factors named (default: all), and the info of each block.
 
         It does not wait for the device: on a GPU a block whose info is not 0 stays NaN, as from
-        `kfac_ext.damped_inverse_ex`.
+        `kfac_ext.damped_inverse_ex`. The inverses' own eigenvectors are zero until they are iterated.
 
         Args:
             damping: lambda, added to every diagonal; with `pi` the amounts of `kfac_ext.damped_inverse`.
@@ -173,7 +189,8 @@ class FactorSet:
             ValueError: the factors of a pair have not the same number of groups.
         """
         names = list(self.sizes if keys is None else keys)
-        result = FactorSet({key: self.sizes[key] for key in names}, dtype=self.buffer.dtype, device=self.buffer.device)
+        sizes = {key: self.sizes[key] for key in names}
+        result = FactorSet._without_starts(sizes, self.buffer.dtype, self.buffer.device)
         pairs = None if pi is None else self._block_pairs(names, pi)
         blocks = [block for key in names for block in _blocks(self[key], 3)]
         inverses, info = damped_inverse_ex(blocks, damping, pi=pairs)

@@ -2,8 +2,9 @@
 
     python -m bench.gpu.compiled [--write docs/kernels.md]
 
-The first table is what ptxas reported when the kernels were compiled (needs nvcc then); `bench.gpu.counts` has the
-others. `--write` puts them between the markers of that file. No GPU is asked.
+The first table is what ptxas reported when the kernels were compiled (needs nvcc then) and, where there is a cuobjdump,
+what `bench.gpu.sass` counts in their machine code; `bench.gpu.counts` has the others. `--write` puts them between the
+markers of that file. Fails where a kernel is beyond its bound in `bench.gpu.bounds`. No GPU is asked.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.documents import replace_between
+from bench.gpu import sass
+from bench.gpu.bounds import ARCHITECTURE, passed_bounds
 from bench.gpu.counts import algebra_table, covariance_table
 from kfac_ext import _C
 
@@ -60,24 +63,64 @@ def resident_blocks(kernel: Kernel, threads: int, shared: int) -> int:
     return min(by_registers, by_shared, THREADS.get(kernel.architecture, 2048) // threads)
 
 
+def reported() -> list[Kernel]:
+    """All kernels of this build, for every architecture.
+
+    Raises:
+        SystemExit: there are none.
+    """
+    reports = sorted(_objects().glob("*.report"))
+    if not reports:
+        raise SystemExit(f"no report under {_objects()}: this build has no CUDA kernels (configure with KFAC_CUDA=ON)")
+    return sorted(kernel for report in reports for kernel in kernels(report.read_text()))
+
+
+def _objects() -> Path:
+    return Path(_C.build_directory()) / "csrc/CMakeFiles/kfac_cuda.dir/cuda"
+
+
+def machine_code() -> dict[str, sass.Counts]:
+    """Kernel of the bounds' architecture -> what is counted in it; nothing without a cuobjdump."""
+    program = sass.cuobjdump()
+    if program is None:
+        return {}
+    found: dict[str, sass.Counts] = {}
+    for file in sorted(_objects().glob("*.o")):
+        for part in sass.listing(program, file).split("Fatbin elf code:"):
+            if f"arch = {ARCHITECTURE}" in part:
+                found |= {demangled(symbol): counts for symbol, counts in sass.functions(part).items()}
+    return found
+
+
+def beyond() -> list[str]:
+    """What kernels are beyond their bounds."""
+    counted = machine_code()
+    return [
+        line
+        for k in reported()
+        if k.architecture == ARCHITECTURE
+        for line in passed_bounds(k.name, k.registers, k.spill_stores + k.spill_loads, counted.get(k.name))
+    ]
+
+
 def table() -> str:
     """The Markdown table of all kernels of this build."""
-    folder = Path(_C.build_directory()) / "csrc/CMakeFiles/kfac_cuda.dir/cuda"
-    reports = sorted(folder.glob("*.report"))
-    if not reports:
-        raise SystemExit(f"no report under {folder}: this build has no CUDA kernels (configure with KFAC_CUDA=ON)")
     launch = {name: (threads, shared) for name, threads, shared in _C.cuda_kernels()}
+    counted = machine_code()
     lines = [
         f"nvcc {_C.cuda_compiler}",
         "",
-        "| kernel | for | registers | spilled bytes (stores, loads) | shared bytes | threads | blocks per SM |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| kernel | for | registers | spilled bytes (stores, loads) | shared bytes | threads | blocks per SM | "
+        "divisions, loads a stage, loads before a store |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for kernel in sorted(k for report in reports for k in kernels(report.read_text())):
+    for kernel in reported():
         threads, shared = launch[kernel.name]
+        counts = counted.get(kernel.name) if kernel.architecture == ARCHITECTURE else None
         lines.append(
             f"| `{kernel.name}` | {kernel.architecture} | {kernel.registers} | {kernel.spill_stores}, "
-            f"{kernel.spill_loads} | {shared} | {threads} | {resident_blocks(kernel, threads, shared)} |"
+            f"{kernel.spill_loads} | {shared} | {threads} | {resident_blocks(kernel, threads, shared)} | "
+            f"{'' if counts is None else ', '.join(map(str, counts))} |"
         )
     return "\n".join(lines)
 
@@ -90,6 +133,8 @@ def main() -> None:
     print("\n\n".join(tables.values()))
     for marker, text in tables.items() if arguments.write else ():
         replace_between(arguments.write, marker, text)
+    if lines := beyond():
+        raise SystemExit("beyond its bound:\n" + "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -244,26 +244,33 @@ struct CovarianceGroup::Builder {
     job.layer = layer;
     job.kind = depthwise ? ExpandKind::kDepthwise : ExpandKind::kMatrix;
     job.d = narrow(packed.patch_size() + bias, "entries of a patch");
-    job.taps = narrow(packed.taps(), "kernel positions");
+    job.taps = divider(packed.taps(), "kernel positions");
+    job.tap_pairs = divider(packed.taps() * packed.taps(), "pairs of kernel positions");
+    job.rows = divider(job.d, "entries of a patch");
     job.groups = narrow(packed.groups, "groups");
     job.channels = narrow(packed.group_channels(), "channels");
     job.edge_bits = tile_edge_bits(source.group_columns);
     job.side = int32_t(divide_up(source.group_columns, 1 << job.edge_bits));
-    job.tap_block = smaller(job.taps, kMaxTapBlock);
+    job.blocks = divider(divide_up(job.channels, kExpandEdge), "blocks of channels");
+    const int64_t taps = packed.taps(), blocks = job.blocks.divisor;
+    job.tap_block = int32_t(smaller<int64_t>(taps, kMaxTapBlock));
+    const int64_t tap_blocks = divide_up(taps, job.tap_block);
+    job.tap_blocks = divider(tap_blocks, "blocks of kernel positions");
+    job.full_block = divider(job.tap_block, "kernel positions");
+    job.last_block = divider(taps - (tap_blocks - 1) * job.tap_block, "kernel positions");
     job.lane_group_pitch = depthwise ? 1 : int32_t(source.group_pitch.divisor);
     job.count = float(packed.samples * packed.out_h * packed.out_w);
     counts.outputs += double(job.groups) * job.d * job.d;
     job.terms = int32_t(terms.size());
     job.regions = int32_t(regions.size());
     add_terms(plan);
-    const int64_t taps = job.taps, blocks = divide_up(job.channels, kExpandEdge);
     if (depthwise) {
-      expand.add(job, divide_up(job.groups * taps * taps, kBlockThreads));
+      expand.add(job, divide_up(narrow(job.groups * taps * taps + kBlockThreads, "entries"), kBlockThreads));
     } else {
-      expand.add(job, job.groups * divide_up(taps, job.tap_block) * taps * blocks * blocks);
+      expand.add(job, job.groups * tap_blocks * taps * blocks * blocks);
     }
     job.kind = ExpandKind::kBias;
-    if (bias) expand.add(job, divide_up(job.groups * (packed.patch_size() + 1), kBlockThreads));
+    if (bias) expand.add(job, divide_up(narrow(int64_t(job.groups) * job.d + kBlockThreads, "rows"), kBlockThreads));
   }
 
   void add_terms(const ShiftPlan& plan) {

@@ -36,7 +36,8 @@ KFAC_DEVICE void covariance_lanes(Block& block, const JobList<LaneJob>& list, fl
   int32_t number = 0;
   for (int32_t tile = block.index(); tile < list.tiles; tile += block.count()) {
     number = job_of_tile(list.first, number, tile);
-    lane_tile(block, list.jobs[number], tile - list.first[number], workspace);
+    const LaneJob job = list.jobs[number];
+    lane_tile(block, job, tile - list.first[number], workspace);
   }
 }
 
@@ -45,7 +46,7 @@ KFAC_DEVICE void covariance_reduce(Block& block, const JobList<ReduceJob>& list,
   int32_t number = 0;
   for (int32_t tile = block.index(); tile < list.tiles; tile += block.count()) {
     number = job_of_tile(list.first, number, tile);
-    const ReduceJob& job = list.jobs[number];
+    const ReduceJob job = list.jobs[number];
     const int64_t at = int64_t(tile - list.first[number]) * kReduceElements + block.thread() * 4;
     if (at >= job.length) continue;
     float* const slot = workspace + job.slot + at;

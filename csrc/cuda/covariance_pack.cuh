@@ -81,7 +81,7 @@ KFAC_DEVICE void covariance_pack(Block& block, const JobList<PackJob>& list, con
   int32_t number = 0;
   for (int32_t tile = block.index(); tile < list.tiles; tile += block.count()) {
     number = job_of_tile(list.first, number, tile);
-    const PackJob& job = list.jobs[number];
+    const PackJob job = list.jobs[number];  // a copy: kept while values are stored
     pack_tile(block, job, pointers.image[job.layer], tile - list.first[number], workspace);
   }
 }
@@ -92,7 +92,7 @@ KFAC_DEVICE void covariance_means(Block& block, const JobList<PackJob>& list, co
   int32_t number = 0;
   for (int32_t tile = block.index(); tile < list.tiles; tile += block.count()) {
     number = job_of_tile(list.first, number, tile);
-    const PackJob& job = list.jobs[number];
+    const PackJob job = list.jobs[number];  // a copy: kept while values are stored
     mean_tile(block, job, pointers.image[job.layer], tile - list.first[number], workspace);
   }
 }

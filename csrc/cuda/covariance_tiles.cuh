@@ -168,7 +168,7 @@ KFAC_DEVICE void covariance_tiles(Block& block, const JobList<TileJob>& list, fl
   int32_t number = 0;
   for (int32_t tile = block.index(); tile < list.tiles; tile += block.count()) {
     number = job_of_tile(list.first, number, tile);
-    const TileJob& job = list.jobs[number];
+    const TileJob job = list.jobs[number];  // a copy: what the stages ask of it stays in registers
     const int32_t own = tile - list.first[number];
     if (job.edge == 128) {
       sum_tile<kMode, TileShape<128>>(block, job, own, workspace);

@@ -30,7 +30,7 @@ InverseGroup::InverseGroup(const std::vector<InverseShape>& shapes) : matrices_(
       small.push_back(job);
     } else {
       job.panels = workspace_floats_;
-      workspace_floats_ += int64_t(kInverseEdge) * kInverseEdge * (2 + 2 * job.tiles);
+      workspace_floats_ += inverse_panel_floats(job.tiles);
       large.push_back(job);
     }
   }

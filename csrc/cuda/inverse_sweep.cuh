@@ -19,26 +19,32 @@ KFAC_DEVICE int32_t sweep_column(int32_t thread, int j) {
   return thread % kSweepSide + j * kSweepSide;
 }
 
-// Where the inverse of the Cholesky factor goes, by rows and by columns, [kInverseEdge][kInverseEdge] each; or nowhere.
+// Where the inverse of the Cholesky factor goes, by rows and by columns, and the factor itself, by columns,
+// [kInverseEdge][kInverseEdge] each; and whether products with the inverse have to be refined. Or nowhere.
 struct FactorInverse {
-  float *rows = nullptr, *columns = nullptr;
+  float *rows = nullptr, *columns = nullptr, *lower = nullptr, *refines = nullptr;
 };
+
+// By how much the largest pivot of a tile may exceed the smallest before products with L^-1 are refined: they lose as
+// many digits as the square root of that.
+constexpr float kMostSpread = 4096.0f;
 
 // Sweeps the first n pivots; 0, or 1 + the first that is not positive or not finite, at which it stops. Both factors of
 // an update are scaled by 1 / sqrt(p), so that entries (i, j) and (j, i) keep the same bits. `rows`: shared memory for
 // two rows of the matrix, one written while the other is read.
 //
 // Row k of the inverse of the Cholesky factor is (-a_kj / sqrt(p) for j < k, 1 / sqrt(p)) with the entries that pivot k
-// finds: sweeping repeats forward substitution.
+// finds: sweeping repeats forward substitution. Column k of the factor is (sqrt(p), a_kj / sqrt(p) for j > k).
 template <int kPer, class Block>
 KFAC_DEVICE int32_t sweep(Block& block, float* rows, int32_t n, SweepTile<kPer>& tile,
                           const FactorInverse& factor = {}) {
   const int32_t y = block.thread() / kSweepSide, x = block.thread() % kSweepSide;
+  float largest = 0.0f, smallest = 0.0f;
   KFAC_UNROLL
   for (int major = 0; major < kPer; ++major) {  // unrolled: registers have no run-time index
     for (int32_t minor = 0; minor < kSweepSide; ++minor) {
       const int32_t pivot = major * kSweepSide + minor;
-      if (pivot >= n) return 0;
+      if (pivot >= n) break;
       float* const row = rows + pivot % 2 * (kPer * kSweepSide);
       if (y == minor) {
         KFAC_UNROLL
@@ -47,6 +53,8 @@ KFAC_DEVICE int32_t sweep(Block& block, float* rows, int32_t n, SweepTile<kPer>&
       block.sync();
       const float p = row[pivot];
       if (!(p > 0.0f && p - p == 0.0f)) return pivot + 1;  // the same for all threads
+      largest = pivot && p < largest ? largest : p;
+      smallest = pivot && p > smallest ? smallest : p;
       const float scale = 1.0f / sqrtf(p);
       float left[kPer], right[kPer];
       KFAC_UNROLL
@@ -67,6 +75,7 @@ KFAC_DEVICE int32_t sweep(Block& block, float* rows, int32_t n, SweepTile<kPer>&
           const int32_t column = x + j * kSweepSide;
           const float entry = column < pivot ? -right[j] : column == pivot ? scale : 0.0f;
           factor.rows[pivot * kInverseEdge + column] = factor.columns[column * kInverseEdge + pivot] = entry;
+          factor.lower[pivot * kInverseEdge + column] = column > pivot ? right[j] : column == pivot ? p * scale : 0.0f;
         }
       }
       if (x == minor) {
@@ -76,6 +85,7 @@ KFAC_DEVICE int32_t sweep(Block& block, float* rows, int32_t n, SweepTile<kPer>&
       if (y == minor && x == minor) tile.a[major][major] = -1.0f / p;
     }
   }
+  if (factor.refines && block.thread() == 0) *factor.refines = largest > kMostSpread * smallest;
   return 0;
 }
 

@@ -13,8 +13,7 @@ constexpr int kMirrorSharedBytes = 4 * kMirrorEdge * kMirrorPitch;
 static_assert(kMirrorSharedBytes >= kSweepSharedBytes, "the pivot step uses either");
 static_assert(kInverseThreads == kBlockThreads, "both kinds of tile are a block's");
 
-// Where a job's panels lie: L^-1, and X [k][row] and Y [j][row], transposed so that rows of the matrix run along
-// memory.
+// Where a job's panels lie: X [k][row] and Y [j][row], transposed so that rows of the matrix run along memory; L^-1 and L.
 struct InversePanels {
   FactorInverse factor;
   float *X, *Y;
@@ -23,9 +22,12 @@ struct InversePanels {
 
 KFAC_DEVICE InversePanels inverse_panels(const InverseJob& job, float* workspace) {
   constexpr int kSquare = kInverseEdge * kInverseEdge;
-  float* const rows = workspace + job.panels;
-  float* const X = rows + 2 * kSquare;
-  return {{rows, rows + kSquare}, X, X + int64_t(kSquare) * job.tiles, job.tiles * kInverseEdge};
+  float* const X = workspace + job.panels;
+  float* const rows = X + int64_t(kSquare) * (2 * job.tiles);
+  return {{rows, rows + kSquare, rows + 2 * kSquare, rows + 3 * kSquare},
+          X,
+          X + int64_t(kSquare) * job.tiles,
+          job.tiles * kInverseEdge};
 }
 
 // body(job, tile of the job) for every tile of the list that falls to this block.
@@ -34,7 +36,8 @@ KFAC_DEVICE void for_each_tile(Block& block, const JobList<InverseJob>& list, co
   int32_t number = 0;
   for (int32_t tile = block.index(); tile < list.tiles; tile += block.count()) {
     number = job_of_tile(list.first, number, tile);
-    body(list.jobs[number], tile - list.first[number]);
+    const InverseJob job = list.jobs[number];  // a copy: kept while entries are stored
+    body(job, tile - list.first[number]);
   }
 }
 
@@ -48,12 +51,21 @@ KFAC_DEVICE void inverse_begin(Block& block, const JobList<InverseJob>& list, co
     const float* const matrix = pointers.matrix[job.place];
     float* const out = pointers.inverse[job.place];
     const Damping damping = damping_of(job, pointers, arguments);
+    const int32_t first = at.j * kInverseEdge + block.thread() % 32;
     for (int32_t line = block.thread() / 32; line < kInverseEdge; line += kInverseThreads / 32) {
-      const int32_t row = at.i * kInverseEdge + line, end = smaller(row, at.j * kInverseEdge + kInverseEdge - 1);
+      const int32_t row = at.i * kInverseEdge + line;
       if (row >= job.n) break;
-      for (int32_t column = at.j * kInverseEdge + block.thread() % 32; column <= end; column += 32) {
-        const float value = matrix[row * job.stride + column];
-        out[int64_t(row) * job.n + column] = row == column ? value + damping_at(damping, row) : value;
+      float values[kInverseEdge / 32] = {};
+      KFAC_UNROLL
+      for (int k = 0; k < kInverseEdge / 32; ++k) {
+        const int32_t column = first + 32 * k;
+        if (column <= row) values[k] = matrix[row * job.stride + column];
+      }
+      KFAC_UNROLL
+      for (int k = 0; k < kInverseEdge / 32; ++k) {
+        const int32_t column = first + 32 * k;
+        if (column > row) continue;
+        out[int64_t(row) * job.n + column] = row == column ? values[k] + damping_at(damping, row) : values[k];
       }
     }
     if (tile == 0 && block.thread() == 0) arguments.info[job.place] = 0;
@@ -75,6 +87,7 @@ KFAC_DEVICE void sweep_pivot(Block& block, const InverseJob& job, int32_t level,
   for (int32_t at = block.thread(); at < (kInverseEdge - size) * kInverseEdge; at += kInverseThreads) {
     const int32_t row = size + at / kInverseEdge, column = at % kInverseEdge;
     factor.rows[row * kInverseEdge + column] = factor.columns[column * kInverseEdge + row] = 0.0f;
+    factor.lower[row * kInverseEdge + column] = 0.0f;
   }
   block.sync();  // the rows may still be read
   const int32_t failed = sweep(block, block.shared(), size, tile, factor);
@@ -194,7 +207,30 @@ KFAC_DEVICE void multiply_tile(Block& block, const float* left, int32_t left_pit
   block.sync();
 }
 
-// Y_i <- X_i L^-T, A_iK <- Y_i L^-1. A tile number leaves out the pivot's.
+// panel <- keep panel + add product: a tile of X or Y [k][row] and the one in shared memory.
+template <class Block>
+KFAC_DEVICE void blend_panel(Block& block, float* panel, int32_t pitch, float keep, float add) {
+  constexpr int kLines = kInverseThreads / kInverseEdge;
+  constexpr int kAtOnce = 16;  // entries that a thread waits for together
+  const int32_t line = block.thread() / kInverseEdge, own = block.thread() % kInverseEdge;
+  const float* const product = block.shared() + own;
+  KFAC_UNROLL_BY(1)
+  for (int32_t first = line; first < kInverseEdge; first += kLines * kAtOnce) {
+    float old[kAtOnce] = {};
+    KFAC_UNROLL
+    for (int k = 0; k < kAtOnce; ++k) {
+      if (keep != 0.0f) old[k] = panel[int64_t(first + k * kLines) * pitch + own];
+    }
+    KFAC_UNROLL
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int32_t i = first + k * kLines;
+      panel[int64_t(i) * pitch + own] = old[k] + add * product[i * InverseShape128::kPitch];
+    }
+  }
+}
+
+// Y_i <- X_i L^-T, A_iK <- Y_i L^-1. A tile number leaves out the pivot's. Where the pivot is ill-conditioned Y_i is
+// refined once: X_i <- X_i - Y_i L^T, Y_i <- Y_i + X_i L^-T.
 template <class Block>
 KFAC_DEVICE void inverse_panel(Block& block, const JobList<InverseJob>& list, int32_t level,
                                const InversePointers& pointers, const InverseArguments& arguments, float* workspace) {
@@ -205,9 +241,12 @@ KFAC_DEVICE void inverse_panel(Block& block, const JobList<InverseJob>& list, in
     float* const out = pointers.inverse[job.place];
     const float* const result = block.shared();  // [k][row]
     multiply_tile(block, panels.factor.columns, kInverseEdge, panels.X + base, panels.pitch);
-    for (int32_t at = block.thread(); at < kInverseEdge * kInverseEdge; at += kInverseThreads) {
-      const int32_t k = at / kInverseEdge, row = at % kInverseEdge;
-      panels.Y[int64_t(k) * panels.pitch + base + row] = result[k * InverseShape128::kPitch + row];
+    blend_panel(block, panels.Y + base, panels.pitch, 0.0f, 1.0f);
+    if (*panels.factor.refines != 0.0f) {
+      multiply_tile(block, panels.factor.lower, kInverseEdge, panels.Y + base, panels.pitch);
+      blend_panel(block, panels.X + base, panels.pitch, 1.0f, -1.0f);
+      multiply_tile(block, panels.factor.columns, kInverseEdge, panels.X + base, panels.pitch);
+      blend_panel(block, panels.Y + base, panels.pitch, 1.0f, 1.0f);
     }
     multiply_tile(block, panels.factor.rows, kInverseEdge, panels.Y + base, panels.pitch);
     for (int32_t at = block.thread(); at < kInverseEdge * kInverseEdge; at += kInverseThreads) {
@@ -222,6 +261,30 @@ KFAC_DEVICE void inverse_panel(Block& block, const JobList<InverseJob>& list, in
   });
 }
 
+// Subtracts the tile in shared memory from rows and columns of a matrix [n, n], at and below the diagonal.
+template <class Block>
+KFAC_DEVICE void subtract_product(Block& block, int32_t n, int32_t rows, int32_t columns, float* out) {
+  constexpr int kLines = kInverseThreads / kInverseEdge;  // that the block's threads cover
+  constexpr int kAtOnce = 16;                             // entries that a thread waits for together
+  const int32_t line = block.thread() / kInverseEdge, own = block.thread() % kInverseEdge, column = columns + own;
+  const float* const product = block.shared() + own;
+  float* const entries = out + column;
+  KFAC_UNROLL_BY(1)
+  for (int32_t first = line; first < kInverseEdge; first += kLines * kAtOnce) {
+    float old[kAtOnce] = {};
+    KFAC_UNROLL
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int32_t row = rows + first + k * kLines;
+      if (row < n && column <= row) old[k] = entries[int64_t(row) * n];
+    }
+    KFAC_UNROLL
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int32_t i = first + k * kLines, row = rows + i;
+      if (row < n && column <= row) entries[int64_t(row) * n] = old[k] - product[i * InverseShape128::kPitch];
+    }
+  }
+}
+
 // A_ij <- A_ij - Y_i Y_j^T
 template <class Block>
 KFAC_DEVICE void inverse_update(Block& block, const JobList<InverseJob>& list, int32_t level,
@@ -233,13 +296,7 @@ KFAC_DEVICE void inverse_update(Block& block, const JobList<InverseJob>& list, i
     const int32_t columns = (pair.j + (pair.j >= level)) * kInverseEdge;
     const InversePanels panels = inverse_panels(job, workspace);
     multiply_tile(block, panels.Y + rows, panels.pitch, panels.Y + columns, panels.pitch);
-    float* const out = pointers.inverse[job.place];
-    for (int32_t at = block.thread(); at < kInverseEdge * kInverseEdge; at += kInverseThreads) {
-      const int32_t row = rows + at / kInverseEdge, column = columns + at % kInverseEdge;
-      if (row >= job.n || column > row) continue;
-      out[int64_t(row) * job.n + column] -=
-          block.shared()[at / kInverseEdge * InverseShape128::kPitch + at % kInverseEdge];
-    }
+    subtract_product(block, job.n, rows, columns, pointers.inverse[job.place]);
   });
 }
 
@@ -251,12 +308,20 @@ KFAC_DEVICE void mirror_square(Block& block, int32_t n, int32_t row0, int32_t co
   float* const square = block.shared();
   const int32_t lane = block.thread() % 32;
   block.sync();
-  for (int32_t line = block.thread() / 32; line < kMirrorEdge; line += kInverseThreads / 32) {
-    const int32_t row = row0 + line, column = column0 + lane;
-    if (row >= n || column > row) continue;
-    float& entry = out[int64_t(row) * n + column];
-    const float value = failed ? bits_float(0x7fc00000u) : -entry;
-    entry = square[line * kMirrorPitch + lane] = value;
+  constexpr int kLines = kInverseThreads / 32, kAtOnce = kMirrorEdge / kLines;
+  const int32_t warp = block.thread() / 32, own_column = column0 + lane;
+  float values[kAtOnce] = {};
+  KFAC_UNROLL
+  for (int k = 0; k < kAtOnce; ++k) {
+    const int32_t row = row0 + warp + k * kLines;
+    if (row < n && own_column <= row) values[k] = out[int64_t(row) * n + own_column];
+  }
+  KFAC_UNROLL
+  for (int k = 0; k < kAtOnce; ++k) {
+    const int32_t line = warp + k * kLines, row = row0 + line;
+    if (row >= n || own_column > row) continue;
+    const float value = failed ? bits_float(0x7fc00000u) : -values[k];
+    out[int64_t(row) * n + own_column] = square[line * kMirrorPitch + lane] = value;
   }
   block.sync();
   for (int32_t line = block.thread() / 32; line < kMirrorEdge; line += kInverseThreads / 32) {

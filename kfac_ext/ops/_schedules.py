@@ -10,6 +10,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from kfac_ext.ops._launch import stream_of
+
 Value = TypeVar("Value")
 
 _MOST_BYTES = 64 << 20  # a call's shapes take kilobytes each, so no call alone fills it
@@ -19,8 +21,8 @@ _OWN_BYTES = 1 << 10  # of a schedule on the host, about
 class _Entry(NamedTuple, Generic[Value]):
     value: Value
     tensors: Sequence[Tensor]
-    streams: set[Any]
-    """that have been told of the tensors"""
+    streams: set[int]
+    """on which the tensors were allocated or may be read"""
     size: int
 
 
@@ -62,8 +64,9 @@ class Schedules(Generic[Value]):
                 if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                     self._captured[place] = self._entries.pop(place)
                     self._size -= entry.size
-            if device.type == "cuda":
-                _tell(entry, torch.cuda.current_stream(device))
+            stream = stream_of(device)
+            if stream not in entry.streams:
+                _tell(entry, device, stream)
             return entry.value
 
     def cache_clear(self) -> None:
@@ -75,7 +78,7 @@ class Schedules(Generic[Value]):
     def _add(self, place: tuple[torch.device, Any]) -> _Entry[Value]:
         value = self._make(*place)
         tensors = self._tensors(value)
-        entry = _Entry(value, tensors, set(), _OWN_BYTES + sum(tensor.nbytes for tensor in tensors))
+        entry = _Entry(value, tensors, {stream_of(place[0])}, _OWN_BYTES + sum(tensor.nbytes for tensor in tensors))
         self._entries[place] = entry
         self._size += entry.size
         while self._size > self._most_bytes and len(self._entries) > 1:
@@ -84,9 +87,8 @@ class Schedules(Generic[Value]):
         return entry
 
 
-def _tell(entry: _Entry[Any], stream: Any) -> None:
+def _tell(entry: _Entry[Any], device: torch.device, stream: int) -> None:
     """Let PyTorch's allocator wait for this stream, too, before it gives the memory to others."""
-    if stream not in entry.streams:
-        entry.streams.add(stream)
-        for tensor in entry.tensors:
-            tensor.record_stream(stream)
+    entry.streams.add(stream)
+    for tensor in entry.tensors:
+        tensor.record_stream(torch.cuda.current_stream(device))

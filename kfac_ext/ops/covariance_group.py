@@ -156,15 +156,18 @@ def _entries(
 
 def _group(outs: list[Tensor], xs: list[Tensor], calls: list[int], decays: list[float], scales: list[float]) -> None:
     waiting: list[Problem] = []
+    written: set[int] = set()
 
     def flush() -> None:
         if waiting:
             run_cuda(waiting)
             waiting.clear()
+            written.clear()
 
     for entry in _entries(outs, xs, calls, decays, scales):
         # a launch writes its outs in no order: what goes into the same one again waits for the next
-        if any(entry.out.data_ptr() == other.out.data_ptr() for other in waiting):
+        place = entry.out.data_ptr()
+        if place in written:
             flush()
         if not _joins_group(entry.x):
             entry.run_alone()
@@ -176,6 +179,7 @@ def _group(outs: list[Tensor], xs: list[Tensor], calls: list[int], decays: list[
         if waiting and waiting[0].image.device != problem.image.device:
             flush()
         waiting.append(problem)
+        written.add(place)
     flush()
 
 

@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from bench.gpu import __main__ as script
-from bench.gpu import bench, check, compiled, counts, suite, training
+from bench.gpu import bench, check, suite, training
 from bench.gpu import run as runs
 from bench.gpu.floor import Floor, shares
 from bench.gpu.names import FAMILIES, KINDS, NETWORKS, TRAINED
 from bench.gpu.networks import work_sets
 from bench.gpu.run import Run, Step
 from bench.gpu.table import GOALS, results_table
-from kfac_ext import _C
 from tests.found_couplings import couplings_are_kept
 
 CPU = torch.device("cpu")
@@ -127,7 +126,8 @@ def test_every_test_that_is_run_is_there():
     with_devices = {
         f"tests/ops/{path.name}" for path in (runs.ROOT / "tests/ops").glob("test_*.py") if "device" in path.read_text()
     }
-    assert with_devices - set(check.TESTS) == {"tests/ops/test_cuda_trust.py", "tests/ops/test_schedules.py"}
+    others = {f"tests/ops/test_{name}.py" for name in ("cuda_trust", "factors", "schedules")}  # none is there
+    assert with_devices - set(check.TESTS) == others
 
 
 def test_every_program_that_is_sanitized_is_built():
@@ -213,35 +213,3 @@ def test_goals_name_what_is_measured():
     work = {name: family(work_sets(True)["MLP b256"], CPU) for name, family in suite.families().items()}
     for family, (baseline, networks) in GOALS.items():
         assert baseline in work[family].variants() and set(networks) < set(NETWORKS)
-
-
-REPORT = """
-ptxas info    : Compiling entry function '_ZN4kfac23covariance_tiles_kernelILNS_7MmaModeE2EEEvPf' for 'sm_90'
-ptxas info    : Function properties for _ZN4kfac23covariance_tiles_kernelILNS_7MmaModeE2EEEvPf
-    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
-ptxas info    : Used 208 registers, used 1 barriers, 384 bytes cmem[0]
-"""
-
-
-def test_a_report_of_ptxas_is_read():
-    (kernel,) = compiled.kernels(REPORT)
-    assert kernel == ("covariance_tiles_kernel<2>", "sm_90", 208, 8, 12)
-    assert compiled.resident_blocks(kernel, 256, 73728) == 1
-
-
-@pytest.mark.skipif(not _C.cuda_architectures(), reason="no CUDA kernels in this build")
-def test_every_compiled_kernel_is_reported_and_spills_little():
-    kernels = [line.split("|") for line in compiled.table().splitlines() if "_kernel" in line]
-    assert {row[1].strip(" `") for row in kernels} == {name for name, *_ in _C.cuda_kernels()}
-    assert all(int(row[4].split(",")[0]) <= 64 for row in kernels)
-
-
-def test_counts_of_schedules():
-    inverse = _C.InverseGroup([(256, 256), (128, 128), (20, 20)]).counts()
-    assert inverse == {"products": 6 * 128.0**3, "launches": 9, "pivots": 384}  # a level: panel, panel, update
-    assert _C.SaliencyGroup([(64, 130, 1, 130, 130, 64)]).counts() == {"products": 3 * 64.0**3, "tiles": 3}
-    power = _C.PowerGroup([(300, 300), (40, 40)], 4, 64 << 10).counts()
-    assert power["entries"] == 300**2 + 40**2 and power["kept"] < power["entries"] and power["most"] >= 300 * 75
-    for table in (counts.covariance_table(), counts.algebra_table()):
-        widths = {line.count("|") for line in table.splitlines()}
-        assert len(widths) == 1 and all(f"| {name} |" in table for name in work_sets(False))

@@ -115,6 +115,27 @@ def test_error_is_that_of_float32(launches, damping):
     assert relative_error(kfac_ext.damped_inverse([matrix], damping)[0], wanted) < 3 * relative_error(plain, wanted)
 
 
+def ill_conditioned(kind, n):
+    """A covariance of fewer rows than columns, or of neighbours that are nearly the same."""
+    generator = torch.Generator().manual_seed(0)
+    if kind == "smooth":
+        place = torch.arange(n, dtype=torch.float64)
+        return torch.exp(-(((place[:, None] - place) / 6) ** 2)).float()
+    rows = torch.randn(kind, n, dtype=torch.float64, generator=generator) + 0.3
+    return (rows.mT @ rows / kind).float()
+
+
+@pytest.mark.parametrize("kind, relative", [(20, 3e-7), (100, 3e-7), (100, 1e-7), ("smooth", 3e-7)])
+def test_error_is_that_of_float32_with_little_damping(launches, kind, relative):
+    """Damping is relative to the largest eigenvalue; pivots of one tile differ by up to 10^6."""
+    matrix = ill_conditioned(kind, 400)
+    damping = relative * float(torch.linalg.eigvalsh(matrix.double())[-1])
+    wanted = torch.linalg.inv(matrix.double() + damping * torch.eye(400, dtype=torch.float64))
+    plain = torch.cholesky_inverse(torch.linalg.cholesky(matrix + damping * torch.eye(400)))
+    (found,), info = kernels.run_cuda([matrix], torch.tensor([damping], dtype=torch.float64), [])
+    assert info.item() == 0 and relative_error(found, wanted) < 3 * relative_error(plain, wanted)
+
+
 def test_more_matrices_than_parameters(launches):
     found = kfac_ext.damped_inverse([torch.eye(2) * (i + 1) for i in range(400)], 1.0)
     assert launches == [160, 160, 80]

@@ -273,9 +273,11 @@ enum class ExpandKind : int { kMatrix = 0, kDepthwise = 1, kBias = 2 };
 struct ExpandJob {
   int32_t layer;
   ExpandKind kind;
-  int32_t d, taps, groups, channels;  // d includes the bias, channels are a group's
-  int32_t edge_bits, side;            // tiles are 2^edge_bits wide, `side` of them along an edge of the [C, C] product
-  int32_t tap_block;                  // columns (c', q) are written for this many q at a time
+  int32_t d, groups, channels;    // d includes the bias, channels are a group's
+  int32_t edge_bits, side;        // tiles are 2^edge_bits wide, `side` of them along an edge of the [C, C] product
+  int32_t tap_block;              // columns (c', q) are written for this many q at a time
+  Divider taps, tap_pairs, rows;  // kernel positions, their pairs, d
+  Divider blocks, tap_blocks, full_block, last_block;  // of kExpandEdge channels; of q, and how many q each has
   int32_t lane_group_pitch;  // column of (group, channel) in the lanes' slots: group lane_group_pitch + channel
   int32_t terms;             // start in the pool of terms: [taps^2 + 1] offsets, then 2 region + transposed
   int32_t regions;           // start in the list of region slots
@@ -289,6 +291,8 @@ struct RegionSlots {
 };
 
 constexpr int kExpandEdge = 32, kMaxTapBlock = 9;
+constexpr int kExpandVectors = kExpandEdge / 4;  // threads that read a line of a block, 16 bytes each
+static_assert(kExpandEdge * kExpandVectors == kBlockThreads, "each thread reads once");
 KFAC_HD constexpr int expand_pitch(int tap_block) {
   return kExpandEdge * tap_block + 1;
 }
@@ -300,15 +304,18 @@ struct ExpandWork {
 };
 
 KFAC_HD ExpandWork expand_work(const ExpandJob& job, int32_t tile) {
-  const int32_t blocks = int32_t(divide_up(job.channels, kExpandEdge));
-  const int32_t tap_blocks = int32_t(divide_up(job.taps, job.tap_block));
+  const auto take = [&](const Divider& divider) {  // the fastest running of the numbers that are left
+    const int32_t rest = divider.quotient(tile), number = tile - rest * int32_t(divider.divisor);
+    tile = rest;
+    return number;
+  };
   ExpandWork work;
-  work.j = tile % blocks;
-  work.i = (tile /= blocks) % blocks;
-  work.p = (tile /= blocks) % job.taps;
-  work.q_first = (tile /= job.taps) % tap_blocks * job.tap_block;
-  work.group = tile / tap_blocks;
-  work.q_count = smaller(job.tap_block, job.taps - work.q_first);
+  work.j = take(job.blocks);
+  work.i = take(job.blocks);
+  work.p = take(job.taps);
+  work.q_first = take(job.tap_blocks) * job.tap_block;
+  work.group = tile;
+  work.q_count = smaller(job.tap_block, int32_t(job.taps.divisor) - work.q_first);
   return work;
 }
 

@@ -80,6 +80,19 @@ KFAC_HD float load_element(const void* data, DType dtype, int64_t at) {
   return dtype == DType::kBFloat16 ? bfloat16_to_float(bits) : half_to_float(bits);
 }
 
+// 16 bytes at once, from a multiple of 16.
+struct alignas(16) Float4 {
+  float value[4];
+};
+
+KFAC_HD Float4 load4(const float* from) {
+  return *reinterpret_cast<const Float4*>(from);
+}
+
+KFAC_HD void store4(float* to, const Float4& values) {
+  *reinterpret_cast<Float4*>(to) = values;
+}
+
 // ---- jobs in one launch --------------------------------------------------------------------------------------------
 
 // A list of jobs, each cut into tiles. Tiles are numbered through: job j has tiles first[j] to first[j + 1] - 1.

@@ -8,13 +8,14 @@
 //   begin    inverse <- M + D, the lower triangle
 //   for each level K
 //     pivot    A_KK = L L^T: L^-1, A_KK <- -(A_KK)^-1; X_i <- A_iK for all other i
-//     panel    Y_i <- X_i L^-T, A_iK <- Y_i L^-1
+//     panel    Y_i <- X_i L^-T, refined where pivots differ much; A_iK <- Y_i L^-1
 //     update   A_ij <- A_ij - Y_i Y_j^T for all other i >= j
 //   finish   inverse <- -A, both triangles, or NaN where a pivot failed
 //
 // The sweep of a pivot p (Goodnight 1979): a_ij <- a_ij - a_ik a_kj / p, a_ik <- a_ik / p, a_kk <- -1 / p. After all of
 // them A is -(M + D)^-1, and the pivots were the squared diagonal of the Cholesky factor. By tiles, the update through
 // Y loses as many digits as the square root of the pivot's condition has; through (A_KK)^-1 it would be the condition.
+// One step of refinement, Y_i <- Y_i + (X_i - Y_i L^T) L^-T, wins these back where there are many.
 #pragma once
 
 #include <array>
@@ -47,8 +48,13 @@ struct InverseJob {
   int64_t stride;  // between rows of the matrix
   int32_t n, place;
   int32_t tiles;   // along an edge
-  int64_t panels;  // offset in the workspace, in floats: L^-1 twice, X and Y
+  int64_t panels;  // offset in the workspace, in floats: X and Y, L^-1 twice, L, and whether Y is refined
 };
+
+// Floats of the workspace of a large matrix, a multiple of 64.
+KFAC_HD int64_t inverse_panel_floats(int32_t tiles) {
+  return int64_t(kInverseEdge) * kInverseEdge * (3 + 2 * tiles) + 64;
+}
 
 struct InverseSchedule {
   const InverseJob* small;
