@@ -26,7 +26,9 @@ def test_a_goal_is_decided_by_its_worst_case(unfold, expected):
 
 
 def test_the_better_plain_way_counts():
-    verdict = state("covariance of a 3x3 layer of 16", case("covariance of one layer", "3x3 16", 1.0, unfold=9.0, strided=2.0))
+    verdict = state(
+        "covariance of a 3x3 layer of 16", case("covariance of one layer", "3x3 16", 1.0, unfold=9.0, strided=2.0)
+    )
     assert verdict.state == MISSED
 
 
