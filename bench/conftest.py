@@ -109,10 +109,13 @@ class Measure:
         name: str,
         along: str,
         points: Mapping[int, Mapping[str, Variant]],
+        *,
+        before: Mapping[int, Mapping[str, Callable[[], Any]]] | None = None,
         **facts: Any,
     ) -> dict[str, Any]:
         """Measure the same variants at several sizes; slopes of a straight line in log-log."""
-        runs = {x: Alternation(variants) for x, variants in points.items()}
+        befores = before or {}
+        runs = {x: Alternation(variants, before=befores.get(x)) for x, variants in points.items()}
         budget, least = (_QUICK_BUDGET, _QUICK_ROUNDS) if self.quick else (_BUDGET, _ROUNDS)
         rounds = min(alternation.calibrate(budget / len(runs), least) for alternation in runs.values())
 

@@ -62,10 +62,11 @@ def _networks(
     return values
 
 
-def _each_layer(prefix: str) -> Callable[[list[Case]], Iterator[tuple[str, float]]]:
+def _each_layer(*prefixes: str) -> Callable[[list[Case]], Iterator[tuple[str, float]]]:
     def values(cases: list[Case]) -> Iterator[tuple[str, float]]:
-        for case in _of(cases, "covariance of one layer", prefix):
-            yield case["name"], _speedup(case, "unfold", "strided")
+        for case in _of(cases, "covariance of one layer"):
+            if case["name"].startswith(prefixes):
+                yield case["name"], _speedup(case, "unfold", "strided")
 
     return values
 
@@ -96,6 +97,9 @@ GOALS = [
         _networks("covariance", "A, ", "unfold", "VGG", "ResNet20", "ResNet32"),
     ),
     Goal("covariance of a 3x3 layer of 16 to 512 channels, against the better plain way", 3, True, _each_layer("3x3")),
+    Goal("covariance of a 3x3 layer of stride 2 and 64 or 128 channels, against the better plain way", 2.2, True,
+         _each_layer("strided 3x3 /2, 64", "strided 3x3 /2, 128")),
+    Goal("covariance of a 5x5 layer of stride 2, against the better plain way", 3, True, _each_layer("strided 5x5")),
     Goal("covariance of any layer, against the better plain way", 1, True, _each_layer("")),
     Goal("power iteration over ResNet32's 64 matrices, against the loop", 6, True,
          _networks("power iteration", "", "loop", "ResNet32")),

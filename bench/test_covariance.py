@@ -1,6 +1,7 @@
 """A of every layer of a network, A of single layers, G of every layer of a network."""
 
 import pytest
+import torch
 
 import kfac_ext
 from bench import baselines, peers, worksets
@@ -79,6 +80,38 @@ def test_input_of_a_layer(measure, quick, name):
     variants["native, new tensor"] = lambda: native([layer], [x])
     flops = 2 * layer.batch * layer.output_size**2 * layer.patch**2 * layer.groups
     measure("covariance of one layer", name, variants, skipped=skipped, shape=layer.describe(), plain_flops=flops)
+
+
+FORMS = {
+    "bf16": lambda x: x.bfloat16(),
+    "fp16": lambda x: x.half(),
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "bf16 channels last": lambda x: x.bfloat16().contiguous(memory_format=torch.channels_last),
+}
+FORMED = [
+    "3x3 64 channels @16",
+    "strided 3x3 /2, 64 channels @28",
+    "1x1, 256 channels @14",
+    "linear 768, 8 x 197 tokens",
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", FORMED)
+def test_input_of_another_form(measure, quick, name, form):
+    """Read as it is: as fast as a contiguous float32 input, and than a copy of that kind made first."""
+    layer = LAYERS[name]
+    if quick or (not layer.is_convolution and "last" in form):
+        pytest.skip("full runs only" if quick else "of images only")
+    plain = worksets.activation(layer)
+    x = FORMS[form](plain)
+    values = {
+        "native": lambda: native([layer], [x]),
+        "native of a copy": lambda: native([layer], [x.float().contiguous()]),
+        "unfold": lambda: [baselines.by_unfold(x.float(), layer)],
+    }
+    variants = agreeing(values, "unfold", {}) | {"native, float32": lambda: native([layer], [plain])}
+    measure("covariance of one layer", f"{form}: {name}", variants, shape=layer.describe())
 
 
 @pytest.mark.parametrize("name", NETWORK_LAYERS)

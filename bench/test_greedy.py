@@ -1,19 +1,10 @@
-"""Greedy selection: how its time grows, and the first removal event of the default score against a training step."""
+"""Greedy selection: how its time grows with the width, the removals and the layers."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-import flatprune
 import kfac_ext
-from bench import worksets
-from flatprune import models
-from flatprune.pruning.schedule import CubicSchedule
 from kfac_ext import reference
-
-BATCH, IMAGE = 128, (3, 32, 32)
-EVENTS = ("resnet18", "resnet56", "vgg16")
-QUICK = ("resnet56",)
 
 
 def operands(neurons, block=9, layers=1):
@@ -55,34 +46,3 @@ def test_consumers(measure, quick):
     counts = (1, 4) if quick else (1, 2, 4, 8, 16)
     points = {n: chosen(32, *operands(64, layers=n)) for n in counts}
     measure.growth("half of 64 channels, read by 3x3 layers", "layers", points)
-
-
-@pytest.mark.parametrize("name", EVENTS)
-def test_first_event(measure, quick, name):
-    """To half of the parameters, beside a bare training step in the same process."""
-    if quick and name not in QUICK:
-        pytest.skip("full runs only")
-    torch.manual_seed(0)
-    x, y = worksets.batch_of(BATCH, IMAGE)
-    trainings = {}
-
-    def fresh():
-        model = models.build(name, IMAGE, 10)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-        curvature = flatprune.Curvature(model)
-        for _ in range(2):
-            step(model, optimizer)
-        options = {"target": flatprune.Target(params=0.5), "total_steps": 1}
-        schedule = CubicSchedule(1, start=0.0, end=1.0, every=1)
-        trainings["native"] = flatprune.Pruner(model, optimizer, curvature, x[:2], schedule=schedule, **options)
-
-    def step(model, optimizer):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-
-    bare = models.build(name, IMAGE, 10)
-    descent = torch.optim.SGD(bare.parameters(), lr=0.01, momentum=0.9)
-    variants = {"native": lambda: trainings["native"].step(), "bare step": lambda: step(bare, descent)}
-    measure("removal", f"first event to half of {name}", variants, before={"native": fresh}, max_rounds=3)
-    assert trainings["native"].history[0].removed

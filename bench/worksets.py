@@ -155,6 +155,10 @@ def distinct(layers: Sequence[LayerShape]) -> list[LayerShape]:
     return list(found.values())
 
 
+# samples, positions and features of linear layers in transformers: ViT-tiny on CIFAR and ImageNet, ViT-base, BERT-base
+TOKENS = [(32, 65, 192), (8, 197, 192), (8, 197, 768), (32, 128, 768), (8, 128, 3072)]
+
+
 def single_layers(quick: bool = False) -> dict[str, LayerShape]:
     """Layers measured one by one; those named '3x3 ...' are the ones with a goal of their own."""
     batch = 32
@@ -172,7 +176,10 @@ def single_layers(quick: bool = False) -> dict[str, LayerShape]:
     if not quick:
         others |= {
             "first layer 7x7 /2, 3 channels @224": conv("", 2, 3, 64, 224, 7, 2),
+            "strided 3x3 /2, 64 channels @28": conv("", 8, 64, 128, 28, 3, 2),
+            "strided 3x3 /2, 64 channels @57": conv("", 4, 64, 128, 57, 3, 2),
             "strided 3x3 /2, 128 channels @28": conv("", 8, 128, 128, 28, 3, 2),
+            "strided 5x5 /2, 64 channels @28": conv("", 8, 64, 128, 28, 5, 2),
             "strided 1x1 /2, 256 channels @28": conv("", 8, 256, 512, 28, 1, 2),
             "1x1, 256 channels @14": conv("", 8, 256, 1024, 14, 1),
             "1x1, 512 channels @7": conv("", 8, 512, 2048, 7, 1),
@@ -180,6 +187,7 @@ def single_layers(quick: bool = False) -> dict[str, LayerShape]:
             "grouped 3x3, 64 channels in 4 groups @16": conv("", batch, 64, 64, 16, 3, 1, 4),
             "5x5, 6 channels @14": conv("", batch, 6, 16, 14, 5),
             "linear 2048": LayerShape("", 64, 2048, 1000),
+            **{f"linear {d}, {n} x {t} tokens": LayerShape("", n * t, d, d) for n, t, d in TOKENS},
             "linear 64": LayerShape("", 32, 64, 10),
         }
     return layers | others

@@ -286,6 +286,12 @@ def _checked_size(key: str, size: Size) -> Size:
     return size
 
 
+def entries(size: Size) -> int:
+    """How many numbers a factor of this size holds."""
+    groups, n = _groups_and_n(size)
+    return groups * n * n
+
+
 def _groups_and_n(size: Size) -> tuple[int, int]:
     return size if isinstance(size, tuple) else (1, size)
 

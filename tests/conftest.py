@@ -5,7 +5,9 @@ import os
 import pytest
 
 # Each process of a parallel run has a core; read when torch is imported, and by the programs that tests start.
+# Threads of one process that wait busily take the core of another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 

@@ -105,6 +105,15 @@ def test_names_of_tests_are_short():
     assert named and not [f"{path}: {name}" for path, name in named if len(name) >= 60]
 
 
+def test_tests_mirror_packages():
+    mirrored = [ROOT / "kfac_ext", ROOT / "python/flatprune", ROOT]
+    for folder in (path for path in ROOT.glob("tests/*") if any(path.glob("test_*.py")) and path.name != "native"):
+        assert any((of / folder.name).is_dir() or (of / f"{folder.name}.py").is_file() for of in mirrored), folder
+    for path in ROOT.glob("tests/test_*.py"):
+        name = path.stem.removeprefix("test_")
+        assert name == "packaging" or any((of / f"{name}.py").is_file() for of in mirrored), path
+
+
 def test_building_needs_no_torch():
     requires = re.search(r"\[build-system\]\nrequires = \[(.*)\]", (ROOT / "pyproject.toml").read_text())
     assert requires and "torch" not in requires[1]

@@ -21,7 +21,7 @@ TESTS = (
     *(f"tests/ops/test_{name}.py" for name in ("factors_cuda", "covariance_cuda", "refusals_cuda")),
     *(f"tests/ops/test_{name}.py" for name in ("covariance", "inverse", "power", "saliency", "greedy")),
     *(f"tests/ops/test_{name}.py" for name in ("covariance_group", "autocast")),
-    "tests/cli/test_training_cuda.py",
+    "tests/training/test_training_cuda.py",
 )
 # initcheck would report copies of padding back to the host
 SANITIZERS = {"memcheck": 45.0, "synccheck": 25.0, "racecheck": 40.0, "initcheck": 25.0}  # seconds

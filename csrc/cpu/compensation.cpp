@@ -82,8 +82,7 @@ class Compensation {
     }
     for (int64_t i = 0; i < output_panels_; ++i) {
       T tile[kTile] = {};
-      panel_kernels<T>().gram({1, 0, 1, 0, pruned_panels_ * kPanel}, U_.data() + i * panel_size(), H.data(), kPanel,
-                              tile);
+      panel_kernels<T>().gram({1, 0, pruned_panels_ * kPanel}, U_.data() + i * panel_size(), H.data(), kPanel, tile);
       for (int64_t r = 0; r < std::min<int64_t>(kPanel, p_.outputs - i * kPanel); ++r) {
         T* row = static_cast<T*>(p_.out) + (i * kPanel + r) * p_.remaining + k * kPanel;
         for (int64_t c = 0; c < columns; ++c) row[c] = weight(i * kPanel + r, kept[c]) + tile[r * kPanel + c];

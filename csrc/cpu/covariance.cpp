@@ -3,8 +3,10 @@
 #include <cstring>
 #include <utility>
 
+#include "buffer.h"
 #include "kfac/parallel.h"
 #include "panel_source.h"
+#include "rows_covariance.h"
 
 namespace kfac {
 namespace {
@@ -12,7 +14,6 @@ namespace {
 constexpr int64_t kShareBytes = 256 << 10;  // packed samples a thread works on alone: a part of its second-level cache
 constexpr int64_t kSharedBytes = 4 << 20;   // packed samples that all threads work on together
 constexpr int64_t kColumnBlock = 4;         // panels that a panel is multiplied with before the next region is begun
-constexpr int64_t kOnePassRows = 4096;      // more rows than this are better summed by every thread on its own
 constexpr int64_t kPrivateBytes = 768 << 10;  // sums small enough for every thread to have its own
 
 // Where the sums of all regions lie: first the channel sums that the bias row needs, then a tile [kPanel][kPanel] for
@@ -58,7 +59,6 @@ class Covariance {
         threads_(threads) {}
 
   void run(double decay, double scale, T* out) {
-    if (fits_one_pass()) return run_in_one_pass(T(decay), T(scale), out);
     const int64_t shares = std::min<int64_t>(threads_, shape_.samples);
     if (shares > 1 && layout_.size() * int64_t(sizeof(T)) > kPrivateBytes) {
       sums_.assign(layout_.size(), T(0));
@@ -72,42 +72,12 @@ class Covariance {
   }
 
  private:
-  int64_t sample_bytes() const { return source_.panels() * source_.pixels() * kPanel * int64_t(sizeof(T)); }
+  int64_t sample_bytes() const { return source_.panels() * source_.order().pixels() * kPanel * int64_t(sizeof(T)); }
   int64_t chunk(int64_t bytes, int64_t samples) const {
     return std::min(samples, std::max<int64_t>(1, bytes / sample_bytes()));
   }
   T* panel(T* packed, int64_t number, int64_t samples) const {
-    return packed + number * source_.pixels() * samples * kPanel;
-  }
-
-  // Rows few enough to be packed at once: every tile is summed and written while it is in the nearest cache.
-  bool fits_one_pass() const {
-    return shape_.taps() == 1 && shape_.groups == 1 && plan_.regions.size() == 1 &&
-           shape_.samples * sample_bytes() <= kSharedBytes && shape_.samples * source_.pixels() <= kOnePassRows;
-  }
-
-  void run_in_one_pass(T decay, T scale, T* out) {
-    const int64_t d = shape_.patch_size() + (bias_ ? 1 : 0), panels = source_.panels(), samples = shape_.samples;
-    sums_.assign(panels * kPanel, T(0));  // of columns, for the bias
-    std::vector<T> packed(samples * sample_bytes() / sizeof(T));
-    const Runs runs = runs_of(plan_.regions[0], samples);
-    T* const first = packed.data() + start_of(plan_.regions[0], samples);
-    const PanelKernels<T>& kernels = panel_kernels<T>();
-    parallel_for(panels, threads_, [&](int64_t p) { source_.pack(0, samples, p, panel(packed.data(), p, samples)); });
-    parallel_for(panels, threads_, [&](int64_t task) {
-      const int64_t i = panels - 1 - task;  // the longest first
-      const T* a = panel(first, i, samples);
-      if (bias_) kernels.column_sums(runs, a, sums_.data() + i * kPanel);
-      for (int64_t j = 0; j <= i; ++j) {
-        T tile[kTile] = {}, mirrored[kTile];
-        kernels.gram(runs, a, panel(first, j, samples), channels_in(i), tile);
-        kernels.blend_tile(tile, channels_in(i), channels_in(j), decay, scale, out + (i * d + j) * kPanel, d);
-        if (j == i) continue;
-        transpose_tile(tile, mirrored);
-        kernels.blend_tile(mirrored, channels_in(j), channels_in(i), decay, scale, out + (j * d + i) * kPanel, d);
-      }
-    });
-    if (bias_) expand_bias(0, decay, scale, out, d);
+    return packed + number * source_.order().pixels() * samples * kPanel;
   }
 
   // Every thread packs and sums its own samples.
@@ -115,7 +85,7 @@ class Covariance {
     const int64_t end = (share + 1) * shape_.samples / shares;
     int64_t first = share * shape_.samples / shares;
     const int64_t step = chunk(kShareBytes, end - first);
-    std::vector<T> packed(step * sample_bytes() / sizeof(T));
+    Buffer<T> packed(step * sample_bytes() / sizeof(T));
     T* sums = sums_.data() + share * layout_.size();
     for (; first < end; first += step) {
       const int64_t samples = std::min(step, end - first);
@@ -127,7 +97,7 @@ class Covariance {
   // All threads pack the same samples, then each sums other tiles.
   void sum_together() {
     const int64_t step = chunk(kSharedBytes, shape_.samples);
-    std::vector<T> packed(step * sample_bytes() / sizeof(T));
+    Buffer<T> packed(step * sample_bytes() / sizeof(T));
     for (int64_t first = 0; first < shape_.samples; first += step) {
       const int64_t samples = std::min(step, shape_.samples - first);
       parallel_for(source_.panels(), threads_,
@@ -152,36 +122,24 @@ class Covariance {
     const int64_t per_group = source_.panels_per_group(), group = p / per_group, i = p % per_group;
     const int64_t first = task % column_blocks() * kColumnBlock, last = std::min(first + kColumnBlock, per_group);
     const PanelKernels<T>& kernels = panel_kernels<T>();
+    const PixelOrder& order = source_.order();
     for (int number = 0; number < int(plan_.regions.size()); ++number) {
       const Region& region = plan_.regions[number];
-      const int64_t start = start_of(region, samples);
-      const int64_t shift = (region.shift_y * shape_.width + region.shift_x) * samples * kPanel;
-      const Runs runs = runs_of(region, samples);
+      const int64_t start = order.start(region, samples), shifted = order.start(region, samples, true);
+      const Runs runs = order.runs(region, samples);
       const T* a = panel(packed, p, samples) + start;
       if (bias_ && region.symmetric() && first == 0) {
         kernels.column_sums(runs, a, sums + layout_.columns(number, p));
       }
       if (source_.depthwise()) {
-        kernels.gram_diagonal(runs, a, a + shift, sums + layout_.lanes(number, p));
+        kernels.gram_diagonal(runs, a, panel(packed, p, samples) + shifted, sums + layout_.lanes(number, p));
         continue;
       }
       for (int64_t j = first; j < (region.symmetric() ? std::min(last, i + 1) : last); ++j) {
-        const T* b = panel(packed, group * per_group + j, samples) + start + shift;
+        const T* b = panel(packed, group * per_group + j, samples) + shifted;
         kernels.gram(runs, a, b, channels_in(i), sums + layout_.tile(region, number, group, i, j));
       }
     }
-  }
-
-  int64_t start_of(const Region& region, int64_t samples) const {
-    return (region.y0 * shape_.width + region.x0) * samples * kPanel;
-  }
-
-  Runs runs_of(const Region& region, int64_t samples) const {
-    const int64_t row = shape_.width * samples;
-    Runs runs{region.ny, shape_.stride_h * row, region.nx, shape_.stride_w * samples, samples};
-    if (shape_.stride_w == 1) runs.inner *= std::exchange(runs.middle, 1);
-    if (runs.middle == 1 && runs.outer_stride == runs.inner) runs.inner *= std::exchange(runs.outer, 1);
-    return runs;
   }
 
   // ---- from regions to the patch covariance ----
@@ -211,35 +169,33 @@ class Covariance {
   void expand_panel(int64_t group, int64_t i, T decay, T scale, T* out, int64_t d) const {
     const PanelKernels<T>& kernels = panel_kernels<T>();
     const int64_t taps = shape_.taps(), rows = channels_in(i);
-    std::vector<T> scratch(2 * plan_.regions.size() * kTile), lines(taps * kPanel);
+    Buffer<T> scratch(2 * plan_.regions.size() * kTile), lines(taps * kPanel);
     std::vector<const T*> tiles(2 * plan_.regions.size()), terms(plan_.first_term.back());
     for (int64_t j = 0; j < source_.panels_per_group(); ++j) {
       orient_tiles(group, i, j, scratch.data(), tiles.data());
       T* target = out + (i * d + j) * kPanel * taps;
       if (taps == 1 && !plan_.regions.empty()) {
-        kernels.blend_tile(tiles[0], rows, channels_in(j), decay, scale, target, d);
+        kernels.blend_tile(tiles[0], kPanel, rows, channels_in(j), decay, scale, target, d);
         continue;
       }
       for (size_t t = 0; t < terms.size(); ++t) terms[t] = tiles[2 * plan_.terms[t].region + plan_.terms[t].transposed];
       for (int64_t c = 0; c < rows; ++c) {
         for (int64_t p = 0; p < taps; ++p, target += d) {
-          kernels.sum_lines(terms.data(), plan_.first_term.data() + p * taps, int(taps), c * kPanel, lines.data());
-          kernels.blend_taps(lines.data(), int(taps), channels_in(j), decay, scale, target);
+          kernels.sum_lines(terms.data(), plan_.first_term.data() + p * taps, int(taps), c * kPanel, scale,
+                            lines.data());
+          kernels.blend_taps(lines.data(), int(taps), channels_in(j), decay, target);
         }
       }
     }
   }
 
-  static const T* transpose_tile(const T* tile, T* target) {
-    for (int r = 0; r < kPanel; ++r) {
-      for (int c = 0; c < kPanel; ++c) target[r * kPanel + c] = tile[c * kPanel + r];
-    }
-    return target;
-  }
-
   // tiles[2 r] = sums of region r with channel rows of panel i and columns of panel j; tiles[2 r + 1]: the same of the
   // region with u and u + s exchanged.
   void orient_tiles(int64_t group, int64_t i, int64_t j, T* scratch, const T** tiles) const {
+    const auto transpose_tile = [](const T* tile, T* target) {
+      panel_kernels<T>().transpose_tile(tile, target, kPanel);
+      return target;
+    };
     for (size_t r = 0; r < plan_.regions.size(); ++r, scratch += 2 * kTile) {
       const Region& region = plan_.regions[r];
       const auto tile = [&](int64_t a, int64_t b) { return sums_.data() + layout_.tile(region, int(r), group, a, b); };
@@ -295,7 +251,8 @@ class Covariance {
 template <class T>
 void covariance(const ImageView& image, const ConvShape& shape, CovarianceMode mode, CovarianceAlgorithm algorithm,
                 bool bias, double decay, double scale, void* out, int threads) {
-  const auto source = panel_source<T>(image, shape, mode, algorithm);
+  const auto source = panel_source<T>(image, shape, mode, algorithm, threads);
+  if (takes_rows(*source, threads)) return rows_covariance(*source, bias, decay, scale, static_cast<T*>(out), threads);
   Covariance<T>(*source, bias, threads).run(decay, scale, static_cast<T*>(out));
 }
 

@@ -1,9 +1,15 @@
 #include "panel_source.h"
 
-#include <utility>
+#include <cstring>
+
+#include "buffer.h"
+#include "kfac/parallel.h"
 
 namespace kfac {
 namespace {
+
+template <class T>
+constexpr DType kType = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
 
 // The image as it is: patches are formed by shifting the packed panels.
 template <class T>
@@ -20,17 +26,36 @@ class ImageSource final : public PanelSource<T> {
       for (int64_t i = 0; i < channels; ++i) sources[i] = this->pixel(n, channel + i, y, 0);
     };
     const auto interleave = panel_kernels<T>().interleave;
-    if (s.height * s.width == 1) {
+    if (s.height * s.width == 1 && this->order().pixels() == 1) {
       point(first, 0);
       return interleave(sources, v.dtype, samples, v.stride_n, target, kPanel);
     }
-    const bool one_run = v.stride_h == v.stride_w * s.width;
-    const int64_t runs = one_run ? 1 : s.height, length = one_run ? s.height * s.width : s.width;
+    if (s.stride_h == 1 && s.stride_w == 1) {
+      const bool one_run = v.stride_h == v.stride_w * s.width;
+      const int64_t runs = one_run ? 1 : s.height, length = one_run ? s.height * s.width : s.width;
+      for (int64_t n = 0; n < samples; ++n) {
+        for (int64_t y = 0; y < runs; ++y) {
+          point(first + n, y);
+          interleave(sources, v.dtype, length, v.stride_w, target + (y * length * samples + n) * kPanel,
+                     samples * kPanel);
+        }
+      }
+      return;
+    }
+    const PixelOrder& order = this->order();
+    std::vector<T> row(s.width * kPanel);
     for (int64_t n = 0; n < samples; ++n) {
-      for (int64_t y = 0; y < runs; ++y) {
+      for (int64_t y = 0; y < s.height; ++y) {
+        if (!order.has_row(y)) continue;
         point(first + n, y);
-        interleave(sources, v.dtype, length, v.stride_w, target + (y * length * samples + n) * kPanel,
-                   samples * kPanel);
+        interleave(sources, v.dtype, s.width, v.stride_w, row.data(), kPanel);
+        for (int64_t rest = 0; rest < std::min(s.stride_w, s.width); ++rest) {
+          if (!order.has_column(rest)) continue;
+          T* pixel = target + (order.place(y, rest) * samples + n) * kPanel;
+          for (int64_t x = rest; x < s.width; x += s.stride_w, pixel += samples * kPanel) {
+            std::memcpy(pixel, row.data() + x * kPanel, kPanel * sizeof(T));
+          }
+        }
       }
     }
   }
@@ -46,116 +71,137 @@ ConvShape patches_as_channels(const ConvShape& shape, int64_t height, int64_t wi
   return packed;
 }
 
-// Base of the sources that look at zero-padded images, one channel at a time.
-template <class T>
-class PaddedSource : public PanelSource<T> {
- protected:
-  PaddedSource(const ImageView& image, const ConvShape& shape, const ConvShape& packed)
-      : PanelSource<T>(image, shape, packed),
-        rows_((shape.out_h - 1) * shape.stride_h + (shape.kernel_h - 1) * shape.dilation_h + 1),
-        columns_((shape.out_w - 1) * shape.stride_w + (shape.kernel_w - 1) * shape.dilation_w + 1) {}
-
-  // plane [rows_][columns_] <- all that the kernel meets of one channel of one sample
-  void pad(int64_t n, int64_t channel, T* plane) const {
-    const ConvShape& s = this->shape_;
-    const int64_t count = std::min(s.width, columns_ - s.pad_left);
-    std::fill_n(plane, rows_ * columns_, T(0));
-    for (int64_t y = 0; y < std::min(s.height, rows_ - s.pad_top); ++y) {
-      panel_kernels<T>().convert(this->pixel(n, channel, y, 0), this->image_.dtype, count, this->image_.stride_w,
-                                 plane + (y + s.pad_top) * columns_ + s.pad_left);
-    }
-  }
-
-  const int64_t rows_, columns_;
-};
-
 // Patches gathered pixel by pixel: for few channels, where shifting would mostly multiply padding.
 template <class T>
-class PatchSource final : public PaddedSource<T> {
+class PatchSource final : public PanelSource<T> {
  public:
   PatchSource(const ImageView& image, const ConvShape& shape)
-      : PaddedSource<T>(image, shape, patches_as_channels(shape, shape.out_h, shape.out_w)) {}
+      : PanelSource<T>(image, shape, patches_as_channels(shape, shape.out_h, shape.out_w)),
+        rows_((shape.out_h - 1) * shape.stride_h + (shape.kernel_h - 1) * shape.dilation_h + 1),
+        phase_(((shape.out_w - 1) * shape.stride_w + (shape.kernel_w - 1) * shape.dilation_w) / shape.stride_w + 1),
+        line_(phase_ * shape.stride_w) {}
 
   void pack(int64_t first, int64_t samples, int64_t panel, T* target) const override {
     const auto [entry, entries] = this->channels_of(panel);
     const ConvShape& s = this->shape_;
     const int64_t taps = s.taps(), channel = entry / taps, channels = (entry + entries - 1) / taps - channel + 1;
-    const int64_t plane = this->rows_ * this->columns_;
+    const int64_t plane = rows_ * line_;
     std::vector<T> planes(channels * plane);
+    const T* taps_at[kPanel];  // in output row 0
+    for (int64_t i = 0; i < entries; ++i) {
+      taps_at[i] = planes.data() + ((entry + i) / taps - channel) * plane + tap_start((entry + i) % taps);
+    }
     const void* sources[kPanel] = {};
     for (int64_t n = 0; n < samples; ++n) {
-      for (int64_t c = 0; c < channels; ++c) this->pad(first + n, channel + c, planes.data() + c * plane);
+      for (int64_t c = 0; c < channels; ++c) pad(first + n, channel + c, planes.data() + c * plane);
       for (int64_t y = 0; y < s.out_h; ++y) {
-        for (int64_t i = 0; i < entries; ++i) {
-          const int64_t tap = (entry + i) % taps, row = y * s.stride_h + tap / s.kernel_w * s.dilation_h;
-          sources[i] = planes.data() + ((entry + i) / taps - channel) * plane + row * this->columns_ +
-                       tap % s.kernel_w * s.dilation_w;
-        }
-        constexpr DType kType = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
-        panel_kernels<T>().interleave(sources, kType, s.out_w, s.stride_w,
-                                      target + (y * s.out_w * samples + n) * kPanel, samples * kPanel);
-      }
-    }
-  }
-};
-
-// Patches averaged over positions: one row a sample.
-template <class T>
-class MeanPatchSource final : public PaddedSource<T> {
- public:
-  MeanPatchSource(const ImageView& image, const ConvShape& shape)
-      : PaddedSource<T>(image, shape, patches_as_channels(shape, 1, 1)) {}
-
-  void pack(int64_t first, int64_t samples, int64_t panel, T* target) const override {
-    const auto [entry, entries] = this->channels_of(panel);
-    const int64_t taps = this->shape_.taps();
-    std::vector<T> plane(this->rows_ * this->columns_), means(taps), row(this->columns_);
-    std::fill_n(target, samples * kPanel, T(0));
-    for (int64_t n = 0; n < samples; ++n) {
-      for (int64_t c = entry / taps; c * taps < entry + entries; ++c) {
-        this->pad(first + n, c, plane.data());
-        tap_means(plane.data(), row, means.data());
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          const int64_t i = c * taps + tap - entry;
-          if (i >= 0 && i < entries) target[n * kPanel + i] = means[tap];
-        }
+        for (int64_t i = 0; i < entries; ++i) sources[i] = taps_at[i] + y * s.stride_h * line_;
+        panel_kernels<T>().interleave(sources, kType<T>, s.out_w, 1, target + (y * s.out_w * samples + n) * kPanel,
+                                      samples * kPanel);
       }
     }
   }
 
  private:
-  // means[(ky, kx)] = mean over positions (y, x) of plane[y stride + ky dilation][x stride + kx dilation]
-  void tap_means(const T* plane, std::vector<T>& row, T* means) const {
+  // plane [rows_][stride_w][phase_] <- all that the kernel meets of one channel of one sample; columns with the same
+  // rest by the stride are neighbours
+  void pad(int64_t n, int64_t channel, T* plane) const {
     const ConvShape& s = this->shape_;
-    const T positions = T(s.out_h * s.out_w);
-    for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
-      std::fill(row.begin(), row.end(), T(0));
-      for (int64_t y = 0; y < s.out_h; ++y) {
-        const T* line = plane + (y * s.stride_h + ky * s.dilation_h) * this->columns_;
-        for (int64_t x = 0; x < this->columns_; ++x) row[x] += line[x];
-      }
-      for (int64_t kx = 0; kx < s.kernel_w; ++kx) {
-        T sum = 0;
-        for (int64_t x = 0; x < s.out_w; ++x) sum += row[x * s.stride_w + kx * s.dilation_w];
-        means[ky * s.kernel_w + kx] = sum / positions;
+    const int64_t step = s.stride_w, width = std::max<int64_t>(0, std::min(s.width, line_ - s.pad_left));
+    std::fill_n(plane, rows_ * line_, T(0));
+    Buffer<T> row(width);
+    for (int64_t y = 0; y < std::min(s.height, rows_ - s.pad_top); ++y) {
+      T* line = plane + (y + s.pad_top) * line_;
+      panel_kernels<T>().convert(this->pixel(n, channel, y, 0), this->image_.dtype, width, this->image_.stride_w,
+                                 row.data());
+      for (int64_t first = 0; first < std::min(step, width); ++first) {
+        T* target = line + place(first + s.pad_left);
+        for (int64_t x = first; x < width; x += step) *target++ = row[x];
       }
     }
   }
+
+  // Of a column of the padded image in a line of the plane.
+  int64_t place(int64_t column) const {
+    return column % this->shape_.stride_w * phase_ + column / this->shape_.stride_w;
+  }
+
+  // Where in the plane the tap meets the first pixel of output row 0; those of the next outputs follow.
+  int64_t tap_start(int64_t tap) const {
+    const ConvShape& s = this->shape_;
+    return tap / s.kernel_w * s.dilation_h * line_ + place(tap % s.kernel_w * s.dilation_w);
+  }
+
+  const int64_t rows_, phase_, line_;
+};
+
+// Patches averaged over positions: one row a sample.
+template <class T>
+class MeanPatchSource final : public PanelSource<T> {
+ public:
+  MeanPatchSource(const ImageView& image, const ConvShape& shape, int threads)
+      : PanelSource<T>(image, shape, patches_as_channels(shape, 1, 1)),
+        row_(shape.groups * shape.patch_size()),
+        means_(shape.samples * row_) {
+    const ImageSource<T> pixels(image, shape);
+    parallel_for(shape.samples, threads, [&](int64_t n) { average(pixels, n, means_.data() + n * row_); });
+  }
+
+  void pack(int64_t first, int64_t samples, int64_t panel, T* target) const override {
+    const auto [entry, entries] = this->channels_of(panel);
+    const void* sources[kPanel] = {};
+    for (int64_t i = 0; i < entries; ++i) sources[i] = means_.data() + first * row_ + entry + i;
+    panel_kernels<T>().interleave(sources, kType<T>, samples, row_, target, kPanel);
+  }
+
+ private:
+  // means [row_] of sample n. The pixels that a tap meets are those of the regions that its block with itself sums.
+  void average(const ImageSource<T>& pixels, int64_t n, T* means) const {
+    const ConvShape& s = this->shape_;
+    const ShiftPlan& plan = shift_plan(s);
+    const PixelOrder& order = pixels.order();
+    const int64_t taps = s.taps();
+    const T positions = T(s.out_h * s.out_w);
+    Buffer<T> packed(order.pixels() * kPanel), sums(plan.regions.size() * kPanel);
+    for (int64_t panel = 0; panel < pixels.panels(); ++panel) {
+      const auto [channel, channels] = pixels.channels_of(panel);
+      pixels.pack(n, 1, panel, packed.data());
+      std::fill(sums.begin(), sums.end(), T(0));
+      for (size_t r = 0; r < plan.regions.size(); ++r) {
+        const Region& region = plan.regions[r];
+        if (!region.symmetric()) continue;
+        panel_kernels<T>().column_sums(order.runs(region, 1), packed.data() + order.start(region, 1),
+                                       sums.data() + r * kPanel);
+      }
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        for (int64_t c = 0; c < channels; ++c) {
+          T sum = 0;
+          for (int64_t t = plan.first_term[tap * taps + tap]; t < plan.first_term[tap * taps + tap + 1]; ++t) {
+            sum += sums[plan.terms[t].region * kPanel + c];
+          }
+          means[(channel + c) * taps + tap] = sum / positions;
+        }
+      }
+    }
+  }
+
+  const int64_t row_;
+  Buffer<T> means_;  // [samples][row_]
 };
 
 }  // namespace
 
 template <class T>
 std::unique_ptr<PanelSource<T>> panel_source(const ImageView& image, const ConvShape& shape, CovarianceMode mode,
-                                             CovarianceAlgorithm algorithm) {
-  if (mode == CovarianceMode::kReduce) return std::make_unique<MeanPatchSource<T>>(image, shape);
+                                             CovarianceAlgorithm algorithm, int threads) {
+  if (mode == CovarianceMode::kReduce) return std::make_unique<MeanPatchSource<T>>(image, shape, threads);
   if (algorithm == CovarianceAlgorithm::kPatches) return std::make_unique<PatchSource<T>>(image, shape);
   return std::make_unique<ImageSource<T>>(image, shape);
 }
 
 template std::unique_ptr<PanelSource<float>> panel_source(const ImageView&, const ConvShape&, CovarianceMode,
-                                                          CovarianceAlgorithm);
+                                                          CovarianceAlgorithm, int);
 template std::unique_ptr<PanelSource<double>> panel_source(const ImageView&, const ConvShape&, CovarianceMode,
-                                                           CovarianceAlgorithm);
+                                                           CovarianceAlgorithm, int);
 
 }  // namespace kfac

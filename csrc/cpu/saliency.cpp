@@ -77,7 +77,7 @@ class LayerScores {
   void multiply_G(int64_t panels, const T* V, T* GV) const {
     for (int64_t i = 0; i < G_panels_; ++i) {
       for (int64_t c = 0; c < panels; ++c) {
-        panel_kernels<T>().gram({1, 0, 1, 0, p_.outputs}, G_.data() + i * panel_size(), V + c * panel_size(), kPanel,
+        panel_kernels<T>().gram({1, 0, p_.outputs}, G_.data() + i * panel_size(), V + c * panel_size(), kPanel,
                                 GV + (c * G_panels_ + i) * kTile);
       }
     }

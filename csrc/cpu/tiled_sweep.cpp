@@ -20,7 +20,7 @@ constexpr int64_t kRowsTogether = 4;  // tile rows that share each W_j they read
 // tile [kPanel][kPanel] += a^T b, a and b panels of `rows` rows
 template <class T>
 void multiply_add(int64_t rows, const T* a, const T* b, T* tile) {
-  panel_kernels<T>().gram({1, 0, 1, 0, rows}, a, b, kPanel, tile);
+  panel_kernels<T>().gram({1, 0, rows}, a, b, kPanel, tile);
 }
 
 template <class T>

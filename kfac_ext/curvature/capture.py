@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from kfac_ext.curvature.loss import Loss
 from kfac_ext.curvature.modes import RngState
@@ -101,7 +101,20 @@ class Capture:
         """How many terms of the loss count: D."""
         if not loss.needs_output:
             return self.samples
-        return loss.terms(self.prediction) if self.counted is None else int(self.counted.sum())
+        return loss.counted_terms(self.prediction, self.counted)
+
+    def positions(self, loss: Loss) -> dict[str, list[Tensor]]:
+        """Which predictions count, bool [N, P] of each output that a layer leads to; empty: all do."""
+        if self.counted is None:
+            return {}
+        masks = loss.positions(self.counted)
+        if len(masks) == 1:
+            return dict.fromkeys(self._edges, masks)
+        behind = [_nodes_behind(tensor) for tensor in self.tensors]
+        return {
+            name: [mask for mask, nodes in zip(masks, behind) if any(edge.node in nodes for edge in edges)]
+            for name, edges in self._edges.items()
+        }
 
     def _count_samples(self, layers: Mapping[str, Layer], told: int) -> None:
         """N where no output tells it: as many as the call seems to have if layers see so many, else what most see."""
@@ -149,6 +162,18 @@ class Capture:
         )
         rest = iter(found)
         return {name: [next(rest) for _ in calls] for name, calls in self._edges.items()}
+
+
+def _nodes_behind(tensor: Tensor) -> set[Node]:
+    """The nodes of the autograd graph that a tensor was made by."""
+    found: set[Node] = set()
+    open_ = [get_gradient_edge(tensor).node]
+    while open_:
+        node = open_.pop()
+        if node not in found:
+            found.add(node)
+            open_.extend(before for before, _ in node.next_functions if before is not None)
+    return found
 
 
 class ForwardHook:

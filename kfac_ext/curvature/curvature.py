@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -83,8 +84,9 @@ class Curvature:
 
     Raises:
         TypeError: `model` is no module, `skip_layers` is one string; an argument is nothing of the kind.
-        ValueError: an argument out of range; the model has no parameters, has uninitialised (lazy) ones or is compiled.
-            In `trace` or the first training forward: it is ambiguous what the loss is of, or where its classes stand.
+        ValueError: an argument out of range; the model has no parameters, has uninitialised (lazy) ones, is compiled,
+            scripted or a DataParallel. In `trace` or the first training forward: it is ambiguous what the loss is of,
+            or where its classes stand; an entry of `layer_batch_dims` is of no layer.
 
     Example:
         >>> curvature = Curvature(model)
@@ -120,6 +122,9 @@ class Curvature:
             raise ValueError(f"Curvature: factor_update_steps is {factor_update_steps}, expected >= 1")
         if isinstance(skip_layers, str):  # would be taken apart into letters
             raise TypeError(f"Curvature: skip_layers is {skip_layers!r}, expected a list of regular expressions")
+        skip_layers = tuple(skip_layers)
+        _check_patterns("skip_layers", skip_layers)
+        _check_patterns("layer_batch_dims", layer_batch_dims or ())
         if max_factor_size is not None and max_factor_size < 1:
             raise ValueError(f"Curvature: max_factor_size is {max_factor_size}, expected >= 1")
         check_model(model)
@@ -132,7 +137,7 @@ class Curvature:
         self.model = model
         self.factor_decay, self.factor_update_steps = factor_decay, factor_update_steps
         self.fisher_type, self.kfac_approx = fisher_type, kfac_approx
-        self.skip_layers, self.max_factor_size = tuple(skip_layers), max_factor_size
+        self.skip_layers, self.max_factor_size = skip_layers, max_factor_size
         self.fold_norms = fold_norms
         self.generator = generator or torch.Generator().manual_seed(torch.initial_seed())
         self.step_count = 0
@@ -202,6 +207,7 @@ class Curvature:
                     max_factor_size=self.max_factor_size,
                     reading=self.reading if self.loss.needs_output else None,
                 )
+            self._layouts.check(layers)
             self._running = RunningFactors(layers)
             self._running.warn_of_size(self.model)
 
@@ -429,6 +435,14 @@ class Curvature:
 
     def _decay(self) -> float:
         return self.factor_decay(self.step_count - 1) if callable(self.factor_decay) else self.factor_decay
+
+
+def _check_patterns(argument: str, patterns: Iterable[str]) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"Curvature: {argument}: {pattern!r} is no regular expression ({error})") from error
 
 
 def _check_choice(argument: str, value: str, choices: Sequence[str]) -> None:

@@ -21,15 +21,24 @@ from kfac_ext.layers import Layer
 from kfac_ext.ops.covariance_group import CovarianceUpdate, covariance_group_
 
 
-def empty_factors(layers: Mapping[str, Layer]) -> FactorSet:
-    """The factors of these layers, all zero; ValueError if they are not on one device."""
+def check_one_device(layers: Mapping[str, Layer]) -> None:
+    """ValueError if these layers are not on one device."""
     devices = {layer.weight.device: name for name, layer in layers.items()}
     if len(devices) > 1:
         places = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
         raise ValueError(f"Curvature: layers are on several devices ({places}), expected one")
-    double = any(layer.weight.dtype == torch.float64 for layer in layers.values())
+
+
+def empty_factors(layers: Mapping[str, Layer]) -> FactorSet:
+    """The factors of these layers, all zero."""
     sizes = {key: size for layer in layers.values() for key, size in layer.factor_sizes().items()}
-    return FactorSet(sizes, dtype=torch.float64 if double else torch.float32, device=next(iter(devices)))
+    return FactorSet(sizes, dtype=factor_dtype(layers), device=next(iter(layers.values())).weight.device)
+
+
+def factor_dtype(layers: Mapping[str, Layer]) -> torch.dtype:
+    """float64 if a layer computes in it, else float32."""
+    double = any(layer.weight.dtype == torch.float64 for layer in layers.values())
+    return torch.float64 if double else torch.float32
 
 
 def update_factors_(
@@ -41,13 +50,13 @@ def update_factors_(
     started: Set[str],
     count: int,
     gradient_scale: float,
-    positions: Tensor | None = None,
+    positions: Mapping[str, Sequence[Tensor]],
 ) -> set[str]:
     """factors <- decay factors + (1 - decay) (A, gradient_scale G) of one forward; layers not in `started`: decay 0.
 
-    One call of `FactorSet.accumulate_` for all layers. `positions` [N, P] are those of predictions that count, where
-    some do not. Returns the layers seen. Raises RuntimeError if a layer's shape is not its factor's; nothing is changed
-    then.
+    One call of `FactorSet.accumulate_` for all layers. `positions` of a layer are [N, P] of predictions that count,
+    where some do not. Returns the layers seen. Raises RuntimeError if a layer's shape is not its factor's; nothing is
+    changed then.
     """
     seen = {}
     for name in capture.gradients:
@@ -59,7 +68,7 @@ def update_factors_(
     for name, used in list(seen.items()):
         past, layer = decay if name in started else 0.0, layers[name]
         inputs, grads = [x for x, _ in used], [g for _, g in used]
-        kept = [None if positions is None else counted_rows(layer, x, g, positions) for x, g in used]
+        kept = [counted_rows(layer, x, g, positions.get(name, ())) for x, g in used]
         if all(rows is None for rows in kept):
             of_inputs = input_updates(layer, inputs, mode, decay=past, scale=1 - past)
         else:
@@ -83,12 +92,18 @@ def _check_sizes(factors: FactorSet, layer: Layer) -> None:
             )
 
 
-def input_covariance(layer: Layer, x: Tensor, mode: str, *, bias: bool) -> Tensor:
-    """A of one call: [d(+1), d(+1)], or [groups, ...] for a grouped convolution."""
+def input_covariance(
+    layer: Layer, x: Tensor, mode: str, *, bias: bool, past: Tensor | None = None, share: float = 1.0
+) -> Tensor:
+    """A of one call: [d(+1), d(+1)], or [groups, ...] for a grouped convolution.
+
+    With the `past` it is blended into that: past <- (1 - share) past + share A.
+    """
     n = layer.patch_size + bias
     shape = (n, n) if layer.groups == 1 else (layer.groups, n, n)
-    A = x.new_empty(shape, dtype=accumulator_dtype(x.dtype))
-    covariance_group_([A], [layer.input_update(x, mode, bias=bias, decay=0.0, scale=1.0)])
+    A = x.new_empty(shape, dtype=accumulator_dtype(x.dtype)) if past is None else past
+    decay, scale = (0.0, 1.0) if past is None else (1.0 - share, share)
+    covariance_group_([A], [layer.input_update(x, mode, bias=bias, decay=decay, scale=scale)])
     return A
 
 

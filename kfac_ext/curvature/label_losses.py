@@ -48,9 +48,9 @@ class CrossEntropy(Loss):
         """[N, 1, ...]."""
         return mask.unsqueeze(1)
 
-    def positions(self, mask: Tensor) -> Tensor:
+    def positions(self, mask: Tensor) -> list[Tensor]:
         """Every term is a position."""
-        return mask.flatten(1) if mask.dim() > 1 else mask[:, None]
+        return [mask.flatten(1) if mask.dim() > 1 else mask[:, None]]
 
     def draw(self, prediction: Tensor, generator: torch.Generator) -> Tensor:
         """Labels [N, ...]."""

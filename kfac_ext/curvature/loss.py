@@ -45,8 +45,12 @@ class Loss(ABC):
             )
 
     def terms(self, prediction: Tensor) -> int:
-        """D, how many terms the mean loss is a mean of."""
+        """How many terms a prediction has."""
         return prediction.numel()
+
+    def counted_terms(self, prediction: Tensor, counted: Tensor | None) -> int:
+        """D, how many terms the mean loss is a mean of."""
+        return self.terms(prediction) if counted is None else int(counted.sum())
 
     def elements(self, prediction: Tensor) -> int:
         """What torch's mean divides the sum over everything by."""
@@ -65,9 +69,9 @@ class Loss(ABC):
         """A mask of terms in a shape that multiplies a prediction."""
         return mask
 
-    def positions(self, mask: Tensor) -> Tensor:
-        """A mask of terms as [N, P] over the positions of each sample, true where one of their terms is."""
-        return mask.flatten(2).any(dim=1) if mask.dim() > 2 else mask.flatten(1).any(dim=1, keepdim=True)
+    def positions(self, mask: Tensor) -> list[Tensor]:
+        """A mask of terms of each output as [N, P] over its positions, true where one of their terms is."""
+        return [mask.flatten(2).any(dim=1) if mask.dim() > 2 else mask.flatten(1).any(dim=1, keepdim=True)]
 
     @abstractmethod
     def draw(self, prediction: Tensor, generator: torch.Generator) -> Tensor:

@@ -44,7 +44,7 @@ class SeveralLosses(Loss):
     """The sum of the mean losses of several outputs; the prediction is all of theirs, [N, sum of their sizes].
 
     Drawn labels of different outputs are independent, so G is the sum of what each alone would give; each gradient is
-    scaled for it, as the outputs may have different numbers of terms.
+    scaled for it, as the outputs may have different numbers of terms. A mask of terms is [N, sum of those of a sample].
 
     Args:
         losses: of each output.
@@ -70,8 +70,39 @@ class SeveralLosses(Loss):
 
     def terms(self, prediction: Tensor) -> int:
         """That of every output where they agree, else N."""
-        counts = {loss.terms(part) for loss, part in zip(self.losses, self.apart(prediction))}
+        return self.counted_terms(prediction, None)
+
+    def counted_terms(self, prediction: Tensor, counted: Tensor | None) -> int:
+        """That of every output where they agree, else N."""
+        parts = self.apart(prediction)
+        masks = [None] * len(parts) if counted is None else self._terms_apart(counted)
+        counts = {
+            loss.counted_terms(part, None if mask is None or bool(mask.all()) else mask)
+            for loss, part, mask in zip(self.losses, parts, masks)
+        }
         return counts.pop() if len(counts) == 1 else len(prediction)
+
+    def _terms_apart(self, values: Tensor) -> list[Tensor]:
+        """Targets or a mask, [N, sum of their sizes], as each output has them."""
+        shapes = [loss.drawn_shape(torch.Size((len(values), *shape))) for loss, shape in zip(self.losses, self.shapes)]
+        parts = values.split([math.prod(shape[1:]) for shape in shapes], dim=1)
+        return [part.reshape(shape) for part, shape in zip(parts, shapes)]
+
+    def ignored(self, prediction: Tensor, gradient: Tensor) -> Tensor | None:
+        """Those of all outputs."""
+        triples = zip(self.losses, self.apart(prediction), self.apart(gradient))
+        found = [(loss, part, loss.ignored(part, slope)) for loss, part, slope in triples]
+        if all(mask is None for *_, mask in found):
+            return None
+        masks = [
+            mask if mask is not None else part.new_zeros(loss.drawn_shape(part.shape), dtype=torch.bool)
+            for loss, part, mask in found
+        ]
+        return torch.cat([mask.reshape(len(mask), -1) for mask in masks], dim=1)
+
+    def positions(self, mask: Tensor) -> list[Tensor]:
+        """Those of all outputs."""
+        return [p for loss, own in zip(self.losses, self._terms_apart(mask)) for p in loss.positions(own)]
 
     def draw(self, prediction: Tensor, generator: torch.Generator) -> Tensor:
         """The targets of all outputs, [N, sum of their sizes]."""
@@ -80,13 +111,10 @@ class SeveralLosses(Loss):
 
     def gradient(self, prediction: Tensor, targets: Tensor, counted: Tensor | None = None) -> Tensor:
         """Those of all outputs, each by the root of D/D of its own."""
-        total, parts = self.terms(prediction), self.apart(prediction)
-        shapes = [loss.drawn_shape(part.shape) for loss, part in zip(self.losses, parts)]
-        apart = targets.split([math.prod(shape[1:]) for shape in shapes], dim=1)
-        found = []
-        for loss, part, y, shape in zip(self.losses, parts, apart, shapes):
-            own = y.reshape(shape).long() if loss.has_classes else y.reshape(shape)
-            found.append(loss.gradient(part, own) * (total / loss.terms(part)) ** 0.5)
+        total, found = self.terms(prediction), []
+        for loss, part, y in zip(self.losses, self.apart(prediction), self._terms_apart(targets)):
+            own = loss.gradient(part, y.long() if loss.has_classes else y)
+            found.append(own * (total / loss.terms(part)) ** 0.5)
         return torch.cat([g.reshape(len(g), -1) for g in found], dim=1)
 
     def variance(self, prediction: Tensor, change: Tensor) -> Tensor:

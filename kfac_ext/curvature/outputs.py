@@ -31,8 +31,8 @@ class Reading:
         batch_dim: dimension that counts samples in an output of three dimensions or more.
 
     Attributes:
-        features: (dimension, size) of the features of the layer that the output is of; a dimension of None is not
-            known, a size of None neither. Set once the layers are found.
+        features: of each tensor that is picked, (dimension, size) of the features of the layer whose output it is; a
+            dimension of None is not known. Set once the layers are found.
         only_in_training: whether evaluation mode returns what cannot be read; None: not known yet.
     """
 
@@ -44,7 +44,7 @@ class Reading:
         self.loss, self.class_dim, self.batch_dim = loss, class_dim, batch_dim
         self.output: Pick = None
         self.tell(output)
-        self.features: tuple[int | None, int | None] = (None, None)
+        self.features: Sequence[tuple[int | None, int]] = ()
         self.only_in_training: bool | None = None
 
     def tell(self, output: Pick) -> None:
@@ -92,8 +92,13 @@ class Reading:
         loss = self.loss
         if isinstance(loss, SeveralLosses):
             if len(tensors) != len(loss.losses):
-                raise ValueError(f"Curvature: {len(loss.losses)} losses for {len(tensors)} outputs")
-            parts = [self._prediction(one, tensor) for one, tensor in zip(loss.losses, tensors)]
+                raise ValueError(
+                    f"Curvature: {len(loss.losses)} losses, and output gives {len(tensors)} of what the model returns; "
+                    "expected as many, such as output=['boxes', 'classes']"
+                )
+            parts = [
+                self._prediction(one, tensor, place) for place, (one, tensor) in enumerate(zip(loss.losses, tensors))
+            ]
             return loss.together(parts)
         if isinstance(loss, GaussianNll) and len(tensors) == 2:
             mean, variance = tensors
@@ -109,10 +114,10 @@ class Reading:
         """`prediction` of what is `picked`."""
         return self.prediction(self.picked(output))
 
-    def _prediction(self, loss: Loss, tensor: Tensor) -> Tensor:
+    def _prediction(self, loss: Loss, tensor: Tensor, place: int = 0) -> Tensor:
         batch_dim = self.batch_dim if tensor.dim() > 2 else 0
         if loss.has_classes and tensor.dim() > 1:
-            class_dim = self._class_dim(tensor, batch_dim)
+            class_dim = self._class_dim(tensor, batch_dim, place)
             if (batch_dim, class_dim) != (0, 1):
                 tensor = tensor.movedim((batch_dim, class_dim), (0, 1))
         elif batch_dim:
@@ -120,7 +125,7 @@ class Reading:
         loss.check(tensor)
         return tensor
 
-    def _class_dim(self, tensor: Tensor, batch_dim: int) -> int:
+    def _class_dim(self, tensor: Tensor, batch_dim: int, place: int) -> int:
         shape, dim = tuple(tensor.shape), tensor.dim()
         if self.class_dim is not None:
             if not -dim <= self.class_dim < dim or self.class_dim % dim == batch_dim:
@@ -128,7 +133,7 @@ class Reading:
             return self.class_dim % dim
         if dim == 2:
             return 1
-        known, size = self.features
+        known, size = self.features[place] if place < len(self.features) else (None, None)
         if known is not None:
             return known % dim
         fitting = [d for d in range(dim) if d != batch_dim and shape[d] == size]

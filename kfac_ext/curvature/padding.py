@@ -94,23 +94,23 @@ class OutputGradient:
         return self._others[place] if leaf is None else self._gradients.get(place, torch.zeros_like(leaf))
 
 
-def counted_rows(layer: Layer, x: Tensor, g: Tensor, positions: Tensor) -> Tensor | None:
+def counted_rows(layer: Layer, x: Tensor, g: Tensor, positions: Sequence[Tensor]) -> Tensor | None:
     """Which rows of a call count, bool [N, positions of the layer]; None: all, or it cannot be told.
 
     Args:
         layer: of the call.
         x, g: its input and gradient, samples first.
-        positions: which predictions count, bool [N, P].
+        positions: which predictions count, bool [N, P] of each output that the layer leads to.
     """
     count = layer.position_count(x)
-    if len(x) != len(positions):
+    if not positions or any(len(x) != len(of_output) for of_output in positions):
         return None
-    if positions.shape[1] != count:
-        positions = positions.any(dim=1, keepdim=True).expand(-1, count)
     rows = layer.gradient_rows(g)
-    if rows.shape[:2] != positions.shape:
+    if rows.shape[:2] != (len(x), count):
         return None
-    kept = positions | rows.any(dim=-1)
+    kept = rows.any(dim=-1)
+    for of_output in positions:
+        kept = kept | (of_output if of_output.shape[1] == count else of_output.any(dim=1, keepdim=True))
     return None if bool(kept.all()) else kept
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -74,10 +75,11 @@ def fresh_look(
     mode: str = "expand",
     *,
     bias: bool | None = True,
+    samples: int | None = None,
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """A of the layers named, apart from the running factors (the mean over all rows), and what the model predicts.
 
-    One forward a call gives both.
+    One forward a call gives both, the newest call first.
 
     Batch norms use batch statistics (those frozen in a training model stay frozen), dropout is off, random streams and
     running statistics are untouched.
@@ -88,23 +90,44 @@ def fresh_look(
         calls: as `Curvature.recent_calls` gives them; each is made as it was.
         mode: "expand" or "reduce".
         bias: append the 1, so that the last row and column hold the mean patch; None: as in the running factors.
+        samples: enough for an A that is of as many rows as it has: older calls count for the others alone, and are not
+            made again where there are none. None: all calls count.
+
+    Returns:
+        Name -> A; and the predictions for the newest calls, those made again, oldest first.
 
     Raises:
         KeyError: naming what is no layer.
         RuntimeError: naming a layer that no forward calls.
         ValueError: there are no calls.
     """
-    layers = [curvature.layer(name) for name in names]
-    found: dict[str, list[tuple[int, Tensor]]] = {}
+    layers = [curvature.layer(name) for name in dict.fromkeys(names)]
+    found: dict[str, Tensor] = {}
+    seen: Counter[str] = Counter()  # rows
+    complete: set[str] = set()  # layers that need no older calls
 
     def report(layer: Layer, x: Tensor, _z: Tensor) -> None:
+        if layer.name in complete:
+            return
         append = layer.constant if bias is None else bias
         rows = len(x) * (layer.position_count(x) if mode == "expand" else 1)
-        found.setdefault(layer.name, []).append((rows, input_covariance(layer, x, mode, bias=append)))
+        share = rows / (seen[layer.name] + rows)
+        found[layer.name] = input_covariance(layer, x, mode, bias=append, past=found.get(layer.name), share=share)
+        seen[layer.name] += rows
+
+    def forget() -> None:
+        found.clear()
+        seen.clear()
+
+    def is_enough(so_far: int) -> bool:
+        if samples is None or so_far < samples:
+            return False
+        complete.update(name for name, A in found.items() if seen[name] >= A.shape[-1])
+        return len(complete) == len(layers)
 
     _refuse_none(calls)
-    with torch.no_grad(), replaying(curvature), call_hooks(layers, report):
-        predictions = _predictions(curvature, calls)
+    with call_hooks(layers, report):
+        predictions = _predictions(curvature, calls, forget, is_enough)
     missing = [layer for layer in layers if layer.name not in found]
     if missing:  # in evaluation mode
         with torch.no_grad(), replaying(curvature, training=True), call_hooks(missing, report):
@@ -113,10 +136,9 @@ def fresh_look(
     for layer in layers:
         if layer.name not in found:
             raise RuntimeError(f"fresh_look: the forward did not call layer {layer.name!r}")
-    return {layer.name: _weighted_mean(found[layer.name]) for layer in layers}, predictions
+    return {layer.name: found.pop(layer.name) for layer in layers}, predictions
 
 
-@torch.no_grad()
 def fresh_predictions(curvature: Curvature, calls: Sequence[Call]) -> list[Tensor]:
     """The model's prediction for each call, as the loss reads it, in the modes of `fresh_look`.
 
@@ -130,18 +152,34 @@ def fresh_predictions(curvature: Curvature, calls: Sequence[Call]) -> list[Tenso
         ValueError: there are no calls.
     """
     _refuse_none(calls)
+    return _predictions(curvature, calls, lambda: None, lambda _samples: False)
+
+
+@torch.no_grad()
+def _predictions(
+    curvature: Curvature,
+    calls: Sequence[Call],
+    forget: Callable[[], None],
+    is_enough: Callable[[int], bool],
+) -> list[Tensor]:
+    """Of calls made again, the newest first, until those of so many samples are enough; in the calls' order.
+
+    None where the loss knows nothing of the output. The first call ever made again shows whether evaluation mode can be
+    read; if not, it is made once more, in training mode, and `forget` is called in between.
+    """
+    reads = curvature.loss.needs_output
+    found: list[Any] = []
+    if reads and curvature.reading.only_in_training is None:
+        first = _read_in_evaluation(curvature, calls[-1])
+        if first is None:
+            forget()
+        else:
+            found.append(first)
     with replaying(curvature):
-        return _predictions(curvature, calls)
-
-
-def _predictions(curvature: Curvature, calls: Sequence[Call]) -> list[Tensor]:
-    """Of each call, made again; none where the loss knows nothing of the output."""
-    outputs = (call.run(curvature.model) for call in calls)
-    if curvature.loss.needs_output:
-        return [curvature.reading.read(output) for output in outputs]
-    for _ in outputs:
-        pass
-    return []
+        while len(found) < len(calls) and not is_enough(sum(c.samples for c in calls[len(calls) - len(found) :])):
+            output = calls[-1 - len(found)].run(curvature.model)
+            found.append(curvature.reading.read(output) if reads else None)
+    return found[::-1] if reads else []
 
 
 @contextmanager
@@ -160,19 +198,26 @@ def replaying(curvature: Curvature, *, training: bool = False) -> Iterator[None]
 
 
 def _reads_only_training(curvature: Curvature) -> bool:
-    """Whether the loss cannot read what the model returns in evaluation mode; tried once, on the newest call."""
+    """Whether the loss cannot read what the model returns in evaluation mode; tried once, if no call has shown it."""
     reading = curvature.reading
     if reading.only_in_training is None and curvature.loss.needs_output and curvature.recent_calls:
-        model = curvature.model
-        with curvature.paused(), batch_statistics(model), undisturbed(model), torch.no_grad():
-            output = curvature.recent_calls[-1].run(model)
-        try:
-            reading.read(output)
-        except (TypeError, ValueError):
-            reading.only_in_training = True
-        else:
-            reading.only_in_training = False
+        with torch.no_grad():
+            _read_in_evaluation(curvature, curvature.recent_calls[-1])
     return bool(reading.only_in_training)
+
+
+def _read_in_evaluation(curvature: Curvature, call: Call) -> Tensor | None:
+    """What the model predicts in evaluation mode, None if the loss cannot read it; notes which."""
+    model, reading = curvature.model, curvature.reading
+    with curvature.paused(), batch_statistics(model), undisturbed(model):
+        output = call.run(model)
+    try:
+        prediction = reading.read(output)
+    except (TypeError, ValueError):
+        reading.only_in_training = True
+        return None
+    reading.only_in_training = False
+    return prediction
 
 
 def _still_modes(model: nn.Module) -> dict[nn.Module, bool]:
@@ -186,8 +231,3 @@ def _still_modes(model: nn.Module) -> dict[nn.Module, bool]:
 def _refuse_none(calls: Sequence[Call]) -> None:
     if not calls:
         raise ValueError("Curvature: no calls to make again, the model has made no training forward yet")
-
-
-def _weighted_mean(values: list[tuple[int, Tensor]]) -> Tensor:
-    total = sum(count for count, _ in values)
-    return values[0][1] if len(values) == 1 else torch.stack([value * (n / total) for n, value in values]).sum(dim=0)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from kfac_ext.curvature.capture import Capture
-from kfac_ext.curvature.fisher import empty_factors, update_factors_
+from kfac_ext.curvature.fisher import check_one_device, empty_factors, factor_dtype, update_factors_
 from kfac_ext.curvature.loss import Loss
 from kfac_ext.curvature.modes import reading_is_free
-from kfac_ext.factors import FactorSet
+from kfac_ext.factors import FactorSet, entries
 from kfac_ext.layers import Layer, layer_from_state
 
 ROUNDING = 1e-10  # of the largest radius: less is rounding, as of the keys of a softmax, whose sum has no gradient
@@ -27,21 +27,28 @@ class RunningFactors:
 
     Attributes:
         layers: name -> Layer in forward order.
-        factors: under the keys `name.A` and `name.G`.
         started: layers whose factors have been measured.
         was_cut: neurons have been pruned since the eigenpairs were brought up to date.
     """
 
     def __init__(self, layers: dict[str, Layer]) -> None:
+        check_one_device(layers)
         self.layers = layers
-        self.factors = empty_factors(layers)
+        self._factors: FactorSet | None = None
         self.started: set[str] = set()
         self.was_cut = False
         self._left_out: Tensor | None = None  # updates left out on a GPU that have not been warned of
 
+    @property
+    def factors(self) -> FactorSet:
+        """Under the keys `name.A` and `name.G`; allocated, all zero, when first asked for, as by the first update."""
+        if self._factors is None:
+            self._factors = empty_factors(self.layers)
+        return self._factors
+
     def replace(self, factors: FactorSet) -> None:
         """Take the factors of a network that has been cut."""
-        self.factors, self.was_cut = factors, True
+        self._factors, self.was_cut = factors, True
 
     def is_finite(self, tensors: Sequence[Tensor], what: str) -> Tensor | bool:
         """Whether all values are finite; a running average never forgets a NaN.
@@ -72,7 +79,7 @@ class RunningFactors:
         """
         kept = self.factors.buffer.clone() if isinstance(finite, Tensor) else None
         count = capture.terms(loss)
-        positions = None if capture.counted is None else loss.positions(capture.counted)
+        positions = capture.positions(loss)
         with torch.no_grad(), torch.autocast(self.factors.buffer.device.type, enabled=False):
             seen = update_factors_(
                 self.factors, self.layers, capture, mode, decay, self.started, count, factor**2, positions
@@ -108,12 +115,12 @@ class RunningFactors:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and containers."""
+        """Plain tensors and containers; "factors" is None before the first update."""
         return {
             "layers": {name: layer.state() for name, layer in self.layers.items()},
             "started": sorted(self.started),
             "was_cut": self.was_cut,
-            "factors": self.factors.state_dict(),
+            "factors": None if self._factors is None else self._factors.state_dict(),
         }
 
     @classmethod
@@ -124,7 +131,8 @@ class RunningFactors:
             ValueError: naming the first layer or factor that does not fit.
         """
         running = cls({name: layer_from_state(entry, modules) for name, entry in state["layers"].items()})
-        running.factors.load_state_dict(state["factors"])
+        if state["factors"] is not None:
+            running.factors.load_state_dict(state["factors"])
         running.started = set(state["started"])
         running.was_cut = state["was_cut"]
         return running
@@ -132,10 +140,14 @@ class RunningFactors:
     def warn_of_size(self, model: nn.Module) -> None:
         """Warn, naming the largest, where the factors dwarf the model."""
         own = sum(p.nbytes for p in model.parameters())
-        factors = self.factors.buffer.nbytes
+        bytes_each = factor_dtype(self.layers).itemsize
+        sizes = {
+            name: bytes_each * sum(entries(size) for size in layer.factor_sizes().values())
+            for name, layer in self.layers.items()
+        }
+        factors = sum(sizes.values())
         if factors <= max(_DWARFED * own, _SMALL):
             return
-        sizes = {n: sum(self.factors[key].nbytes for key in layer.factor_sizes()) for n, layer in self.layers.items()}
         name = max(sizes, key=lambda n: sizes[n])
         warnings.warn(
             f"Curvature: the factors take {factors / 1e6:,.0f} MB, {factors / own:.0f} times the model, most of it "

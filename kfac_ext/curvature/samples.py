@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -61,6 +61,14 @@ class Layouts:
         self.found: dict[str, Layout] = {}
         self._tried: set[str] = set()
         self._is_warned = False
+
+    def check(self, layers: Iterable[str]) -> None:
+        """Raise ValueError if a regular expression matches none of these layers."""
+        for pattern, _ in self._given:
+            if not any(pattern.search(name) for name in layers):
+                raise ValueError(
+                    f"Curvature: layer_batch_dims: {pattern.pattern!r} matches none of {', '.join(map(repr, layers))}"
+                )
 
     def of(
         self,

@@ -27,6 +27,12 @@ def check_model(model: nn.Module) -> None:
     """Refuse what hooks cannot see: compiled models and lazy parameters, with an error that names the place."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"Curvature: model is {type(model).__name__}, expected torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("Curvature: model is scripted by torch.jit, expected the torch.nn.Module it was made of")
+    if isinstance(model, nn.DataParallel):
+        raise ValueError(
+            "Curvature: model is a DataParallel, which calls copies of it; train model.module on one device"
+        )
     if next(model.parameters(), None) is None:
         raise ValueError(f"Curvature: model {type(model).__name__} has no parameters")
     for name, module in model.named_modules():
@@ -73,6 +79,7 @@ def trace_layers(
         TypeError: the output cannot be read.
     """
     patterns = [re.compile(pattern) for pattern in skip_layers]
+    idle = {pattern.pattern for pattern in patterns}
     seen = _observe(model, args, kwargs or {})
     if reading is not None:
         _learn(reading, seen)
@@ -82,7 +89,8 @@ def trace_layers(
     for place, events in seen.by_weight().items():
         layer = seen.layer(place, events)
         name = layer.name if isinstance(layer, Layer) else seen.name(place)
-        if any(pattern.search(name) for pattern in patterns):
+        if skipped := [pattern.pattern for pattern in patterns if pattern.search(name)]:
+            idle.difference_update(skipped)
             continue
         if isinstance(layer, Layer) and (too_large := _too_large(layer, max_factor_size)):
             layer = too_large
@@ -100,6 +108,9 @@ def trace_layers(
     if reasons:
         listed = ", ".join(f"{name!r} ({reason})" for name, reason in reasons.items())
         warnings.warn(f"Curvature: no factors for {listed}", stacklevel=3)
+    if idle:
+        listed = ", ".join(map(repr, sorted(idle)))
+        warnings.warn(f"Curvature: skip_layers: {listed} matches no layer", stacklevel=3)
     if not found:
         raise ValueError(
             "Curvature: the model's forward calls no Linear or convolution, nor an operator of theirs that takes a "
@@ -137,14 +148,19 @@ def _learn(reading: Reading, seen: _Observer) -> None:
             raise
         return  # in evaluation mode models may return something else
     events = [(e.output, _kind(e).channel_dim) for _, e in seen.events]
-    own = [dim for output, dim in events if output is tensors[0]]
-    if own:
-        reading.features = (own[-1], tensors[0].shape[own[-1]])
-    elif events:
-        output, dim = events[-1]
-        reading.features = (None, output.shape[dim])
+    if events:
+        reading.features = [_features(tensor, events) for tensor in tensors]
     if seen.in_training:
         reading.prediction(tensors)
+
+
+def _features(tensor: Tensor, events: Sequence[tuple[Tensor, int]]) -> tuple[int | None, int]:
+    """Dimension and size of the features of the layer that made a tensor; else those of the last one, somewhere."""
+    own = [dim for output, dim in events if output is tensor]
+    if own:
+        return own[-1], tensor.shape[own[-1]]
+    output, dim = events[-1]
+    return None, output.shape[dim]
 
 
 def _kind(event: _Event) -> type[Layer]:

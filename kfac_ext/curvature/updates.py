@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kfac_ext.curvature.capture import Capture
+from kfac_ext.curvature.losses import SeveralLosses
 from kfac_ext.curvature.modes import reading_is_free
 from kfac_ext.curvature.outputs import Reading
 from kfac_ext.curvature.padding import OutputGradient
@@ -88,7 +90,7 @@ class FisherUpdates:
             if looks:
                 update.gradient = OutputGradient(output, capture.tensors, self.reading)
             return
-        if self.pads or has_labels:
+        if (self.pads or has_labels) and not self._has_several:
             self._pending = update
             update.gradient = OutputGradient(output, capture.tensors, self.reading, self._on_output_gradient)
             return
@@ -146,10 +148,25 @@ class FisherUpdates:
         update, self._watched = self._watched, None
         if update is None:
             return
+        before = self.pads
         self._find_counted(update)
-        if update.capture.counted is not None:
-            update.running.started = set(update.started)  # what was measured with padding first of all is forgotten
-            self._draw(update)
+        if update.capture.counted is None:
+            return
+        if self._has_several:  # by now the backward has freed what leads to all outputs but the last
+            if not before:
+                warnings.warn(
+                    "Curvature: the loss leaves out predictions of one of several outputs (labels of -100?), for which "
+                    "labels are drawn all the same; fisher_type='empirical' leaves them out",
+                    stacklevel=2,
+                )
+            update.capture.counted = None
+            return
+        update.running.started = set(update.started)  # what was measured with padding first of all is forgotten
+        self._draw(update)
+
+    @property
+    def _has_several(self) -> bool:
+        return isinstance(self.reading.loss, SeveralLosses)
 
     def _find_counted(self, update: _Update) -> None:
         gradient, capture = update.gradient, update.capture

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kfac_ext import _C, reference
-from kfac_ext.geometry import ConvGeometry, accumulator_dtype, conv_geometry
+from kfac_ext.geometry import ConvGeometry, conv_geometry
 from kfac_ext.ops._cuda import register_family, worst
 from kfac_ext.ops._launch import descriptors_on, stream_of, tf32_allowed, workspace_on
 from kfac_ext.ops._library import DTYPE_CODES
@@ -69,9 +69,6 @@ def gradient_problem(g: Tensor, out: Tensor, groups: int, reduce: bool, decay: f
     """The pixels of g as patches of a 1 x 1 convolution; `reduce` sums them where the kernels would average."""
     image = g[:, :, None, None] if g.dim() == 2 else g
     height, width = image.shape[2:]
-    if reduce and g.device.type == "cpu":
-        image = image.sum(dim=(2, 3), keepdim=True, dtype=accumulator_dtype(g.dtype))
-        reduce, height, width = False, 1, 1
     weight = (height * width) ** 2 if reduce else 1
     shape = (*image.shape, *_POINT, height, width, groups)
     return Problem(image, shape, reduce, False, decay, scale * weight / g.shape[0], out)

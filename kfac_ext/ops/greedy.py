@@ -65,12 +65,31 @@ _remove_op = define(
 # ---- the whole ----
 
 
+class NotDefiniteError(torch.linalg.LinAlgError):
+    """An H_JJ that is not positive definite.
+
+    Attributes:
+        layer: number of the layer.
+        columns: number of the list of `columns` whose neuron's block it is; None where it is that of all that go.
+        neuron: in that list, or None.
+    """
+
+    def __init__(self, message: str, layer: int, columns: int | None = None, neuron: int | None = None) -> None:
+        super().__init__(f"{_OPERATION}: {message}")
+        self.layer, self.columns, self.neuron = layer, columns, neuron
+
+
+def _together(layer: int) -> NotDefiniteError:
+    where = "at the columns of the neurons that go"
+    return NotDefiniteError(f"inverses[{layer}] is not positive definite {where}", layer)
+
+
 def _column_forms(V: Tensor, G: Tensor, columns: Tensor) -> Tensor:
     """V_J^T G V_J [neurons, block, block] of the columns J of every neuron."""
     with full_precision(V.device):
-        read = V[:, columns]  # [O, neurons, block]
-        through = (G @ read.flatten(1)).view_as(read)
-        return read.transpose(0, 1).mT @ through.transpose(0, 1)
+        read = V.mT.index_select(0, columns.flatten())  # [neurons block, O], each column in one piece
+        through = (read @ G).view(*columns.shape, -1)
+        return read.view_as(through) @ through.mT
 
 
 class GreedySelection:
@@ -155,24 +174,61 @@ class GreedySelection:
 
         Raises:
             torch.linalg.LinAlgError: naming the layer where H_JJ is not positive definite: nothing has gone then; or
-                one where the block of a neuron that stays no longer is: the scores are no use then.
-            ValueError: an index that is none, or of a neuron that went.
+                one where the block of a neuron that stays no longer is: the scores are no use then. It has the
+                numbers as attributes (`layer`, `columns`, `neuron`).
+            ValueError: a number of no list; an index that is none, or of a neuron that went.
         """
-        lost: dict[int, list[Tensor]] = {}
-        chosen = {n: index.tolist() if isinstance(index, Tensor) else list(index) for n, index in neurons.items()}
-        for number, index in chosen.items():
-            if len(self._left[number].intersection(index)) < len(index):
-                raise ValueError(
-                    f"{_OPERATION}: neurons[{number}] is {index}, expected distinct ones of the "
-                    f"{len(self._columns[number])} that have not gone"
-                )
-            if index:
-                lost.setdefault(self._layers[number], []).append(self._columns[number][index].flatten())
+        chosen = self._chosen(neurons)
+        lost = self._columns_of(chosen)
         change = self._step(lost) if lost else 0.0
         for number, index in chosen.items():
             self._left[number].difference_update(index)
         self.total += change
         return change
+
+    def change(self, neurons: Mapping[int, Sequence[int] | Tensor]) -> float:
+        """What `remove_` of the same neurons would lose; nothing goes. Of one neuron that is its score.
+
+        Raises:
+            torch.linalg.LinAlgError, ValueError: as `remove_`.
+        """
+        found = 0.0
+        for layer, listed in self._columns_of(self._chosen(neurons)).items():
+            J = torch.cat(listed)
+            V, H, G = self._Vs[layer], self._Hs[layer], self._Gs[layer].double()
+            removed, waiting = self._counts[layer]
+            L = H[self._removed[layer][:removed]]  # row by row, as `reference.greedy_remove_` has it
+            lost, latest = L[:, J].double(), L[removed - waiting :, J].double()
+            T, info = torch.linalg.cholesky_ex(H[J][:, J].double() - lost.mT @ lost)
+            if int(info):
+                raise _together(layer)
+            V_J = V[:, J].double() - self._pending[layer][:waiting].double().mT @ latest
+            P = torch.linalg.solve_triangular(T, V_J.mT, upper=False)
+            found += 0.5 * float(((P @ G) * P).sum())
+        return found
+
+    def _chosen(self, neurons: Mapping[int, Sequence[int] | Tensor]) -> dict[int, list[int]]:
+        """The same as lists; ValueError for what has gone or never was there."""
+        chosen = {n: index.tolist() if isinstance(index, Tensor) else list(index) for n, index in neurons.items()}
+        for number, index in chosen.items():
+            if not 0 <= number < len(self._left):
+                raise ValueError(
+                    f"{_OPERATION}: neurons names list {number} of columns, expected 0 to {len(self._left) - 1}"
+                )
+            if len(self._left[number].intersection(index)) < len(index):
+                raise ValueError(
+                    f"{_OPERATION}: neurons[{number}] is {index}, expected distinct ones of the "
+                    f"{len(self._columns[number])} that have not gone"
+                )
+        return chosen
+
+    def _columns_of(self, chosen: Mapping[int, list[int]]) -> dict[int, list[Tensor]]:
+        """Layer -> the columns of chosen neurons, list by list."""
+        lost: dict[int, list[Tensor]] = {}
+        for number, index in chosen.items():
+            if index:
+                lost.setdefault(self._layers[number], []).append(self._columns[number][index].flatten())
+        return lost
 
     def _step(self, lost: Mapping[int, list[Tensor]]) -> float:
         touched = sorted(lost)
@@ -190,14 +246,11 @@ class GreedySelection:
         )
         for layer, (column, number, neuron) in zip(touched, failures.tolist()):
             if column >= 0:
-                raise torch.linalg.LinAlgError(
-                    f"{_OPERATION}: inverses[{layer}] is not positive definite at the columns of the neurons that go"
-                )
+                raise _together(layer)
             if number >= 0:
-                raise torch.linalg.LinAlgError(
-                    f"{_OPERATION}: the block of neuron {neuron} of columns[{numbers[number]}] in inverses[{layer}] is "
-                    "not positive definite"
-                )
+                listed = numbers[number]
+                block = f"the block of neuron {neuron} of columns[{listed}] in inverses[{layer}]"
+                raise NotDefiniteError(f"{block} is not positive definite", layer, listed, neuron)
         for layer, index in zip(touched, gone):
             removed, waiting = self._counts[layer]
             waits = waiting + len(index) <= len(self._pending[layer])

@@ -160,7 +160,9 @@ def run_command(
     prune_end: Annotated[
         float, typer.Option(help="fraction of the training at which pruning ends; as prune-start: all at once")
     ] = Settings.prune_end,
-    prune_every: Annotated[int, typer.Option(help="steps between removals")] = Settings.prune_every,
+    prune_every: Annotated[
+        int | None, typer.Option(help="steps between removals; default 20, or as many as make about 25 removals")
+    ] = None,
     factor_update_steps: Annotated[
         int | None, typer.Option(help="steps between measurements of the curvature; default 5, 10 with convolutions")
     ] = None,

@@ -119,7 +119,7 @@ class Settings:
         augment: random shifts (and mirror images for colour).
         compare_dense: first train the same network the same way without pruning.
         prune_start, prune_end: fractions of the training between which neurons go; equal ones: all at once.
-        prune_every: steps between removals.
+        prune_every: steps between removals; None: 20, or as many as make about 25 removals.
         factor_update_steps: steps between measurements of the curvature, or None for 5 (10 with convolutions).
         test_every: epochs between tests; the last one is always tested.
         validation: fraction of the training images that are held out and tested on instead of the test images.
@@ -183,7 +183,7 @@ class Settings:
     compare_dense: bool = False
     prune_start: float = 0.1
     prune_end: float = 0.4
-    prune_every: int = 20
+    prune_every: int | None = None
     factor_update_steps: int | None = None
     test_every: int = 1
     validation: float | None = None

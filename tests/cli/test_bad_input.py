@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from small_images import image_arrays
+
+from tests.cli.small_images import image_arrays
 
 ARRAYS = image_arrays()
 

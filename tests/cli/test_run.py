@@ -11,11 +11,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from small_images import image_arrays
 
 import flatprune as package
 from flatprune import runs
 from flatprune.models import layer_widths, multiply_accumulates, parameter_count
+from tests.cli.small_images import image_arrays
 
 REQUIRED = [
     *("data", "model", "seed", "epochs", "params_before", "params_after", "macs_before", "macs_after"),

@@ -185,18 +185,14 @@ def test_a_bilinear_form_is_cut_or_refused_by_name():
     assert len(reasons) + len(coupling.groups) == 3
 
 
-def test_a_hypernetwork_is_refused_or_cut_right():
+def test_a_hypernetwork():
     """A weight that a layer makes: neurons of its rows are blocks of that layer's rows."""
     net = Net(
         lambda m, x, z: m.out(F.linear(x, m.hyper(z).view(-1, 5))),
         hyper=nn.Linear(4, 30),
         out=nn.Linear(6, 3),
     )
-    coupling = find_coupling(net, (X, torch.randn(4)))
-    if coupling.groups:
-        check(net, (X, torch.randn(4)), {"hyper": blocks(6, 5), "out.weight[1]": range(6)})
-    else:
-        assert coupling.refused["hyper"]
+    check(net, (X, torch.randn(4)), {"hyper": blocks(6, 5), "out.weight[1]": range(6)})
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
@@ -308,15 +304,46 @@ def test_grouped_convolution_of_a_concatenation():
         grouped=nn.Conv2d(8, 6, 1, groups=2),
         out=nn.Conv2d(6, 2, 1),
     )
-    coupling = find_coupling(net, image())
-    found = {group.name: group for group in coupling.groups}
+    found = {group.name: group for group in find_coupling(net, image()).groups}
     assert found["grouped"].groups == 2
-    # Both halves must lose equally many: one neuron of each together, or neither goes.
-    if "a" in found:
-        halves = {"a": range(4), "b": range(4), "grouped.weight[1]": rows(4, 4)}
-        check(net, image(), halves, {"grouped": range(6), "out.weight[1]": range(6), **SIXES})
-    else:
-        assert coupling.refused["a"] and coupling.refused["b"]
+    # both halves must lose equally many: one neuron of each together
+    halves = {"a": range(4), "b": range(4), "grouped.weight[1]": rows(4, 4)}
+    check(net, image(), halves, {"grouped": range(6), "out.weight[1]": range(6), **SIXES})
+
+
+def shuffled(x: Tensor, groups: int) -> Tensor:
+    n, c, h, w = x.shape
+    return x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+@pytest.mark.parametrize(
+    ("width", "groups", "stays"), [(12, 2, ()), (24, 3, (2, 5))], ids=["even columns", "columns across bounds"]
+)
+def test_a_shuffle_between_grouped_convolutions(width, groups, stays):
+    """A channel of each group goes, those at one place; those that the next convolution has in two groups stay."""
+    net = Net(
+        lambda m, x: m.b(shuffled(m.a(x), groups)),
+        a=nn.Conv2d(2 * groups, width, 1, groups=groups),
+        b=nn.Conv2d(width, 2 * groups, 1, groups=groups),
+    )
+    of_group = width // groups
+    columns = [j for j in range(of_group) if j not in stays]
+    own = [tuple(j + of_group * group for group in range(groups)) for j in columns]
+    read = [tuple(groups * j + group for group in range(groups)) for j in columns]
+    slices = [groups * j // of_group for j in columns]
+    check(net, image(2 * groups), {"a": own, "b.weight[1]": read, "slices": slices})
+
+
+def test_grouped_convolution_of_unequal_parts():
+    """The first group reads both layers, the second one of them: channels at one place of both groups go together."""
+    net = Net(
+        lambda m, x: m.grouped(torch.cat([m.a(x), m.b(x)], 1)),
+        a=nn.Conv2d(3, 2, 1),
+        b=nn.Conv2d(3, 10, 1),
+        grouped=nn.Conv2d(12, 4, 1, groups=2),
+    )
+    both = {"a": range(2), "b": range(4, 6), "grouped.weight[1]": [(0, 6), (1, 7)]}
+    check(net, image(), both, {"b": [(i, 6 + i) for i in range(4)], "grouped.weight[1]": rows(4, 6, start=2)})
 
 
 def test_a_convolution_by_a_parameter_of_the_model():
@@ -337,7 +364,5 @@ def test_a_blur_by_a_constant_kernel():
         b=nn.Conv2d(6, 2, 1),
     )
     coupling = find_coupling(net, image())
-    if coupling.groups:
-        check(net, image(), PLAIN)
-    else:
-        assert "convolution" in coupling.refused["a"]
+    assert not coupling.groups
+    assert "the weight of a grouped convolution is computed" in coupling.refused["a"]

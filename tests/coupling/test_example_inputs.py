@@ -207,3 +207,10 @@ def test_a_forward_that_does_not_fit_is_refused(forward, error, words):
     with pytest.raises(error, match=words):
         example_calls(model, BATCH, forward)
     assert not model._forward_pre_hooks and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("given", [X[:0], (X[:0],)])
+def test_inputs_without_samples_are_refused(given):
+    """On which every cut would look right."""
+    with pytest.raises(ValueError, match=r"example_inputs: .*float32 \[0, .* has no samples"):
+        example_calls(Plain(), given)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flatprune.coupling import find_coupling
 from tests.coupling.tiny_networks import Net, check, rows
 
 TOKENS = torch.randn(2, 4, 5)
@@ -37,28 +36,15 @@ def test_units(kind, count):
 
 @pytest.mark.parametrize(("kind", "count"), [(nn.LSTM, 4), (nn.GRU, 3)])
 def test_layers_in_a_stack(kind, count):
-    second = {**gates(count, "l1"), "b.weight[1]": range(UNITS)}
-    first = {**gates(count), "memory.weight_ih_l1[1]": range(UNITS)}
-    coupling = find_coupling(network(kind(4, UNITS, num_layers=2, batch_first=True, bias=False)), TOKENS)
-    # `hidden_size` is one integer for both layers: a unit of each goes, or none does.
-    if len(coupling.groups) == 3:
-        separate = [group for group in coupling.groups if group.name == "memory"]
-        assert len(separate) == 2
-    elif len(coupling.groups) == 2:
-        model = network(kind(4, UNITS, num_layers=2, batch_first=True))
-        check(model, TOKENS, INPUTS, {**first, **second})
-    else:
-        assert "memory" in coupling.refused
+    """`hidden_size` is one integer for both layers: a unit of each goes."""
+    both = {**gates(count), **gates(count, "l1"), "memory.weight_ih_l1[1]": range(UNITS), "b.weight[1]": range(UNITS)}
+    check(network(kind(4, UNITS, num_layers=2, batch_first=True)), TOKENS, INPUTS, both)
 
 
 def test_both_directions():
     net = network(nn.LSTM(4, UNITS, batch_first=True, bidirectional=True), 2 * UNITS)
-    coupling = find_coupling(net, TOKENS)
-    assert any(group.name == "a" for group in coupling.groups)
-    units = [group for group in coupling.groups if group.name.startswith("memory")]
-    assert units or "memory" in coupling.refused
-    for group in units:  # one `hidden_size` for both: a unit of each goes
-        assert {"memory.weight_hh_l0", "memory.weight_hh_l0_reverse"} <= {m.names[0] for m in group.members}
+    both = {**gates(4), **gates(4, "l0_reverse"), "b.weight[1]": rows(UNITS, UNITS)}
+    check(net, TOKENS, {**INPUTS, "memory.weight_ih_l0_reverse[1]": range(4)}, both)
 
 
 @pytest.mark.parametrize(("kind", "count"), [(nn.LSTMCell, 4), (nn.GRUCell, 3), (nn.RNNCell, 1)])
@@ -122,8 +108,4 @@ def test_sequences_of_several_lengths():
         return m.b(nn.utils.rnn.pad_packed_sequence(m.memory(packed)[0], batch_first=True)[0].mean(1))
 
     net = Net(forward, a=nn.Linear(5, 4), memory=nn.LSTM(4, UNITS, batch_first=True), b=nn.Linear(UNITS, 3))
-    coupling = find_coupling(net, TOKENS)
-    if len(coupling.groups) == 2:
-        check(net, TOKENS, INPUTS, {**gates(4), "b.weight[1]": range(UNITS)})
-    else:
-        assert set(coupling.refused) >= {"a", "memory"} - {group.name for group in coupling.groups}
+    check(net, TOKENS, INPUTS, {**gates(4), "b.weight[1]": range(UNITS)})

@@ -147,6 +147,38 @@ def test_outputs_that_only_training_has_are_read_there(decoded):
     assert fresh_look(curvature, ["extra", "a"], curvature.recent_calls)[0]["extra"].shape == (7, 7)
 
 
+def test_each_call_is_made_again_once():
+    """Also the first time, when it is not known yet whether evaluation mode can be read."""
+    model = Net()
+    curvature = Curvature(model)
+    for _ in range(3):
+        model(batch(4, 3))
+    calls, times = curvature.recent_calls, []
+    model.register_forward_pre_hook(lambda *_: times.append(model.training))
+    A, predictions = fresh_look(curvature, ["a", "head"], calls)
+    assert times == [False] * 3 and len(predictions) == 3 and list(A) == ["a", "head"]
+    fresh_predictions(curvature, calls)
+    assert times == [False] * 6
+
+
+@pytest.mark.parametrize(("samples", "made"), [(None, 4), (1, 2), (6, 2), (13, 3), (99, 4)])
+def test_no_older_calls_than_it_takes_are_made_again(samples, made):
+    """The newest first, until there are so many samples and every A has the rows for full rank: that of `a` has 7."""
+    torch.manual_seed(0)
+    model = Net().double()
+    curvature = Curvature(model, factor_update_steps=1)
+    for _ in range(4):
+        model(batch(6, 1))
+    calls = curvature.recent_calls
+    A, predictions = fresh_look(curvature, ["a", "head"], calls, samples=samples)
+    again = fresh_look(curvature, ["a"], calls[4 - made :])
+    assert len(predictions) == made and all(map(torch.equal, predictions, again[1]))
+    torch.testing.assert_close(A["a"], again[0]["a"], rtol=1e-12, atol=0)
+    first = made if samples is None else min(4, -(-samples // 6))  # that of `head` has 6, as many as a call
+    newest = fresh_look(curvature, ["head"], calls[4 - first :])[0]
+    torch.testing.assert_close(A["head"], newest["head"], rtol=1e-12, atol=0)
+
+
 def test_no_calls_are_an_error():
     curvature = Curvature(nn.Linear(3, 2))
     with pytest.raises(ValueError, match="no training forward yet"):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import curvature_nets
-import curvature_oracles
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from kfac_ext import Curvature, FactorSet
 from kfac_ext.curvature.losses import loss_of
 from kfac_ext.curvature.probing import fresh_look
+from tests.curvature import curvature_nets, curvature_oracles
 
 NORMS = {
     "mlp_norm": {"0": "1"},
@@ -108,6 +107,20 @@ def test_layers_are_in_forward_order_with_their_norms():
     curvature = Curvature(model)
     curvature.trace(x)
     assert list(curvature.layers) == ["first", "second", "head"]
+
+
+def test_factors_take_no_memory_before_the_first_update():
+    model, x = curvature_nets.make("mlp")
+    curvature, other = Curvature(model), Curvature(copy.deepcopy(model))
+    curvature.trace(x)
+    state = curvature.state_dict()
+    assert state["factors"] is None and state["layers"]
+    other.load_state_dict(state)
+    assert not other.is_updated and other.state_dict()["factors"] is None
+    for watched in (curvature, other):
+        watched.generator.manual_seed(0)
+        watched.model(x)
+    assert torch.equal(curvature.factors.buffer, other.factors.buffer) and bool(curvature.factors.buffer.any())
 
 
 def test_an_inplace_relu_before_the_norm_is_not_overlooked():

@@ -6,7 +6,6 @@ import copy
 import io
 import warnings
 
-import curvature_nets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ from torch import nn
 
 from flatprune.flatness.spectrum import Flatness
 from kfac_ext import Curvature
+from tests.curvature import curvature_nets
 
 
 def hooks_of(model):
@@ -322,3 +322,25 @@ def test_what_cannot_be_watched_is_refused():
         Curvature(nn.ReLU())
     with pytest.raises(TypeError, match=r"skip_layers is 'head', expected a list"):
         Curvature(nn.Linear(2, 2), skip_layers="head")
+    with pytest.raises(ValueError, match=r"model is a DataParallel, .* model\.module"):
+        Curvature(nn.DataParallel(nn.Linear(2, 2)))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_scripted_model_is_refused():
+    with pytest.raises(ValueError, match=r"model is scripted by torch.jit"):
+        Curvature(torch.jit.script(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("options", [{"skip_layers": ["("]}, {"layer_batch_dims": {"(": 1}}])
+def test_what_is_no_regular_expression_is_refused(options):
+    with pytest.raises(ValueError, match=rf"Curvature: {next(iter(options))}: '\(' is no regular expression"):
+        Curvature(nn.Linear(2, 2), **options)
+
+
+def test_patterns_of_no_layer_are_named():
+    model, x = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), torch.randn(2, 2)
+    with pytest.raises(ValueError, match="layer_batch_dims: 'head' matches none of '0', '1'"):
+        Curvature(model, layer_batch_dims={"head": 1}).trace(x)
+    with pytest.warns(UserWarning, match="skip_layers: 'head' matches no layer"):
+        Curvature(model, skip_layers=["^0", "head"]).trace(x)

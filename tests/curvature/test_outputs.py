@@ -180,7 +180,7 @@ def test_features_are_known_after_loading():
     other = Curvature(Sequence())
     other.load_state_dict(curvature.state_dict())
     assert other.reading.prediction((model(x),)).shape == (4, 7, 7)
-    assert other.reading.features == (-1, 7)
+    assert other.reading.features == [(-1, 7)]
 
 
 def test_losses_that_are_none():
@@ -199,3 +199,21 @@ def test_losses_that_are_none():
         Curvature(model, loss="gaussian_nll").trace(torch.randn(4, 3)[:, None])
     with pytest.raises(ValueError, match="2 losses for 1 outputs"):
         Curvature(model, loss=["mse", "mse"]).trace(torch.randn(4, 3))
+
+
+def test_classes_of_each_output_stand_where_its_layer_has_them():
+    """Pixels of a convolution, then tokens of a Linear that sizes alone would not tell from channels."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.linear = nn.Conv2d(3, 4, 1), nn.Linear(5, 4)
+
+        def forward(self, x):
+            return self.conv(x), self.linear(x.mean(dim=1)[:, :4])
+
+    curvature = Curvature(Both(), loss=["cross_entropy"] * 2, output=[0, 1])
+    curvature.trace(torch.randn(2, 3, 6, 5))
+    assert curvature.reading.features == [(1, 4), (-1, 4)]
+    curvature.model(torch.randn(2, 3, 6, 5))
+    assert curvature.loss.shapes == [(4, 6, 5), (4, 4)]

@@ -6,13 +6,13 @@ import copy
 import gc
 import weakref
 
-import curvature_oracles
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from kfac_ext import Curvature
+from tests.curvature import curvature_oracles
 
 T, C = 4, 3
 
@@ -140,6 +140,43 @@ def test_samples_without_a_label():
     F.cross_entropy(twin(x[y >= 0]), y[y >= 0]).backward()
     for key in short.factors:
         torch.testing.assert_close(padded.factors[key], short.factors[key])
+
+
+class TwoHeads(nn.Module):
+    """A label of each token, and two of the sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.tags, self.about = nn.Linear(5, 6), nn.Linear(6, C), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = torch.tanh(self.hidden(x))
+        return {"tags": self.tags(x), "about": self.about(x.mean(dim=1))}
+
+
+@pytest.mark.parametrize("fisher_type", ["true", "empirical"])
+def test_each_of_two_outputs_leaves_out_its_own(fisher_type):
+    """Drawn labels cannot: a backward frees what leads to the first output before the second has a gradient."""
+    torch.manual_seed(0)
+    model, n = TwoHeads().double(), 4000
+    x = torch.randn(n, T, 5, dtype=torch.float64)
+    y, about = torch.randint(0, C, (n, T)), torch.randint(0, 2, (n,))
+    y[: n // 2, 2:], about[n // 4 :] = -100, -100
+    options = {"output": ["tags", "about"], "loss": ["cross_entropy"] * 2, "kfac_approx": "expand"}
+    curvature = watch(model, fisher_type=fisher_type, **options)
+    output = model(x)
+    loss = F.cross_entropy(output["tags"].transpose(1, 2), y) + F.cross_entropy(output["about"], about)
+    if fisher_type == "true":
+        with pytest.warns(UserWarning, match="one of several outputs"):
+            loss.backward()
+        return
+    loss.backward()
+    hidden = torch.tanh(model.hidden(x)).detach()
+    rows = {"tags": hidden[y >= 0], "about": hidden.mean(dim=1)[about >= 0]}
+    for name, of_layer in rows.items():
+        torch.testing.assert_close(curvature.factors[f"{name}.A"], second_moment(of_layer))
+    reached = (y >= 0) | (about >= 0)[:, None]
+    torch.testing.assert_close(curvature.factors["hidden.A"], second_moment(x[reached]))
 
 
 def test_a_certain_prediction_is_no_padding():

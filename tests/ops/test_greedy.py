@@ -114,6 +114,17 @@ def test_total_and_weights_are_those_of_one_removal(device):
     assert not now[:, gone].any()
 
 
+def test_a_change_is_told_before_anything_goes(device):
+    """Of one neuron its score; of several, in lists of two layers, what their removal then loses."""
+    V, H, G, columns = layer(9, 40, 4, 1, device=device)
+    selection = kfac_ext.GreedySelection([V, 2 * V], [H, H], [G, G], [columns, columns])
+    for step in ({0: [3], 1: [3]}, {0: list(range(5, 25)), 1: [7]}, {1: torch.tensor([20, 31])}, {0: []}):
+        first = {number: float(selection.scores[number][30]) for number in (0, 1)}
+        assert all(selection.change({number: [30]}) == pytest.approx(score) for number, score in first.items())
+        told, before = selection.change(step), selection.total
+        assert selection.total == before and selection.remove_(step) == pytest.approx(told, rel=1e-9, abs=1e-12)
+
+
 def test_overwriting_works_in_the_memory_that_is_given(device):
     V, H, G, columns = layer(9, 12, 3, device=device)
     expected = kfac_ext.greedy_selection([V], [H], [G], [columns], 5)
@@ -249,6 +260,25 @@ def test_neurons_that_cannot_go_are_refused(index):
     selection.remove_({0: [1]})
     with pytest.raises(ValueError, match=r"^greedy_selection: neurons\[0\] is .* that have not gone"):
         selection.remove_({0: index})
+
+
+@pytest.mark.parametrize("number", [-1, 1])
+def test_lists_that_there_are_not_are_refused(number):
+    selection = kfac_ext.GreedySelection([V], [H], [G], [C])
+    for call in (selection.remove_, selection.change):
+        with pytest.raises(ValueError, match=f"neurons names list {number} of columns, expected 0 to 0"):
+            call({number: [0]})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_rounding_makes_of_symmetry_is_borne(dtype):
+    inverse = torch.linalg.inv(spd(300, dtype) + 0.01 * torch.eye(300, dtype=dtype))  # symmetric but for rounding
+    off = inverse.clone()
+    off[7, 250] += 1e-3 * inverse.abs().max()
+    V, G, columns = torch.ones(2, 300, dtype=dtype), torch.eye(2, dtype=dtype), torch.arange(300)[:, None]
+    assert len(kfac_ext.GreedySelection([V], [inverse], [G], [columns]).scores[0]) == 300
+    with pytest.raises(ValueError, match=r"inverses\[0\] is not symmetric"):
+        kfac_ext.GreedySelection([V], [off], [G], [columns])
 
 
 # ---- operators ----

@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
-from preconditioner_helpers import DAMPING, backward, classes, generator, preconditioned
 from torch import nn
 
 from kfac_ext import KFACPreconditioner
-from tests.curvature import curvature_nets, curvature_oracles, foreign_layers
+from tests.curvature import curvature_nets, curvature_oracles
+from tests.layers import foreign_layers
+from tests.preconditioner.preconditioner_helpers import DAMPING, backward, classes, generator, preconditioned
 
 
 def as_matrix(module, weight):

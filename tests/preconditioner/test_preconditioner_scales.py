@@ -9,10 +9,10 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from preconditioner_helpers import DAMPING, backward, classes, generator, gradients, preconditioned
 
 from kfac_ext import KFACPreconditioner
 from tests.curvature import curvature_nets
+from tests.preconditioner.preconditioner_helpers import DAMPING, backward, classes, generator, gradients, preconditioned
 
 
 def kl(before, after):

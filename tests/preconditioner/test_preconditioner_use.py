@@ -8,11 +8,11 @@ import warnings
 
 import pytest
 import torch
-from preconditioner_helpers import DAMPING, backward, classes, generator, gradients, preconditioned
 from torch import nn
 
 from kfac_ext import KFACPreconditioner
 from tests.curvature import curvature_nets
+from tests.preconditioner.preconditioner_helpers import DAMPING, backward, classes, generator, gradients, preconditioned
 
 
 def test_skipped_layers_and_norms_keep_their_gradients():

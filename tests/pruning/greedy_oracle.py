@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -54,6 +55,16 @@ class DirectObs:
                 V -= V[:, J] @ update
                 H -= H[:, J] @ update
 
+    def change(self, neurons: Mapping[int, Sequence[int]]) -> float:
+        other = copy.copy(self)
+        other.gone, other.layers = set(self.gone), {part: list(found) for part, found in self.layers.items()}
+        for found in other.layers.values():
+            found[0], found[2] = found[0].clone(), found[2].clone()
+        for position, some in neurons.items():
+            for neuron in some:
+                other.remove(position, neuron)
+        return other.total - self.total
+
 
 def select_directly(
     costs: CostModel,
@@ -82,7 +93,7 @@ def select_directly(
         finishing = [tie for tie in moves if costs.cost_without(tie, sizes[tie][0]) <= budget]
         if closely and best in finishing:
             best = min(finishing, key=lambda tie: moves[tie][1])
-        if not losses.allows(joint.total + moves[best][1]):
+        if not losses.allows(joint.total + joint.change(moves[best][2])):
             break
         for position, chosen in moves[best][2].items():
             for neuron in chosen:

@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from pruning_networks import NETWORKS, Run, chain, digits, mlp, sgd
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -16,6 +15,7 @@ from flatprune.pruning.pruner import Pruner
 from flatprune.pruning.targets import Target
 from flatprune.training.averaging import AveragedWeights
 from kfac_ext import Curvature
+from tests.pruning.pruning_networks import NETWORKS, Run, chain, digits, mlp, sgd
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -4,8 +4,6 @@ import copy
 
 import pytest
 import torch
-from greedy_oracle import DirectObs, select_directly
-from pruning_networks import Run, chain, digits, mlp
 from torch import Tensor
 
 from flatprune.coupling import find_coupling
@@ -16,6 +14,8 @@ from flatprune.pruning.costs import ParameterCount
 from flatprune.pruning.limits import Limits, LossBudget
 from flatprune.pruning.selection import select, select_greedily
 from flatprune.pruning.ties import find_ties
+from tests.pruning.greedy_oracle import DirectObs, select_directly
+from tests.pruning.pruning_networks import Run, chain, digits, mlp
 
 
 def context_of(run: Run) -> ScoringContext:
@@ -95,6 +95,29 @@ def test_the_direct_algorithm_chooses_the_same(double_nets, name, fraction, limi
             torch.testing.assert_close(*tensors, rtol=1e-8, atol=1e-10)
     for key in jointly.keys() - {layer.weight_name for layer in context.layers.values()}:
         torch.testing.assert_close(jointly[key], afterwards[key], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", [JointObs, JointObd])
+@pytest.mark.parametrize("name", ["resnet", "grouped", "concat"])
+def test_a_change_is_told_before_anything_goes(double_nets, kind, name):
+    context = context_of(double_nets[name])
+    joint, other = kind(context), kind(context_of(double_nets[name]))
+    several = {position: [0, 3] for position in range(min(2, len(context.groups)))}
+    told = joint.change(several)
+    assert joint.total == 0.0
+    for position, neurons in several.items():
+        joint.remove(position, neurons)
+        for neuron in neurons:
+            other.remove(position, [neuron])
+    assert joint.total == pytest.approx(told, rel=1e-9) == pytest.approx(other.total, rel=1e-9)
+
+
+def test_a_layer_whose_inverse_is_indefinite_is_named(double_nets):
+    context = context_of(double_nets["mlp"])
+    H = context.inverses("consumer")["3"][0]
+    H[2, 2] = -1.0
+    with pytest.raises(ValueError, match=r"^3: the inverse .* not positive definite at the columns of neuron 2 of '1'"):
+        JointObs(context)
 
 
 def paired_neurons() -> ScoringContext:

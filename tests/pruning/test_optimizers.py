@@ -7,10 +7,10 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from optimizer_runs import SGD, STEPS, Trained, muon_and_adamw, net
 from torch import Tensor, nn
 
 import flatprune
+from tests.pruning.optimizer_runs import SGD, STEPS, Trained, muon_and_adamw, net
 
 
 def test_muon_and_adamw_are_both_cut():

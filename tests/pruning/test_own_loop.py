@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from pruning_networks import Run, chain, digits, mlp, sgd
 from torch import Tensor, nn
 
 import flatprune
@@ -15,6 +14,7 @@ from flatprune.flatness.spectrum import Flatness
 from flatprune.pruning.pruner import Pruner
 from flatprune.pruning.targets import Target
 from kfac_ext import Curvature
+from tests.pruning.pruning_networks import Run, chain, digits, mlp, sgd
 
 STEPS = 60
 

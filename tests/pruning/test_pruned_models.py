@@ -7,8 +7,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from pruning_networks import masked
-from shipped_networks import WIDTHS, arguments, build, image_batch
 
 from flatprune import export, models
 from flatprune.coupling import find_coupling
@@ -16,6 +14,8 @@ from flatprune.cutting import surgery
 from flatprune.pruning.costs import ParameterCount
 from flatprune.pruning.limits import Limits
 from flatprune.pruning.selection import select
+from tests.pruning.pruning_networks import masked
+from tests.pruning.shipped_networks import WIDTHS, arguments, build, image_batch
 
 SAME_CODE = ("resnet32", "resnet44", "resnet110", "vgg13_bn", "vgg16_bn")  # at other depths; their groups are stored
 

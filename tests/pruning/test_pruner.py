@@ -5,13 +5,13 @@ import itertools
 
 import pytest
 import torch
-from pruning_networks import NETWORKS, Concat, Run, chain, digits, mlp, sgd
 from torch import nn
 
 from flatprune.cutting.surgery import sync_attributes
 from flatprune.pruning.pruner import Pruner
 from flatprune.pruning.targets import Target
 from kfac_ext import Curvature
+from tests.pruning.pruning_networks import NETWORKS, Concat, Run, chain, digits, mlp, sgd
 
 
 @pytest.mark.filterwarnings("ignore:Curvature")

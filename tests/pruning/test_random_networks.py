@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from pruning_networks import masked
-from random_networks import drawn
 from torch import Tensor
 
 from flatprune.coupling import find_coupling
 from flatprune.cutting import surgery
+from tests.pruning.pruning_networks import masked
+from tests.pruning.random_networks import drawn
 
 
 def half_of(groups) -> dict[int, Tensor]:

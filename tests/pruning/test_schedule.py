@@ -24,6 +24,14 @@ def test_budget_is_a_cubic_that_ends_at_the_target():
     assert [step for step in range(1, 1001) if schedule.budget(step, 9, 1) is not None] == list(schedule.events)
 
 
+@pytest.mark.parametrize(("total", "events"), [(1_000, 15), (2_000, 25), (3_000, 25), (10_000, 25), (80_000, 25)])
+def test_long_trainings_have_no_more_than_25_events(total, events):
+    schedule = CubicSchedule(total)
+    assert len(schedule.events) == events
+    assert schedule.events[-1] == 0.4 * total and schedule.events[0] > 0.1 * total
+    assert len(CubicSchedule(total, every=20).events) == 0.3 * total / 20
+
+
 @pytest.mark.parametrize("total", [1, 2, 10, 50])
 def test_short_trainings_have_one_event(total):
     schedule = CubicSchedule(total)

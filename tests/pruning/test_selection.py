@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from pruning_networks import NETWORKS, Grouped, digits, mlp
 from torch import Tensor, nn
 
 from flatprune.coupling import Coupling, find_coupling
@@ -12,6 +11,7 @@ from flatprune.cutting import surgery
 from flatprune.pruning import selection
 from flatprune.pruning.costs import ParameterCount, smallest_cost
 from flatprune.pruning.limits import Limits
+from tests.pruning.pruning_networks import NETWORKS, Grouped, digits, mlp
 
 
 def params_of(model: nn.Module) -> int:

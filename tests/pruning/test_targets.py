@@ -7,7 +7,6 @@ import io
 
 import pytest
 import torch
-from pruning_networks import NETWORKS, Attention, Run, digits, mlp, sgd
 from torch import Tensor, nn
 
 from flatprune.coupling import Member, NeuronGroup, find_coupling
@@ -22,6 +21,7 @@ from flatprune.pruning.targets import Target, amount
 from kfac_ext import Curvature
 from kfac_ext.layers import kind_of
 from kfac_ext.layers.convolution import TRANSPOSED
+from tests.pruning.pruning_networks import NETWORKS, Attention, Run, digits, mlp, sgd
 
 
 class Sequence(nn.Module):

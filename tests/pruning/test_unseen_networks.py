@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from pruning_networks import masked, sgd
-from unseen_networks import CASES, inputs_of
 
 import flatprune.pruning.pruner
 from flatprune.cutting import surgery
 from flatprune.pruning.pruner import Pruner
 from flatprune.pruning.targets import Target
 from kfac_ext import Curvature, KFACPreconditioner
+from tests.pruning.pruning_networks import masked, sgd
+from tests.pruning.unseen_networks import CASES, inputs_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Pruner|Curvature|KFACPreconditioner")
 STEPS = 24

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from study_command import Outcome
 
 from flatprune.cli import main
+from tests.study.study_command import Outcome
 
 TWO_RUNS = """
 title: two

@@ -11,12 +11,12 @@ import subprocess
 import time
 
 import pytest
-from study_command import call, command
 
 from flatprune.errors import InputError
 from flatprune.settings import Settings
 from flatprune.study.lock import locked
 from flatprune.study.process import Worker
+from tests.study.study_command import call, command
 
 
 def summaries(out):

@@ -11,10 +11,9 @@ namespace kfac {
 constexpr int kPanel = 16;
 constexpr int kTile = kPanel * kPanel;
 
-// Which rows of a panel a sum runs over: outer x middle runs of `inner` consecutive rows; strides in rows.
+// Which rows of a panel a sum runs over: `outer` runs of `inner` consecutive rows, the first of each `stride` rows on.
 struct Runs {
-  int64_t outer, outer_stride;
-  int64_t middle, middle_stride;
+  int64_t outer, stride;
   int64_t inner;
 };
 
@@ -31,12 +30,16 @@ struct PanelKernels {
                      int64_t target_stride);
   // target[r] = T(source[r * source_stride]) for r < count
   void (*convert)(const void* source, DType dtype, int64_t count, int64_t source_stride, T* target);
-  // out[r][c] <- decay out[r][c] + scale tile[r][c]; decay 0 overwrites `out`, NaN included
-  void (*blend_tile)(const T* tile, int rows, int columns, T decay, T scale, T* out, int64_t out_stride);
-  // sums[q][i] = sum over first[q] <= l < first[q + 1] of lines[l][offset + i], q < count
-  void (*sum_lines)(const T* const* lines, const int64_t* first, int count, int64_t offset, T* sums);
-  // out[c * taps + q] <- decay out[c * taps + q] + scale lines[q][c]
-  void (*blend_taps)(const T* lines, int taps, int columns, T decay, T scale, T* out);
+  // target[c * target_stride + r] = tile[r][c]
+  void (*transpose_tile)(const T* tile, T* target, int64_t target_stride);
+  // out[r][c] <- decay out[r][c] + scale tile[r][c], rows `stride` and `out_stride` apart; decay 0 overwrites `out`,
+  // NaN included
+  void (*blend_tile)(const T* tile, int64_t stride, int rows, int columns, T decay, T scale, T* out,
+                     int64_t out_stride);
+  // sums[q][i] = scale sum over first[q] <= l < first[q + 1] of lines[l][offset + i], q < count
+  void (*sum_lines)(const T* const* lines, const int64_t* first, int count, int64_t offset, T scale, T* sums);
+  // out[c * taps + q] <- decay out[c * taps + q] + lines[q][c]; decay 0 overwrites `out`
+  void (*blend_taps)(const T* lines, int taps, int columns, T decay, T* out);
 };
 
 struct SimdKernels {

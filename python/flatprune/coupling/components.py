@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flatprune.coupling.findings import AxisTable, Findings
 from flatprune.coupling.neurons import CHANNELWISE, CONSUMER, PRODUCER, Member, NeuronGroup, Refused, module_of
-from flatprune.coupling.slices import Uneven, slices_of
+from flatprune.coupling.slices import Across, Crossed, Uneven, slices_of
 from flatprune.coupling.values import JOINT, Axis
 
 _PRIMES = (1_000_003, 7_919, 2_147_483_647)  # of signatures, which wrap around
@@ -248,25 +248,36 @@ class Components:
                 raise Refused(UNITED)
             slices, slice_of, where = slices_of(self._flat_findings, of_label, len(neurons))
         except Refused as refusal:
+            if isinstance(refusal, Across):  # without these, the others may go
+                self._note_reason(neurons[refusal.stay], str(refusal))
+                self._signature[neurons[refusal.stay]] = 0
+                self.refused.append((makers, str(refusal)))
+                self._add(signature, axes)
+                return
             if isinstance(refusal, Uneven):
-                self._note_balance(refusal.array, number)
+                self._note_balance(refusal.array)
+            elif isinstance(refusal, Crossed):
+                self._tie_rows(refusal.array)
             self.refused.append((makers, str(refusal)))
             return
         group = NeuronGroup(module_of(lead.names[0]), members, slices, slice_of, self._multiple(of_label, members))
         labels = (of_label >= 0).nonzero().flatten()
         self.candidates.append(Candidate(group, labels, of_label[labels], where))
 
-    def _note_balance(self, array: Tensor, number: Tensor) -> None:
+    def _note_balance(self, array: Tensor) -> None:
         """Slices of several groups (parts of a concatenation under a group norm): their neurons can go together.
 
         Args:
-            array: flat labels [slices, entries], each slice of one group.
-            number: of each component, the neuron of the group that was refused.
+            array: flat labels [slices, entries], each slice of one group; or else entries at one place of all slices go
+                together.
         """
         if bool((array == self.total).any()):
             return
         owners = self._signature[self.component[array]]
-        if bool((owners != owners[:, :1]).any()) or bool((self._reason[self.component[array]] >= 0).any()):
+        if bool((owners != owners[:, :1]).any()):
+            self._tie_rows(array)
+            return
+        if bool((self._reason[self.component[array]] >= 0).any()):
             return
         rows = [array[owners[:, 0] == owner] for owner in owners[:, 0].unique()]
         fewest = min(rows, key=len)
@@ -274,6 +285,13 @@ class Components:
             if own is not fewest and len(own) % len(fewest) == 0:
                 over = fewest.repeat(len(own) // len(fewest), 1)
                 self.balances.append(torch.stack([over.flatten(), own.flatten()], dim=1))
+
+    def _tie_rows(self, array: Tensor) -> None:
+        """Flat labels in one column [rows, columns] go together."""
+        pairs = torch.stack([array[:1].expand_as(array[1:]).flatten(), array[1:].flatten()], dim=1)
+        pairs = pairs[(pairs < self.total).all(dim=1)]
+        if bool((self.component[pairs[:, 0]] != self.component[pairs[:, 1]]).any()):
+            self.balances.append(pairs)
 
     def _member(self, axis: Axis, number: Tensor, count: int) -> Member:
         of_entry = number[self._of(axis)]

@@ -17,7 +17,8 @@ from flatprune.coupling.findings import AxisTable, Findings
 from flatprune.coupling.neurons import CONSUMER, Coupling, tensor_name
 from flatprune.coupling.operators.indexing import LOOKED_UP
 from flatprune.coupling.products import mac_terms
-from flatprune.coupling.tracer import ModuleStack, Tracer
+from flatprune.coupling.slices import ACROSS
+from flatprune.coupling.tracer import Chunks, ModuleStack, Tracer
 from flatprune.coupling.trial import Trial
 from flatprune.coupling.tried import TracedCall
 from flatprune.coupling.unreached import couple_unreached
@@ -84,7 +85,7 @@ class _Search:
         labels = Tracer(self.model, self.table, self.findings, self.stack)
         with unchanged(self.model), plain_kernels(), traced_mode(self.model, training), self.stack.watching():
             try:
-                with labels:
+                with labels, Chunks(labels):
                     output = call.run(self.model)
             except Exception as error:
                 mode = "training" if training else "evaluation"
@@ -103,10 +104,14 @@ class _Search:
 
     def coupling(self) -> Coupling:
         """Try candidates; what fails is tried with coarser neurons, else refused."""
-        components = Components(self.table, self.findings)
-        more, unsafe = couple_unreached(self.model, components, self.called, self.read_by_host)
-        if more:
-            components = Components(self.table, self.findings, more)
+        more, unsafe = couple_unreached(
+            self.model, Components(self.table, self.findings), self.called, self.read_by_host
+        )
+        components = Components(self.table, self.findings, more)
+        for _ in range(_ROUNDS):
+            if components.balances:
+                more = [*more, *components.balances]
+                components = Components(self.table, self.findings, more)
         self.table.frozen = True
         for left in reversed(range(_ROUNDS + 1)):
             trial, failed, reasons = self._tried(components, unsafe)
@@ -154,7 +159,7 @@ class _Search:
         kept = [position for position in range(len(components.candidates)) if position not in reasons]
         found.macs = mac_terms(self.products, components, kept, self.samples)
         for layers, why in components.refused:
-            found.refuse(layers, why, expected=why == OUTPUT or why.startswith(LOOKED_UP))
+            found.refuse(layers, why, expected=why == OUTPUT or why.startswith((LOOKED_UP, ACROSS)))
         return found
 
 

@@ -39,12 +39,22 @@ def example_calls(model: nn.Module, example_inputs: Any, forward: Callable[..., 
 
     Raises:
         TypeError: `example_inputs` is a loader, a dataset, an iterator or None; `forward` is no function.
-        ValueError: it is empty; the model can be called in no way; `forward` raises, or does not call the model.
+        ValueError: it is empty or has no samples; the model can be called in no way; `forward` raises, or does not call
+            the model.
 
     Example:
         >>> example_calls(model, next(iter(loader)), lambda model, batch: model(batch["image"], batch["mask"]))
         [Call(args=(tensor(...), tensor(...)), kwargs={})]
     """
+    calls = _calls(model, example_inputs, forward)
+    for call in calls:
+        first = next((tensor for tensor in call.tensors() if tensor.dim()), None)
+        if first is not None and not len(first):
+            raise ValueError(f"example_inputs: {described(call)} has no samples, expected one or more")
+    return calls
+
+
+def _calls(model: nn.Module, example_inputs: Any, forward: Callable[..., Any] | None) -> list[Call]:
     _check_kind(example_inputs)
     if forward is not None:
         return _recorded(model, example_inputs, forward)

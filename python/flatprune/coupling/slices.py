@@ -16,6 +16,7 @@ from torch import Tensor
 from flatprune.coupling.findings import Findings
 from flatprune.coupling.neurons import Refused
 
+ACROSS = "some of its channels lie across the bounds of slices"
 EVEN, WHOLE, MIXED = "even", "whole", "mixed"
 
 
@@ -31,11 +32,36 @@ class Uneven(Refused):
         self.array = array
 
 
+class Crossed(Refused):
+    """What is laid out in rows and columns (a channel shuffle) is also cut into slices that run across both.
+
+    Attributes:
+        array: the labels [rows, columns], fewer rows than columns.
+    """
+
+    def __init__(self, array: Tensor, why: str) -> None:
+        super().__init__(why)
+        self.array = array
+
+
+class Across(Refused):
+    """Some neurons lie across the bounds of slices, or are more than others of the same kind; the rest may go evenly.
+
+    Attributes:
+        stay: bool [neurons], which ones do.
+    """
+
+    def __init__(self, stay: Tensor, where: str) -> None:
+        super().__init__(f"{ACROSS} ({where})")
+        self.stay = stay
+
+
 class _Constraint(NamedTuple):
-    """Slicings [neurons] of which one must hold, and the operator that asks for it."""
+    """Slicings [neurons] of which one must hold, the operator that asks for it, the labels of a grid."""
 
     choices: list[Tensor]
     where: str
+    array: Tensor | None = None
 
 
 def slices_of(findings: Findings, number: Tensor, count: int) -> tuple[int, Tensor, str]:
@@ -57,15 +83,28 @@ def slices_of(findings: Findings, number: Tensor, count: int) -> tuple[int, Tens
         return 1, torch.zeros(count, dtype=torch.int64), ""
     for choice in (choice for constraint in constraints for choice in constraint.choices):
         if all(any(_refines(choice, other) for other in constraint.choices) for constraint in constraints):
-            sizes = choice.bincount()
-            if int(sizes.min()) != int(sizes.max()) or int(sizes.min()) < 2:
-                raise Refused(
-                    f"its {len(sizes)} slices of {int(sizes.min())} to {int(sizes.max())} channels cannot be cut "
-                    f"evenly ({constraints[0].where})"
-                )
-            return len(sizes), choice, constraints[0].where
+            _check_sizes(choice, constraints[0].where)
+            return int(choice.max()) + 1, choice, constraints[0].where
     places = " and by ".join(list(dict.fromkeys(constraint.where for constraint in constraints))[:2])
-    raise Refused(f"it is cut into different slices by {places}")
+    why = f"it is cut into different slices by {places}"
+    for constraint in constraints:
+        if constraint.array is not None:
+            raise Crossed(constraint.array, why)
+    raise Refused(why)
+
+
+def _check_sizes(slice_of: Tensor, where: str) -> None:
+    """Refuse slices that are not equally large, or hold one neuron."""
+    sizes = slice_of.bincount()
+    if int(sizes.max()) < 2:
+        raise Refused(f"its {len(sizes)} slices hold one channel each ({where})")
+    size = max((n for n in sizes.unique().tolist() if n > 1), key=lambda n: n * int((sizes >= n).sum()))
+    order = slice_of.argsort(stable=True)
+    rank = torch.empty_like(slice_of)
+    rank[order] = torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[slice_of[order]]
+    stay = (sizes[slice_of] < size) | (rank >= size)  # as few as may be
+    if bool(stay.any()):
+        raise Across(stay, where)
 
 
 def _of_grids(findings: Findings, number: Tensor, count: int) -> Iterable[_Constraint]:
@@ -78,7 +117,8 @@ def _of_grids(findings: Findings, number: Tensor, count: int) -> Iterable[_Const
             continue
         choices = [kind for kind in kinds if isinstance(kind, Tensor)]
         if choices:
-            yield _Constraint(choices, where)
+            turned = array if array.shape[0] <= array.shape[-1] else array.T
+            yield _Constraint(choices, where, turned if array.dim() == len(choices) == 2 else None)
         elif MIXED in kinds:
             raise Refused(f"its channels are laid out in a way that cannot be cut ({where})")
 
@@ -92,6 +132,10 @@ def _of_fixed_slices(findings: Findings, number: Tensor, count: int) -> Iterable
         if isinstance(kind, Tensor) and bool((ids >= 0).any(dim=1).all()):
             yield _Constraint([kind], where)
         elif not isinstance(kind, str) or kind != EVEN:
+            table = _entries(ids, count) > 0
+            across = table.sum(dim=0) > 1
+            if bool(across.any()) and bool(table[:, ~across].any(dim=1).all()):
+                raise Across(across, where)
             raise Uneven(array, where)
 
 
@@ -101,10 +145,7 @@ def _kind(ids: Tensor, count: int) -> str | Tensor:
     Neurons of a class have as many entries in each slice; as many of each class leave slices of equal size. Where each
     neuron lies in one slice, that is its class.
     """
-    rows = torch.arange(len(ids))[:, None].expand_as(ids)
-    known = ids >= 0
-    table = torch.zeros(len(ids), count, dtype=torch.int64)
-    table.index_put_((rows[known], ids[known]), torch.ones((), dtype=torch.int64), accumulate=True)
+    table = _entries(ids, count)
     if bool((table == table[:1]).all()):
         return EVEN
     if int((table > 0).sum(dim=1).max()) <= 1:
@@ -113,6 +154,14 @@ def _kind(ids: Tensor, count: int) -> str | Tensor:
     apart = bool(((patterns > 0).sum(dim=1) == 1).all()) and len(patterns) == len(patterns.argmax(dim=1).unique())
     balanced = bool((patterns.sum(dim=0) == patterns.sum(dim=0)[:1]).all())
     return len(patterns) - 1 - which if apart or balanced else MIXED  # in the order of the slices
+
+
+def _entries(ids: Tensor, count: int) -> Tensor:
+    """How many entries each neuron has in each slice: int64 [slices, neurons]."""
+    rows = torch.arange(len(ids))[:, None].expand_as(ids)
+    known = ids >= 0
+    table = torch.zeros(len(ids), count, dtype=torch.int64)
+    return table.index_put_((rows[known], ids[known]), torch.ones((), dtype=torch.int64), accumulate=True)
 
 
 def _refines(fine: Tensor, coarse: Tensor) -> bool:

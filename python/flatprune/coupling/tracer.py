@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -66,6 +67,29 @@ class ModuleStack:
             stack.callback(nn.modules.module.register_module_forward_pre_hook(enter).remove)
             stack.callback(nn.modules.module.register_module_forward_hook(leave).remove)
             yield
+
+
+class Chunks(TorchFunctionMode):
+    """Takes down what is cut into so many equal pieces, whatever its width: as many must stay in each.
+
+    Operators do not tell it from pieces of a size that the code names.
+    """
+
+    def __init__(self, labels: Tracer) -> None:
+        super().__init__()
+        self.labels = labels
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function; note what it cuts."""
+        pieces = func(*args, **(kwargs or {}))
+        if func in (torch.chunk, Tensor.chunk) and len(pieces) > 1 and len({piece.shape for piece in pieces}) == 1:
+            source = args[0]
+            dim = next(d for d in range(source.dim()) if pieces[0].shape[d] != source.shape[d])
+            for layer in self.labels.get(source).layers:
+                if dim in varying(layer):
+                    array = layer.movedim(dim, 0).reshape(len(pieces), -1)
+                    self.labels.findings.slices.append((array, f"chunk in {self.labels.here}"))
+        return pieces
 
 
 class Tracer(TorchDispatchMode):

@@ -174,6 +174,10 @@ class JointScores(Protocol):
         """Let neurons of the group at `position` go; returns positions of the groups whose scores may have changed."""
         ...
 
+    def change(self, neurons: Mapping[int, Sequence[int]]) -> float:
+        """By how much `total` would rise if neurons of groups, by position, went together; nothing goes."""
+        ...
+
     def compensated(self) -> dict[str, Tensor] | None:
         """New values of the survivors' tensors after what went; None: those that the criterion's compensation gives."""
         ...

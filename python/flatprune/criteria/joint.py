@@ -8,7 +8,8 @@ without compensation: 1/2 tr(V_S^T G V_S A_SS), whose cross terms join the score
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor
 
 import kfac_ext
 from flatprune.coupling import CONSUMER
-from flatprune.criteria.members import Reading, readings
+from flatprune.criteria.members import readings
 from flatprune.criteria.saliency import factor_blocks, raw_weight, tensors_of_weight
 from kfac_ext.layers.batch_norm import norm_affine
+from kfac_ext.ops.greedy import NotDefiniteError
 
 if TYPE_CHECKING:
     from flatprune.criteria.base import ScoringContext
@@ -58,6 +60,14 @@ class _Readings:
                 found[number] = places
         return found
 
+    def where_all(self, neurons: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
+        """The same for neurons of several groups, by position."""
+        return {
+            number: places
+            for position, some in neurons.items()
+            for number, places in self.where(position, some).items()
+        }
+
     def beside(self, numbers: Sequence[int]) -> set[int]:
         """Positions of the groups that these readings' layers read."""
         parts = {(self.all[number].layer, self.all[number].group) for number in numbers}
@@ -82,7 +92,7 @@ class JointObs:
         total: the predicted change of the loss of everything that went.
 
     Raises:
-        ValueError: naming the layer whose H is not positive definite.
+        ValueError: here and from `remove`: naming the layer whose H is not positive definite.
     """
 
     def __init__(self, context: ScoringContext) -> None:
@@ -103,15 +113,27 @@ class JointObs:
             operands.append((raw_weight(layer, H).unflatten(0, (layer.groups, -1))[part], H, G.to(H.dtype)))
         number_of = {part: number for number, part in enumerate(self._parts)}
         weights, Hs, Gs = (list(column) for column in zip(*operands))
-        self._selection = kfac_ext.GreedySelection(
-            weights,
-            Hs,
-            Gs,
-            [reading.entries for reading in self._readings.all],
-            [number_of[reading.layer, reading.group] for reading in self._readings.all],
-            overwrite=True,
-        )
+        entries = [reading.entries for reading in self._readings.all]
+        layers = [number_of[reading.layer, reading.group] for reading in self._readings.all]
+        with self._naming():
+            self._selection = kfac_ext.GreedySelection(weights, Hs, Gs, entries, layers, overwrite=True)
         self._readings.add_up(range(len(context.groups)), self._selection.scores)
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Errors inside name layers and groups, not numbers."""
+        try:
+            yield
+        except NotDefiniteError as error:
+            name, _ = self._parts[error.layer]
+            where = "of the neurons that go"
+            if error.columns is not None and error.neuron is not None:
+                reading = self._readings.all[error.columns]
+                group = self._context.groups[reading.position]
+                where = f"of neuron {int(reading.neurons[error.neuron])} of {group.name!r}"
+            raise ValueError(
+                f"{name}: the inverse of the covariance of its inputs is not positive definite at the columns {where}"
+            ) from error
 
     @property
     def scores(self) -> Sequence[Tensor]:
@@ -125,11 +147,17 @@ class JointObs:
             Positions of the groups whose scores may have changed.
         """
         where = self._readings.where(position, neurons)
-        self.total += self._selection.remove_(where)
+        with self._naming():
+            self.total += self._selection.remove_(where)
         self._touched |= {self._readings.all[number].layer for number in where}
         changed = self._readings.beside(list(where))
         self._readings.add_up(changed, self._selection.scores)
         return changed
+
+    def change(self, neurons: Mapping[int, Sequence[int]]) -> float:
+        """See `flatprune.criteria.base.JointScores.change`."""
+        with self._naming():
+            return self._selection.change(self._readings.where_all(neurons))
 
     def compensated(self) -> dict[str, Tensor]:
         """Qualified tensor name -> new values of the weights that read the pruned neurons, as the survivors make up."""
@@ -166,7 +194,7 @@ class JointObd:
             )
             for name, part in self._readings.parts
         }
-        self._values = [self._part(reading).scores(reading.entries) for reading in self._readings.all]
+        self._values = [self._parts[r.layer, r.group].scores(r.entries) for r in self._readings.all]
         self._readings.add_up(range(len(context.groups)), self._values)
 
     @property
@@ -176,30 +204,31 @@ class JointObd:
 
     def remove(self, position: int, neurons: Sequence[int]) -> set[int]:
         """As `JointObs.remove`."""
-        changed: set[int] = set()
-        for neuron in neurons:
-            self.total += float(self._readings.scores[position][neuron])
-            where = self._readings.where(position, [neuron])
-            for number, places in where.items():
-                reading = self._readings.all[number]
-                self._part(reading).remove(reading.entries[places].flatten())
-            for number in (n for w in where for n in self._readings.parts[self._key(self._readings.all[w])]):
-                reading = self._readings.all[number]
-                self._values[number] = self._part(reading).scores(reading.entries)
-            beside = self._readings.beside(list(where))
-            self._readings.add_up(beside, self._values)
-            changed |= beside
+        self.total += self.change({position: neurons})
+        where = self._readings.where(position, neurons)
+        for part, columns in self._columns(where).items():
+            self._parts[part].remove(columns)
+            for number in self._readings.parts[part]:
+                self._values[number] = self._parts[part].scores(self._readings.all[number].entries)
+        changed = self._readings.beside(list(where))
+        self._readings.add_up(changed, self._values)
         return changed
+
+    def change(self, neurons: Mapping[int, Sequence[int]]) -> float:
+        """See `flatprune.criteria.base.JointScores.change`."""
+        columns = self._columns(self._readings.where_all(neurons))
+        return sum(float(self._parts[part].scores(J[None])) for part, J in columns.items())
+
+    def _columns(self, where: Mapping[int, Sequence[int]]) -> dict[_Part, Tensor]:
+        """The columns of each layer (and group of it) that neurons of readings feed."""
+        found: dict[_Part, list[Tensor]] = {}
+        for number, places in where.items():
+            reading = self._readings.all[number]
+            found.setdefault((reading.layer, reading.group), []).append(reading.entries[list(places)].flatten())
+        return {part: torch.cat(columns) for part, columns in found.items()}
 
     def compensated(self) -> None:
         """Nothing: the survivors stay as they are."""
-
-    @staticmethod
-    def _key(reading: Reading) -> _Part:
-        return reading.layer, reading.group
-
-    def _part(self, reading: Reading) -> _Silenced:
-        return self._parts[self._key(reading)]
 
 
 class _Silenced:
@@ -223,6 +252,6 @@ class _Silenced:
         return 0.5 * alone.sum(dim=(1, 2)) + self.together[columns].sum(dim=1)
 
     def remove(self, columns: Tensor) -> None:
-        """Let one neuron go, which feeds `columns` [k]."""
+        """Let neurons go, which feed `columns` [k]."""
         J = columns.to(self.A.device)
         self.together += ((self.V.mT @ self.GV[:, J]).double() * self.A[:, J]).sum(dim=1)

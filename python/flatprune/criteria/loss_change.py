@@ -9,6 +9,9 @@ from torch import Tensor
 from kfac_ext.curvature import Curvature
 from kfac_ext.curvature.loss import Loss
 from kfac_ext.curvature.probing import fresh_predictions
+from kfac_ext.curvature.recent import Call
+
+_SAMPLES = 64
 
 
 class LossChange:
@@ -19,23 +22,37 @@ class LossChange:
 
         cross entropy: mean KL(p_before || p_after)        mse: mean (f_after - f_before)^2
 
-    over the recent calls of training (256 samples or a batch more, and all positions of an output [N, C, ...]), each
+    over the newest calls of training (64 samples or a batch more, and all positions of an output [N, C, ...]), each
     made again as it was, with batch norms on batch statistics and dropout off, before and after alike. Two forwards a
     call without gradients; random streams, running statistics and factors stay as they are.
 
     Args:
         curvature: of the network, with at least one training forward behind it.
-        before: what the network predicts now for each of them, where a `kfac_ext.curvature.probing.fresh_look` has
-            shown it already.
+        before: what the network predicts now for the newest of `Curvature.recent_calls`, where a
+            `kfac_ext.curvature.probing.fresh_look` has shown it already.
     """
 
     def __init__(self, curvature: Curvature, before: Sequence[Tensor] | None = None) -> None:
-        self._curvature, self._calls = curvature, curvature.recent_calls
-        self._before = fresh_predictions(curvature, self._calls) if before is None else before
+        self._curvature, self._calls = curvature, _newest(curvature.recent_calls)
+        if before is None or len(before) < len(self._calls):
+            before = fresh_predictions(curvature, self._calls)
+        self._before = before[len(before) - len(self._calls) :]
 
     def measure(self) -> float:
         """The change since this object was made."""
         return divergence(self._before, fresh_predictions(self._curvature, self._calls), self._curvature.loss)
+
+
+def _newest(calls: Sequence[Call]) -> list[Call]:
+    """As many of the newest as it takes to see enough samples."""
+    found: list[Call] = []
+    samples = 0
+    for call in reversed(calls):
+        if samples >= _SAMPLES:
+            break
+        found.append(call)
+        samples += call.samples
+    return found[::-1]
 
 
 def divergence(before: Sequence[Tensor], after: Sequence[Tensor], loss: Loss) -> float:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 RELATIVE_DAMPING = 1e-2  # of the mean of diag A; 1e-3 and 0.1 lost 0.3 and 0.9 points of accuracy
 CONSTANT_DAMPING = 1e-6  # of the appended 1, whose variance is known
+_SAMPLES = 128  # that an event looks at, where an A needs no more rows than they give
 _ENTRIES_TOGETHER = 1 << 20  # of covariances inverted in one call, where memory counts: enough to share out
 _TINY = 1e-12  # keeps A + D definite where a layer's inputs are all zero
 
@@ -136,8 +137,9 @@ def _damping(A: Tensor, constant: bool) -> Tensor:
 def input_statistics(curvature: Curvature, names: Iterable[str]) -> InputStatistics:
     """A of the inputs of the layers named.
 
-    With a convolution in the network: *expand* A of the recent calls made again, batch norms on batch statistics
-    (the *reduce* A of the running factors starves early layers); else the running A.
+    With a convolution in the network: *expand* A of the newest calls made again, batch norms on batch statistics
+    (the *reduce* A of the running factors starves early layers); else the running A. Calls of 128 samples are made
+    again, or as many of the recent ones (256 samples) as it takes for an A to have as many rows as columns.
 
     Raises:
         RuntimeError: the model has made no training forward yet.
@@ -147,7 +149,9 @@ def input_statistics(curvature: Curvature, names: Iterable[str]) -> InputStatist
         raise RuntimeError("no factors yet: the model must make a training forward before neurons can be scored")
     constant = {name: curvature.layers[name].constant for name in names}
     if curvature.has_convolutions:
-        covariances, predictions = fresh_look(curvature, names, curvature.recent_calls, "expand", bias=None)
+        covariances, predictions = fresh_look(
+            curvature, names, curvature.recent_calls, "expand", bias=None, samples=_SAMPLES
+        )
         return InputStatistics(covariances, constant, predictions)
     return InputStatistics({name: curvature.factors[f"{name}.A"] for name in names}, constant)
 

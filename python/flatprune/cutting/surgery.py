@@ -118,7 +118,8 @@ def plan(
     """
     refuse_moved(model, "Pruner")
     result, groups = Plan(), coupling.groups
-    replacements = {_first_names(model)[name]: value for name, value in (replacements or {}).items()}
+    firsts = _first_names(model)
+    replacements = {firsts[name]: value for name, value in (replacements or {}).items()}
     _check_pruned(groups, pruned)
     optimizers = as_optimizers(optimizer)
     seen = rehearsed(model, groups, optimizers) if seen is None else seen
@@ -140,13 +141,12 @@ def plan(
     if curvature is not None:
         result.curvature = curvature
         for layer in curvature.layers.values():
-            _plan_factors(result, curvature, layer, cuts.get(_stored_name(model, layer.weight_name) or "", ()))
+            _plan_factors(result, curvature, layer, cuts.get(_stored_name(firsts, layer.weight_name) or "", ()))
     return result
 
 
-def _stored_name(model: nn.Module, weight: str) -> str | None:
+def _stored_name(firsts: Mapping[str, str], weight: str) -> str | None:
     """The first name of the tensor behind a weight: itself, or the original of a parametrized one."""
-    firsts = _first_names(model)
     module, _, key = weight.rpartition(".")
     originals = (f"{module}.parametrizations.{key}.original{end}".lstrip(".") for end in ("1", ""))
     return next((firsts[name] for name in (weight, *originals) if name in firsts), None)

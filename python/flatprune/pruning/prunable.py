@@ -55,7 +55,8 @@ def _refuse_without_factors(coupling: Coupling, role: str, curvature: Curvature,
         for member in group.of_role(role):
             layer = layers.get(member.names)
             if layer is None or layer.name not in reached:
-                why = "has no factors" if layer is None else "gets no gradient (frozen, or cut off)"
+                why = "gets no gradient (frozen, or cut off)"
+                why = "has no factors (criterion='l1' needs none)" if layer is None else why
                 blind = f"layer {member.module!r}, which {verb} it, {why}"
                 break
         if not blind:

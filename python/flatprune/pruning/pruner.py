@@ -76,10 +76,11 @@ class Pruner:
             configuration has one number for all layers (`flatprune.update_config`). Or patterns of layer names, such
             as ["*.mlp.fc1", "*.attn.qkv"]: the groups that match the same one. See `flatprune.pruning.ties`; layers
             that stay (`exclude`, `layers`, refused ones) bind no other.
-        max_predicted_loss: at an event, neurons go only as long as the sum of their predicted changes of the loss does
-            not exceed this; the record says where it bound. None: no such limit.
+        max_predicted_loss: at an event, neurons go only as long as the change of the loss that is predicted of them
+            (greedy: together; independent: the sum of theirs) does not exceed this; the record says where it bound.
+            None: no such limit.
         measure: take down what each cut made of the loss beside what was predicted (`flatprune.criteria.loss_change`),
-            for one or two forwards on 256 samples an event.
+            for one or two forwards on 64 samples, or a batch more, an event.
         exclude: layers whose outputs stay: names of modules, or types.
         layers: names of the layers to prune; default all that can be.
         forward: how a training loop calls the model with `example_inputs`, such as
@@ -309,6 +310,8 @@ class Pruner:
         if compensate and replacements is None:
             replacements = self.criterion.compensation(context, pruned)
         loss_change = LossChange(self.curvature, context.predictions) if self._measures else None
+        choice = choice._replace(joint=None)
+        del context  # H is worth nothing any more, and the cut wants memory
         params, cost, widths = self.params, self.cost, [group.width for group in self.groups]
         plan(
             self.model,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+_EVERY, _EVENTS = 20, 25  # steps between events at least, and about how many events at most, unless told otherwise
+
 
 @dataclass(frozen=True)
 class CubicSchedule:
@@ -16,7 +18,8 @@ class CubicSchedule:
         total_steps: optimizer steps of the whole training.
         start: fraction of the training after which pruning begins.
         end: fraction of the training at which the last event is.
-        every: steps between events; the last one is exactly at `end`.
+        every: steps between events; the last one is exactly at `end`. None: 20, or as many as make about 25 events, so
+            that a long training has no more of them than a short one.
 
     Raises:
         ValueError: naming the argument out of range.
@@ -31,7 +34,7 @@ class CubicSchedule:
     total_steps: int
     start: float = 0.1
     end: float = 0.4
-    every: int = 20
+    every: int | None = None
     events: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -39,11 +42,13 @@ class CubicSchedule:
             raise ValueError(f"CubicSchedule: total_steps is {self.total_steps}, expected 1 or more")
         if not 0.0 <= self.start <= self.end <= 1.0:
             raise ValueError(f"CubicSchedule: start {self.start} and end {self.end}, expected 0 <= start <= end <= 1")
-        if self.every < 1:
+        if self.every is not None and self.every < 1:
             raise ValueError(f"CubicSchedule: every is {self.every}, expected 1 or more")
         last = max(1, round(self.end * self.total_steps))
-        count = max(1, round((last - self.start * self.total_steps) / self.every))
-        events = tuple(last - self.every * (count - 1 - i) for i in range(count))
+        phase = last - self.start * self.total_steps
+        every = max(_EVERY, round(phase / _EVENTS)) if self.every is None else self.every
+        count = max(1, round(phase / every))
+        events = tuple(last - every * (count - 1 - i) for i in range(count))
         object.__setattr__(self, "events", events)
 
     def budget(self, step: int, start: float, target: float) -> float | None:

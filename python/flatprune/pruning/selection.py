@@ -188,13 +188,14 @@ def select_greedily(
         Position in `groups` -> int64 [m] neurons, ascending; groups that lose none are left out.
     """
     ties = find_ties(groups, False) if ties is None else ties
+    losses = LossBudget() if losses is None else losses
     moves = _Moves(groups, ties, joint, limits, _shared(costs.neuron_costs(), ties))
     while costs.cost > budget and moves.nexts:
         move = moves.lowest()
         if closely and costs.cost_without(move.tie, move.size) <= budget:
             finishing = [m for m in moves.nexts.values() if costs.cost_without(m.tie, m.size) <= budget]
             move = min(finishing, key=lambda move: move.change)
-        if losses is not None and not losses.allows(joint.total + move.change):
+        if losses.limit is not None and not losses.allows(joint.total + joint.change(move.neurons)):
             break
         costs.remove_from(move.tie, move.size)
         moves.make(move)

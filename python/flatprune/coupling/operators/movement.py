@@ -44,6 +44,14 @@ def move(op: Operation) -> list[Value]:
     return results
 
 
+@rule("_pack_padded_sequence")
+def pack(op: Operation) -> list[Value]:
+    """Rows of all sequences that are no padding, in one; and how many at each step."""
+    rows, counts = op.outputs
+    moved = _moved(op.value(), lambda full: op.func(full, *op.args[1:])[0], rows)
+    return [moved, Value(tuple(counts.shape))]
+
+
 def _moved(value: Value, take: Callable[[Tensor], Tensor], out: Tensor) -> Value:
     return algebra.moved(value, take, out.shape)
 

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from pruning_networks import NETWORKS, Run, chain, digits, masked, mlp
 from torch import Tensor, nn
 
 import flatprune.pruning.pruner
@@ -13,6 +12,7 @@ from flatprune.coupling import PRODUCER, NeuronGroup, find_coupling
 from flatprune.criteria import saliency
 from flatprune.cutting import surgery
 from flatprune.export.saved import take_tensors
+from tests.pruning.pruning_networks import NETWORKS, Run, chain, digits, masked, mlp
 
 
 def outputs(model: nn.Module) -> Tensor:

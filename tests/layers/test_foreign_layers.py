@@ -6,8 +6,6 @@ import copy
 import io
 import warnings
 
-import curvature_oracles
-import foreign_layers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +14,8 @@ from torch import nn
 from kfac_ext import Curvature
 from kfac_ext.curvature.probing import fresh_predictions, observe
 from kfac_ext.curvature.recent import Call
+from tests.curvature import curvature_oracles
+from tests.layers import foreign_layers
 
 
 def found_and_expected(name, mode, fisher_type="empirical"):

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from pruning_networks import NETWORKS, Run, context_of, digits, mlp
 from torch import Tensor, nn
 
 import kfac_ext
@@ -12,6 +11,7 @@ from flatprune.coupling import CONSUMER, PRODUCER, Coupling, find_coupling
 from flatprune.criteria import ScoringContext, saliency
 from flatprune.cutting import surgery
 from flatprune.pruning.costs import ParameterCount
+from tests.pruning.pruning_networks import NETWORKS, Run, context_of, digits, mlp
 
 
 def trained(name: str, steps: int = 120) -> Run:
@@ -19,6 +19,12 @@ def trained(name: str, steps: int = 120) -> Run:
     run = Run(NETWORKS[name]())
     run.train(steps)
     return run
+
+
+@pytest.fixture(autouse=True)
+def all_recent_calls(monkeypatch):
+    """As the oracles here take all of them."""
+    monkeypatch.setattr(saliency, "_SAMPLES", 1_000_000)
 
 
 def scores_of(context: ScoringContext, criterion: str) -> list[Tensor]:

@@ -7,8 +7,6 @@ import itertools
 
 import pytest
 import torch
-import toy_optimizers as toy
-from optimizer_runs import STEPS, Trained, muon_and_adamw, net, same, square, states_of
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -16,6 +14,8 @@ import flatprune
 from flatprune.coupling import find_coupling
 from flatprune.cutting import states
 from flatprune.cutting.states import rehearsed
+from tests.cutting import toy_optimizers as toy
+from tests.pruning.optimizer_runs import STEPS, Trained, muon_and_adamw, net, same, square, states_of
 
 STATES = {
     "nested": toy.Nested,

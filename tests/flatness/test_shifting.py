@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import curvature_nets
-import curvature_oracles
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +14,7 @@ from flatprune.flatness.sam import MomentumSAM
 from flatprune.flatness.shifting import optimum_shift
 from kfac_ext import Curvature
 from kfac_ext.layers import kind_of
+from tests.curvature import curvature_nets, curvature_oracles
 
 
 def outputs_of(model, modules, x):

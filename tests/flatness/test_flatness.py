@@ -6,8 +6,6 @@ import copy
 import itertools
 import math
 
-import curvature_nets
-import curvature_oracles
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +19,7 @@ from kfac_ext import Curvature
 from kfac_ext.curvature.fisher import projected_inputs
 from kfac_ext.curvature.losses import loss_of
 from kfac_ext.curvature.probing import observe
+from tests.curvature import curvature_nets, curvature_oracles
 
 
 def zs(curvature):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import curvature_nets
-import curvature_oracles
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatprune import models
 from flatprune.flatness.hessian import _lanczos, _power, hessian_eigenvalues, hessian_lambda_max
+from tests.curvature import curvature_nets, curvature_oracles
 
 EXACT = {"iterations": 300, "tol": 1e-9}
 POWER = {"method": "power", "iterations": 5000, "tol": 1e-7}

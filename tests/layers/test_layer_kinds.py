@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import curvature_oracles
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from kfac_ext import Curvature
 from kfac_ext.curvature.losses import loss_of
 from kfac_ext.layers import InputMajorLinear, Linear, layer_of, register
 from kfac_ext.layers import layer as kinds
+from tests.curvature import curvature_oracles
 
 # module -> (output_dim, input_dim, inputs, groups, area, patch_size, channel_dim); all have 6 outputs
 SHAPES = {

@@ -10,7 +10,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from shipped_networks import CLASSES, SHAPE, arguments, build, image_batch
 
 import flatprune
 from flatprune import models
@@ -21,6 +20,7 @@ from flatprune.export import export_run, save_model
 from flatprune.pruning.costs import ParameterCount
 from flatprune.pruning.limits import Limits
 from flatprune.pruning.selection import select
+from tests.pruning.shipped_networks import CLASSES, SHAPE, arguments, build, image_batch
 
 ONE_OF_A_FAMILY = ("mlp", "lenet5", "convnet", "vgg11_bn", "resnet20", "mobilenetv2", "densenet40", "vit_tiny")
 OF_EVERY_CODE = (*ONE_OF_A_FAMILY, "wide_resnet32", "resnet18")

@@ -6,7 +6,6 @@ import copy
 import itertools
 import pickle
 
-import curvature_nets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from flatprune.flatness.spectrum import Flatness
 from flatprune.pruning.pruner import Pruner
 from flatprune.pruning.targets import Target
 from kfac_ext import Curvature
+from tests.curvature import curvature_nets
 
 
 def distorted_places(layer, shape):

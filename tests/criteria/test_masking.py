@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pruning_networks import digits
 from torch import nn
 from torch.func import functional_call
 
 from flatprune.coupling import find_coupling
 from flatprune.criteria.masking import masked_tensors, survivors_only
 from flatprune.cutting import surgery
+from tests.pruning.pruning_networks import digits
 
 NORMS = {
     "layer": lambda: nn.LayerNorm(12),

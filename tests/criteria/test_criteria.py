@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from pruning_networks import Run, chain, context_of, digits, mlp
 from scipy.stats import spearmanr
 from torch import nn
 
@@ -17,6 +16,7 @@ from flatprune.flatness.spectrum import Flatness
 from flatprune.pruning.pruner import Pruner
 from flatprune.pruning.targets import Target
 from kfac_ext import Curvature
+from tests.pruning.pruning_networks import Run, chain, context_of, digits, mlp
 
 QUICK = {**CRITERIA, "shapley": shapley(80), "banzhaf": banzhaf(80)}
 

@@ -7,13 +7,13 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from pruning_networks import Run, context_of, digits, masked, mlp
 from torch import Tensor, nn
 
 from flatprune.coupling import CONSUMER, PRODUCER, Coupling
 from flatprune.criteria import CRITERIA, ScoringContext, banzhaf, shapley
 from flatprune.criteria.game import MaskedNetwork
 from kfac_ext.curvature.losses import loss_of
+from tests.pruning.pruning_networks import Run, context_of, digits, masked, mlp
 
 pytestmark = pytest.mark.filterwarnings("ignore:Curvature")
 
