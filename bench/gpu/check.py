@@ -20,7 +20,7 @@ PROGRAMS = {  # program of tests/native -> its small cases
 TESTS = (
     *(f"tests/ops/test_{name}.py" for name in ("factors_cuda", "covariance_cuda", "refusals_cuda")),
     *(f"tests/ops/test_{name}.py" for name in ("covariance", "inverse", "power", "saliency", "greedy")),
-    *(f"tests/ops/test_{name}.py" for name in ("covariance_group", "autocast")),
+    *(f"tests/ops/test_{name}.py" for name in ("covariance_group", "covariance_inputs", "autocast")),
     "tests/training/test_training_cuda.py",
 )
 # initcheck would report copies of padding back to the host
