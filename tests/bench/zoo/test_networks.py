@@ -21,7 +21,6 @@ COULD_GO = {  # at least
     "hf_vit": 0.95,
     "hf_swin": 0.95,
     "hf_convnextv2": 0.95,
-    "hf_segformer": 0.95,
     "hf_resnet": 0.95,
     "hf_wav2vec2": 0.95,
     "hf_whisper": 0.95,
