@@ -197,7 +197,7 @@ def test_losses_that_are_none():
         Curvature(model, loss=[])
     with pytest.raises(ValueError, match="expected two outputs, mean and variance"):
         Curvature(model, loss="gaussian_nll").trace(torch.randn(4, 3)[:, None])
-    with pytest.raises(ValueError, match="2 losses for 1 outputs"):
+    with pytest.raises(ValueError, match="2 losses, and output gives 1 of what the model returns"):
         Curvature(model, loss=["mse", "mse"]).trace(torch.randn(4, 3))
 
 

@@ -143,7 +143,7 @@ def test_what_curvature_cannot_judge_is_refused(name, left, reason):
     model, x, _ = made(name)
     pruner = Pruner(model, None, Curvature(model), x[0][:2], target=Target(0.8), total_steps=10)
     assert set(pruner.widths()) == left
-    assert reason in pruner.refused.values()
+    assert any(why.startswith(reason) for why in pruner.refused.values())
 
 
 @pytest.mark.parametrize("criterion", ["kron_obd", "kron_obs", "c_obd", "c_obs", "gate_fisher"])

@@ -76,7 +76,8 @@ def assert_same(first, second):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     import numpy as np
-    from small_images import image_arrays
+
+    from tests.cli.small_images import image_arrays
 
     path = tmp_path_factory.mktemp("data") / "images.npz"
     np.savez(path, **image_arrays())
