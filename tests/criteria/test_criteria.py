@@ -233,3 +233,29 @@ class TwoOutputs(nn.Module):
     def forward(self, x):
         logits = self.head(x)
         return logits, logits.softmax(1)
+
+
+class Scaled(nn.Module):
+    """Channels that a learned vector makes of one number of each sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.vector, self.out = nn.Parameter(torch.randn(6)), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.out(self.vector * x.mean(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("criterion", ["l1", "l2", "fpgm", "obs"])
+def test_a_learned_vector_makes_its_channels_itself(criterion):
+    model = Scaled()
+    curvature, x = Curvature(model), torch.randn(8, 4)
+    pruner = Pruner(model, None, curvature, x, target=Target(0.7), total_steps=1, criterion=criterion)
+    (group,) = pruner.groups
+    assert group.producers() == [""] and group.width == 6
+    model(x).sum().backward()
+    context = ScoringContext(model, pruner.groups, curvature)
+    (scores,) = CRITERIA[criterion].scores(context)
+    if criterion == "l1":
+        torch.testing.assert_close(scores, model.vector.detach().abs().double())
+    assert len(scores) == 6 and bool(scores.isfinite().all())

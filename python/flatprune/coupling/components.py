@@ -236,6 +236,8 @@ class Components:
         """The group of all components of one signature, which own entries of these axes, or a reason against it."""
         inside = self._signature == signature
         lead = min(axes, key=lambda axis: (PRODUCER not in axis.roles, CHANNELWISE not in axis.roles, axis.start))
+        if not any(PRODUCER in axis.roles for axis in axes):  # learned positions or queries make themselves
+            lead.roles.add(PRODUCER)
         owners = self._of(lead)[inside[self._of(lead)]]
         neurons = owners[_first_places(owners[None]).sort().values]
         number = torch.full_like(self._reason, -1)
