@@ -13,7 +13,8 @@ constexpr int kMirrorSharedBytes = 4 * kMirrorEdge * kMirrorPitch;
 static_assert(kMirrorSharedBytes >= kSweepSharedBytes, "the pivot step uses either");
 static_assert(kInverseThreads == kBlockThreads, "both kinds of tile are a block's");
 
-// Where a job's panels lie: X [k][row] and Y [j][row], transposed so that rows of the matrix run along memory; L^-1 and L.
+// Where a job's panels lie: X [k][row] and Y [j][row], transposed so that rows of the matrix run along memory; L^-1 and
+// L.
 struct InversePanels {
   FactorInverse factor;
   float *X, *Y;
