@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flatprune.coupling import find_coupling
 from tests.coupling.tiny_networks import Net, blocks, check, conv, image, pooled, rows
 
 
@@ -295,3 +297,19 @@ def test_one_position_beside_the_mean_of_others():
 
     net = Net(forward, a=nn.Linear(5, 6), places=nn.Parameter(torch.randn(1, 4, 6)), c=nn.Linear(12, 3))
     check(net, torch.randn(2, 4, 5), {"a": range(6), "places[2]": range(6), "c.weight[1]": rows(6, 6)})
+
+
+@pytest.mark.parametrize(("width", "pieces"), [(12, 3), (11, 3)], ids=["equal", "a smaller last one"])
+def test_chunks_keep_as_many_channels_each(width, pieces):
+    """Each piece goes its own way; what the last piece has none beside of stays."""
+    size, fewest = -(-width // pieces), width - (pieces - 1) * -(-width // pieces)
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        return sum(layer(part) for layer, part in zip(m.ends, m.a(x).chunk(pieces, -1)))
+
+    ends = nn.ModuleList([nn.Linear(size, 3)] * (pieces - 1) + [nn.Linear(fewest, 3)])
+    for i in range(pieces - 1):
+        ends[i] = nn.Linear(size, 3)
+    coupling = find_coupling(Net(forward, a=nn.Linear(5, width), ends=ends), torch.randn(2, 5))
+    makers = {row for group in coupling.groups for row in group.of_role("producer")[0].index.flatten().tolist()}
+    assert makers == {piece * size + i for piece in range(pieces) for i in range(fewest)}

@@ -72,7 +72,8 @@ class ModuleStack:
 class Chunks(TorchFunctionMode):
     """Takes down what is cut into so many equal pieces, whatever its width: as many must stay in each.
 
-    Operators do not tell it from pieces of a size that the code names.
+    Operators do not tell it from pieces of a size that the code names. Where the last piece is smaller, as many entries
+    of each may go as it has.
     """
 
     def __init__(self, labels: Tracer) -> None:
@@ -82,13 +83,16 @@ class Chunks(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function; note what it cuts."""
         pieces = func(*args, **(kwargs or {}))
-        if func in (torch.chunk, Tensor.chunk) and len(pieces) > 1 and len({piece.shape for piece in pieces}) == 1:
-            source = args[0]
+        if func in (torch.chunk, Tensor.chunk) and len(pieces) > 1:
+            source, where = args[0], f"chunk in {self.labels.here}"
             dim = next(d for d in range(source.dim()) if pieces[0].shape[d] != source.shape[d])
+            size, fewest = pieces[0].shape[dim], pieces[-1].shape[dim]
             for layer in self.labels.get(source).layers:
                 if dim in varying(layer):
-                    array = layer.movedim(dim, 0).reshape(len(pieces), -1)
-                    self.labels.findings.slices.append((array, f"chunk in {self.labels.here}"))
+                    parts = layer.movedim(dim, 0).split(size)
+                    self.labels.findings.slices.append((torch.stack([p[:fewest].flatten() for p in parts]), where))
+                    for part in parts:
+                        self.labels.findings.pin(part[fewest:], f"the last piece has none beside it ({where})")
         return pieces
 
 
