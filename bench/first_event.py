@@ -1,6 +1,6 @@
 """The first removal event of the default score: what it takes, beside a training step, and its peak extra memory.
 
-python -m bench.first_event                       # every network: event and step in seconds, their ratio
+python -m bench.first_event [NAME ...]            # of each network: event and step in seconds, their ratio
 python -m bench.first_event ResNet-18 memory      # peak extra memory of an event, in a process of its own
 """
 
@@ -187,12 +187,15 @@ def main(*arguments: str) -> None:
     if arguments[1:] == ("in this process",):
         print(json.dumps(_measured_peak(arguments[0])))
         return
-    for name, subject in SUBJECTS.items():
-        if arguments and name != arguments[0]:
-            continue
+    of_memory = arguments[-1:] == ("memory",)
+    names = arguments[:-1] if of_memory else arguments
+    if unknown := [name for name in names if name not in SUBJECTS]:
+        raise SystemExit(f"no network is called {' or '.join(unknown)}; there are {', '.join(SUBJECTS)}")
+    for name in names or SUBJECTS:
+        subject = SUBJECTS[name]
         if missing := subject.missing():
             print(f"{name}: {missing}")
-        elif arguments[1:] == ("memory",):
+        elif of_memory:
             found = peak(name)
             print(f"{name}: {found['bytes'] / 1e6:.0f} MB more, factors and H {found['working_set'] / 1e6:.0f} MB")
         else:
