@@ -9,7 +9,6 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -30,17 +29,13 @@ class Subject:
         build: makes the network.
         batch: what it is called with in training.
         classes: of its output.
-        package: that it needs beside torch, or "".
+        package: that has to be there; "torch" where that is enough.
     """
 
     build: Callable[[], nn.Module]
     batch: Callable[[], Tensor]
     classes: int
-    package: str = ""
-
-    def missing(self) -> str:
-        """Why it cannot be measured here, "" if it can."""
-        return f"{self.package} is not installed" if self.package and find_spec(self.package) is None else ""
+    package: str = "torch"
 
 
 class _Logits(nn.Module):

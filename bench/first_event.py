@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 import flatprune
 from bench import memory, worksets
 from bench.construction import SUBJECTS as LARGE
+from bench.peers import load
 from bench.results import ROOT
 from flatprune import models
 
@@ -37,16 +37,12 @@ class Subject(NamedTuple):
     Attributes:
         build: makes the network.
         batch: inputs and labels.
-        package: that it needs beside torch, or "".
+        package: that has to be there; "torch" where that is enough.
     """
 
     build: Callable[[], nn.Module]
     batch: Callable[[], tuple[Tensor, Tensor]]
-    package: str = ""
-
-    def missing(self) -> str:
-        """Why it cannot be measured here, "" if it can."""
-        return f"{self.package} is not installed" if self.package and find_spec(self.package) is None else ""
+    package: str = "torch"
 
 
 class _Up(nn.Module):
@@ -193,8 +189,8 @@ def main(*arguments: str) -> None:
         raise SystemExit(f"no network is called {' or '.join(unknown)}; there are {', '.join(SUBJECTS)}")
     for name in names or SUBJECTS:
         subject = SUBJECTS[name]
-        if missing := subject.missing():
-            print(f"{name}: {missing}")
+        if why := load(subject.package):
+            print(f"{name}: {subject.package} {why}")
         elif of_memory:
             found = peak(name)
             print(f"{name}: {found['bytes'] / 1e6:.0f} MB more, factors and H {found['working_set'] / 1e6:.0f} MB")

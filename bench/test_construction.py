@@ -11,6 +11,7 @@ import torch
 
 from bench import memory
 from bench.construction import SUBJECTS, Construction, model_bytes
+from bench.peers import load
 from bench.results import ROOT
 
 QUICK = ("ResNet-20",)
@@ -21,8 +22,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # what stays of a network is 
 def network(request, quick):
     if quick and request.param not in QUICK:
         pytest.skip("full runs only")
-    if missing := SUBJECTS[request.param].missing():
-        pytest.skip(missing)
+    if why := load(SUBJECTS[request.param].package):
+        pytest.skip(f"{SUBJECTS[request.param].package}: {why}")
     return request.param
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from bench import first_event, memory, worksets
 from bench.first_event import CLASSES, IMAGE, SUBJECTS, Subject, Training
+from bench.peers import load
 from flatprune import models
 
 QUICK = ("ResNet-56",)
@@ -14,8 +15,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # what stays of a network is 
 def network(request, quick):
     if quick and request.param not in QUICK:
         pytest.skip("full runs only")
-    if missing := SUBJECTS[request.param].missing():
-        pytest.skip(missing)
+    if why := load(SUBJECTS[request.param].package):
+        pytest.skip(f"{SUBJECTS[request.param].package}: {why}")
     return request.param
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 import kfac_ext
 from bench.check import worst_error
 from bench.gpu.counts import greedy_floor
-from bench.gpu.linear_algebra import DAMPING, LARGEST_CHECKED, factors
+from bench.gpu.linear_algebra import LARGEST_CHECKED, score_operands
 from bench.gpu.measure import Variant
 from bench.worksets import LayerShape
 
@@ -21,10 +21,7 @@ class Selections:
     """`GreedySelection` over all layers: copies of V and H, first scores, and eight neurons a layer that go."""
 
     def __init__(self, layers: Sequence[LayerShape], device: torch.device) -> None:
-        matrices = factors(layers, device)
-        self.weights = [torch.randn(i.outputs, i.patch, device=device) for i in layers]
-        self.inverses = kfac_ext.damped_inverse(matrices[::2], DAMPING)
-        self.Gs = matrices[1::2]
+        self.weights, self.inverses, self.Gs = score_operands(layers, device)
         self.columns = [torch.arange(i.patch, device=device).view(-1, i.kernel**2) for i in layers]
         self.removals = min(REMOVALS, *(len(columns) - 1 for columns in self.columns))
         # the plain way updates all of H and V each time, and scores by a product with G

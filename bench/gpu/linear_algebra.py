@@ -116,14 +116,20 @@ class MatrixFree:
         return worst_error([self._native(x, layer) for x, layer in few], exact)
 
 
+def score_operands(
+    layers: Sequence[LayerShape], device: torch.device
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """V, H = (A + lambda I)^-1 and G of each layer, of random inputs and gradients."""
+    matrices = factors(layers, device)
+    weights = [torch.randn(i.outputs, i.patch, device=device) for i in layers]
+    return weights, kfac_ext.damped_inverse(matrices[::2], DAMPING), matrices[1::2]
+
+
 class Saliencies:
     """Scores 1/2 tr(V_J^T G V_J (H_JJ)^-1) of all neurons of all layers."""
 
     def __init__(self, layers: Sequence[LayerShape], device: torch.device) -> None:
-        matrices = factors(layers, device)
-        self.weights = [torch.randn(i.outputs, i.patch, device=device) for i in layers]
-        self.inverses = kfac_ext.damped_inverse(matrices[::2], DAMPING)
-        self.Gs = matrices[1::2]
+        self.weights, self.inverses, self.Gs = score_operands(layers, device)
         self.blocks = [layer.kernel**2 for layer in layers]
         # G V, then V_J^T (G V)_J
         self.flops = float(sum(2 * i.outputs * i.patch * (i.outputs + i.kernel**2) for i in layers))
