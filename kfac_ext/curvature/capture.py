@@ -165,9 +165,9 @@ class Capture:
 
 
 def _nodes_behind(tensor: Tensor) -> set[Node]:
-    """The nodes of the autograd graph that a tensor was made by."""
+    """The nodes of the autograd graph that a tensor was made by; none where it needs no gradient."""
     found: set[Node] = set()
-    open_ = [get_gradient_edge(tensor).node]
+    open_ = [get_gradient_edge(tensor).node] if tensor.requires_grad else []
     while open_:
         node = open_.pop()
         if node not in found:

@@ -179,6 +179,18 @@ def test_each_of_two_outputs_leaves_out_its_own(fisher_type):
     torch.testing.assert_close(curvature.factors["hidden.A"], second_moment(x[reached]))
 
 
+def test_an_output_that_needs_no_gradient_leads_to_no_layer():
+    torch.manual_seed(0)
+    model = TwoHeads().double()
+    x, y = torch.randn(8, T, 5, dtype=torch.float64), torch.randint(0, C, (8, T))
+    y[:, 2:] = -100
+    pick = lambda out: (out["tags"], out["about"].detach())  # noqa: E731
+    curvature = watch(model, fisher_type="empirical", output=pick, loss=["cross_entropy"] * 2, kfac_approx="expand")
+    F.cross_entropy(model(x)["tags"].transpose(1, 2), y).backward()
+    curvature.finish_update()
+    torch.testing.assert_close(curvature.factors["hidden.A"], second_moment(x[y >= 0]))
+
+
 def test_a_certain_prediction_is_no_padding():
     torch.manual_seed(0)
     model = nn.Linear(4, 3, bias=False)
