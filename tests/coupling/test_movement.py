@@ -313,3 +313,11 @@ def test_chunks_keep_as_many_channels_each(width, pieces):
     coupling = find_coupling(Net(forward, a=nn.Linear(5, width), ends=ends), torch.randn(2, 5))
     makers = {row for group in coupling.groups for row in group.of_role("producer")[0].index.flatten().tolist()}
     assert makers == {piece * size + i for piece in range(pieces) for i in range(fewest)}
+
+
+def test_a_chunk_of_a_named_input():
+    net = Net(
+        lambda m, x: m.b(torch.prod(torch.stack(torch.chunk(input=m.a(x), chunks=2, dim=1)), 0)), a=nn.Linear(5, 8)
+    )
+    net.b = nn.Linear(4, 3)
+    check(net, torch.randn(2, 5), {"a": rows(4, 4), "b.weight[1]": range(4)})

@@ -253,7 +253,8 @@ class Components:
             if isinstance(refusal, Across):  # without these, the others may go
                 self._note_reason(neurons[refusal.stay], str(refusal))
                 self._signature[neurons[refusal.stay]] = 0
-                self.refused.append((makers, str(refusal)))
+                if (makers, str(refusal)) not in self.refused:
+                    self.refused.append((makers, str(refusal)))
                 self._add(signature, axes)
                 return
             if isinstance(refusal, Uneven):

@@ -107,21 +107,25 @@ class _Search:
         more, unsafe = couple_unreached(
             self.model, Components(self.table, self.findings), self.called, self.read_by_host
         )
-        components = Components(self.table, self.findings, more)
-        for _ in range(_ROUNDS):
-            if components.balances:
-                more = [*more, *components.balances]
-                components = Components(self.table, self.findings, more)
+        components = self._balanced(more)
         self.table.frozen = True
         for left in reversed(range(_ROUNDS + 1)):
             trial, failed, reasons = self._tried(components, unsafe)
             coarser = _coarser_pairs(components, trial, failed) if left else []
             if not coarser:
                 break
-            more = [*more, *coarser]
-            components = Components(self.table, self.findings, more)
+            components = self._balanced([*components.more, *coarser])
         attributes = {components.candidates[p].group.name: found for p, found in trial.attributes.items()}
         return self._result(components, reasons, attributes)
+
+    def _balanced(self, more: Sequence[Tensor]) -> Components:
+        """The components of these further pairs, and of those that leave slices equal."""
+        components = Components(self.table, self.findings, more)
+        for _ in range(_ROUNDS):
+            if not components.balances:
+                break
+            components = Components(self.table, self.findings, [*components.more, *components.balances])
+        return components
 
     def _tried(self, components: Components, unsafe: dict[int, str]) -> tuple[Trial, dict[int, str], dict[int, str]]:
         """A trial of all candidates, those that failed it, and the reasons why these and others stay."""
@@ -169,7 +173,6 @@ _EXCLUDED = "it is excluded"
 def _coarser_pairs(components: Components, trial: Trial, failed: Iterable[int]) -> list[Tensor]:
     """Pairs of labels to go together, so that what failed may pass; empty if there is nothing left to try."""
     pairs = [pair for p in failed for pair in _coarser(components, components.candidates[p])]
-    pairs += components.balances
     return pairs or [pair for p in failed for q in trial.partners.get(p, ()) for pair in _tied(components, p, q)]
 
 

@@ -117,8 +117,10 @@ def _of_grids(findings: Findings, number: Tensor, count: int) -> Iterable[_Const
             continue
         choices = [kind for kind in kinds if isinstance(kind, Tensor)]
         if choices:
-            turned = array if array.shape[0] <= array.shape[-1] else array.T
-            yield _Constraint(choices, where, turned if array.dim() == len(choices) == 2 else None)
+            crossed = array if array.dim() == len(choices) == 2 else None
+            if crossed is not None and crossed.shape[0] > crossed.shape[1]:
+                crossed = crossed.T
+            yield _Constraint(choices, where, crossed)
         elif MIXED in kinds:
             raise Refused(f"its channels are laid out in a way that cannot be cut ({where})")
 

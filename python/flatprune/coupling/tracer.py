@@ -82,9 +82,10 @@ class Chunks(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function; note what it cuts."""
-        pieces = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        pieces = func(*args, **kwargs)
         if func in (torch.chunk, Tensor.chunk) and len(pieces) > 1:
-            source, where = args[0], f"chunk in {self.labels.here}"
+            source, where = args[0] if args else kwargs["input"], f"chunk in {self.labels.here}"
             dim = next(d for d in range(source.dim()) if pieces[0].shape[d] != source.shape[d])
             size, fewest = pieces[0].shape[dim], pieces[-1].shape[dim]
             for layer in self.labels.get(source).layers:

@@ -55,8 +55,11 @@ def _refuse_without_factors(coupling: Coupling, role: str, curvature: Curvature,
         for member in group.of_role(role):
             layer = layers.get(member.names)
             if layer is None or layer.name not in reached:
-                why = "gets no gradient (frozen, or cut off)"
-                why = "has no factors (criterion='l1' needs none)" if layer is None else why
+                missing, unreached = (
+                    "has no factors (criterion='l1' needs none)",
+                    "gets no gradient (frozen, or cut off)",
+                )
+                why = missing if layer is None else unreached
                 blind = f"layer {member.module!r}, which {verb} it, {why}"
                 break
         if not blind:
