@@ -57,6 +57,9 @@ class Layouts:
     """
 
     def __init__(self, given: Mapping[str, int] | None = None) -> None:
+        for pattern, dim in (given or {}).items():
+            if isinstance(dim, bool) or not isinstance(dim, int):
+                raise TypeError(f"Curvature: layer_batch_dims[{pattern!r}] is {dim!r}, expected a whole number")
         self._given = [(re.compile(pattern), dim) for pattern, dim in (given or {}).items()]
         self.found: dict[str, Layout] = {}
         self._tried: set[str] = set()

@@ -338,6 +338,12 @@ def test_what_is_no_regular_expression_is_refused(options):
         Curvature(nn.Linear(2, 2), **options)
 
 
+@pytest.mark.parametrize("dim", ["first", 1.5, True])
+def test_what_is_no_dimension_is_refused(dim):
+    with pytest.raises(TypeError, match=r"layer_batch_dims\['head'\] is .*, expected a whole number"):
+        Curvature(nn.Linear(2, 2), layer_batch_dims={"head": dim})
+
+
 def test_patterns_of_no_layer_are_named():
     model, x = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), torch.randn(2, 2)
     with pytest.raises(ValueError, match="layer_batch_dims: 'head' matches none of '0', '1'"):
