@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 GROUPS := --group dev $(if $(filter ON,$(KFAC_CUDA)),$(if $(shell command -v nvcc),,--group cuda))
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h')
 
-.PHONY: setup build demo test lint format bench bench-quick bench-report bench-peers zoo zoo-quick gpu-check gpu-bench cuda-report clean
+.PHONY: setup build demo test lint format bench bench-quick bench-report bench-peers hard zoo zoo-quick gpu-check gpu-bench cuda-report clean
 
 setup: $(READY)
 
@@ -56,6 +56,11 @@ bench-report: setup
 bench-peers: setup
 	$(BIN)/pip install --quiet --group bench
 	$(BIN)/pip uninstall --quiet --yes torchvision
+
+# random and hostile calls, damaged files, kills: one table of what came of them; HARD="--size full" for a night
+HARD ?=
+hard: setup
+	$(BIN)/python -m bench.hard $(HARD)
 
 # networks that people train, in an environment of their own, two gigabytes large: what of each can be pruned, and is a cut
 # what masking is -> bench/results/zoo.json, docs/networks.md; hours, goes on where it was stopped; ZOO="--fresh" begins anew
