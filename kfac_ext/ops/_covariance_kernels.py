@@ -94,41 +94,59 @@ def run_cpu(problem: Problem) -> None:
 
 # ---- CUDA ----
 
-_Spec = tuple[int, tuple[int, ...], tuple[int, ...], bool, int, bool, int]
+Spec = tuple[int, tuple[int, ...], tuple[int, ...], bool, int, bool, int]
 
 
-class _Launch(NamedTuple):
-    """Problems first up to end of a list, in one launch of each kernel."""
+class Launch(NamedTuple):
+    """Some problems of a list, in one launch of each kernel."""
 
-    first: int
-    end: int
+    members: Sequence[int]
+    """their places in the list"""
     group: _C.CovarianceGroup
     descriptors: Tensor
 
+    def run(self, images: Sequence[int], outs: Sequence[int], decays: Sequence[float], scales: Sequence[float]) -> None:
+        """Compute them on the current stream; pointers and weights are those of the whole list."""
+        device, members = self.descriptors.device, self.members
+        workspace = workspace_on(device, self.group.workspace_bytes)
+        _C.covariance_cuda(
+            self.group,
+            self.descriptors.data_ptr(),
+            workspace.data_ptr(),
+            [images[i] for i in members],
+            [outs[i] for i in members],
+            [decays[i] for i in members],
+            [scales[i] for i in members],
+            device.index or 0,
+            stream_of(device),
+        )
 
-def _precision() -> int:
+
+def precision_now() -> int:
     """kfac::Precision: as exact as a float32 matmul, or tf32 where PyTorch may use it."""
     return int(tf32_allowed())
 
 
-def _spec(problem: Problem, precision: int) -> _Spec:
+def spec_of(problem: Problem, precision: int) -> Spec:
+    """What of a problem decides how it is computed."""
     x = problem.image
     return DTYPE_CODES[x.dtype], x.stride(), problem.shape, problem.reduce, _AUTO, problem.bias, precision
 
 
-def _cut(device: torch.device, specs: tuple[_Spec, ...], first: int, end: int) -> Iterator[_Launch]:
-    group = _C.CovarianceGroup(specs[first:end]) if end - first <= _C.max_group_layers else None
-    if group is None or (group.workspace_bytes > _WORKSPACE_BYTES and end - first > 1):
-        middle = (first + end) // 2
-        yield from _cut(device, specs, first, middle)
-        yield from _cut(device, specs, middle, end)
+def launches(device: torch.device, specs: Sequence[Spec], members: Sequence[int]) -> Iterator[Launch]:
+    """These members of a list of problems, no two with the same out, in as few launches as can be."""
+    group = _C.CovarianceGroup([specs[i] for i in members]) if len(members) <= _C.max_group_layers else None
+    if group is None or (group.workspace_bytes > _WORKSPACE_BYTES and len(members) > 1):
+        middle = len(members) // 2
+        yield from launches(device, specs, members[:middle])
+        yield from launches(device, specs, members[middle:])
     else:
-        yield _Launch(first, end, group, descriptors_on(device, "covariance", group.descriptors()))
+        yield Launch(members, group, descriptors_on(device, "covariance", group.descriptors()))
 
 
-_launches = Schedules(
-    lambda device, specs: list(_cut(device, specs, 0, len(specs))),
-    lambda launches: [launch.descriptors for launch in launches],
+_schedules = Schedules(
+    lambda device, specs: list(launches(device, specs, range(len(specs)))),
+    lambda found: [launch.descriptors for launch in found],
 )
 """By the shapes of a list of problems."""
 
@@ -138,22 +156,11 @@ def run_cuda(problems: Sequence[Problem], precision: int | None = None) -> None:
 
     `precision` is a kfac::Precision; None: as PyTorch's matmuls have it now.
     """
-    device = problems[0].image.device
-    precision = _precision() if precision is None else precision
-    for launch in _launches(device, tuple(_spec(problem, precision) for problem in problems)):
-        part = problems[launch.first : launch.end]
-        workspace = workspace_on(device, launch.group.workspace_bytes)
-        _C.covariance_cuda(
-            launch.group,
-            launch.descriptors.data_ptr(),
-            workspace.data_ptr(),
-            [problem.image.data_ptr() for problem in part],
-            [problem.out.data_ptr() for problem in part],
-            [problem.decay for problem in part],
-            [problem.scale for problem in part],
-            device.index or 0,
-            stream_of(device),
-        )
+    precision = precision_now() if precision is None else precision
+    images, outs = [p.image.data_ptr() for p in problems], [p.out.data_ptr() for p in problems]
+    decays, scales = [p.decay for p in problems], [p.scale for p in problems]
+    for launch in _schedules(problems[0].image.device, tuple(spec_of(problem, precision) for problem in problems)):
+        launch.run(images, outs, decays, scales)
 
 
 _MAX_ROWS = 2**31 - 1  # rows are numbered in 32 bits

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,12 +18,15 @@ _MOST_BYTES = 64 << 20  # a call's shapes take kilobytes each, so no call alone 
 _OWN_BYTES = 1 << 10  # of a schedule on the host, about
 
 
-class _Entry(NamedTuple, Generic[Value]):
+@dataclass(slots=True)
+class _Entry(Generic[Value]):
     value: Value
     tensors: Sequence[Tensor]
     streams: set[int]
     """on which the tensors were allocated or may be read"""
     size: int
+    used: int
+    """the number of the call that asked for it last"""
 
 
 class Schedules(Generic[Value]):
@@ -33,37 +36,38 @@ class Schedules(Generic[Value]):
     dropped is used again only when the kernels that read it have ended, on every stream that has asked for it.
 
     Args:
-        make: a schedule.
+        make: a schedule, from a device, a key, and what else the call has been given.
         tensors: what of it lies on the device.
         most_bytes: kept on all devices, in schedules that no graph has captured.
     """
 
     def __init__(
         self,
-        make: Callable[[torch.device, Any], Value],
+        make: Callable[..., Value],
         tensors: Callable[[Value], Sequence[Tensor]],
         most_bytes: int = _MOST_BYTES,
     ) -> None:
         self._make, self._tensors, self._most_bytes = make, tensors, most_bytes
-        self._entries: OrderedDict[tuple[torch.device, Hashable], _Entry[Value]] = OrderedDict()
+        self._entries: dict[tuple[torch.device, Hashable], _Entry[Value]] = {}
         self._captured: dict[tuple[torch.device, Hashable], _Entry[Value]] = {}
-        self._size = 0
+        self._size = self._calls = 0
         self._lock = threading.RLock()
 
-    def __call__(self, device: torch.device, key: Hashable) -> Value:
-        """The schedule of a key, made if it is new.
+    def __call__(self, device: torch.device, key: Hashable, *arguments: Any) -> Value:
+        """The schedule of a key, made with the arguments if it is new.
 
         Raises:
             RuntimeError: it is new, lies on the device, and a CUDA graph is being captured.
         """
         place = device, key
         with self._lock:
-            entry = self._captured.get(place) or self._entries.get(place) or self._add(place)
-            if place in self._entries:
-                self._entries.move_to_end(place)
-                if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                    self._captured[place] = self._entries.pop(place)
-                    self._size -= entry.size
+            self._calls += 1
+            # keys of many shapes take long to hash and to compare: they are looked up once
+            entry = self._entries.get(place) or self._captured.get(place) or self._add(place, arguments)
+            entry.used = self._calls
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing() and place in self._entries:
+                self._captured[place] = self._entries.pop(place)
+                self._size -= entry.size
             stream = stream_of(device)
             if stream not in entry.streams:
                 _tell(entry, device, stream)
@@ -75,15 +79,15 @@ class Schedules(Generic[Value]):
             self._entries.clear()
             self._size = 0
 
-    def _add(self, place: tuple[torch.device, Any]) -> _Entry[Value]:
-        value = self._make(*place)
+    def _add(self, place: tuple[torch.device, Any], arguments: tuple[Any, ...]) -> _Entry[Value]:
+        value = self._make(*place, *arguments)
         tensors = self._tensors(value)
-        entry = _Entry(value, tensors, {stream_of(place[0])}, _OWN_BYTES + sum(tensor.nbytes for tensor in tensors))
-        self._entries[place] = entry
-        self._size += entry.size
+        size = _OWN_BYTES + sum(tensor.nbytes for tensor in tensors)
+        entry = self._entries[place] = _Entry(value, tensors, {stream_of(place[0])}, size, self._calls)
+        self._size += size
         while self._size > self._most_bytes and len(self._entries) > 1:
-            _, oldest = self._entries.popitem(last=False)
-            self._size -= oldest.size
+            oldest, _ = min(self._entries.items(), key=lambda item: item[1].used)
+            self._size -= self._entries.pop(oldest).size
         return entry
 
 

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from kfac_ext.geometry import ConvGeometry, Pair, padded_geometry
 from kfac_ext.ops import covariance as single
 from kfac_ext.ops._covariance_kernels import (
+    Launch,
     Problem,
     conv_problem,
     fits_cuda,
     gradient_problem,
+    launches,
     linear_problem,
-    run_cuda,
+    precision_now,
+    rows_as_images,
+    spec_of,
 )
 from kfac_ext.ops._library import define, native_device
+from kfac_ext.ops._schedules import Schedules
 
 _OPERATION = "covariance_group"
 
@@ -144,7 +150,7 @@ class _Entry(NamedTuple):
 
 
 def _entries(
-    outs: list[Tensor], xs: list[Tensor], calls: list[int], decays: list[float], scales: list[float]
+    outs: list[Tensor], xs: list[Tensor], calls: Sequence[int], decays: list[float], scales: list[float]
 ) -> list[_Entry]:
     starts = range(0, len(calls), _CALL_INTS)
     ints = [calls[start : start + _CALL_INTS] for start in starts]
@@ -154,33 +160,129 @@ def _entries(
     return entries
 
 
-def _group(outs: list[Tensor], xs: list[Tensor], calls: list[int], decays: list[float], scales: list[float]) -> None:
-    waiting: list[Problem] = []
-    written: set[int] = set()
+class _Plan(NamedTuple):
+    """How updates of these shapes are computed: what of it is the same in every call.
+
+    Attributes:
+        rounds: one after the other; launches, and updates that run alone, by their places in the lists.
+        calls: of the updates.
+        weights: by which their scales are multiplied, as kernels sum where a covariance averages.
+        copied: updates of rows that no strides describe, which are copied first.
+    """
+
+    rounds: list[Launch | int]
+    calls: list[_Call]
+    weights: list[float]
+    copied: list[int]
+
+    def run(
+        self, outs: list[Tensor], xs: list[Tensor], places: list[int], decays: list[float], scales: list[float]
+    ) -> None:
+        """Compute updates; `places` are the addresses of the outs."""
+        rows = {i: rows_as_images(xs[i])[0] for i in self.copied}
+        images = [x.data_ptr() for x in xs]
+        for i, copy in rows.items():
+            images[i] = copy.data_ptr()
+        weighted = [scale * weight for scale, weight in zip(scales, self.weights)]
+        for part in self.rounds:
+            if isinstance(part, Launch):
+                part.run(images, places, decays, weighted)
+            else:
+                _Entry(self.calls[part], outs[part], xs[part], decays[part], scales[part]).run_alone()
+
+
+def _make_plan(device: torch.device, key: _Key, outs: list[Tensor], xs: list[Tensor], places: list[int]) -> _Plan:
+    entries = _entries(outs, xs, key.calls, [0.0] * len(xs), [1.0] * len(xs))
+    problems = [entry.problem() for entry in entries]
+    specs = [spec_of(problem, key.precision) for problem in problems]
+    served = dict(key.served)
+    plan = _Plan([], [entry.call for entry in entries], [problem.scale for problem in problems], [])
+    waiting: dict[int, int] = {}  # by the address of the out
 
     def flush() -> None:
         if waiting:
-            run_cuda(waiting)
+            plan.rounds.extend(launches(device, specs, tuple(waiting.values())))
             waiting.clear()
-            written.clear()
 
-    for entry in _entries(outs, xs, calls, decays, scales):
+    for i, (entry, problem) in enumerate(zip(entries, problems)):
         # a launch writes its outs in no order: what goes into the same one again waits for the next
-        place = entry.out.data_ptr()
-        if place in written:
+        if places[i] in waiting:
             flush()
-        if not _joins_group(entry.x):
-            entry.run_alone()
+        if not (served[entry.x.dtype] and fits_cuda(problem)):
+            plan.rounds.append(i)
             continue
-        problem = entry.problem()
-        if not fits_cuda(problem):
-            entry.run_alone()
-            continue
-        if waiting and waiting[0].image.device != problem.image.device:
-            flush()
-        waiting.append(problem)
-        written.add(place)
+        waiting[places[i]] = i
+        if problem.image.data_ptr() != entry.x.data_ptr():
+            plan.copied.append(i)
     flush()
+    return plan
+
+
+class _Key(NamedTuple):
+    """All that decides how a list of updates is computed.
+
+    Attributes:
+        calls: their ints.
+        tensors: shape, strides, dtype of every input and of every out with its device.
+        served: which dtypes of inputs have kernels here.
+        repeated: for every update the first of the same out, where one comes twice.
+        precision: a kfac::Precision.
+    """
+
+    calls: tuple[int, ...]
+    tensors: tuple[Any, ...]
+    served: tuple[tuple[torch.dtype, bool], ...]
+    repeated: tuple[int, ...]
+    precision: int
+
+
+_plans = Schedules(_make_plan, lambda plan: [part.descriptors for part in plan.rounds if isinstance(part, Launch)])
+
+
+def _seen(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    """What decides how they are read."""
+    try:
+        return [(t.shape, t.stride(), t.dtype) for t in tensors]
+    except RuntimeError:  # those of another layout have no strides; checks refuse them by name
+        return [(t.shape, t.layout, t.dtype) for t in tensors]
+
+
+def _group(outs: list[Tensor], xs: list[Tensor], calls: list[int], decays: list[float], scales: list[float]) -> None:
+    devices = {x.device for x in xs}
+    if len(devices) == 1:
+        _group_on(xs[0].device, outs, xs, calls, decays, scales)
+        return
+    _entries(outs, xs, calls, decays, scales)  # refuses before anything is changed
+    for device in devices:
+        members = [i for i, x in enumerate(xs) if x.device == device]
+        own = [value for i in members for value in calls[i * _CALL_INTS : (i + 1) * _CALL_INTS]]
+        of_outs, of_xs = ([values[i] for i in members] for values in (outs, xs))
+        _group_on(device, of_outs, of_xs, own, *([values[i] for i in members] for values in (decays, scales)))
+
+
+def _group_on(
+    device: torch.device,
+    outs: list[Tensor],
+    xs: list[Tensor],
+    calls: list[int],
+    decays: list[float],
+    scales: list[float],
+) -> None:
+    served: dict[torch.dtype, bool] = {}
+    for x in xs:
+        if x.dtype not in served:
+            served[x.dtype] = _joins_group(x)
+    places = [out.data_ptr() for out in outs]
+    firsts: dict[int, int] = {}
+    repeated = [firsts.setdefault(place, i) for i, place in enumerate(places)] if len({*places}) < len(xs) else ()
+    key = _Key(
+        tuple(calls),
+        (*_seen(xs), *_seen(outs), *{out.device for out in outs}),
+        tuple(served.items()),
+        tuple(repeated),
+        precision_now(),
+    )
+    _plans(device, key, outs, xs, places).run(outs, xs, places, decays, scales)
 
 
 def _joins_group(x: Tensor) -> bool:
@@ -211,7 +313,7 @@ def covariance_group_(outs: Sequence[Tensor], updates: Sequence[CovarianceUpdate
     """
     _group_op(
         list(outs),
-        [update.x.detach() for update in updates],
+        [update.x.detach() if update.x.requires_grad else update.x for update in updates],
         [value for update in updates for value in update.call],
         [float(update.decay) for update in updates],
         [float(update.scale) for update in updates],

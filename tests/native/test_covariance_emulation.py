@@ -170,8 +170,26 @@ def test_an_out_that_comes_twice_waits_for_the_next_launch(launches):
     assert relative_error(factors["fc.A"], exact) < 1e-6
 
 
+def test_a_list_of_the_same_shapes_is_planned_once(launches, monkeypatch):
+    made = []
+    monkeypatch.setattr(covariance_group, "spec_of", lambda *given: made.append(1) or kernels.spec_of(*given))
+    covariance_group._plans.cache_clear()
+    outs = torch.zeros(2, 6, 6)
+    rows, others = torch.randn(2, 9, 6), torch.randn(2, 6, 9).mT
+    crossed = torch.randn(4, 2, 3, 6).permute(1, 0, 2, 3)  # no strides describe its rows: copied at each call
+    for xs in (rows, 2 * rows, others, crossed, 3 * crossed):
+        covariance_group_(list(outs), [CovarianceUpdate.linear("", x) for x in xs])
+        for x, out in zip(xs, outs):
+            assert relative_error(out, reference.linear_covariance(x.double())) < 3e-7
+    assert len(made) == 3 * 2
+    with pytest.raises(ValueError, match="out has shape"):
+        covariance_group_([outs[0], torch.zeros(5, 5)], [CovarianceUpdate.linear("", x) for x in rows])
+    assert len(made) == 3 * 2
+    covariance_group._plans.cache_clear()
+
+
 def test_many_layers_and_a_large_workspace_take_more_launches(launches, monkeypatch):
-    kernels._launches.cache_clear()
+    covariance_group._plans.cache_clear()
     outs = [torch.empty(3, 3) for _ in range(300)]
     x = torch.randn(5, 3)
     covariance_group_(outs, [CovarianceUpdate.linear("", x)] * 300)
@@ -181,7 +199,7 @@ def test_many_layers_and_a_large_workspace_take_more_launches(launches, monkeypa
     monkeypatch.setattr(kernels, "_WORKSPACE_BYTES", 40_000)
     covariance_group_(outs[:12], [CovarianceUpdate.linear("", x)] * 12)
     assert sum(launches) == 12 and 1 < len(launches) < 12
-    kernels._launches.cache_clear()
+    covariance_group._plans.cache_clear()
 
 
 def test_kernels_without_a_gpu_pass_their_own_check(launches):

@@ -50,7 +50,10 @@ def cuda_way(emulation, monkeypatch):
 
     modules = (_covariance_kernels, _inverse_kernels, _power_covariance_kernels, _power_kernels)
     caches = [
-        c for module in modules for c in vars(module).values() if hasattr(c, "cache_clear") and not isinstance(c, type)
+        c
+        for module in (*modules, covariance_group)
+        for c in vars(module).values()
+        if hasattr(c, "cache_clear") and not isinstance(c, type)
     ]
     for module in modules:
         monkeypatch.setattr(module, "_C", Both())
@@ -117,8 +120,13 @@ def test_all_factors_of_a_forward_are_one_launch(cuda_way, approx, monkeypatch):
     """Of a network with a shared, a grouped and a padded layer; second calls wait for first ones."""
     a, b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, groups=2, padding_mode="circular")
     model = nn.Sequential(a, nn.ReLU(), b, nn.ReLU(), b, nn.Flatten(), nn.Linear(4 * 6 * 5, 3))
-    x, launches, run = torch.randn(5, 3, 6, 5), [], _covariance_kernels.run_cuda
-    monkeypatch.setattr(covariance_group, "run_cuda", lambda problems: (launches.append(len(problems)), run(problems)))
+    x, launches, run = torch.randn(5, 3, 6, 5), [], covariance_group.Launch.run
+
+    def counted(launch, *pointers):
+        launches.append(len(launch.members))
+        run(launch, *pointers)
+
+    monkeypatch.setattr(covariance_group.Launch, "run", counted)
     factors = []
     for native in (True, False):
         with kfac_ext.use_native(native):

@@ -87,7 +87,8 @@ def test_every_other_stream_that_reads_it_is_told_once(played):
 
 
 def test_all_families_keep_their_schedules_so():
-    from kfac_ext.ops import _covariance_kernels, _inverse_kernels, _power_kernels, _saliency_kernels
+    from kfac_ext.ops import _covariance_kernels, _inverse_kernels, _power_kernels, _saliency_kernels, covariance_group
 
-    families = (_covariance_kernels._launches, _inverse_kernels._group, _power_kernels._group)
-    assert all(isinstance(kept, _schedules.Schedules) for kept in (*families, _saliency_kernels._group))
+    of_covariances = (_covariance_kernels._schedules, covariance_group._plans)
+    families = (*of_covariances, _inverse_kernels._group, _power_kernels._group, _saliency_kernels._group)
+    assert all(isinstance(kept, _schedules.Schedules) for kept in families)
