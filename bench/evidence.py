@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.documents import replace_between
-from flatprune.checkpoint import write_atomically
+from flatprune.files.atomic import write_atomically
 from flatprune.reporting.drawing import png
 from flatprune.study import Results
 from flatprune.study.plots import figure

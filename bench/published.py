@@ -94,8 +94,8 @@ def make(study_file: Path, data_dir: Path | None, out: Path, minutes: float | No
         print(error, file=sys.stderr)
         return 2
     print(table(write_report(plan)))
-    for name in failed:
-        print(f"failed: {name}", file=sys.stderr)
+    for name, reason in failed.items():
+        print(f"failed: {name}: {reason}", file=sys.stderr)
     return 2 if failed else 0
 
 

@@ -1,4 +1,4 @@
-"""The command `flatprune`: `run` trains and prunes, `study` makes a grid of runs, `eval` and `export` use the result.
+"""The command `flatprune`: `run` trains and prunes, `study` makes a grid of runs, `eval`, `export`, `check` follow.
 
 Exit codes: 0 done; 2 something given cannot be used, the loss diverged, or a file could not be written (one line on
 stderr says which); 130 interrupted, with a checkpoint to resume from.
@@ -6,9 +6,11 @@ stderr says which); 130 interrupted, with a checkpoint to resume from.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +33,7 @@ from flatprune.settings import (
 
 EXIT_FAILED = 2
 EXIT_INTERRUPTED = 130
+_LONGEST = 2000  # characters of a message
 _ON_OFF = {"on": True, "off": False}
 
 app = typer.Typer(
@@ -181,6 +184,10 @@ def run_command(
         int | None, typer.Option(help="measure the true largest Hessian eigenvalue every so many epochs")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the checkpoint in --out")] = False,
+    restart_damaged: Annotated[
+        bool,
+        typer.Option("--restart-damaged", help="as --resume; a damaged checkpoint is put aside, the run made anew"),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that is in --out")] = False,
 ) -> None:
     """Train and prune; results go to --out."""
@@ -190,30 +197,60 @@ def run_command(
         "exclude": tuple(part for part in (exclude or "").split(",") if part),
         "augment": _switch("augment", augment),
     }
-    if resume and overwrite:
-        raise InputError("--resume and --overwrite: expected one of them")
-    _run(out, values, _given(context, values), resume=resume, overwrite=overwrite)
+    if (resume or restart_damaged) and overwrite:
+        first = "--resume" if resume else "--restart-damaged"
+        raise InputError(f"{first} and --overwrite: expected one of them")
+    if resume or restart_damaged:
+        _resume(out, _given(context, values), restart_damaged)
+    else:
+        _run(out, Settings(**values), overwrite)
 
 
-def _run(out: Path, values: dict[str, Any], given: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+def _run(out: Path, settings: Settings, overwrite: bool) -> None:
     from rich.console import Console
 
     from flatprune import runs
     from flatprune.reporting import progress
 
     console = Console()
+    summary = runs.run(settings, out, overwrite=overwrite, observer=lambda title: progress.observer(console, title))
+    with _dispensable():
+        progress.print_summary(console, summary, str(out))
 
-    def observer(title: str) -> progress.Observer:
-        return progress.observer(console, title)
 
-    if resume:
-        done = (out / runs.SUMMARY_FILE).is_file()
-        summary = runs.resume(out, given, observer=observer)
+def _resume(out: Path, given: dict[str, Any], restart_damaged: bool) -> None:
+    from rich.console import Console
+
+    from flatprune import runs
+    from flatprune.reporting import progress
+
+    console = Console()
+    done = runs.is_finished(out)
+    summary = runs.resume(
+        out, given, restart_damaged=restart_damaged, observer=lambda title: progress.observer(console, title)
+    )
+    with _dispensable():
         if done:
             console.print(f"{out}: this run is finished already", highlight=False, markup=False, soft_wrap=True)
-    else:
-        summary = runs.run(Settings(**values), out, overwrite=overwrite, observer=observer)
-    progress.print_summary(console, summary, str(out))
+        progress.print_summary(console, summary, str(out))
+
+
+@contextlib.contextmanager
+def _dispensable() -> Iterator[None]:
+    """What is said of a run that has ended well: its files say it too, so that nobody has to be there to read it."""
+    try:
+        yield
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        _forget_stdout()
+
+
+def _forget_stdout() -> None:
+    """Let what cannot be written to a closed pipe or a full disk vanish, instead of failing at exit once more."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 @app.command(name="study")
@@ -223,6 +260,9 @@ def study_command(
     jobs: Annotated[int | None, typer.Option(help="runs at once; default as many as cores or GPUs")] = None,
     minutes: Annotated[float | None, typer.Option(help="stop after so many; the same command goes on")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="folder of data files; default the current one")] = None,
+    restart_damaged: Annotated[
+        bool, typer.Option("--restart-damaged", help="make runs anew whose checkpoint or summary is damaged")
+    ] = False,
     report_only: Annotated[
         Path | None, typer.Option("--report-only", metavar="DIR", help="only write the report of the study in DIR")
     ] = None,
@@ -237,10 +277,17 @@ def study_command(
     if (file is None) == (report_only is None):
         raise InputError("study: expected a FILE.yaml, or --report-only DIR")
     console = Console()
-    failed: list[str] = []
+    failed: dict[str, str] = {}
     if file is not None:
         folder = out or Path("runs") / file.stem
-        plan, failed = run_study(read_study(file, data_dir), folder, jobs=jobs, minutes=minutes, console=console)
+        plan, failed = run_study(
+            read_study(file, data_dir),
+            folder,
+            jobs=jobs,
+            minutes=minutes,
+            restart_damaged=restart_damaged,
+            console=console,
+        )
     else:
         plan = open_study(Path(str(report_only)))
     results = write_report(plan)
@@ -250,8 +297,9 @@ def study_command(
     console.print()
     console.print(f"report in {plan.folder / PAGE_FILE}", soft_wrap=True, highlight=False, markup=False)
     if failed:
+        name, reason = next(iter(failed.items()))
         raise RunsFailedError(
-            f"{len(failed)} runs failed, the first is {failed[0]!r}; the same command tries them again"
+            f"{len(failed)} runs failed, the first is {name!r} ({reason}); the same command tries them again"
         )
 
 
@@ -290,6 +338,22 @@ def export_command(
     print(f"largest difference from the network {made.difference:.2g}, of outputs up to {made.largest:.3g}")
 
 
+@app.command(name="check")
+def check_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a run or of a study")],
+) -> None:
+    """Say of each file of a run or of a study whether it is whole; exit code 2 where one is not."""
+    from flatprune.run_folder import FINE
+    from flatprune.study.whole import check_folder
+
+    found = check_folder(folder)
+    for name, state in found.items():
+        print(f"{name}: {state.removeprefix(f'{folder / name}: ')}")
+    wrong = [name for name, state in found.items() if state not in FINE]
+    if wrong:
+        raise InputError(f"{folder}: {len(wrong)} of {len(found)} files are not whole, the first is {wrong[0]}")
+
+
 def _given(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
     """The settings that stand on the command line, as against those left at their defaults."""
     sources = {name: context.get_parameter_source(name) for name in values if name in context.params}
@@ -317,11 +381,15 @@ def _switch(name: str, text: str) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; every failure that a user can cause is one line on stderr."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold any bytes
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn  # type: ignore[assignment]
             given = None if arguments is None else list(arguments)
             result = app(args=given, standalone_mode=False, prog_name="flatprune")
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except Interrupted as error:
         return _fail(str(error), EXIT_INTERRUPTED)
@@ -330,7 +398,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, DivergedError, ExportError, RunsFailedError) as error:
         return _fail(str(error), EXIT_FAILED)
     except OSError as error:
+        if error.filename is None:
+            _forget_stdout()
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), EXIT_FAILED)
+    except MemoryError as error:
+        return _fail(f"not enough memory {error}", EXIT_FAILED)
     except Exception as error:
         if not hasattr(error, "format_message"):  # what typer raises for a command line it cannot parse
             raise
@@ -338,9 +410,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _warn(message: Warning | str, *_: Any) -> None:
-    print(f"flatprune: warning: {message}", file=sys.stderr)
+    _say(f"warning: {message}")
 
 
 def _fail(message: str, code: int) -> int:
-    print("flatprune: " + " ".join(message.split()), file=sys.stderr)
+    _say(message)
     return code
+
+
+def _say(message: str) -> None:
+    """One line on stderr, if somebody is there to read it."""
+    line = " ".join(message.split())
+    shown = line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print(f"flatprune: {shown}", file=sys.stderr, flush=True)

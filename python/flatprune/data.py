@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flatprune.errors import InputError
+from flatprune.files.npz import read_npz
 from kfac_ext.curvature.modes import sent
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -22,6 +20,7 @@ _DIGITS_TEST_FRACTION = 0.25
 _DIGITS_SPLIT_SEED = 0  # fixed: the test set is the same for every --seed
 _VALIDATION_SEED = 1
 _STRAY_RATIO = 5
+MAX_CLASSES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def read_images(data: str, classes: int | None = None) -> Images:
     Raises:
         InputError: one line that names the file, the array and what is wrong with it.
     """
-    arrays = _digits() if data == "digits" else _read_npz(data)
+    arrays = _digits() if data == "digits" else read_npz(data, KEYS)
     for split in ("train", "test"):
         x_key, y_key = f"x_{split}", f"y_{split}"
         arrays[x_key] = _checked_images(f"{data}: {x_key}", arrays[x_key])
@@ -279,25 +278,6 @@ def _digits() -> dict[str, np.ndarray]:
     return {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test}
 
 
-def _read_npz(path: str) -> dict[str, np.ndarray]:
-    if not Path(path).exists():
-        hint = "" if Path(path).suffix else " (and the only data set known by name is 'digits')"
-        raise InputError(f"{path}: no such file{hint}")
-    try:
-        with zipfile.ZipFile(path) as archive:  # np.load takes other kinds of file too
-            missing = [key for key in KEYS if f"{key}.npy" not in archive.namelist()]
-        if missing:
-            raise InputError(f"{path}: has no array {missing[0]!r}, expected {', '.join(KEYS)}")
-        with np.load(path, allow_pickle=False) as arrays:
-            return {key: arrays[key] for key in KEYS}
-    except InputError:
-        raise
-    except zipfile.BadZipFile as error:
-        raise InputError(f"{path}: not an .npz file ({error})") from error
-    except (OSError, ValueError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
-
-
 def _checked_images(name: str, images: np.ndarray) -> np.ndarray:
     if images.ndim == 3:
         images = images[..., None]
@@ -340,6 +320,8 @@ def _class_count(data: str, y_train: np.ndarray, y_test: np.ndarray, classes: in
         if labels.max() >= count:
             index = int(labels.argmax())
             raise InputError(f"{data}: {name} has label {labels[index]} at index {index}, expected 0 to {count - 1}")
+    if count > MAX_CLASSES:
+        raise InputError(f"{data}: has {count:,} classes, expected {MAX_CLASSES:,} or fewer")
     if count < 2:
         raise InputError(f"{data}: y_train has only label {y_train[0]}, expected two classes or more")
     return count

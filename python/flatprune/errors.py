@@ -7,6 +7,10 @@ class InputError(ValueError):
     """What was given cannot be used; the message is one line that names the culprit and what is wanted."""
 
 
+class DamagedError(InputError):
+    """A file is not what was written, or lacks what it needs beside it."""
+
+
 class DivergedError(RuntimeError):
     """The training loss is no longer a finite number; the last checkpoint on disk is from before that."""
 

@@ -1,11 +1,13 @@
 """A run in a folder: which files it makes, when it may start there, how it is interrupted and resumed.
 
-Files of a run: `checkpoint.pt` (see `flatprune.checkpoint`), `history.jsonl` (a line an epoch and a line a removal),
-and at the end `model.pt` (see `flatprune.export`), `progress.png`, `report.html` and, last, `summary.json`; `dense/`
-holds the same for the network that is trained without pruning, where that is wanted.
-Each file is written atomically, so that it is whole at any time.
+Files of a run: `checkpoint.pt` (see `flatprune.checkpoint`), `settings.json`, `history.jsonl` (a line an epoch and a
+line a removal), and at the end `model.pt` (see `flatprune.export`), `progress.png`, `report.html`, `digests.json` (see
+`flatprune.files.finished`) and, last, `summary.json`; `dense/` holds the same for the network that is trained without
+pruning, where that is wanted. Each file is written atomically, so that it is whole at any time, and all that a run
+knows is in its checkpoint: the others are made of it, again too, when it is resumed. `lock` is held while it goes on.
 
 `summary.json`:
+    format, version                        "flatprune-summary", 1
     data, model, seed, epochs, steps, train_images, test_images, image_shape, classes: what was done
     target_params                          fraction of the parameters to reach, null for a target in another unit
     target_unit, target_fraction           params, macs, neurons or latency, and the fraction of it to reach
@@ -31,46 +33,68 @@ With the setting `ema`, accuracies, calibration, Hessian and `model.pt` are thos
 factors are measured where the training is. An epoch's training loss is that of its targets, smoothed or mixed.
 With the setting `validation`, "test" means the held-out part of the training images everywhere.
 
-`history.jsonl`, by `kind`: "epoch" (losses, accuracies in percent, those of an epoch not tested null, params, radii,
-seconds so far), "removal" (fields of
-`flatprune.pruning.removals.Removal` without the neurons' indices; width and params are those after it), "event" (one at
-which nothing was removed; the reason is its note), "stop" (the end of pruning before its time, likewise),
+`history.jsonl`, by `kind`: "head" (the first line: format, version, number of records), "epoch" (losses, accuracies in
+percent, those of an epoch not tested null, params, radii, seconds so far), "removal" (fields of
+`flatprune.pruning.removals.Removal` without the neurons' indices; width and params are those after it), "event" (one
+at which nothing was removed; the reason is its note), "stop" (the end of pruning before its time, likewise),
 "optimum_shift" (a layer after the last removal: rank and number of its inputs, norm of its weight before and after).
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
-import signal
+import shlex
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from flatprune.checkpoint import load_checkpoint, save_atomically, write_json, write_json_lines
+from flatprune.checkpoint import load_checkpoint
 from flatprune.data import Dataset, Images, load_dataset, read_images
-from flatprune.errors import DivergedError, InputError, Interrupted
-from flatprune.export import EXPORT_FILES, MODEL_FILE, save_model
+from flatprune.errors import DamagedError, DivergedError, InputError, Interrupted
+from flatprune.export import MODEL_FILE, save_model
 from flatprune.export import load as load_network
+from flatprune.files.atomic import damaged, put_aside
+from flatprune.files.finished import (
+    HISTORY_FILE,
+    SUMMARY_FILE,
+    finish,
+    problems,
+    read_history,
+    read_summary,
+    write_history,
+)
+from flatprune.files.lock import FolderLock, locked
+from flatprune.files.records import write_record
+from flatprune.files.sealed import save_sealed
 from flatprune.reporting import report
+from flatprune.run_folder import (
+    CHECKPOINT_FILE,
+    DENSE_FOLDER,
+    DIGESTED_FILES,
+    RUN_FILES,
+    SETTINGS,
+    SETTINGS_FILE,
+    check_free,
+    kept_settings,
+    make_folder,
+    read_settings,
+    remove_run,
+    same_run,
+)
 from flatprune.settings import Settings
+from flatprune.signals import stop_signals
 from flatprune.training.evaluation import evaluate
 from flatprune.training.figures import results
 from flatprune.training.trainer import Observer, Trainer
 
-CHECKPOINT_FILE = "checkpoint.pt"
-HISTORY_FILE = "history.jsonl"
-SUMMARY_FILE = "summary.json"
-DENSE_FOLDER = "dense"
-RUN_FILES = (CHECKPOINT_FILE, HISTORY_FILE, SUMMARY_FILE, MODEL_FILE, report.PLOT_FILE, report.REPORT_FILE)
 _DENSE_KEYS = (
     "params_after",
     "macs_after",
@@ -84,7 +108,9 @@ _DENSE_KEYS = (
 _MAY_CHANGE = ("data", "device")  # on resuming: the data are known by their digest, the device is free
 # Multiply-accumulates a step: below, threads cost more than they give, and on busy cores twenty times as much.
 _THREADED_WORK = 10**8
+_RESTART = "--restart-damaged puts it aside and makes anew what was in it"
 _NoteObserver = Callable[[str], Observer]
+_T = TypeVar("_T")
 
 
 def run(
@@ -92,6 +118,7 @@ def run(
     out: str | os.PathLike[str],
     *,
     overwrite: bool = False,
+    wait: bool = False,
     observer: _NoteObserver = lambda title: Observer(),
 ) -> dict[str, Any]:
     """Train and prune as `settings` say, into the folder `out`.
@@ -100,6 +127,7 @@ def run(
         settings: what to do.
         out: folder, made if it is not there.
         overwrite: replace the files of another run that are in `out`.
+        wait: where another process works in `out`, wait for it instead of refusing.
         observer: called with "dense" and "pruned", returns who is told about that part.
 
     Returns:
@@ -108,7 +136,8 @@ def run(
     Raises:
         InputError: something given cannot be used; nothing has been written.
         DivergedError: the loss is not finite any more; the last checkpoint is from before.
-        Interrupted: SIGINT or SIGTERM came; `resume` goes on from the checkpoint.
+        Interrupted: a signal came that asks to end (SIGINT, SIGTERM, SIGHUP, SIGXCPU); `resume` goes on from the
+            checkpoint.
         OSError: a file could not be written; the old one is still there.
 
     Example:
@@ -118,61 +147,121 @@ def run(
     """
     folder = Path(out)
     check_free(folder, overwrite)
-    dataset = load(settings)
-    trainer = Trainer(settings, dataset)
-    _make_folder(folder)
-    for name in _run_files():
-        (folder / name).unlink(missing_ok=True)
-    _save(trainer, folder)
-    return _go_on(trainer, folder, observer)
+    with contextlib.ExitStack() as held:
+        lock = held.enter_context(locked(folder, wait=wait)) if folder.is_dir() else None
+        trainer = Trainer(settings, load(settings))
+        if lock is None:
+            make_folder(folder)
+            lock = held.enter_context(locked(folder, wait=wait))
+            check_free(folder, overwrite)  # another run may have begun meanwhile
+        remove_run(folder)
+        _save(trainer, folder, lock)
+        return _go_on(trainer, lock, observer, restart_damaged=False)
 
 
 def resume(
     out: str | os.PathLike[str],
     given: dict[str, Any] | None = None,
     *,
+    restart_damaged: bool = False,
+    wait: bool = False,
     observer: _NoteObserver = lambda title: Observer(),
 ) -> dict[str, Any]:
     """Go on with the run in the folder `out` from its checkpoint; on a CPU the result is the same bit for bit.
 
     Args:
         out: folder of the run.
-        given: settings that the user named again; they must be those of the checkpoint (data and device may differ).
+        given: settings that the user named again; they must be those of the run (data and device may differ).
+        restart_damaged: give a damaged checkpoint (or summary) the name `checkpoint.pt.damaged`, and make anew what was
+            in it, from `settings.json`.
+        wait: where another process works in `out`, wait for it instead of refusing.
         observer: as for `run`.
 
     Returns:
-        The content of `summary.json`, at once where the run was finished already.
+        The content of `summary.json`, at once where the run was finished already and all its files are whole.
 
     Raises:
         InputError: there is no checkpoint, or `given` or the data are not those of the checkpoint.
+        DamagedError: the checkpoint is not what was written; nothing has been changed.
     """
     folder = Path(out)
-    if not (folder / CHECKPOINT_FILE).is_file():
+    if not any((folder / name).is_file() for name in RUN_FILES):
         raise InputError(f"{folder}: no {CHECKPOINT_FILE} to resume from")
-    state = load_checkpoint(folder / CHECKPOINT_FILE)
-    settings = _resumed_settings(folder, Settings.from_dict(state["settings"]), given or {})
-    if (folder / SUMMARY_FILE).is_file():
-        return json.loads((folder / SUMMARY_FILE).read_text())
-    return _go_on(Trainer(settings, load(settings), state), folder, observer)
+    with locked(folder, wait=wait) as lock:
+        summary = _finished(folder, restart_damaged)
+        if summary is not None:
+            _resumed_settings(folder, Settings.from_dict(read_settings(folder)), given or {})
+            return summary
+        trainer = _resumed(folder, given or {}, restart_damaged)
+        if not (folder / CHECKPOINT_FILE).is_file():
+            _save(trainer, folder, lock)
+        _write_known(trainer, folder)
+        return _go_on(trainer, lock, observer, restart_damaged=restart_damaged)
 
 
-def check_free(folder: Path, overwrite: bool) -> None:
-    """Raise InputError where `folder` cannot be a folder, or holds a run that `overwrite` does not allow to replace."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is a file, expected a folder for the results")
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise InputError(f"{folder}: cannot be written to ({nearest} is not a folder that this user may write to)")
-    found = [name for name in _run_files() if (folder / name).exists()]
-    if found and not overwrite:
-        raise InputError(
-            f"{folder}: holds a run already ({found[0]}); say --resume to go on with it, --overwrite to replace it"
-        )
+def is_finished(out: str | os.PathLike[str]) -> bool:
+    """Whether the run in a folder is finished, with all its files whole."""
+    folder = Path(out)
+    try:
+        return (folder / SUMMARY_FILE).is_file() and bool(read_summary(folder)) and not problems(folder)
+    except InputError:
+        return False
 
 
-def _run_files() -> list[str]:
-    names = (*RUN_FILES, *EXPORT_FILES)  # exports of another run's network must not outlive it
-    return [*names, *(f"{DENSE_FOLDER}/{name}" for name in names)]
+def _finished(folder: Path, restart_damaged: bool) -> dict[str, Any] | None:
+    """The summary of a finished run; None where it has to go on, or to make some of its files again."""
+    if not (folder / SUMMARY_FILE).is_file():
+        return None
+    summary = _whole(folder / SUMMARY_FILE, lambda: read_summary(folder), restart_damaged)
+    wrong = [] if summary is None else problems(folder)
+    if not wrong:
+        return summary
+    if not (folder / CHECKPOINT_FILE).is_file():
+        raise DamagedError(f"{wrong[0]}, and there is no {CHECKPOINT_FILE} to make it again from")
+    warnings.warn(f"{wrong[0]}; it is made again from {CHECKPOINT_FILE}", stacklevel=2)
+    return None
+
+
+def _whole(path: Path, read: Callable[[], _T], restart_damaged: bool) -> _T | None:
+    """What `read` gives; None once a damaged file is put aside, which has to be asked for."""
+    try:
+        return read()
+    except DamagedError as error:
+        if not restart_damaged:
+            raise DamagedError(f"{error}; {_RESTART}") from error
+        warnings.warn(f"{error}; it is now {put_aside(path).name}", stacklevel=2)
+        return None
+
+
+def _resumed(folder: Path, given: dict[str, Any], restart_damaged: bool) -> Trainer:
+    """The trainer where the checkpoint left it, or at the beginning where that is damaged and put aside."""
+    state = _checkpoint(folder, restart_damaged)
+    values = read_settings(folder) if state is None else state["settings"]
+    settings = _resumed_settings(folder, Settings.from_dict(values), given)
+    return _trainer(settings, load(settings), state, folder)
+
+
+def _checkpoint(folder: Path, restart_damaged: bool) -> dict[str, Any] | None:
+    path = folder / CHECKPOINT_FILE
+    if not path.is_file():
+        if restart_damaged:
+            return None
+        raise InputError(f"{folder}: no {CHECKPOINT_FILE} to resume from; --restart-damaged makes the run anew")
+    state = _whole(path, lambda: load_checkpoint(path), restart_damaged)
+    if state is not None and not same_run(folder, state):
+        raise InputError(f"{path}: is of another run than {SETTINGS_FILE}, whose settings differ")
+    return state
+
+
+def _trainer(settings: Settings, dataset: Dataset, state: dict[str, Any] | None, folder: Path) -> Trainer:
+    try:
+        return Trainer(settings, dataset, state)
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        if state is None:
+            raise
+        raise damaged(folder / CHECKPOINT_FILE, f"its content does not fit: {error!r}") from error
 
 
 def load(settings: Settings) -> Dataset:
@@ -189,13 +278,6 @@ def load(settings: Settings) -> Dataset:
     )
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be made ({error.strerror})") from error
-
-
 def _resumed_settings(folder: Path, settings: Settings, given: dict[str, Any]) -> Settings:
     for name, value in given.items():
         if name not in _MAY_CHANGE and value != getattr(settings, name):
@@ -206,57 +288,73 @@ def _resumed_settings(folder: Path, settings: Settings, given: dict[str, Any]) -
     return replace(settings, **{name: value for name, value in given.items() if name in _MAY_CHANGE})
 
 
-def _go_on(trainer: Trainer, folder: Path, observer: _NoteObserver) -> dict[str, Any]:
+def _go_on(trainer: Trainer, lock: FolderLock, observer: _NoteObserver, *, restart_damaged: bool) -> dict[str, Any]:
+    folder = lock.folder
     try:
         with stop_signals() as stop_requested, _threads(trainer):
             dense = None
             if trainer.settings.compare_dense:
                 devices = [trainer.device] if trainer.device.type == "cuda" else []
                 with torch.random.fork_rng(devices):  # the comparison must not change what is compared
-                    dense = _dense_summary(trainer, folder / DENSE_FOLDER, observer, stop_requested)
-            return _train(trainer, folder, observer("pruned"), stop_requested, dense)
+                    dense = _dense_summary(trainer, lock, observer, stop_requested, restart_damaged)
+            return _train(trainer, folder, lock, observer("pruned"), stop_requested, dense)
     except Interrupted as error:
-        raise Interrupted(f"{error}; to go on: flatprune run --resume --out {folder}") from None
+        command = f"flatprune run --resume --out {shlex.quote(str(folder))}"
+        raise Interrupted(f"{error}; to go on: {command}") from None
     except DivergedError as error:
         raise DivergedError(f"{error}; the last good checkpoint is kept in {folder}") from None
 
 
 def _dense_summary(
-    pruned: Trainer, folder: Path, observer: _NoteObserver, stop_requested: Callable[[], bool]
+    pruned: Trainer,
+    lock: FolderLock,
+    observer: _NoteObserver,
+    stop_requested: Callable[[], bool],
+    restart_damaged: bool,
 ) -> dict[str, Any]:
-    if (folder / SUMMARY_FILE).is_file():
-        return json.loads((folder / SUMMARY_FILE).read_text())
-    settings = pruned.settings.dense()
-    checkpoint = folder / CHECKPOINT_FILE
-    state = load_checkpoint(checkpoint) if checkpoint.is_file() else None
-    _make_folder(folder)
-    return _train(Trainer(settings, pruned.dataset, state), folder, observer("dense"), stop_requested, None)
+    folder = lock.folder / DENSE_FOLDER
+    summary = _finished(folder, restart_damaged)
+    if summary is not None:
+        return summary
+    state = _checkpoint(folder, restart_damaged) if (folder / CHECKPOINT_FILE).is_file() else None
+    trainer = _trainer(pruned.settings.dense(), pruned.dataset, state, folder)
+    return _train(trainer, folder, lock, observer("dense"), stop_requested, None)
 
 
 def _train(
     trainer: Trainer,
     folder: Path,
+    lock: FolderLock,
     observer: Observer,
     stop_requested: Callable[[], bool],
     dense: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    trainer.train(observer, lambda: _save(trainer, folder), stop_requested)
+    trainer.train(observer, lambda: _save(trainer, folder, lock), stop_requested)
     summary = _summary(trainer, dense)
+    lock.hold()
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_known(trainer, folder)
+    (folder / SUMMARY_FILE).unlink(missing_ok=True)  # of a finished run that lacked something
     save_model(folder / MODEL_FILE, trainer.result, trainer.arguments, trainer.dataset.normalization)
     dense_history = read_history(folder / DENSE_FOLDER / HISTORY_FILE) if dense else []
     report.write_report(folder, summary, trainer.history, dense_history)
-    write_json(folder / SUMMARY_FILE, summary)
+    finish(folder, summary, DIGESTED_FILES)
     return summary
 
 
-def _save(trainer: Trainer, folder: Path) -> None:
-    save_atomically(folder / CHECKPOINT_FILE, trainer.state())
-    write_json_lines(folder / HISTORY_FILE, trainer.history)
+def _save(trainer: Trainer, folder: Path, lock: FolderLock) -> None:
+    """Write the checkpoint and what is made of it, in a folder that is made again where somebody removed it."""
+    lock.hold()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_sealed(folder / CHECKPOINT_FILE, trainer.state())
+    _write_known(trainer, folder)
 
 
-def read_history(path: Path) -> list[dict[str, Any]]:
-    """The records of a `history.jsonl`."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def _write_known(trainer: Trainer, folder: Path) -> None:
+    """Write what the checkpoint tells too."""
+    if kept_settings(folder) is None:
+        write_record(folder / SETTINGS_FILE, SETTINGS, trainer.settings.as_dict())
+    write_history(folder, trainer.history)
 
 
 def _summary(trainer: Trainer, dense: dict[str, Any] | None) -> dict[str, Any]:
@@ -304,7 +402,7 @@ def evaluate_saved(folder: Path, data: str | None, device: torch.device) -> tupl
         summary = folder / SUMMARY_FILE
         if not summary.is_file():
             raise InputError(f"{folder}: has no {SUMMARY_FILE}; name the data with --data")
-        data = str(json.loads(summary.read_text())["data"])
+        data = str(read_summary(folder)["data"])
     x, y = _test_tensors(data, network, read_images(data))
     return *evaluate(network, x.to(device), y.to(device)), len(y)
 
@@ -339,25 +437,3 @@ def _threads(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a flag, so that the step in hand is finished; a second SIGINT is abrupt."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    try:
-        previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: signals are the caller's business
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

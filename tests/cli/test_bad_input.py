@@ -203,4 +203,4 @@ def test_eval_of_something_else(flatprune, tmp_path):
     (tmp_path / "model.pt").write_bytes(b"not a model")
     outcome = flatprune("eval", tmp_path)
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
-    assert "model.pt: cannot be read" in outcome.err
+    assert "model.pt: is damaged" in outcome.err

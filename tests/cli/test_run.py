@@ -14,7 +14,9 @@ import torch
 
 import flatprune as package
 from flatprune import runs
+from flatprune.files.lock import LOCK_FILE
 from flatprune.models import layer_widths, multiply_accumulates, parameter_count
+from flatprune.run_folder import RUN_FILES
 from tests.cli.small_images import image_arrays
 
 REQUIRED = [
@@ -42,8 +44,8 @@ def summary_of(folder):
 
 
 def test_files(digits_run):
-    assert {path.name for path in digits_run.iterdir()} == {*runs.RUN_FILES, "dense"}
-    assert {path.name for path in (digits_run / "dense").iterdir()} == set(runs.RUN_FILES)
+    assert {path.name for path in digits_run.iterdir()} == {*RUN_FILES, LOCK_FILE, "dense"}
+    assert {path.name for path in (digits_run / "dense").iterdir()} == set(RUN_FILES)
     assert (digits_run / "progress.png").read_bytes().startswith(b"\x89PNG")
 
 

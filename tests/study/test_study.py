@@ -13,8 +13,10 @@ import time
 import pytest
 
 from flatprune.errors import InputError
+from flatprune.files.lock import HOLDER_FILE, locked
+from flatprune.files.records import write_record
+from flatprune.run_folder import SETTINGS
 from flatprune.settings import Settings
-from flatprune.study.lock import locked
 from flatprune.study.process import Worker
 from tests.study.study_command import call, command
 
@@ -166,13 +168,14 @@ def test_two_studies_in_one_folder_refuse_each_other(study_file, study, tmp_path
     out.mkdir()
     with locked(out):
         outcome = study(study_file(), "--out", out)
-        assert outcome.returncode == 2 and f"in use by process {os.getpid()}" in outcome.stderr
+        assert outcome.returncode == 2 and f"in use by process {os.getpid()} on " in outcome.stderr
         with pytest.raises(InputError, match="in use"), locked(out):
             pass
     assert not (out / "runs").exists()
-    (out / "lock").write_text("1\n")  # left behind; process 1 lives, but does not hold it
+    (out / HOLDER_FILE).write_text("process 1 on here\n")  # left behind; process 1 lives, but does not hold it
     with locked(out):
-        assert (out / "lock").read_text() == f"{os.getpid()}\n"
+        assert (out / HOLDER_FILE).read_text().startswith(f"process {os.getpid()} on ")
+    assert not (out / HOLDER_FILE).exists()
 
 
 def test_an_impossible_entry_is_named_before_the_first_run(study_file, study, tmp_path):
@@ -210,12 +213,12 @@ def test_a_worker_that_was_killed_between_runs_is_replaced(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     settings = Settings(widths=(8, 8), epochs=1, flatness="off", target_params=0.5)
-    (folder / "settings.json").write_text(json.dumps(settings.as_dict()))
+    write_record(folder / "settings.json", SETTINGS, settings.as_dict())
     worker = Worker(dict(os.environ), folder)
     while worker.code is None:
         time.sleep(0.02)
     assert worker.code == 0 and worker.can_make(dict(os.environ)) and not worker.can_make({})
-    os.kill(int((folder / "lock").read_text()), signal.SIGKILL)
+    worker._process.kill()
     worker.wait()
     assert not worker.can_make(dict(os.environ))
     worker.make(folder)

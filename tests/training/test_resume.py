@@ -157,7 +157,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, data, whole, monkeypatc
 
     def fsync(descriptor):
         syncs.append(descriptor)
-        if len(syncs) == 4 * 3 + 1:  # each save syncs checkpoint, folder, history, folder: the fourth checkpoint fails
+        if len(syncs) == 4 * 3 + 3:  # each save syncs checkpoint, folder, history, folder, the first one settings too
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 

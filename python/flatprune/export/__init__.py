@@ -1,7 +1,7 @@
 """The pruned network as a file, and back: `model.pt` of a run, and what other programs read."""
 
-from flatprune.export.exporting import EXPORT_FILES, FORMATS, Export, export_run
-from flatprune.export.loading import fresh_network, load
+from flatprune.export.exporting import EXPORT_FILES, FORMATS, Export, check_export, export_run
+from flatprune.export.loading import fresh_network, load, read_saved
 from flatprune.export.model_file import MODEL_FILE, save_model
 from flatprune.export.pretrained import update_config
 from flatprune.export.saved import rebuild, take_tensors
@@ -13,9 +13,11 @@ __all__ = [
     "INPUTS",
     "MODEL_FILE",
     "Export",
+    "check_export",
     "export_run",
     "fresh_network",
     "load",
+    "read_saved",
     "rebuild",
     "save_model",
     "take_tensors",

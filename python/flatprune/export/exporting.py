@@ -12,13 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flatprune.checkpoint import sync
 from flatprune.errors import ExportError, InputError
 from flatprune.export import onnx_file, plain_source, program_file, safetensors_file
 from flatprune.export.loading import read_saved
 from flatprune.export.model_file import MODEL_FILE
 from flatprune.export.saved import SavedNetwork
 from flatprune.export.subject import NORMALIZED, Subject
+from flatprune.files.atomic import sync
 
 BATCHES = (1, 5)  # images on which outputs are compared; the exporters see 2
 TOLERANCE = 1e-4  # of the largest output: rounding through a hundred layers, in another order of sums
@@ -31,20 +31,28 @@ class Format(NamedTuple):
         file: its name in the folder of the run, unless another is given.
         write: writes a subject to a path; returns the files it made, the one at the path last.
         reopen: the function that the file at a path computes.
+        check: raises DamagedError where the file at a path is not what was written; runs nothing of it.
     """
 
     file: str
     write: Callable[[Subject, Path], list[Path]]
     reopen: Callable[[Path], Callable[[Tensor], Tensor]]
+    check: Callable[[Path], None]
 
 
 FORMATS = {
-    "onnx": Format("model.onnx", onnx_file.write, onnx_file.reopen),
-    "torch-export": Format("model.pt2", program_file.write, program_file.reopen),
-    "safetensors": Format("model.safetensors", safetensors_file.write, safetensors_file.reopen),
-    "torch": Format("network.py", plain_source.write, plain_source.reopen),
+    "onnx": Format("model.onnx", onnx_file.write, onnx_file.reopen, onnx_file.check),
+    "torch-export": Format("model.pt2", program_file.write, program_file.reopen, program_file.check),
+    "safetensors": Format("model.safetensors", safetensors_file.write, safetensors_file.reopen, safetensors_file.check),
+    "torch": Format("network.py", plain_source.write, plain_source.reopen, plain_source.check),
 }
 EXPORT_FILES = (*(kind.file for kind in FORMATS.values()), plain_source.weights_path(Path(FORMATS["torch"].file)).name)
+
+
+def check_export(path: Path) -> None:
+    """Raise DamagedError where a file of `EXPORT_FILES` is not what was written; runs nothing of it."""
+    checks = {kind.file: kind.check for kind in FORMATS.values()}
+    checks.get(path.name, plain_source.check)(path)
 
 
 class Export(NamedTuple):

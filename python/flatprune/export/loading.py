@@ -14,6 +14,8 @@ from flatprune.errors import InputError
 from flatprune.export import safetensors_file
 from flatprune.export.model_file import MODEL_FILE, read_model
 from flatprune.export.saved import SavedNetwork
+from flatprune.files.atomic import read_bytes
+from flatprune.files.finished import DIGESTS_FILE, SUMMARY_FILE, check_digest
 
 
 def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn.Module:
@@ -29,6 +31,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn
 
     Raises:
         InputError: there is no such file, or it holds something else.
+        DamagedError: it is not what was written, or, in the folder of a run, not the network of that run.
 
     Example:
         >>> model = flatprune.load("runs/demo")
@@ -44,9 +47,13 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn
 
 def read_saved(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> SavedNetwork:
     """What `load` makes a network of; arguments and errors are the same."""
-    file = Path(path) / MODEL_FILE if Path(path).is_dir() else Path(path)
-    reader = safetensors_file.read if file.suffix == safetensors_file.SUFFIX else read_model
-    return reader(file, device)
+    folder = Path(path)
+    if folder.is_dir():
+        saved = read_model(folder / MODEL_FILE, device)
+        if all((folder / name).is_file() for name in (DIGESTS_FILE, SUMMARY_FILE)):
+            check_digest(folder, MODEL_FILE, read_bytes(saved.path))
+        return saved
+    return (safetensors_file.read if folder.suffix == safetensors_file.SUFFIX else read_model)(folder, device)
 
 
 def fresh_network(path: str | os.PathLike[str], arguments: Mapping[str, Any]) -> nn.Module:

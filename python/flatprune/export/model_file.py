@@ -1,9 +1,9 @@
 """`model.pt`, the pruned network as a run leaves it.
 
-A dict of plain values and tensors (`torch.load(weights_only=True)` reads it):
+A dict of plain values and tensors (`torch.load(weights_only=True)` reads it), sealed as `flatprune.files.sealed` says:
 
     format          "flatprune-model"
-    version         1
+    version         2
     model           name and arguments of `flatprune.models.build`
     widths          layer name -> output channels or features, after pruning
     normalization   mean, std [channels], image_size: what to do to images first
@@ -21,14 +21,13 @@ import torch
 from torch import nn
 
 from flatprune import models
-from flatprune.checkpoint import read_torch_file, save_atomically
 from flatprune.data import Normalization
-from flatprune.errors import InputError
-from flatprune.export.saved import SavedNetwork
+from flatprune.export.saved import SavedNetwork, saved_network
+from flatprune.files.sealed import load_sealed, save_sealed
 
 MODEL_FILE = "model.pt"
 MODEL_FORMAT = "flatprune-model"
-MODEL_VERSION = 1
+MODEL_VERSION = 2
 
 
 def save_model(
@@ -50,7 +49,7 @@ def save_model(
         "normalization": normalization.state_dict(),
         "state_dict": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
     }
-    save_atomically(path, state)
+    save_sealed(path, state)
 
 
 def read_model(path: Path, device: torch.device | str) -> SavedNetwork:
@@ -58,8 +57,7 @@ def read_model(path: Path, device: torch.device | str) -> SavedNetwork:
 
     Raises:
         InputError: there is no such file, or it holds something else.
+        DamagedError: it is not what was written.
     """
-    state = read_torch_file(path, MODEL_FORMAT, device)
-    if state["version"] != MODEL_VERSION:
-        raise InputError(f"{path}: model version {state['version']}, this package reads {MODEL_VERSION}")
-    return SavedNetwork(state["model"], Normalization(**state["normalization"]), state["state_dict"])
+    state = load_sealed(path, MODEL_FORMAT, MODEL_VERSION, device)
+    return saved_network(path, state, lambda values: Normalization(**values), lambda: state["state_dict"])

@@ -1,4 +1,7 @@
-"""The pruned network as an ONNX file: input `images`, output `logits`, any number of images."""
+"""The pruned network as an ONNX file: input `images`, output `logits`, any number of images.
+
+Its last bytes are one more entry of `metadata_props`, `flatprune_sha256`: the digest of all bytes before.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ from torch import Tensor
 
 from flatprune.errors import InputError
 from flatprune.export.subject import DESCRIPTION_KEY, Subject
+from flatprune.files.atomic import damaged, read_bytes, sha256
 
+_DIGEST_KEY = b"flatprune_sha256"
+_METADATA_FIELD = 14  # of ModelProto; its entries are messages of a key, field 1, and a value, field 2
 OPSET = 18  # what torch's exporter writes without a conversion
 
 
@@ -41,8 +47,28 @@ def write(subject: Subject, path: Path) -> list[Path]:
         )
     assert program is not None  # it is None where a path is given
     program.model.metadata_props[DESCRIPTION_KEY] = json.dumps(subject.description())
-    path.write_bytes(program.model_proto.SerializeToString())
+    content = program.model_proto.SerializeToString()
+    path.write_bytes(content + _tail(content))
     return [path]
+
+
+def _tail(content: bytes) -> bytes:
+    """The entry with the digest of `content`; protocol buffers may be joined end to end."""
+    digest = sha256(content).encode()
+    return _field(_METADATA_FIELD, _field(1, _DIGEST_KEY) + _field(2, digest))
+
+
+def _field(number: int, content: bytes) -> bytes:
+    """A field of bytes as protocol buffers are written; numbers below 16, lengths below 128."""
+    return bytes([number << 3 | 2, len(content)]) + content
+
+
+def check(path: Path) -> None:
+    """Raise DamagedError where a file is not what `write` wrote; onnx is not needed."""
+    content = read_bytes(path)
+    length = len(_tail(b""))
+    if content[-length:] != _tail(content[:-length]):
+        raise damaged(path, "its bytes do not have the SHA-256 at its end")
 
 
 def reopen(path: Path) -> Callable[[Tensor], Tensor]:

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from flatprune.errors import ExportError
 from flatprune.export.subject import Subject
+from flatprune.files.atomic import damaged, read_bytes, sha256
+from flatprune.files.sealed import seal, seal_problem
 
 TEMPLATE = '''\
-"""{name}, pruned by flatprune to {params:,} parameters. Needs torch, and {weights} beside it.
+"""{name}, pruned by flatprune to {params:,} parameters. Needs torch, and its file of weights beside it.
 
 images: {images}
 logits: float32 [n, {outputs}]
@@ -35,12 +37,13 @@ Example:
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import torch
 {functional}from torch import Tensor, nn
 
-WEIGHTS = Path(__file__).with_name("{weights}")
+WEIGHTS = Path(__file__).with_name({weights})
 DESCRIPTION = {description}
 
 
@@ -50,7 +53,9 @@ DESCRIPTION = {description}
 
 
 def load(weights=WEIGHTS, device="cpu") -> nn.Module:
-    """The trained network in evaluation mode."""
+    """The trained network in evaluation mode; ValueError where the file of weights is damaged."""
+    if zipfile.ZipFile(weights).testzip():  # torch itself does not look at the checksums
+        raise ValueError(f"{{weights}}: is damaged")
     network = build()
     network.load_state_dict(torch.load(weights, map_location=device, weights_only=True))
     return network.to(device).eval()
@@ -85,9 +90,26 @@ def write(subject: Subject, path: Path) -> list[Path]:
     weights = weights_path(path)
     buffer = io.BytesIO()
     torch.save(subject.network.state_dict(), buffer)
-    weights.write_bytes(buffer.getvalue())
-    path.write_text(network_source(subject, path.stem))
+    weights.write_bytes(seal(buffer))
+    source = network_source(subject, path.stem).encode()
+    path.write_bytes(source + _last_line(source))
     return [weights, path]
+
+
+def _last_line(source: bytes) -> bytes:
+    return f"# sha256 of the lines above: {sha256(source)}\n".encode()
+
+
+def check(path: Path) -> None:
+    """Raise DamagedError where source or weights are not what `write` wrote; the source is not run."""
+    content = read_bytes(path)
+    if path.suffix != ".py":
+        if problem := seal_problem(content):
+            raise damaged(path, problem)
+        return
+    length = len(_last_line(b""))
+    if content[-length:] != _last_line(content[:-length]):
+        raise damaged(path, "it was changed after it was written: its text has not the SHA-256 in its last line")
 
 
 def weights_path(path: Path) -> Path:
@@ -117,8 +139,8 @@ def network_source(subject: Subject, module: str) -> str:
         params=subject.params,
         images=subject.input_text(),
         outputs=subject.saved.arguments["classes"],
-        module=module,
-        weights=weights_path(Path(f"{module}.py")).name,
+        module=module if module.isidentifier() else "this_module",
+        weights=repr(weights_path(Path(f"{module}.py")).name),
         functional="import torch.nn.functional as F\n" if uses_functional else "",
         description=pprint.pformat(subject.description(), width=116, sort_dicts=False),
         classes="".join([PARTS, *classes] if classes else []),

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from flatprune.export.subject import DESCRIPTION_KEY, Subject
+from flatprune.files.atomic import damaged, read_bytes
+from flatprune.files.sealed import seal, seal_problem
 
 DESCRIPTION_FILE = f"{DESCRIPTION_KEY}.json"  # among the program's extra files
 
@@ -21,8 +23,14 @@ def write(subject: Subject, path: Path) -> list[Path]:
     program = torch.export.export(subject.network, (subject.images(2),), dynamic_shapes=batch)
     buffer = io.BytesIO()  # torch's own writer hides the reason when the disk is full
     torch.export.save(program, buffer, extra_files={DESCRIPTION_FILE: json.dumps(subject.description())})
-    path.write_bytes(buffer.getvalue())
+    path.write_bytes(seal(buffer))
     return [path]
+
+
+def check(path: Path) -> None:
+    """Raise DamagedError where a file is not what `write` wrote; it is not run."""
+    if problem := seal_problem(read_bytes(path)):
+        raise damaged(path, problem)
 
 
 def reopen(path: Path) -> Callable[[Tensor], Tensor]:

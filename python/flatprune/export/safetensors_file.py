@@ -1,14 +1,15 @@
 """The pruned network as a safetensors file, which any reader of that format opens.
 
 The tensors are the state dict in its pruned shapes. The header's metadata has `format` "pt", as readers expect of
-PyTorch tensors, and `flatprune`, the JSON of `flatprune.export.subject.Subject.description`: all that
-`flatprune.load` needs beside the tensors.
+PyTorch tensors, `flatprune`, the JSON of `flatprune.export.subject.Subject.description`: all that
+`flatprune.load` needs beside the tensors, and `flatprune_sha256`, the digest of both.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from torch import Tensor
 
 from flatprune.data import Normalization
 from flatprune.errors import InputError
-from flatprune.export.saved import SavedNetwork
+from flatprune.export.saved import SavedNetwork, saved_network
 from flatprune.export.subject import DESCRIPTION_FORMAT, DESCRIPTION_KEY, DESCRIPTION_VERSION, NORMALIZED, Subject
+from flatprune.files.atomic import damaged
 
 SUFFIX = ".safetensors"
+DIGEST_KEY = f"{DESCRIPTION_KEY}_sha256"
 
 
 def write(subject: Subject, path: Path) -> list[Path]:
@@ -33,7 +36,9 @@ def write(subject: Subject, path: Path) -> list[Path]:
             f"{NORMALIZED!r} only; the normalization is in its metadata"
         )
     tensors = {name: tensor.contiguous() for name, tensor in subject.network.state_dict().items()}
-    path.write_bytes(save(tensors, {"format": "pt", DESCRIPTION_KEY: json.dumps(subject.description())}))
+    description = json.dumps(subject.description())
+    metadata = {"format": "pt", DESCRIPTION_KEY: description, DIGEST_KEY: _digest(description, tensors)}
+    path.write_bytes(save(tensors, metadata))
     return [path]
 
 
@@ -41,7 +46,8 @@ def read(path: Path, device: torch.device | str) -> SavedNetwork:
     """The content of a file that `write` made.
 
     Raises:
-        InputError: there is no such file, it is damaged, or it holds something else.
+        InputError: there is no such file, or it holds something else.
+        DamagedError: it is not what was written.
     """
     from safetensors import safe_open
 
@@ -52,11 +58,21 @@ def read(path: Path, device: torch.device | str) -> SavedNetwork:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
     except Exception as error:  # of a class of its own for each kind of damage
-        raise InputError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
+        raise damaged(path, error) from error
     description = _checked(path, metadata)
-    normalization = description["normalization"]
-    mean, std = (torch.tensor(normalization[name], device=device) for name in ("mean", "std"))
-    return SavedNetwork(description["model"], Normalization(mean, std, normalization["image_size"]), tensors)
+    if metadata.get(DIGEST_KEY) != _digest(metadata[DESCRIPTION_KEY], tensors):
+        raise damaged(path, "its tensors and description do not have the SHA-256 in its metadata")
+
+    def normalization(values: Mapping[str, Any]) -> Normalization:
+        mean, std = (torch.tensor(values[name], device=device) for name in ("mean", "std"))
+        return Normalization(mean, std, values["image_size"])
+
+    return saved_network(path, description, normalization, lambda: tensors)
+
+
+def check(path: Path) -> None:
+    """Raise DamagedError where a file is not what `write` wrote."""
+    read(path, "cpu")
 
 
 def reopen(path: Path) -> Callable[[Tensor], Tensor]:
@@ -67,13 +83,23 @@ def reopen(path: Path) -> Callable[[Tensor], Tensor]:
 def _checked(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     try:
         description = json.loads(metadata.get(DESCRIPTION_KEY, "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         description = None
     if not isinstance(description, dict) or description.get("format") != DESCRIPTION_FORMAT:
         raise InputError(
             f"{path}: its metadata does not describe a network of flatprune, "
             f"expected {DESCRIPTION_KEY} with format {DESCRIPTION_FORMAT!r}"
         )
-    if description["version"] != DESCRIPTION_VERSION:
-        raise InputError(f"{path}: version {description['version']}, this package reads {DESCRIPTION_VERSION}")
+    if description.get("version") != DESCRIPTION_VERSION:
+        found = description.get("version")
+        raise InputError(f"{path}: version {found!r:.80}, this package reads {DESCRIPTION_VERSION}")
     return description
+
+
+def _digest(description: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the description and of every tensor's name, dtype, shape and bytes."""
+    digest = hashlib.sha256(description.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name!r} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from flatprune.coupling.attention import make_prunable
 from flatprune.cutting.surgery import sync_attributes
 from flatprune.data import Normalization
 from flatprune.errors import InputError
+from flatprune.files.atomic import damaged
 
 
 class SavedNetwork(NamedTuple):
@@ -22,11 +24,15 @@ class SavedNetwork(NamedTuple):
         arguments: name, image_shape, classes and widths that `flatprune.models.build` made it with.
         normalization: what its images go through first.
         tensors: its state dict, in the pruned shapes.
+        widths: layer name -> output channels or features.
+        path: of the file that holds all this.
     """
 
     arguments: Mapping[str, Any]
     normalization: Normalization
     tensors: Mapping[str, Tensor]
+    widths: Mapping[str, int]
+    path: Path
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -35,19 +41,67 @@ class SavedNetwork(NamedTuple):
         return channels, height, width
 
     def network(self) -> nn.Module:
-        """The network in evaluation mode; its tensors are copies."""
-        return rebuild(self.arguments, self.tensors).eval()
+        """The network in evaluation mode; its tensors are copies.
+
+        Raises:
+            DamagedError: the tensors are not those of such a network, or do not fit each other.
+        """
+        try:
+            model = rebuild(self.arguments, self.tensors).eval()
+            self._check(model)
+        except (*_MISFITS, RuntimeError, MemoryError) as error:  # shapes that do not fit each other, or no memory
+            raise damaged(self.path, error) from error
+        return model
+
+    @torch.no_grad()
+    def _check(self, model: nn.Module) -> None:
+        """Raise ValueError where the network is not the one described, or does not compute."""
+        if models.layer_widths(model) != dict(self.widths):
+            raise ValueError("its tensors do not have the widths that it tells of")
+        channels = self.image_shape[0]
+        for name in ("mean", "std"):
+            value = getattr(self.normalization, name)
+            if value.shape != (channels,) or not bool(value.isfinite().all()):
+                raise ValueError(f"the normalization's {name} is not {channels} finite numbers")
+        device = next(model.parameters()).device
+        found = tuple(model(torch.zeros(1, *self.image_shape, device=device)).shape)
+        if found != (1, self.arguments["classes"]):
+            raise ValueError(f"the network's output is of shape {found}, not (1, {self.arguments['classes']})")
+
+
+_MISFITS = (KeyError, TypeError, ValueError, IndexError, AttributeError)
+
+
+def saved_network(
+    path: Path,
+    content: Mapping[str, Any],
+    normalization: Callable[[Mapping[str, Any]], Normalization],
+    tensors: Callable[[], Mapping[str, Tensor]],
+) -> SavedNetwork:
+    """A network from the content of a file: `model`, `widths`, `normalization` and what gives the tensors.
+
+    Raises:
+        DamagedError: something is missing, or is of another kind.
+    """
+    try:
+        made = normalization(content["normalization"])
+        return SavedNetwork(dict(content["model"]), made, dict(tensors()), dict(content["widths"]), path)
+    except _MISFITS as error:
+        raise damaged(path, error) from error
 
 
 def rebuild(arguments: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
     """Build a network and give it the tensors of a pruned one of the same kind.
 
     Raises:
-        InputError: names of tensors differ.
+        InputError: names or dtypes of tensors differ.
     """
     rng = torch.get_rng_state()
     model = models.build(arguments["name"], tuple(arguments["image_shape"]), arguments["classes"], arguments["widths"])
     torch.set_rng_state(rng)  # the initial values are thrown away, so they must not cost random numbers
+    for name, own in model.state_dict().items():
+        if name in tensors and tensors[name].dtype != own.dtype:
+            raise InputError(f"tensor {name!r} is {tensors[name].dtype} in the file, {own.dtype} in the network")
     take_tensors(model, tensors)
     return model
 

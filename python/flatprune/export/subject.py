@@ -3,7 +3,7 @@
 The description travels in every export, as JSON:
 
     format          "flatprune-network"
-    version         1
+    version         2
     model           name, image_shape, classes and widths of `flatprune.models.build`
     widths          layer name -> output channels or features, after pruning
     params          trainable scalars
@@ -26,7 +26,7 @@ from flatprune.errors import InputError
 from flatprune.export.saved import SavedNetwork
 
 DESCRIPTION_FORMAT = "flatprune-network"
-DESCRIPTION_VERSION = 1
+DESCRIPTION_VERSION = 2
 DESCRIPTION_KEY = "flatprune"  # where formats have named places for such things
 NORMALIZED, FLOAT, UINT8 = INPUTS = ("normalized", "float", "uint8")
 _SCALES = {

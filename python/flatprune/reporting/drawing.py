@@ -14,6 +14,13 @@ BLUE, TEAL, ROSE = "#2f5bea", "#0f9b8e", "#d6456b"
 _DPI = 200
 
 
+def plain(text: str) -> str:
+    """`text` as matplotlib draws it letter by letter: a `$` begins no formula, and names may hold any bytes."""
+    shown = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+    shown = f" {shown}" if shown.startswith("_") else shown  # matplotlib leaves labels out that begin so
+    return shown.replace("$", r"\$") or " "
+
+
 def png(plot: Figure, dots_per_inch: int = _DPI) -> bytes:
     """The figure as the bytes of a PNG file."""
     buffer = io.BytesIO()

@@ -6,9 +6,9 @@ import html
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flatprune.checkpoint import write_atomically
+from flatprune.files.atomic import write_atomically
 from flatprune.pruning.targets import UNITS, amount
-from flatprune.reporting.drawing import BLUE, GREY, INK, ROSE, TEAL, label_right, log_ticks, png, style_axis
+from flatprune.reporting.drawing import BLUE, GREY, INK, ROSE, TEAL, label_right, log_ticks, plain, png, style_axis
 from flatprune.reporting.page import card, document, duration, figure_of, number, value_rows
 from flatprune.reporting.report_events import events_section, predicted_vs_measured_section
 
@@ -58,8 +58,8 @@ def figure(summary: dict[str, Any], history: list[dict[str, Any]], dense_history
     axes[2].set_xlabel("epoch", color=INK, fontsize=10)
     title = headline(summary)
     size = min(14.0, 14.0 * 64 / len(title))
-    plot.text(0.03, 0.957, title, color=INK, fontsize=size, fontweight="bold")
-    plot.text(0.03, 0.928, subline(summary), color=GREY, fontsize=10)
+    plot.text(0.03, 0.957, plain(title), color=INK, fontsize=size, fontweight="bold")
+    plot.text(0.03, 0.928, plain(subline(summary)), color=GREY, fontsize=10)
     return plot
 
 

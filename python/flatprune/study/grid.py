@@ -30,13 +30,16 @@ Special keys of a variant:
   of the study's `tune` and tested on held-out training images (`validation`); the best mean accuracy wins, of equal
   ones the first, and the variant is run with it. All tuned variants of a study must have equally many candidates.
 
-Relative paths of data are taken from the current folder, like those of `flatprune run`, or from `--data-dir`.
+Relative paths of data are taken from the current folder, like those of `flatprune run`, or from `--data-dir`. A
+study has 10,000 runs at most, those of tuning included.
 """
 
 from __future__ import annotations
 
 import difflib
 import itertools
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -44,11 +47,12 @@ from typing import Any
 
 from flatprune.errors import InputError
 from flatprune.settings import Settings
-from flatprune.study.values import field_value, field_values, label
+from flatprune.study.values import field_value, field_values, label, shown
 from flatprune.study.yaml_file import read_yaml
 
 _KEYS = ("title", "description", "base", "grid", "variants", "tune", "reference")
 _SPECIAL = ("only", "prune_then_finetune", "scratch_of", "tune")
+MAX_RUNS = 10_000
 _TUNE_DEFAULTS = {"validation": 0.2, "seed": [1, 2]}
 Point = tuple[tuple[str, str], ...]  # (axis, label of the value) of every axis but the seed
 
@@ -136,16 +140,20 @@ def read_study(path: Path, data_dir: Path | None = None) -> Study:
     content = read_yaml(path)
     _known(f"{path}", content, _KEYS)
     axes = {name: _axis(f"{path}: grid", name, values) for name, values in _mapping(path, content, "grid").items()}
-    seeds = [values["seed"] for _, values in axes.pop("seed", [("0", {"seed": 0})])]
+    given = axes.pop("seed", [("0", {"seed": 0})])
+    if not all("seed" in values for _, values in given):
+        raise InputError(f"{path}: grid: seed has an entry without a seed, expected a list of whole numbers")
+    seeds = [values["seed"] for _, values in given]
     variants = _mapping(path, content, "variants") or {"default": {}}
     reader = _Reader(
         path, field_values(f"{path}: base", _mapping(path, content, "base")), axes, seeds, variants, data_dir
     )
     reader.tuning = {**_TUNE_DEFAULTS, **_mapping(path, content, "tune")}
+    _known(f"{path}: tune", reader.tuning, tuple(_TUNE_DEFAULTS))
     return Study(
         path,
-        str(content.get("title", path.stem)),
-        str(content.get("description", "")).strip(),
+        _text(path, content, "title", path.stem),
+        _text(path, content, "description", "").strip(),
         {name: tuple(name_of for name_of, _ in values) for name, values in axes.items()},
         tuple(map(str, variants)),
         tuple(reader.cells()),
@@ -154,16 +162,23 @@ def read_study(path: Path, data_dir: Path | None = None) -> Study:
     )
 
 
+def _text(path: Path, content: Mapping[str, Any], key: str, default: str) -> str:
+    value = content.get(key, default)
+    if isinstance(value, (list, dict, bytes, set)):
+        raise InputError(f"{path}: {key} is {shown(value)}, expected a text")
+    return "" if value is None else str(value)
+
+
 def _reference(path: Path, name: Any, variants: dict[str, Any]) -> str | None:
     if name is not None and str(name) not in variants:
-        raise InputError(f"{path}: reference is {name!r}, expected one of {', '.join(variants)}")
+        raise InputError(f"{path}: reference is {shown(name)}, expected one of {', '.join(variants)}")
     return None if name is None else str(name)
 
 
 def _mapping(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]:
     value = content.get(key) or {}
     if not isinstance(value, dict):
-        raise InputError(f"{path}: {key} is {value!r}, expected a mapping")
+        raise InputError(f"{path}: {key} is {shown(value)}, expected a mapping")
     return {str(name): entry for name, entry in value.items()}
 
 
@@ -172,7 +187,7 @@ def _known(where: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             raise InputError(
-                f"{where}: unknown key {key!r}; "
+                f"{where}: unknown key {shown(key)}; "
                 + (f"did you mean {near[0]}?" if near else f"expected {', '.join(known)}")
             )
 
@@ -183,14 +198,13 @@ def _axis(where: str, name: str, values: Any) -> list[tuple[str, dict[str, Any]]
         bundles = {str(key): value or {} for key, value in values.items()}
         for key, bundle in bundles.items():
             if not isinstance(bundle, dict):
-                raise InputError(f"{where}: {name}: {key} is {bundle!r}, expected settings")
+                raise InputError(f"{where}: {name}: {key} is {shown(bundle)}, expected settings")
         return [(key, field_values(f"{where}: {name}: {key}", bundle)) for key, bundle in bundles.items()]
     if not isinstance(values, list) or not values:
-        raise InputError(f"{where}: {name} is {values!r}, expected a list of values or named settings")
+        raise InputError(f"{where}: {name} is {shown(values)}, expected a list of values or named settings")
     entries = [field_value(where, name, value) for value in values]
-    for entry in entries:
-        if entries.count(entry) > 1:
-            raise InputError(f"{where}: {name} has {label(entry)} twice")
+    if repeated := [entry for entry, count in Counter(entries).items() if count > 1]:
+        raise InputError(f"{where}: {name} has {label(repeated[0])} twice")
     return [(label(entry), {name: entry}) for entry in entries]
 
 
@@ -212,6 +226,7 @@ class _Reader:
         """All cells; variants that take another's final network come after it."""
         specials = {name: self._special(name, values) for name, values in self.variants.items()}
         self._check_effort(specials)
+        self._check_number(specials)
         for name in sorted(specials, key=lambda name: self._depth(name, specials)):
             for point in itertools.product(*self.axes.values()):
                 places = dict(zip(self.axes, (value for value, _ in point)))
@@ -223,20 +238,21 @@ class _Reader:
     def _special(self, name: str, values: Any) -> dict[str, Any]:
         """A variant's special keys, checked."""
         if not isinstance(values or {}, dict):
-            raise InputError(f"{self.path}: variant {name!r} is {values!r}, expected settings")
+            raise InputError(f"{self.path}: variant {name!r} is {shown(values)}, expected settings")
         special = {key: value for key, value in (values or {}).items() if key in _SPECIAL}
         source = special.get("scratch_of")
-        if source is not None and source not in self.variants:
+        if source is not None and (not isinstance(source, str) or source not in self.variants):
             raise InputError(
-                f"{self.path}: variant {name!r}: scratch_of is {source!r}, expected one of {', '.join(self.variants)}"
+                f"{self.path}: variant {name!r}: scratch_of is {shown(source)}, expected one of "
+                f"{', '.join(self.variants)}"
             )
         for key in ("tune", "only"):
             if not isinstance(special.get(key, {}), dict):
-                raise InputError(f"{self.path}: variant {name!r}: {key} is {special[key]!r}, expected a mapping")
+                raise InputError(f"{self.path}: variant {name!r}: {key} is {shown(special[key])}, expected a mapping")
         fraction = special.get("prune_then_finetune", 0.5)
         if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0.0 < fraction < 1.0:
             raise InputError(
-                f"{self.path}: variant {name!r}: prune_then_finetune is {fraction!r}, expected one between 0 and 1"
+                f"{self.path}: variant {name!r}: prune_then_finetune is {shown(fraction)}, expected one between 0 and 1"
             )
         return special
 
@@ -245,6 +261,20 @@ class _Reader:
         if len(set(counts.values())) > 1:
             listed = ", ".join(f"{name} {count}" for name, count in counts.items())
             raise InputError(f"{self.path}: variants are tuned with unequal effort: {listed}; expected equal numbers")
+
+    def _check_number(self, specials: dict[str, dict[str, Any]]) -> None:
+        """Raise InputError where there would be too many runs, before any of them is thought of."""
+        total = 0
+        for name, special in specials.items():
+            only = special.get("only", {})
+            points = math.prod(
+                len(only[axis]) if isinstance(only.get(axis), list) else 1 if axis in only else len(values)
+                for axis, values in self.axes.items()
+            )
+            tuning = len(self._choices(name, special)) * sum(1 for _ in self._tuning_seeds())
+            total += points * (len(self.seeds) + tuning)
+        if total > MAX_RUNS or math.prod(map(len, self.axes.values())) > MAX_RUNS:
+            raise InputError(f"{self.path}: is a study of more than {MAX_RUNS:,} runs or points")
 
     def _depth(self, name: str, specials: dict[str, dict[str, Any]]) -> int:
         seen: list[str] = []
@@ -297,12 +327,16 @@ class _Reader:
         if "tune" not in special:
             return []
         where = f"{self.path}: variant {name!r}: tune"
-        axes = [_axis(where, key, values) for key, values in special["tune"].items()]
+        axes = [_axis(where, str(key), values) for key, values in special["tune"].items()]
+        if math.prod(map(len, axes)) > MAX_RUNS:
+            raise InputError(f"{where}: has more than {MAX_RUNS:,} candidates")
         return [dict(_merged(values for _, values in choice)) for choice in itertools.product(*axes)]
 
     def _tuning_seeds(self) -> Iterator[dict[str, Any]]:
         where = f"{self.path}: tune"
         seeds = self.tuning["seed"]
+        if seeds == []:
+            raise InputError(f"{where}: seed is [], expected a list of whole numbers")
         for seed in seeds if isinstance(seeds, list) else [seeds]:
             yield field_values(where, {**self.tuning, "seed": seed})
 

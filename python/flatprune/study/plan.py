@@ -14,17 +14,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flatprune import runs
-from flatprune.checkpoint import write_json
-from flatprune.errors import InputError
+from flatprune.errors import DamagedError, InputError
+from flatprune.files.atomic import read_bytes
+from flatprune.files.finished import HISTORY_FILE, SUMMARY_FILE, check_digest, read_summary
+from flatprune.files.records import Kind, read_record, write_record
 from flatprune.settings import Settings
 from flatprune.study.grid import Candidate, Cell, Study
 
 RUNS_FOLDER = "runs"
-SETTINGS_FILE = "settings.json"
 FAILURE_FILE = "failure.json"
 DATA_FILE = "data.json"
-DIVERGED, FAILED = "diverged", "failed"
+DATA = Kind("flatprune-study-data", 1)
+FAILURE = Kind("flatprune-failure", 1)
+DIVERGED, FAILED, DAMAGED = "diverged", "failed", "damaged"
 JUDGED_BY = "test_accuracy_last"  # of a tuning run, whose test images are held-out training images
 _FREE = ("device", "threads")  # where a run is made is not part of what it is
 _DIGITS = 16
@@ -37,7 +39,8 @@ class Outcome:
 
     Attributes:
         summary: content of its `summary.json`; None if it did not end.
-        kind: "" for a finished run, else "diverged" (as it will again) or "failed".
+        kind: "" for a finished run, else "diverged" (as it will again), "failed", or "damaged": it was finished, but
+            its files are not what was written.
         message: why it did not end.
     """
 
@@ -69,10 +72,20 @@ class Plan:
         folder: of the study.
         data_ids: digests of the data, by the name in the settings.
         retry: count runs that failed before (other than by diverging) as still to be made.
+        restart_damaged: count runs that are damaged as still to be made.
     """
 
-    def __init__(self, study: Study, folder: Path, data_ids: dict[str, str], *, retry: bool = True) -> None:
+    def __init__(
+        self,
+        study: Study,
+        folder: Path,
+        data_ids: dict[str, str],
+        *,
+        retry: bool = True,
+        restart_damaged: bool = False,
+    ) -> None:
         self.study, self.folder, self._data_ids, self._retry = study, folder, data_ids, retry
+        self.restart_damaged = restart_damaged
         self._keys: dict[Settings, str] = {}
         self._outcomes: dict[str, Outcome] = {}
         self._resolved: dict[Cell, Resolved] = {}
@@ -101,6 +114,8 @@ class Plan:
             found = _read_outcome(self.folder_of(key))
             if found is None or (self._retry and found.kind == FAILED):
                 return None
+            if self.restart_damaged and found.kind == DAMAGED:
+                return None
             self._outcomes[key] = found
         return self._outcomes[key]
 
@@ -108,7 +123,9 @@ class Plan:
         """Keep what became of a run that was made now; where it did not end, also on the disk."""
         self._outcomes[key] = outcome
         if outcome.summary is None:
-            write_json(self.folder_of(key) / FAILURE_FILE, {"kind": outcome.kind, "message": outcome.message})
+            write_record(
+                self.folder_of(key) / FAILURE_FILE, FAILURE, {"kind": outcome.kind, "message": outcome.message}
+            )
 
     def final(self, cell: Cell) -> Outcome | None:
         """What a cell came to; None as long as it is not known."""
@@ -205,10 +222,18 @@ def _place(cell: Cell) -> str:
 
 
 def _read_outcome(folder: Path) -> Outcome | None:
-    if (folder / runs.SUMMARY_FILE).is_file():
-        return Outcome(json.loads((folder / runs.SUMMARY_FILE).read_text()))
+    if (folder / SUMMARY_FILE).is_file():
+        try:
+            summary = read_summary(folder)
+            check_digest(folder, HISTORY_FILE, read_bytes(folder / HISTORY_FILE))
+        except InputError as error:
+            return Outcome(None, DAMAGED, f"{error}; --restart-damaged makes the run anew")
+        return Outcome(summary)
     if (folder / FAILURE_FILE).is_file():
-        failure = json.loads((folder / FAILURE_FILE).read_text())
+        try:
+            failure = read_record(folder / FAILURE_FILE, FAILURE)
+        except DamagedError as error:
+            return Outcome(None, FAILED, str(error))
         return Outcome(None, failure["kind"], failure["message"])
     return None
 
@@ -222,6 +247,8 @@ def data_id(data: str) -> str:
     if data == Settings.data:
         return data
     digest = hashlib.sha256()
+    if "\0" in data or not Path(data).is_file():
+        raise InputError(f"{data!r}: no such file" if "\0" in data else f"{data}: no such file")
     try:
         with open(data, "rb") as file:
             while block := file.read(_BLOCK):

@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from flatprune.reporting.drawing import BLUE, GREY, INK, ROSE, TEAL, style_axis
+from flatprune.reporting.drawing import BLUE, GREY, INK, ROSE, TEAL, plain, style_axis
 from flatprune.study.results import BY_KEY, Group, Results
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def figure(results: Results, groups: Sequence[Group], title: str) -> Figure:
     plot.legend(
         handles, labels, loc="upper left", bbox_to_anchor=(0.775, 1 - 0.8 / height), frameon=False, fontsize=9.5
     )
-    plot.text(0.03, 1 - 0.4 / height, title, color=INK, fontsize=13, fontweight="bold")
+    plot.text(0.03, 1 - 0.4 / height, plain(title), color=INK, fontsize=13, fontweight="bold")
     return plot
 
 
@@ -88,10 +88,11 @@ def _along(axis: Axes, groups: Sequence[Group], name: str, y: str) -> None:
             [x + beside for x, _ in points],
             [value.mean for _, value in points],
             yerr=[value.deviation or 0.0 for _, value in points],
-            label=variant,
+            label=plain(variant),
             **style,
         )
-    axis.set_xticks(range(len(labels)), [textwrap.fill(label, _LABEL_LENGTH // len(labels)) for label in labels])
+    width = max(1, _LABEL_LENGTH // len(labels))
+    axis.set_xticks(range(len(labels)), [textwrap.fill(plain(label), width) for label in labels])
     axis.set_xlim(-0.4, len(labels) - 0.6)
     if y in _CORRELATIONS:
         axis.set_ylim(-1.05, 1.05)
@@ -133,7 +134,7 @@ def _panel(axis: Axes, groups: Sequence[Group], x: str, y: str) -> None:
             [b.mean for _, b in points],
             xerr=[a.deviation or 0.0 for a, _ in points],
             yerr=[b.deviation or 0.0 for _, b in points],
-            label=variant,
+            label=plain(variant),
             **_style(place),
         )
     if drawn and min(drawn) > 0 and max(drawn) / min(drawn) > _LOGARITHMIC:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import subprocess
 import sys
@@ -21,9 +22,10 @@ class Worker:
         step, total: how far its run is.
     """
 
-    def __init__(self, environment: dict[str, str], folder: Path) -> None:
+    def __init__(self, environment: dict[str, str], folder: Path, *, restart_damaged: bool = False) -> None:
         """Start the process with the run in `folder`."""
         self.environment = environment
+        self._restart_damaged = restart_damaged
         with open(folder / LOG_FILE, "w") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "flatprune.study.worker"],
@@ -45,7 +47,8 @@ class Worker:
         self._code: int | None = None
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended: `code` will tell
-            print(folder.absolute(), file=self._process.stdin, flush=True)
+            order = [str(folder.absolute()), self._restart_damaged]
+            print(json.dumps(order), file=self._process.stdin, flush=True)
 
     def can_make(self, environment: dict[str, str]) -> bool:
         """Whether it is there for another run, in this environment."""

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import html
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from flatprune.checkpoint import write_atomically
 from flatprune.errors import InputError
+from flatprune.files.atomic import read_bytes, sha256, write_atomically
+from flatprune.files.records import Kind, read_record, write_record
 from flatprune.reporting.drawing import png
 from flatprune.reporting.page import card, document, duration, figure_of, value_rows
 from flatprune.study.grid import Study, read_study
-from flatprune.study.plan import DATA_FILE, Plan
+from flatprune.study.plan import DATA, DATA_FILE, Plan
 from flatprune.study.plots import figure
 from flatprune.study.results import Group, Results
-from flatprune.study.tables import Table, differences, groups_csv, markdown, overview, runs_csv, sections
+from flatprune.study.tables import Table, differences, groups_csv, groups_record, markdown, overview, runs_csv, sections
 from flatprune.study.tables import details as details_table
 
 STUDY_FILE = "study.yaml"
 PAGE_FILE, TABLE_FILE, GROUPS_FILE, RUNS_FILE = "report.html", "table.md", "table.csv", "runs.csv"
+RESULTS_FILE = "results.json"
+RESULTS = Kind("flatprune-results", 1)
 
 
 def write_report(plan: Plan) -> Results:
@@ -39,12 +41,17 @@ def write_report(plan: Plan) -> Results:
             images[name] = png(figure(results, groups, ": ".join(filter(None, (plan.study.title, name)))))
     for old in folder.glob("plot*.png"):
         old.unlink()
-    for name, image in images.items():
-        write_atomically(folder / f"{'-'.join(filter(None, ('plot', _slug(name))))}.png", image)
-    write_atomically(folder / TABLE_FILE, markdown(results))
-    write_atomically(folder / GROUPS_FILE, groups_csv(results))
-    write_atomically(folder / RUNS_FILE, runs_csv(results))
-    write_atomically(folder / PAGE_FILE, _page(plan.study, results, images))
+    files: dict[str, bytes | str] = {
+        **{f"{'-'.join(filter(None, ('plot', _slug(name))))}.png": image for name, image in images.items()},
+        TABLE_FILE: markdown(results),
+        GROUPS_FILE: groups_csv(results),
+        RUNS_FILE: runs_csv(results),
+        PAGE_FILE: _page(plan.study, results, images),
+    }
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    digests = {name: sha256(read_bytes(folder / name)) for name in (*files, STUDY_FILE)}
+    write_record(folder / RESULTS_FILE, RESULTS, {"groups": groups_record(results), "files": digests})
     return results
 
 
@@ -57,8 +64,11 @@ def open_study(folder: Path, *, retry: bool = False) -> Plan:
     for name in (STUDY_FILE, DATA_FILE):
         if not (folder / name).is_file():
             raise InputError(f"{folder}: has no {name}; no study was begun there")
-    ids = json.loads((folder / DATA_FILE).read_text())
+    ids = read_record(folder / DATA_FILE, DATA)
     study = read_study(folder / STUDY_FILE, Path(ids["data_dir"]) if ids["data_dir"] else None)
+    unknown = {settings.data for _, settings in study.runs()} - set(ids["digests"])
+    if unknown:
+        raise InputError(f"{folder}: {DATA_FILE} is of another study: it has no digest of {sorted(unknown)[0]!r}")
     return Plan(study, folder, ids["digests"], retry=retry)
 
 
@@ -79,7 +89,7 @@ def _page(study: Study, results: Results, images: dict[str, bytes]) -> str:
     for table in [*overview(results), *differences(results), details_table(results)]:
         body.append(f"<h3>{html.escape(table.title)}</h3>{_html(table)}")
     body.append(_not_ended(groups))
-    body.append(f"<h3>The study</h3><pre>{html.escape(study.path.read_text())}</pre>")
+    body.append(f"<h3>The study</h3><pre>{html.escape(study.path.read_text(encoding='utf-8'))}</pre>")
     body.append(f'<h3>Versions</h3><table class="values">{value_rows(results.versions)}</table>')
     return document(study.title, f"{ended} runs · means over seeds, one standard deviation", "\n".join(body))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flatprune import runs
+from flatprune.files.finished import HISTORY_FILE, read_history
 from flatprune.study.grid import Cell, Point
 from flatprune.study.plan import DIVERGED, Plan
 from flatprune.training.corruptions import KINDS
@@ -208,7 +208,7 @@ def _add(group: Group, cell: Cell, plan: Plan) -> None:
     elif resolved is not None and resolved.settings is not None:
         folder = plan.folder_of(plan.key(resolved.settings))
         group.folders[cell.seed] = folder
-        group.summaries[cell.seed] = {**outcome.summary, **tracking(folder / runs.HISTORY_FILE)}
+        group.summaries[cell.seed] = {**outcome.summary, **tracking(folder / HISTORY_FILE)}
 
 
 def tracking(history: Path) -> dict[str, float]:
@@ -222,7 +222,7 @@ def tracking(history: Path) -> dict[str, float]:
     """
     from scipy.stats import spearmanr
 
-    records = [record for record in runs.read_history(history) if record.get("hessian_lambda_max") is not None]
+    records = [record for record in read_history(history) if record.get("hessian_lambda_max") is not None]
     found = {}
     for name in TRACKED:
         pairs = [(record[name], record["hessian_lambda_max"]) for record in records if record.get(name) is not None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import subprocess
@@ -15,15 +14,18 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from flatprune import runs
-from flatprune.checkpoint import write_atomically, write_json
 from flatprune.errors import InputError, Interrupted
+from flatprune.files.atomic import write_atomically
+from flatprune.files.finished import read_summary
+from flatprune.files.lock import locked
+from flatprune.files.records import write_record
+from flatprune.run_folder import CHECKPOINT_FILE, SETTINGS, SETTINGS_FILE, check_free
 from flatprune.settings import Settings
+from flatprune.signals import stop_signals
 from flatprune.study.check import check_study
 from flatprune.study.display import Display, Standing, display_for
 from flatprune.study.grid import Study
-from flatprune.study.lock import locked
-from flatprune.study.plan import DATA_FILE, DIVERGED, FAILED, SETTINGS_FILE, Outcome, Plan, data_id
+from flatprune.study.plan import DAMAGED, DATA, DATA_FILE, DIVERGED, FAILED, Outcome, Plan, data_id
 from flatprune.study.process import LOG_FILE, Worker
 from flatprune.study.report import STUDY_FILE
 from flatprune.study.worker import EXIT_DIVERGED, EXIT_FILE
@@ -57,8 +59,9 @@ def run_study(
     *,
     jobs: int | None = None,
     minutes: float | None = None,
+    restart_damaged: bool = False,
     console: Console | None = None,
-) -> tuple[Plan, list[str]]:
+) -> tuple[Plan, dict[str, str]]:
     """Make all runs of a study that are not there.
 
     Args:
@@ -66,10 +69,11 @@ def run_study(
         folder: of the study, made if it is not there.
         jobs: runs at once; default as many as there are GPUs (runs on "cuda") or cores.
         minutes: stop after so many, as if interrupted; default never.
+        restart_damaged: make runs anew whose checkpoint or summary is damaged, which is put aside.
         console: where the progress is shown.
 
     Returns:
-        The plan with all outcomes, and the names of the runs that failed (those that diverged are not among them).
+        The plan with all outcomes, and name -> reason of the runs that failed (those that diverged are not among them).
 
     Raises:
         InputError: an entry cannot be used, or another study is going on in the folder; no run has been started.
@@ -84,18 +88,18 @@ def run_study(
     deadline = math.inf if minutes is None else time.monotonic() + 60.0 * minutes
     data_ids = {data: data_id(data) for data in dict.fromkeys(settings.data for _, settings in study.runs())}
     steps = check_study(study, lambda text: console.print(f"warning: {text}", markup=False, soft_wrap=True))
-    runs.check_free(folder, overwrite=True)
+    check_free(folder, overwrite=True)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        write_atomically(folder / STUDY_FILE, study.path.read_text())
+        write_atomically(folder / STUDY_FILE, study.path.read_bytes())
         data_dir = None if study.data_dir is None else str(study.data_dir)
-        write_json(folder / DATA_FILE, {"data_dir": data_dir, "digests": data_ids})
-        plan = Plan(study, folder, data_ids)
-        with runs.stop_signals() as stop_requested:
+        write_record(folder / DATA_FILE, DATA, {"data_dir": data_dir, "digests": data_ids})
+        plan = Plan(study, folder, data_ids, restart_damaged=restart_damaged)
+        with stop_signals() as stop_requested:
             executor = _Executor(plan, steps, jobs or _default_jobs(study), display_for(console, study.title))
             executor.run(lambda: stop_requested() or time.monotonic() > deadline)
-    failed = [cell.name for cell in study.cells if (end := plan.final(cell)) is not None and end.kind == FAILED]
-    return plan, failed
+    ends = {cell.name: plan.final(cell) for cell in study.cells}
+    return plan, {name: end.message for name, end in ends.items() if end and end.kind in (FAILED, DAMAGED)}
 
 
 def _default_jobs(study: Study) -> int:
@@ -155,7 +159,7 @@ class _Executor:
         slot = min(set(range(self.jobs)) - {child.slot for child in self.children})
         if settings.device == "cpu" and settings.threads is None:
             settings = replace(settings, threads=1)
-        write_json(folder / SETTINGS_FILE, settings.as_dict())
+        write_record(folder / SETTINGS_FILE, SETTINGS, settings.as_dict())
         return Child(key, name, settings, self._worker(_environment(settings, slot), slot, folder), slot)
 
     def _worker(self, environment: dict[str, str], slot: int, folder: Path) -> Worker:
@@ -166,7 +170,7 @@ class _Executor:
             return worker
         if worker is not None:
             worker.close()
-        return Worker(environment, folder)
+        return Worker(environment, folder, restart_damaged=self.plan.restart_damaged)
 
     def _end(self, child: Child) -> None:
         """Note what became of a run whose process has ended."""
@@ -174,7 +178,7 @@ class _Executor:
         assert code is not None
         if code == 0:
             self._idle[child.slot] = child.worker
-            outcome = Outcome(json.loads((folder / runs.SUMMARY_FILE).read_text()))
+            outcome = Outcome(read_summary(folder))
         else:
             child.worker.close()
             message = _last_line(folder / LOG_FILE) or (f"ended by signal {-code}" if code < 0 else "no message")
@@ -184,7 +188,7 @@ class _Executor:
         self._pace.ended(child)
         self.plan.record(child.key, outcome)
         if outcome.summary is not None:
-            (folder / runs.CHECKPOINT_FILE).unlink(missing_ok=True)  # all it was for is done
+            (folder / CHECKPOINT_FILE).unlink(missing_ok=True)  # all it was for is done
         self._look_again()
         self.display.ended(child.name, outcome, time.monotonic() - child.started, self._standing())
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from flatprune.study.results import BY_KEY, METRICS, Group, Results
 
@@ -47,16 +48,23 @@ class Table:
     def markdown(self) -> str:
         """The table in Markdown, without its title."""
         rule = ["---"] * self.left + ["---:"] * (len(self.head) - self.left)
-        return "\n".join("| " + " | ".join(row) + " |" for row in (self.head, rule, *self.rows))
+        lines = [[_markdown_cell(cell) for cell in row] for row in (self.head, rule, *self.rows)]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
     def show(self, console: Console) -> None:
         """Print it."""
-        table = RichTable(title=self.title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="dim")
+        table = RichTable(
+            title=Text(self.title), title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="dim"
+        )
         for place, name in enumerate(self.head):
-            table.add_column(name, justify="left" if place < self.left else "right")
+            table.add_column(Text(name), justify="left" if place < self.left else "right")
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         console.print(table)
+
+
+def _markdown_cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def sections(results: Results) -> list[tuple[str, list[Group]]]:
@@ -164,6 +172,24 @@ def runs_csv(results: Results) -> str:
         for seed, summary in group.summaries.items()
     ]
     return _csv(head, lines)
+
+
+def groups_record(results: Results) -> list[dict[str, object]]:
+    """The groups as plain values: figure -> mean, standard deviation (None for one seed) and n."""
+    return [
+        {
+            "variant": group.variant,
+            "point": dict(group.point),
+            "chosen": group.chosen,
+            "state": group.state,
+            "figures": {
+                metric.key: value._asdict()
+                for metric in results.present(BY_KEY)
+                if (value := group.statistic(metric.key)) is not None
+            },
+        }
+        for group in results.groups
+    ]
 
 
 def _cell(group: Group, key: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -12,6 +13,10 @@ from flatprune.errors import InputError
 from flatprune.settings import Settings
 
 _HINTS = typing.get_type_hints(Settings)
+_FLOATS = 2**1023  # above, an integer is no float
+_SHOWN = 120  # characters
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = _SHOWN
 _KINDS = {str: "a word", int: "a whole number", float: "a number", bool: "true or false (or on, off)"}
 
 
@@ -22,16 +27,17 @@ def field_value(where: str, name: str, value: Any) -> Any:
         InputError: there is no such field, or it takes another type; `where` begins the message.
     """
     if name not in _HINTS:
+        name = str(name)
         near = difflib.get_close_matches(name, _HINTS, n=1, cutoff=0.6)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(_HINTS)}"
-        raise InputError(f"{where}: there is no setting {name!r}; {hint}")
+        raise InputError(f"{where}: there is no setting {shown(name)}; {hint}")
     kinds = _kinds(_HINTS[name])
     for kind in kinds:
         converted = _as(kind, value)
         if converted is not None or (value is None and kind is types.NoneType):
             return converted
     wanted = " or ".join("nothing" if kind is types.NoneType else _name_of(kind) for kind in kinds)
-    raise InputError(f"{where}: {name} is {value!r}, expected {wanted}")
+    raise InputError(f"{where}: {name} is {shown(value)}, expected {wanted}")
 
 
 def field_values(where: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,6 +54,12 @@ def label(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return "default" if value is None else str(value)
+
+
+def shown(value: Any) -> str:
+    """A value in an error message: its repr, cut off where it is long."""
+    text = _REPR.repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
@@ -71,7 +83,7 @@ def _as(kind: Any, value: Any) -> Any:
     if kind is str and isinstance(value, bool):
         return "on" if value else "off"
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) < _FLOATS else None
     if kind is int and isinstance(value, bool):
         return None
     return value if kind is not types.NoneType and isinstance(value, kind) else None

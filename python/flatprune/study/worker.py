@@ -1,9 +1,10 @@
 """Runs of a study, one after the other, in a process of their own: `python -m flatprune.study.worker`.
 
-Takes folders from its standard input, a line each. Does what `flatprune run` does with the settings in
-FOLDER/settings.json, or goes on from the checkpoint that is there; errors go to FOLDER/log.txt. Prints "STEP TOTAL" now
-and then, "ended CODE" after each run that another may follow. A run ends early, with a checkpoint, and the process with
-it, on SIGTERM, and when the standard input closes: that is how it learns that the study has ended, even by a kill.
+Takes folders from its standard input, a line of JSON each (`[FOLDER, RESTART_DAMAGED]`). Does what `flatprune run`
+does with the settings in FOLDER/settings.json, or goes on from the checkpoint that is there; errors go to
+FOLDER/log.txt. Prints "STEP TOTAL" now and then, "ended CODE" after each run that another may follow. A run ends
+early, with a checkpoint, and the process with it, on SIGTERM, and when the standard input closes: that is how it
+learns that the study has ended, even by a kill.
 """
 
 from __future__ import annotations
@@ -24,9 +25,8 @@ import torch
 
 from flatprune import runs
 from flatprune.errors import DivergedError, InputError, Interrupted
+from flatprune.run_folder import CHECKPOINT_FILE, read_settings
 from flatprune.settings import Settings
-from flatprune.study.lock import locked
-from flatprune.study.plan import SETTINGS_FILE
 from flatprune.study.process import LOG_FILE
 from flatprune.training.trainer import Observer
 
@@ -59,13 +59,14 @@ class Steps(Observer):
 
 def main() -> int:
     """Make runs until the standard input closes or one does not end well; the exit code is the last one's."""
-    folders: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(folders,), daemon=True).start()
+    orders: queue.SimpleQueue[tuple[Path, bool] | None] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(orders,), daemon=True).start()
     code = 0
-    while code == 0 and (folder := folders.get()) is not None:
+    while code == 0 and (order := orders.get()) is not None:
+        folder, restart_damaged = order
         with open(folder / LOG_FILE, "w") as log:
             os.dup2(log.fileno(), sys.stderr.fileno())
-        code = _make(folder)
+        code = _make(folder, restart_damaged)
         if code == 0:
             _forget()
             _tell("ended", code)
@@ -80,11 +81,10 @@ def _forget() -> None:
         torch.cuda.empty_cache()
 
 
-def _make(folder: Path) -> int:
+def _make(folder: Path, restart_damaged: bool) -> int:
     """Make the run in `folder`; the exit code tells what became of it, the last line on stderr why."""
     try:
-        with locked(folder, wait=True):  # the worker of a killed study may still be saving
-            _run(folder)
+        _run(folder, restart_damaged)
         return 0
     except Interrupted as error:
         return _fail(error, EXIT_INTERRUPTED)
@@ -96,20 +96,21 @@ def _make(folder: Path) -> int:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else error, EXIT_FILE)
 
 
-def _run(folder: Path) -> None:
-    settings = Settings.from_dict(json.loads((folder / SETTINGS_FILE).read_text()))
+def _run(folder: Path, restart_damaged: bool) -> None:
+    settings = Settings.from_dict(read_settings(folder))
     warnings.simplefilter("ignore")  # the study has checked these settings and shown what they warn of
-    if (folder / runs.CHECKPOINT_FILE).is_file():
+    if (folder / CHECKPOINT_FILE).is_file():
         given = {"data": settings.data, "device": settings.device}
-        runs.resume(folder, given, observer=lambda _: Steps())
-    else:
-        runs.run(settings, folder, overwrite=True, observer=lambda _: Steps())
+        runs.resume(folder, given, restart_damaged=restart_damaged, wait=True, observer=lambda _: Steps())
+    else:  # waits, as the worker of a killed study may still be saving
+        runs.run(settings, folder, overwrite=True, wait=True, observer=lambda _: Steps())
 
 
-def _read(folders: queue.SimpleQueue[Path | None]) -> None:
+def _read(orders: queue.SimpleQueue[tuple[Path, bool] | None]) -> None:
     for line in sys.stdin:
-        folders.put(Path(line.rstrip("\n")))
-    folders.put(None)
+        folder, restart_damaged = json.loads(line)
+        orders.put((Path(folder), restart_damaged))
+    orders.put(None)
     os.kill(os.getpid(), signal.SIGTERM)
 
 

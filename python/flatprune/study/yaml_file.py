@@ -1,4 +1,7 @@
-"""YAML as a study means it: `on` and `off` are words, 1e-3 is a number, and a key that stands twice is an error."""
+"""YAML as a study means it: `on` and `off` are words, 1e-3 is a number, and a key that stands twice is an error.
+
+A file may have 1 MB, 100 levels, 20,000 entries (each counted as often as aliases repeat it) and numbers of 100 digits.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,40 @@ from typing import Any
 import yaml
 
 from flatprune.errors import InputError
+from flatprune.files.atomic import read_bytes
 
-_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+MAX_BYTES = 1_000_000
+MAX_DEPTH = 100
+MAX_ENTRIES = 20_000
+MAX_DIGITS = 100
+_BOOL, _FLOAT, _INT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:int"
 
 
 class _Loader(yaml.SafeLoader):
     """`yaml.SafeLoader` with the booleans and numbers of YAML 1.2."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is no word", key.start_mark)
+            if (key.tag, key.value) in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r:.80} stands twice", node.start_mark
+                )
+            seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if isinstance(node, yaml.ScalarNode) and node.tag in (_INT, _FLOAT) and len(node.value) > MAX_DIGITS:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a number of more than {MAX_DIGITS} digits", node.start_mark
+            )
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, OverflowError, TypeError, AttributeError) as error:  # a date of month 99, 0x alone
+            problem = f"{node.value!r:.80} is no value ({error})"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -40,12 +64,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        InputError: there is no such file, it is not YAML, or not a mapping; with the line.
+        InputError: there is no such file, it is not YAML, beyond a limit, or not a mapping; with the line.
     """
     try:
-        content = yaml.load(path.read_text(), _Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        text = _read(path).decode("utf-8-sig")
+        _check_size(text)
+        content = yaml.load(text, _Loader)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f" in line {mark.line + 1}"
@@ -53,3 +79,45 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: is {type(content).__name__}, expected a mapping with base, grid and variants")
     return content
+
+
+def _read(path: Path) -> bytes:
+    if path.exists() and not path.is_dir() and not path.is_file():  # a pipe, as of <(command)
+        with open(path, "rb") as file:
+            return file.read(MAX_BYTES)
+    return read_bytes(path, MAX_BYTES)
+
+
+def _check_size(text: str) -> None:
+    """Raise YAMLError where the file is too deep or, with every alias written out, too large.
+
+    The events of the parser come before anything is made of them.
+    """
+    sizes: dict[str, int] = {}  # of what an anchor names
+    opened: list[tuple[str | None, int]] = []  # anchor, and entries before it
+    entries = 0
+    for event in yaml.parse(text, _Loader):
+        anchor = getattr(event, "anchor", None)
+        if isinstance(event, yaml.AliasEvent):
+            if anchor not in sizes:
+                raise yaml.composer.ComposerError(
+                    None,
+                    None,
+                    f"the alias {anchor!r:.80} stands for nothing, or for what it is part of",
+                    event.start_mark,
+                )
+            entries += sizes[anchor]
+        elif isinstance(event, yaml.CollectionStartEvent):
+            entries += 1
+            opened.append((anchor, entries - 1))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = opened.pop()
+            if anchor is not None:
+                sizes[anchor] = entries - before
+        elif isinstance(event, yaml.ScalarEvent):
+            entries += 1
+            if anchor is not None:
+                sizes[anchor] = 1
+        if len(opened) > MAX_DEPTH or entries > MAX_ENTRIES:
+            limit = f"{MAX_DEPTH} levels" if len(opened) > MAX_DEPTH else f"{MAX_ENTRIES:,} entries"
+            raise yaml.composer.ComposerError(None, None, f"more than {limit}", event.start_mark)

@@ -1,0 +1,65 @@
+"""Whether the files of a study, and of its runs, are whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flatprune.errors import InputError
+from flatprune.files.atomic import read_bytes, sha256
+from flatprune.files.finished import SUMMARY_FILE
+from flatprune.files.records import read_record
+from flatprune.run_folder import RUN_FILES, WHOLE, check_run
+from flatprune.study.grid import read_study
+from flatprune.study.plan import DATA, DATA_FILE, FAILURE, FAILURE_FILE, RUNS_FOLDER
+from flatprune.study.report import RESULTS, RESULTS_FILE, STUDY_FILE
+
+
+def check_folder(folder: Path) -> dict[str, str]:
+    """File -> "whole", or what is wrong with it, of a run's or a study's folder.
+
+    Raises:
+        InputError: the folder is neither.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    return (
+        _check_study(folder) if (folder / STUDY_FILE).exists() or (folder / DATA_FILE).exists() else check_run(folder)
+    )
+
+
+def _check_study(folder: Path) -> dict[str, str]:
+    found = {STUDY_FILE: _state(lambda: read_study(folder / STUDY_FILE))}
+    found[DATA_FILE] = _state(lambda: read_record(folder / DATA_FILE, DATA))
+    if (folder / RESULTS_FILE).exists():
+        found |= _check_report(folder)
+    for run in sorted(path for path in (folder / RUNS_FOLDER).glob("*") if path.is_dir()):
+        prefix = f"{RUNS_FOLDER}/{run.name}"
+        if (run / FAILURE_FILE).exists() and not (run / SUMMARY_FILE).exists():
+            found[f"{prefix}/{FAILURE_FILE}"] = _state(lambda run=run: read_record(run / FAILURE_FILE, FAILURE))
+        if any((run / name).exists() for name in RUN_FILES):
+            found |= {f"{prefix}/{name}": state for name, state in check_run(run).items()}
+    return found
+
+
+def _check_report(folder: Path) -> dict[str, str]:
+    """The files of the report, by the digests in its results."""
+    try:
+        digests = read_record(folder / RESULTS_FILE, RESULTS)["files"]
+    except InputError as error:
+        return {RESULTS_FILE: str(error)}
+    found = {RESULTS_FILE: WHOLE}
+    for name, digest in digests.items():
+        try:
+            whole = sha256(read_bytes(folder / name)) == digest
+            found[name] = WHOLE if whole else f"{folder / name}: is damaged, or older than {RESULTS_FILE}"
+        except InputError as error:
+            found[name] = str(error)
+    return found
+
+
+def _state(read) -> str:
+    try:
+        read()
+    except InputError as error:
+        return str(error)
+    return WHOLE
