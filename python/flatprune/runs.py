@@ -63,16 +63,16 @@ from flatprune.export import MODEL_FILE, save_model
 from flatprune.export import load as load_network
 from flatprune.files.atomic import damaged, put_aside
 from flatprune.files.finished import (
+    HISTORY,
     HISTORY_FILE,
     SUMMARY_FILE,
     finish,
     problems,
     read_history,
     read_summary,
-    write_history,
 )
 from flatprune.files.lock import FolderLock, locked
-from flatprune.files.records import write_record
+from flatprune.files.records import write_json_lines, write_record
 from flatprune.files.sealed import save_sealed
 from flatprune.reporting import report
 from flatprune.run_folder import (
@@ -338,7 +338,7 @@ def _train(
     save_model(folder / MODEL_FILE, trainer.result, trainer.arguments, trainer.dataset.normalization)
     dense_history = read_history(folder / DENSE_FOLDER / HISTORY_FILE) if dense else []
     report.write_report(folder, summary, trainer.history, dense_history)
-    finish(folder, summary, DIGESTED_FILES)
+    finish(folder, summary, [name for name in DIGESTED_FILES if (folder / name).is_file()])
     return summary
 
 
@@ -354,7 +354,7 @@ def _write_known(trainer: Trainer, folder: Path) -> None:
     """Write what the checkpoint tells too."""
     if kept_settings(folder) is None:
         write_record(folder / SETTINGS_FILE, SETTINGS, trainer.settings.as_dict())
-    write_history(folder, trainer.history)
+    write_json_lines(folder / HISTORY_FILE, trainer.history, HISTORY)
 
 
 def _summary(trainer: Trainer, dense: dict[str, Any] | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from flatprune.errors import DamagedError, InputError
 from flatprune.files.atomic import read_bytes, sha256, write_atomically
-from flatprune.files.records import Kind, from_json, read_lines, read_record, to_json, write_lines, write_record
+from flatprune.files.records import Kind, from_json, read_json_lines, read_record, to_json, write_record
 
 SUMMARY_FILE = "summary.json"
 HISTORY_FILE = "history.jsonl"
@@ -22,14 +22,9 @@ HISTORY = Kind("flatprune-history", 1)
 DIGESTS = Kind("flatprune-digests", 1)
 
 
-def write_history(folder: Path, records: list[dict[str, Any]]) -> None:
-    """Write `history.jsonl`."""
-    write_lines(folder / HISTORY_FILE, HISTORY, records)
-
-
 def read_history(path: Path) -> list[dict[str, Any]]:
     """The records of a `history.jsonl`, without its head; InputError where it cannot be used."""
-    return read_lines(path, HISTORY)
+    return read_json_lines(path, HISTORY)
 
 
 def write_digests(folder: Path, names: Iterable[str], **contents: bytes) -> None:

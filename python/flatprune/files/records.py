@@ -58,14 +58,14 @@ def read_record(path: Path, kind: Kind) -> dict[str, Any]:
     return {key: item for key, item in value.items() if key not in Kind._fields}
 
 
-def write_lines(path: str | os.PathLike[str], kind: Kind, records: list[dict[str, Any]]) -> None:
+def write_json_lines(path: str | os.PathLike[str], records: list[dict[str, Any]], kind: Kind) -> None:
     """Write one object a line through `write_atomically`, after a first one (`kind` "head") with format and version."""
     head = {"kind": "head", **kind._asdict(), "records": len(records)}
     write_atomically(path, "".join(json.dumps(finite(record)) + "\n" for record in (head, *records)))
 
 
-def read_lines(path: Path, kind: Kind) -> list[dict[str, Any]]:
-    """The objects that `write_lines` wrote, without the first.
+def read_json_lines(path: Path, kind: Kind) -> list[dict[str, Any]]:
+    """The objects that `write_json_lines` wrote, without the first.
 
     Raises:
         InputError: there is no such file, or it is of another format or version.
