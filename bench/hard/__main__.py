@@ -15,7 +15,7 @@ from rich.table import Table
 
 from bench.hard.tally import FAULTS, Tally
 
-FAMILIES: tuple[str, ...] = ()
+FAMILIES: tuple[str, ...] = ("damage", "kills", "long_run")
 
 
 def main(arguments: list[str] | None = None) -> int:

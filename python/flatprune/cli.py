@@ -33,6 +33,7 @@ from flatprune.settings import (
 
 EXIT_FAILED = 2
 EXIT_INTERRUPTED = 130
+_NAMED = 10  # files in a message
 _LONGEST = 2000  # characters of a message
 _ON_OFF = {"on": True, "off": False}
 
@@ -351,7 +352,8 @@ def check_command(
         print(f"{name}: {state.removeprefix(f'{folder / name}: ')}")
     wrong = [name for name, state in found.items() if state not in FINE]
     if wrong:
-        raise InputError(f"{folder}: {len(wrong)} of {len(found)} files are not whole, the first is {wrong[0]}")
+        named = ", ".join([*wrong[:_NAMED], *(["..."] if len(wrong) > _NAMED else [])])
+        raise InputError(f"{folder}: {len(wrong)} of {len(found)} files are not whole: {named}")
 
 
 def _given(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,8 @@ DIGESTED_FILES = (HISTORY_FILE, SETTINGS_FILE, MODEL_FILE, report.PLOT_FILE, rep
 RUN_FILES = (SUMMARY_FILE, DIGESTS_FILE, *DIGESTED_FILES, CHECKPOINT_FILE)  # in the order in which they are removed
 WHOLE = "whole"
 PUT_ASIDE, LEFT_BEHIND = "put aside", "left by a process that was killed"
-FINE = (WHOLE, PUT_ASIDE, LEFT_BEHIND)
+NOT_CHECKED = f"not checked, since {DIGESTS_FILE} cannot be read"
+FINE = (WHOLE, PUT_ASIDE, LEFT_BEHIND, NOT_CHECKED)
 _FREE = ("data", "device", "threads", "architecture_of")  # where things are, and where they are computed
 
 
@@ -89,6 +90,8 @@ def check_run(folder: Path) -> dict[str, str]:
     if not any((folder / name).exists() for name in RUN_FILES):
         raise InputError(f"{folder}: holds no run (none of {', '.join(RUN_FILES)})")
     found = {name: _state(folder, name) for name in (*RUN_FILES, *EXPORT_FILES) if (folder / name).exists()}
+    if found.get(DIGESTS_FILE, WHOLE) != WHOLE and SUMMARY_FILE in found:
+        found[SUMMARY_FILE] = NOT_CHECKED
     found |= _missing(folder)
     found |= _compared(folder, found)
     for path in sorted(folder.iterdir()):

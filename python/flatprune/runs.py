@@ -188,11 +188,13 @@ def resume(
     if not any((folder / name).is_file() for name in RUN_FILES):
         raise InputError(f"{folder}: no {CHECKPOINT_FILE} to resume from")
     with locked(folder, wait=wait) as lock:
-        summary = _finished(folder, restart_damaged)
+        aside: list[Path] | None = [] if restart_damaged else None
+        summary = _finished(folder, aside)
         if summary is not None:
             _resumed_settings(folder, Settings.from_dict(read_settings(folder)), given or {})
             return summary
-        trainer = _resumed(folder, given or {}, restart_damaged)
+        trainer = _resumed(folder, given or {}, aside)
+        _put_aside(aside)
         if not (folder / CHECKPOINT_FILE).is_file():
             _save(trainer, folder, lock)
         _write_known(trainer, folder)
@@ -208,11 +210,11 @@ def is_finished(out: str | os.PathLike[str]) -> bool:
         return False
 
 
-def _finished(folder: Path, restart_damaged: bool) -> dict[str, Any] | None:
+def _finished(folder: Path, aside: list[Path] | None) -> dict[str, Any] | None:
     """The summary of a finished run; None where it has to go on, or to make some of its files again."""
     if not (folder / SUMMARY_FILE).is_file():
         return None
-    summary = _whole(folder / SUMMARY_FILE, lambda: read_summary(folder), restart_damaged)
+    summary = _whole(folder / SUMMARY_FILE, lambda: read_summary(folder), aside)
     wrong = [] if summary is None else problems(folder)
     if not wrong:
         return summary
@@ -222,32 +224,37 @@ def _finished(folder: Path, restart_damaged: bool) -> dict[str, Any] | None:
     return None
 
 
-def _whole(path: Path, read: Callable[[], _T], restart_damaged: bool) -> _T | None:
-    """What `read` gives; None once a damaged file is put aside, which has to be asked for."""
+def _whole(path: Path, read: Callable[[], _T], aside: list[Path] | None) -> _T | None:
+    """What `read` gives; None for a damaged file, which joins those to be put aside, where that is asked for."""
     try:
         return read()
     except DamagedError as error:
-        if not restart_damaged:
+        if aside is None:
             raise DamagedError(f"{error}; {_RESTART}") from error
-        warnings.warn(f"{error}; it is now {put_aside(path).name}", stacklevel=2)
+        aside.append(path)
         return None
 
 
-def _resumed(folder: Path, given: dict[str, Any], restart_damaged: bool) -> Trainer:
-    """The trainer where the checkpoint left it, or at the beginning where that is damaged and put aside."""
-    state = _checkpoint(folder, restart_damaged)
+def _put_aside(paths: list[Path] | None) -> None:
+    for path in paths or []:
+        warnings.warn(f"{path}: was damaged, and is now {put_aside(path).name}", stacklevel=2)
+
+
+def _resumed(folder: Path, given: dict[str, Any], aside: list[Path] | None) -> Trainer:
+    """The trainer where the checkpoint left it, or at the beginning where that is damaged or gone."""
+    state = _checkpoint(folder, aside)
     values = read_settings(folder) if state is None else state["settings"]
     settings = _resumed_settings(folder, Settings.from_dict(values), given)
     return _trainer(settings, load(settings), state, folder)
 
 
-def _checkpoint(folder: Path, restart_damaged: bool) -> dict[str, Any] | None:
+def _checkpoint(folder: Path, aside: list[Path] | None) -> dict[str, Any] | None:
     path = folder / CHECKPOINT_FILE
     if not path.is_file():
-        if restart_damaged:
+        if aside is not None:
             return None
         raise InputError(f"{folder}: no {CHECKPOINT_FILE} to resume from; --restart-damaged makes the run anew")
-    state = _whole(path, lambda: load_checkpoint(path), restart_damaged)
+    state = _whole(path, lambda: load_checkpoint(path), aside)
     if state is not None and not same_run(folder, state):
         raise InputError(f"{path}: is of another run than {SETTINGS_FILE}, whose settings differ")
     return state
@@ -313,10 +320,12 @@ def _dense_summary(
     restart_damaged: bool,
 ) -> dict[str, Any]:
     folder = lock.folder / DENSE_FOLDER
-    summary = _finished(folder, restart_damaged)
+    aside: list[Path] | None = [] if restart_damaged else None
+    summary = _finished(folder, aside)
     if summary is not None:
         return summary
-    state = _checkpoint(folder, restart_damaged) if (folder / CHECKPOINT_FILE).is_file() else None
+    state = _checkpoint(folder, aside) if (folder / CHECKPOINT_FILE).is_file() else None
+    _put_aside(aside)
     trainer = _trainer(pruned.settings.dense(), pruned.dataset, state, folder)
     return _train(trainer, folder, lock, observer("dense"), stop_requested, None)
 

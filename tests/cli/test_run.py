@@ -95,7 +95,7 @@ def test_loads_back(digits_run):
 
 def test_model_file_is_plain(digits_run):
     state = torch.load(digits_run / "model.pt", weights_only=True)
-    assert (state["format"], state["version"]) == ("flatprune-model", 1)
+    assert (state["format"], state["version"]) == ("flatprune-model", 2)
     assert state["model"] == {"name": "mlp", "image_shape": [1, 8, 8], "classes": 10, "widths": None}
     assert state["widths"] == summary_of(digits_run)["widths_after"]
     torch.load(digits_run / "checkpoint.pt", weights_only=True)

@@ -149,7 +149,6 @@ def read_study(path: Path, data_dir: Path | None = None) -> Study:
         path, field_values(f"{path}: base", _mapping(path, content, "base")), axes, seeds, variants, data_dir
     )
     reader.tuning = {**_TUNE_DEFAULTS, **_mapping(path, content, "tune")}
-    _known(f"{path}: tune", reader.tuning, tuple(_TUNE_DEFAULTS))
     return Study(
         path,
         _text(path, content, "title", path.stem),

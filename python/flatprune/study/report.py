@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flatprune.errors import InputError
-from flatprune.files.atomic import read_bytes, sha256, write_atomically
+from flatprune.files.atomic import damaged, read_bytes, sha256, write_atomically
 from flatprune.files.records import Kind, read_record, write_record
 from flatprune.reporting.drawing import png
 from flatprune.reporting.page import card, document, duration, figure_of, value_rows
@@ -65,10 +65,9 @@ def open_study(folder: Path, *, retry: bool = False) -> Plan:
         if not (folder / name).is_file():
             raise InputError(f"{folder}: has no {name}; no study was begun there")
     ids = read_record(folder / DATA_FILE, DATA)
+    if sha256(read_bytes(folder / STUDY_FILE)) != ids["study"]:
+        raise damaged(folder / STUDY_FILE, f"its SHA-256 is not that in {DATA_FILE}")
     study = read_study(folder / STUDY_FILE, Path(ids["data_dir"]) if ids["data_dir"] else None)
-    unknown = {settings.data for _, settings in study.runs()} - set(ids["digests"])
-    if unknown:
-        raise InputError(f"{folder}: {DATA_FILE} is of another study: it has no digest of {sorted(unknown)[0]!r}")
     return Plan(study, folder, ids["digests"], retry=retry)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from flatprune.errors import InputError
@@ -9,9 +11,8 @@ from flatprune.files.atomic import read_bytes, sha256
 from flatprune.files.finished import SUMMARY_FILE
 from flatprune.files.records import read_record
 from flatprune.run_folder import RUN_FILES, WHOLE, check_run
-from flatprune.study.grid import read_study
 from flatprune.study.plan import DATA, DATA_FILE, FAILURE, FAILURE_FILE, RUNS_FOLDER
-from flatprune.study.report import RESULTS, RESULTS_FILE, STUDY_FILE
+from flatprune.study.report import RESULTS, RESULTS_FILE, STUDY_FILE, open_study
 
 
 def check_folder(folder: Path) -> dict[str, str]:
@@ -28,14 +29,14 @@ def check_folder(folder: Path) -> dict[str, str]:
 
 
 def _check_study(folder: Path) -> dict[str, str]:
-    found = {STUDY_FILE: _state(lambda: read_study(folder / STUDY_FILE))}
-    found[DATA_FILE] = _state(lambda: read_record(folder / DATA_FILE, DATA))
+    found = {DATA_FILE: _state(lambda: read_record(folder / DATA_FILE, DATA))}
+    found[STUDY_FILE] = _state(lambda: open_study(folder)) if found[DATA_FILE] == WHOLE else "not checked"
     if (folder / RESULTS_FILE).exists():
         found |= _check_report(folder)
     for run in sorted(path for path in (folder / RUNS_FOLDER).glob("*") if path.is_dir()):
         prefix = f"{RUNS_FOLDER}/{run.name}"
         if (run / FAILURE_FILE).exists() and not (run / SUMMARY_FILE).exists():
-            found[f"{prefix}/{FAILURE_FILE}"] = _state(lambda run=run: read_record(run / FAILURE_FILE, FAILURE))
+            found[f"{prefix}/{FAILURE_FILE}"] = _state(partial(read_record, run / FAILURE_FILE, FAILURE))
         if any((run / name).exists() for name in RUN_FILES):
             found |= {f"{prefix}/{name}": state for name, state in check_run(run).items()}
     return found
@@ -57,7 +58,7 @@ def _check_report(folder: Path) -> dict[str, str]:
     return found
 
 
-def _state(read) -> str:
+def _state(read: Callable[[], object]) -> str:
     try:
         read()
     except InputError as error:

@@ -1,0 +1,48 @@
+"""Runs small enough to be made and made again by the thousand, and what is compared of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flatprune import runs
+from flatprune.files.finished import HISTORY_FILE, read_history, read_summary
+from flatprune.settings import Settings
+
+SETTINGS = {
+    "widths": (8, 6),
+    "epochs": 3,
+    "train_size": 120,
+    "batch_size": 40,
+    "target_params": 0.5,
+    "prune_start": 0.2,
+    "prune_end": 0.7,
+    "prune_every": 1,
+    "threads": 1,
+}
+
+
+def settings(**changes: Any) -> Settings:
+    return Settings(**{**SETTINGS, **changes})
+
+
+def without_report() -> None:
+    """Leave the drawing out, which takes longer than all else."""
+    runs.report.write_report = lambda *_: None  # type: ignore[assignment]
+
+
+def result(folder: Path) -> str:
+    """The digest of what a finished run found: its network, bit by bit, history and summary, but for the seconds."""
+    parts = [read_summary(folder), *read_history(folder / HISTORY_FILE)]
+    for record in parts:
+        for name in ("seconds", "dense_seconds"):
+            record.pop(name, None)
+    state = torch.load(folder / "model.pt", weights_only=True)["state_dict"]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
