@@ -53,7 +53,8 @@ class KFACPreconditioner:
     warning comes some steps later there.
 
     Args:
-        model: what is trained; not compiled, not wrapped for several devices.
+        model: what is trained, as for `kfac_ext.Curvature`; gradients of a `DistributedDataParallel` are those of the
+            whole batch by then, and so are factors and inverses.
         damping: lambda.
         factor_decay: weight of the past in the factors' running averages, per update step.
         factor_update_steps, inv_update_steps: how often factors and inverses are renewed.
@@ -61,7 +62,7 @@ class KFACPreconditioner:
         lr: the optimizer's learning rate, which `kl_clip` needs; `lambda step: optimizer.param_groups[0]["lr"]`
             follows a schedule.
         fisher_type, kfac_approx, loss, output, class_dim, batch_dim, layer_batch_dims, reduction, skip_layers,
-            max_factor_size, generator: as for `kfac_ext.Curvature`.
+            max_factor_size, generator, process_group: as for `kfac_ext.Curvature`.
         accumulation_steps: forwards and backwards that make one step, each of the mean loss divided by this number.
             On an update step they count equally in the factors.
         grad_scaler: the `torch.amp.GradScaler` of the loss. `step` may come before or after `unscale_`; where
@@ -100,12 +101,13 @@ class KFACPreconditioner:
         generator: torch.Generator | None = None,
         accumulation_steps: int = 1,
         grad_scaler: GradScaler | None = None,
+        process_group: Any = None,
     ) -> None:
         self.damping, self.factor_decay, self.kl_clip, self.lr = damping, factor_decay, kl_clip, lr
         self.factor_update_steps, self.inv_update_steps = factor_update_steps, inv_update_steps
         self.accumulation_steps, self.grad_scaler = accumulation_steps, grad_scaler
         self.step_count = 0
-        self._check_arguments(model)
+        self._check_arguments()
         self.curvature = Curvature(
             model,
             factor_decay=self._forward_decay,
@@ -123,6 +125,7 @@ class KFACPreconditioner:
             fold_norms=False,
             generator=generator,
             grad_scale=self._loss_scale,
+            process_group=process_group,
         )
         self._stacks: list[InverseStack] = []
         self._inverted: frozenset[str] = frozenset()
@@ -173,12 +176,7 @@ class KFACPreconditioner:
             raise ValueError(f"KFACPreconditioner: {name} is {value!r} at step {self.step_count}, expected {wanted}")
         return value
 
-    def _check_arguments(self, model: nn.Module) -> None:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            raise ValueError(
-                f"KFACPreconditioner: model is a {type(model).__name__}, whose processes would each precondition by "
-                "factors of their own; one process and device is supported"
-            )
+    def _check_arguments(self) -> None:
         for name in _RANGES:
             value = getattr(self, name)
             if not callable(value) and not (value is None and name in ("kl_clip", "lr")):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from kfac_ext.curvature.calls import call_hooks
 from kfac_ext.curvature.capture import Capture, ForwardHook, uncompiled
+from kfac_ext.curvature.draws import Draws
 from kfac_ext.curvature.loss import Loss
 from kfac_ext.curvature.losses import OtherLoss, loss_of
 from kfac_ext.curvature.modes import RngState, device_of
@@ -25,7 +26,10 @@ from kfac_ext.curvature.tracing import check_model, trace_layers
 from kfac_ext.curvature.transforms import is_transformed
 from kfac_ext.curvature.updates import FisherUpdates
 from kfac_ext.factors import FactorSet
-from kfac_ext.layers import Layer
+from kfac_ext.layers import Layer, layer_from_state
+
+if TYPE_CHECKING:
+    from kfac_ext.distributed import Group
 
 
 class Curvature:
@@ -51,10 +55,15 @@ class Curvature:
     An update whose output is not finite is left out, with a warning; on a GPU the warning comes when a radius or the
     state is read next, since nothing here waits for the device after the first update.
 
+    Ranks that train one model, given as the `DistributedDataParallel`, have the factors of their whole batch, up to
+    rounding those of one process (docs/distributed.md); reading them waits for an update that is on its way and for
+    no rank.
+
     Forwards on the side, which count for nothing in the factors, are functions of `kfac_ext.curvature.probing`.
 
     Args:
-        model: not compiled; `torch.compile` hides the layers from hooks.
+        model: not compiled; `torch.compile` hides the layers from hooks. A `DistributedDataParallel` stands for its
+            module and the ranks that share a batch.
         factor_decay: weight of the past, a float or a function of `step_count`.
         factor_update_steps: k, an int or a function of `step_count`; None: 10 with convolutions, else 5.
         fisher_type: "true" draws labels from the model's prediction (with a generator of its own), one extra partial
@@ -81,11 +90,17 @@ class Curvature:
         grad_scale: empirical only: by how much the loss that is backpropagated exceeds the mean loss (1/k for gradient
             accumulation over k batches), a float or a function. One that returns a 0-d tensor, as
             `lambda: scaler.scale(torch.ones((), device=device))`, does not wait as `GradScaler.get_scale` does.
+        process_group: of the ranks that share a batch, where the model does not tell it (FSDP2).
+
+    Attributes:
+        model: the network, without a wrapper.
+        wrapper: the `DistributedDataParallel` of it that was given, or None.
+        group: the ranks that share a batch (`kfac_ext.distributed.Group`); None: one process.
 
     Raises:
         TypeError: `model` is no module, `skip_layers` is one string; an argument is nothing of the kind.
         ValueError: an argument out of range; the model has no parameters, has uninitialised (lazy) ones, is compiled,
-            scripted or a DataParallel. In `trace` or the first training forward: it is ambiguous what the loss is of,
+            scripted, a DataParallel or wrapped twice. In `trace` or the first training forward: it is ambiguous what the loss is of,
             or where its classes stand; an entry of `layer_batch_dims` is of no layer.
 
     Example:
@@ -113,6 +128,7 @@ class Curvature:
         fold_norms: bool = True,
         generator: torch.Generator | None = None,
         grad_scale: float | Callable[[], float | Tensor] = 1.0,
+        process_group: Any = None,
     ) -> None:
         _check_choice("fisher_type", fisher_type, ("true", "empirical"))
         _check_choice("kfac_approx", kfac_approx, ("reduce", "expand"))
@@ -127,7 +143,10 @@ class Curvature:
         _check_patterns("layer_batch_dims", layer_batch_dims or ())
         if max_factor_size is not None and max_factor_size < 1:
             raise ValueError(f"Curvature: max_factor_size is {max_factor_size}, expected >= 1")
+        given = model
+        model, self.group = unwrapped(model, process_group, "Curvature")
         check_model(model)
+        self.wrapper = None if given is model else given
         self.reading = Reading(loss_of(loss, reduction), output, class_dim, batch_dim)
         if isinstance(self.loss, OtherLoss) and fisher_type == "true":
             raise ValueError(
@@ -142,15 +161,21 @@ class Curvature:
         self.generator = generator or torch.Generator().manual_seed(torch.initial_seed())
         self.step_count = 0
         self._running: RunningFactors | None = None
-        self._recent = RecentCalls()
+        self.draws = Draws(self.generator, self.group)
+        self._recent = RecentCalls(self.ranks)
         self._layouts = Layouts(layer_batch_dims)
-        self._updates = FisherUpdates(self.reading, fisher_type, kfac_approx, grad_scale, self.generator, self.place)
+        self._updates = FisherUpdates(self.reading, fisher_type, kfac_approx, grad_scale, self.draws, self.place)
         self._pauses = 0
         self._open: ExitStack | None = None
         self.recorder = Recorder()
         self._handle = model.register_forward_pre_hook(ForwardHook(self._before_forward), with_kwargs=True)
 
     # what is there
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks share a batch."""
+        return 1 if self.group is None else self.group.size
 
     @property
     def layers(self) -> dict[str, Layer]:
@@ -208,7 +233,7 @@ class Curvature:
                     reading=self.reading if self.loss.needs_output else None,
                 )
             self._layouts.check(layers)
-            self._running = RunningFactors(layers)
+            self._running = self._running_factors(layers)
             self._running.warn_of_size(self.model)
 
     def layer(self, name: str) -> Layer:
@@ -341,11 +366,15 @@ class Curvature:
         Raises:
             ValueError: naming the first layer or factor that does not fit; nothing is changed then.
         """
-        running = RunningFactors.from_state(state, dict(self.model.named_modules())) if "layers" in state else None
+        running: RunningFactors | None = None
+        if "layers" in state:
+            modules = dict(self.model.named_modules())
+            running = self._running_factors({n: layer_from_state(s, modules) for n, s in state["layers"].items()})
+            running.load_state_dict(state)
         self.generator.set_state(state["generator"].cpu())
         self._running = running
         self.step_count = state["step_count"]
-        self._recent = RecentCalls.from_state(state["recent_calls"], device_of(self.model))
+        self._recent = RecentCalls.from_state(state["recent_calls"], device_of(self.model), self.ranks)
         reading = state["reading"]
         self.reading.features = reading["features"]
         self._layouts.found = {name: Layout(*layout) for name, layout in reading["layouts"].items()}
@@ -354,6 +383,13 @@ class Curvature:
         self.recorder.record = None
 
     # inside
+
+    def _running_factors(self, layers: dict[str, Layer]) -> RunningFactors:
+        if self.group is None:
+            return RunningFactors(layers)
+        from kfac_ext.curvature.shared import SharedFactors
+
+        return SharedFactors(layers, self.group)
 
     def _traced(self) -> RunningFactors:
         if self._running is None:
@@ -435,6 +471,21 @@ class Curvature:
 
     def _decay(self) -> float:
         return self.factor_decay(self.step_count - 1) if callable(self.factor_decay) else self.factor_decay
+
+
+def unwrapped(model: nn.Module, process_group: Any, who: str) -> tuple[nn.Module, Group | None]:
+    """The network itself and the ranks that share its batches; without a process group that costs nothing.
+
+    Warns, in the name of `who`, of a plain model where there are several ranks.
+
+    Raises:
+        ValueError: the model is wrapped twice.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return model, None
+    from kfac_ext.distributed import plain_and_group
+
+    return plain_and_group(model, process_group, who)
 
 
 def _check_patterns(argument: str, patterns: Iterable[str]) -> None:

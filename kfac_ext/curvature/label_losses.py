@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_ext.curvature.loss import Loss, plain, uniform
+from kfac_ext.curvature.draws import Draws
+from kfac_ext.curvature.loss import Loss, plain
 from kfac_ext.curvature.modes import reading_is_free
 
 
@@ -52,10 +53,10 @@ class CrossEntropy(Loss):
         """Every term is a position."""
         return [mask.flatten(1) if mask.dim() > 1 else mask[:, None]]
 
-    def draw(self, prediction: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(self, prediction: Tensor, draws: Draws) -> Tensor:
         """Labels [N, ...]."""
         cumulative = plain(prediction).softmax(dim=1).movedim(1, -1).cumsum(dim=-1)
-        draw = uniform((*cumulative.shape[:-1], 1), cumulative, generator)
+        draw = draws.uniform((*cumulative.shape[:-1], 1), cumulative)
         return (cumulative < draw).sum(dim=-1).clamp_max(prediction.shape[1] - 1)
 
     def gradient(self, prediction: Tensor, targets: Tensor, counted: Tensor | None = None) -> Tensor:
@@ -106,10 +107,10 @@ class BinaryCrossEntropy(Loss):
         p = prediction.sigmoid()
         return zero & (p > 0) & (p < 1)
 
-    def draw(self, prediction: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(self, prediction: Tensor, draws: Draws) -> Tensor:
         """0 or 1 for each logit."""
         p = plain(prediction).sigmoid()
-        return (uniform(p.shape, p, generator) < p).to(p.dtype)
+        return (draws.uniform(p.shape, p) < p).to(p.dtype)
 
     def gradient(self, prediction: Tensor, targets: Tensor, counted: Tensor | None = None) -> Tensor:
         """Sigmoid - label, weighted as torch does."""

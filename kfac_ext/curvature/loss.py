@@ -8,12 +8,11 @@ D L: that of the sum of the terms.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from kfac_ext.curvature.modes import sent
+from kfac_ext.curvature.draws import Draws
 
 
 class Loss(ABC):
@@ -74,7 +73,7 @@ class Loss(ABC):
         return [mask.flatten(2).any(dim=1) if mask.dim() > 2 else mask.flatten(1).any(dim=1, keepdim=True)]
 
     @abstractmethod
-    def draw(self, prediction: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(self, prediction: Tensor, draws: Draws) -> Tensor:
         """Labels or values drawn from the model's own prediction."""
 
     @abstractmethod
@@ -93,15 +92,3 @@ class Loss(ABC):
 def plain(prediction: Tensor) -> Tensor:
     """Detached, float32 or float64."""
     return prediction.detach().to(torch.float64 if prediction.dtype == torch.float64 else torch.float32)
-
-
-def normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal numbers from a generator, wherever it is, in shape, dtype and place of a tensor."""
-    draw = torch.randn(like.shape, generator=generator, device=generator.device, dtype=like.dtype)
-    return sent(draw, like.device)
-
-
-def uniform(shape: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:
-    """Numbers in [0, 1) from a generator, wherever it is, in dtype and place of a tensor."""
-    draw = torch.rand(tuple(shape), generator=generator, device=generator.device, dtype=like.dtype)
-    return sent(draw, like.device)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_ext.curvature.label_losses import BinaryCrossEntropy, CrossEntropy
+from kfac_ext.curvature.draws import Draws
 from kfac_ext.curvature.loss import Loss
 from kfac_ext.curvature.value_losses import GaussianNll, MeanSquaredError, PoissonNll
 
@@ -20,7 +21,7 @@ class OtherLoss(Loss):
 
     name, needs_output = "other", False
 
-    def draw(self, prediction: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(self, prediction: Tensor, draws: Draws) -> Tensor:
         """Raise ValueError."""
         raise self._unknown()
 
@@ -104,9 +105,9 @@ class SeveralLosses(Loss):
         """Those of all outputs."""
         return [p for loss, own in zip(self.losses, self._terms_apart(mask)) for p in loss.positions(own)]
 
-    def draw(self, prediction: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(self, prediction: Tensor, draws: Draws) -> Tensor:
         """The targets of all outputs, [N, sum of their sizes]."""
-        drawn = [loss.draw(part, generator) for loss, part in zip(self.losses, self.apart(prediction))]
+        drawn = [loss.draw(part, draws) for loss, part in zip(self.losses, self.apart(prediction))]
         return torch.cat([t.reshape(len(t), -1).double() for t in drawn], dim=1)
 
     def gradient(self, prediction: Tensor, targets: Tensor, counted: Tensor | None = None) -> Tensor:

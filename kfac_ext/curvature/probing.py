@@ -79,7 +79,8 @@ def fresh_look(
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """A of the layers named, apart from the running factors (the mean over all rows), and what the model predicts.
 
-    One forward a call gives both, the newest call first.
+    One forward a call gives both, the newest call first. Ranks that share a batch each make their own part of a call;
+    A is the mean of theirs, the predictions are their own.
 
     Batch norms use batch statistics (those frozen in a training model stay frozen), dropout is off, random streams and
     running statistics are untouched.
@@ -90,7 +91,7 @@ def fresh_look(
         calls: as `Curvature.recent_calls` gives them; each is made as it was.
         mode: "expand" or "reduce".
         bias: append the 1, so that the last row and column hold the mean patch; None: as in the running factors.
-        samples: enough for an A that is of as many rows as it has: older calls count for the others alone, and are not
+        samples: of all ranks, enough for an A that is of as many rows as it has: older calls count for the others alone, and are not
             made again where there are none. None: all calls count.
 
     Returns:
@@ -120,9 +121,9 @@ def fresh_look(
         seen.clear()
 
     def is_enough(so_far: int) -> bool:
-        if samples is None or so_far < samples:
+        if samples is None or so_far * curvature.ranks < samples:
             return False
-        complete.update(name for name, A in found.items() if seen[name] >= A.shape[-1])
+        complete.update(name for name, A in found.items() if seen[name] * curvature.ranks >= A.shape[-1])
         return len(complete) == len(layers)
 
     _refuse_none(calls)
@@ -136,7 +137,11 @@ def fresh_look(
     for layer in layers:
         if layer.name not in found:
             raise RuntimeError(f"fresh_look: the forward did not call layer {layer.name!r}")
-    return {layer.name: found.pop(layer.name) for layer in layers}, predictions
+    covariances = {layer.name: found.pop(layer.name) for layer in layers}
+    if curvature.group is not None:
+        means = curvature.group.mean_of_symmetric(list(covariances.values()), "fresh covariances")
+        covariances = dict(zip(covariances, means))
+    return covariances, predictions
 
 
 def fresh_predictions(curvature: Curvature, calls: Sequence[Call]) -> list[Tensor]:

@@ -78,23 +78,28 @@ class Call:
 
 
 class RecentCalls:
-    """The newest calls: 256 samples or a batch more, at most 64 calls and 256 MB; the newest is kept in any case."""
+    """The newest calls: 256 samples or a batch more, at most 64 calls and 256 MB; the newest is kept in any case.
 
-    def __init__(self) -> None:
+    Args:
+        ranks: that share a batch in equal parts, of which this keeps its own; samples and bytes are those of all.
+    """
+
+    def __init__(self, ranks: int = 1) -> None:
+        self._ranks = ranks
         self._calls: deque[tuple[Call, int]] = deque()
         self._samples = self._bytes = 0
 
     def add(self, call: Call) -> None:
         """Keep a call, and let go of the oldest beyond the bounds."""
         size = sum(t.nbytes for t in (call.args if not call.kwargs else call.tensors()) if isinstance(t, Tensor))
-        self._calls.append((call, size))
-        self._samples += call.samples
-        self._bytes += size
+        self._calls.append((call, size * self._ranks))
+        self._samples += call.samples * self._ranks
+        self._bytes += size * self._ranks
         while len(self._calls) > 1 and (
-            self._samples - self._calls[0][0].samples >= SAMPLES or len(self._calls) > CALLS or self._bytes > BYTES
+            self._samples - self._calls[0][0].samples * self._ranks >= SAMPLES or len(self._calls) > CALLS or self._bytes > BYTES
         ):
             oldest, freed = self._calls.popleft()
-            self._samples -= oldest.samples
+            self._samples -= oldest.samples * self._ranks
             self._bytes -= freed
 
     def calls(self) -> tuple[Call, ...]:
@@ -107,9 +112,9 @@ class RecentCalls:
         return [tree_map(_copied, {"args": list(c.args), "kwargs": dict(c.kwargs), "samples": c.samples}) for c in kept]
 
     @classmethod
-    def from_state(cls, state: list[dict[str, Any]], device: torch.device) -> RecentCalls:
+    def from_state(cls, state: list[dict[str, Any]], device: torch.device, ranks: int = 1) -> RecentCalls:
         """From `state`."""
-        recent = cls()
+        recent = cls(ranks)
         for entry in state:
             moved = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, entry)
             recent.add(Call(tuple(moved["args"]), moved["kwargs"], moved["samples"]))

@@ -15,7 +15,7 @@ from kfac_ext.curvature.fisher import check_one_device, empty_factors, factor_dt
 from kfac_ext.curvature.loss import Loss
 from kfac_ext.curvature.modes import reading_is_free
 from kfac_ext.factors import FactorSet, entries
-from kfac_ext.layers import Layer, layer_from_state
+from kfac_ext.layers import Layer
 
 ROUNDING = 1e-10  # of the largest radius: less is rounding, as of the keys of a softmax, whose sum has no gradient
 _DWARFED, _SMALL = 50, 64_000_000  # times the bytes of the model; bytes
@@ -29,7 +29,11 @@ class RunningFactors:
         layers: name -> Layer in forward order.
         started: layers whose factors have been measured.
         was_cut: neurons have been pruned since the eigenpairs were brought up to date.
+        is_shared: whether they are a mean over ranks (`kfac_ext.curvature.shared`).
+        pads: whether it is known of the ranks that the loss leaves out predictions.
     """
+
+    is_shared = pads = False
 
     def __init__(self, layers: dict[str, Layer]) -> None:
         check_one_device(layers)
@@ -78,18 +82,32 @@ class RunningFactors:
             finite: from `is_finite`; where it is False the factors stay.
         """
         kept = self.factors.buffer.clone() if isinstance(finite, Tensor) else None
-        count = capture.terms(loss)
-        positions = capture.positions(loss)
-        with torch.no_grad(), torch.autocast(self.factors.buffer.device.type, enabled=False):
-            seen = update_factors_(
-                self.factors, self.layers, capture, mode, decay, self.started, count, factor**2, positions
-            )
+        seen = self._measure(capture, mode=mode, loss=loss, decay=decay, factor=factor)
         if not seen:
             return
         if kept is not None and isinstance(finite, Tensor):
             self.factors.buffer.copy_(torch.where(finite, self.factors.buffer, kept))
-            left_out = (~finite).long()
-            self._left_out = left_out if self._left_out is None else self._left_out + left_out
+            self._note_left_out(finite)
+        self._follow(seen)
+
+    def note_padding(self) -> None:
+        """That the loss has been found to leave out predictions, for ranks that share the factors."""
+
+    def _measure(self, capture: Capture, *, mode: str, loss: Loss, decay: float, factor: float) -> set[str]:
+        """Blend what a forward has shown into the factors; the layers it has shown something of."""
+        count = capture.terms(loss)
+        positions = capture.positions(loss)
+        with torch.no_grad(), torch.autocast(self.factors.buffer.device.type, enabled=False):
+            return update_factors_(
+                self.factors, self.layers, capture, mode, decay, self.started, count, factor**2, positions
+            )
+
+    def _note_left_out(self, finite: Tensor) -> None:
+        left_out = (~finite).long()
+        self._left_out = left_out if self._left_out is None else self._left_out + left_out
+
+    def _follow(self, seen: set[str]) -> None:
+        """Bring the eigenpairs up to date after an update of these layers."""
         if not self.started:
             self._warn_unreached(seen)
         steps = _POWER_STEPS if self.started.issuperset(seen) else _FIRST_POWER_STEPS
@@ -123,19 +141,16 @@ class RunningFactors:
             "factors": None if self._factors is None else self._factors.state_dict(),
         }
 
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any], modules: Mapping[str, Any]) -> RunningFactors:
-        """From `state_dict`, for the model that has these modules.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict` of factors of the same layers.
 
         Raises:
-            ValueError: naming the first layer or factor that does not fit.
+            ValueError: naming the first factor that does not fit.
         """
-        running = cls({name: layer_from_state(entry, modules) for name, entry in state["layers"].items()})
         if state["factors"] is not None:
-            running.factors.load_state_dict(state["factors"])
-        running.started = set(state["started"])
-        running.was_cut = state["was_cut"]
-        return running
+            self.factors.load_state_dict(state["factors"])
+        self.started = set(state["started"])
+        self.was_cut = state["was_cut"]
 
     def warn_of_size(self, model: nn.Module) -> None:
         """Warn, naming the largest, where the factors dwarf the model."""

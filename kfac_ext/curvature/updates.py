@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kfac_ext.curvature.capture import Capture
+from kfac_ext.curvature.draws import Draws
 from kfac_ext.curvature.losses import SeveralLosses
 from kfac_ext.curvature.modes import reading_is_free
 from kfac_ext.curvature.outputs import Reading
@@ -50,7 +51,8 @@ class FisherUpdates:
 
     Args:
         reading: of the model's output.
-        fisher_type, kfac_approx, grad_scale, generator: as for `Curvature`.
+        fisher_type, kfac_approx, grad_scale: as for `Curvature`.
+        draws: of labels.
         place: finds where the samples stand in what layers saw.
 
     Attributes:
@@ -63,11 +65,11 @@ class FisherUpdates:
         fisher_type: str,
         kfac_approx: str,
         grad_scale: float | Callable[[], float | Tensor],
-        generator: torch.Generator,
+        draws: Draws,
         place: Callable[[Capture], None],
     ) -> None:
         self.reading, self.fisher_type, self.kfac_approx = reading, fisher_type, kfac_approx
-        self.grad_scale, self.generator, self._place = grad_scale, generator, place
+        self.grad_scale, self.draws, self._place = grad_scale, draws, place
         self.pads = False
         self._pending: _Update | None = None
         self._watched: _Update | None = None
@@ -82,6 +84,7 @@ class FisherUpdates:
     ) -> None:
         """After that forward, which returned `output`; `has_labels`: the model has been given the labels."""
         started, reads = set(running.started), self.reading.loss.needs_output
+        self.pads = self.pads or running.pads
         free = reading_is_free(running.factors.buffer.device)
         looks = reads and (free or not started or has_labels or self.pads)
         update = _Update(running, capture, decay, started, looks)
@@ -152,6 +155,10 @@ class FisherUpdates:
         self._find_counted(update)
         if update.capture.counted is None:
             return
+        if update.running.is_shared:  # no rank may make an update again by itself
+            update.running.note_padding()
+            self.pads, update.capture.counted = before, None
+            return
         if self._has_several:  # by now the backward has freed what leads to all outputs but the last
             if not before:
                 warnings.warn(
@@ -189,7 +196,7 @@ class FisherUpdates:
         prediction = capture.prediction
         with torch.no_grad(), torch.autocast(prediction.device.type, enabled=False):
             values = _values(capture)
-            capture.targets = loss.draw(values, self.generator)
+            capture.targets = loss.draw(values, self.draws)
             seed = loss.gradient(values, capture.targets, capture.counted)
         try:
             capture.gradients = capture.gradients_of(prediction, seed.to(prediction.dtype))
@@ -211,7 +218,8 @@ class FisherUpdates:
             _divide(capture, grad_scale)
             grad_scale = 1.0
         gradients = [g for g in _gradients(capture) if g is not None]
-        finite = bool(gradients) and update.running.is_finite([*capture.tensors, *gradients], "output or gradient")
+        looked_at = bool(gradients) or update.running.is_shared  # the other ranks count on this one
+        finite = looked_at and update.running.is_finite([*capture.tensors, *gradients], "output or gradient")
         if finite is False:
             return
         self._find_counted(update)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kfac_ext.curvature.loss import Loss, normal, plain
+from kfac_ext.curvature.draws import Draws
+from kfac_ext.curvature.loss import Loss, plain
 
 _EPS = 1e-8  # as `torch.nn.functional.poisson_nll_loss`
 
@@ -26,10 +27,10 @@ class MeanSquaredError(Loss):
         """N C."""
         return prediction.numel()
 
-    def draw(self, prediction: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(self, prediction: Tensor, draws: Draws) -> Tensor:
         """Values like the prediction."""
         values = plain(prediction)
-        return values + (values[0].numel() / 2) ** 0.5 * normal(values, generator)
+        return values + (values[0].numel() / 2) ** 0.5 * draws.normal(values)
 
     def gradient(self, prediction: Tensor, targets: Tensor, counted: Tensor | None = None) -> Tensor:
         """2/C (f - y)."""
@@ -62,10 +63,9 @@ class PoissonNll(Loss):
         """lambda of each element."""
         return prediction.exp() if self.log_input else prediction.clamp_min(0) + _EPS
 
-    def draw(self, prediction: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(self, prediction: Tensor, draws: Draws) -> Tensor:
         """Counts."""
-        rates = self.rate(plain(prediction))
-        return torch.poisson(rates.to(generator.device), generator=generator).to(rates.device)
+        return draws.poisson(self.rate(plain(prediction)))
 
     def gradient(self, prediction: Tensor, targets: Tensor, counted: Tensor | None = None) -> Tensor:
         """Rate - count, or 1 - count/rate of the rate itself."""
@@ -108,10 +108,10 @@ class GaussianNll(Loss):
         """The elements of the mean."""
         return prediction.numel() // 2
 
-    def draw(self, prediction: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(self, prediction: Tensor, draws: Draws) -> Tensor:
         """Values [N, ...]."""
         mean, variance = plain(prediction).unbind(1)
-        return mean + variance.sqrt() * normal(mean, generator)
+        return mean + variance.sqrt() * draws.normal(mean)
 
     def gradient(self, prediction: Tensor, targets: Tensor, counted: Tensor | None = None) -> Tensor:
         """Of mean and variance."""

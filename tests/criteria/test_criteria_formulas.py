@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flatprune.coupling import CONSUMER, PRODUCER, Coupling
 from flatprune.criteria import CRITERIA, ScoringContext, banzhaf, shapley
 from flatprune.criteria.game import MaskedNetwork
+from kfac_ext.curvature.draws import Draws
 from kfac_ext.curvature.losses import loss_of
 from tests.pruning.pruning_networks import Run, context_of, digits, masked, mlp
 
@@ -193,7 +194,7 @@ def test_gate_fisher_is_the_mean_square_of_gate_derivatives(double_nets, name, p
                 logits = context.model(*call.args)
         finally:
             handle.remove()
-        labels = loss_of("cross_entropy").draw(logits, generator)
+        labels = loss_of("cross_entropy").draw(logits, Draws(generator))
         slopes += torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), gate)
     found = CRITERIA["gate_fisher"].scores(context)[position]
     torch.testing.assert_close(found, 0.5 * torch.cat(slopes).square().mean(dim=0), rtol=1e-6, atol=1e-14)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kfac_ext.curvature.draws import Draws
 from kfac_ext import Curvature
 from kfac_ext.curvature.losses import loss_of
 
@@ -274,7 +275,7 @@ def test_drawn_labels(name):
     curvature = Curvature(model, loss=name, generator=torch.Generator().manual_seed(3))
     output = model(x)
     loss = loss_of(name)
-    y = loss.draw(output, torch.Generator().manual_seed(3))
+    y = loss.draw(output, Draws(torch.Generator().manual_seed(3)))
     rows = of_samples(model, x, lambda out, row: DRAWN[name](out, y[row]))
     assert_factors(curvature, rows, loss.terms(output))
 

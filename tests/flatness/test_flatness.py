@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatprune.flatness import spectrum
 from flatprune.flatness.spectrum import Flatness, hessian_lambda_max
+from kfac_ext.curvature.draws import Draws
 from kfac_ext import Curvature
 from kfac_ext.curvature.fisher import projected_inputs
 from kfac_ext.curvature.losses import loss_of
@@ -50,7 +51,7 @@ def test_double_backward_gradient_equals_finite_differences(name, mode):
     curvature = Curvature(model, kfac_approx=mode, generator=torch.Generator().manual_seed(2))
     flatness = Flatness(curvature, start=0, every=1, strength=1.0, kappa=0.0, mode="double_backward", fade_below=0)
     output = model(x)
-    targets = loss_of("cross_entropy").draw(output, torch.Generator().manual_seed(2))  # those of the update
+    targets = loss_of("cross_entropy").draw(output, Draws(torch.Generator().manual_seed(2)))  # those of the update
     curvature.factors.power_iteration_(tol=1e-13, max_iter=20_000)
     loss = F.cross_entropy(output, targets)
     parameters = list(model.parameters())
@@ -84,7 +85,7 @@ def test_forward_mode_is_unbiased(monkeypatch):
     flatness = Flatness(curvature, start=0, every=1, strength=1.0, kappa=0.0, fade_below=0)
     parameters = list(model.parameters())
     queue: list[torch.Tensor] = []
-    monkeypatch.setattr(flatness, "_signs", lambda shape, like: queue.pop(0))
+    monkeypatch.setattr(curvature.draws, "signs", lambda shape, like: queue.pop(0))
     total, grads, count = 0.0, [0.0] * 4, 0
     for signs in itertools.product([-1.0, 1.0], repeat=4):  # two samples, two blocks: all there are
         queue[:] = torch.tensor(signs, dtype=torch.float64).view(2, 2).unbind()

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kfac_ext.curvature.draws import Draws
 from kfac_ext import Curvature
 from kfac_ext.curvature.losses import loss_of
 from kfac_ext.layers import InputMajorLinear, Linear, layer_of, register
@@ -78,7 +79,7 @@ def test_a_kind_of_ones_own_is_one_class(monkeypatch):
             return super().input_of(args, kwargs) * self.module.in_features**-0.5
 
     curvature = Curvature(model, generator=torch.Generator().manual_seed(3))
-    targets = loss_of("cross_entropy").draw(model(x), torch.Generator().manual_seed(3))
+    targets = loss_of("cross_entropy").draw(model(x), Draws(torch.Generator().manual_seed(3)))
     assert isinstance(curvature.layers["0"], EqualizedLayer)
     layers = {"0": (model[0], model[0])}
     inputs, grads = curvature_oracles.observe(model, layers, x, curvature_oracles.cross_entropy_sum(targets))

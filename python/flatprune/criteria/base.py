@@ -22,6 +22,7 @@ from flatprune.criteria.saliency import (
     relative_damping,
 )
 from kfac_ext.curvature import Curvature
+from kfac_ext.curvature.draws import Draws
 from kfac_ext.curvature.probing import replaying
 from kfac_ext.curvature.recent import Call
 from kfac_ext.layers import Layer
@@ -41,7 +42,8 @@ class ScoringContext:
         step: optimizer steps taken; other steps draw other numbers.
 
     Attributes:
-        generator: on the CPU, its state a function of seed and step.
+        generator: on the CPU, its state a function of seed and step, the same on all ranks.
+        draws: of the same, for samples: of a batch that ranks share, each has those of its own.
         predictions: of the model for each recent call, once forwards have shown them; None before.
     """
 
@@ -50,6 +52,7 @@ class ScoringContext:
     ) -> None:
         self.model, self.groups, self.curvature = model, groups, curvature
         self.generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+        self.draws = Draws(self.generator, curvature.group)
         self._statistics: dict[str, InputStatistics] = {}
         self._inverses: dict[str, Inverses] = {}
         self._output_inverses: Inverses | None = None
@@ -245,7 +248,7 @@ class Criterion:
             raise ValueError(f"Criterion {self.name}: greedy is True, but there are no joint scores to choose by")
 
     def scores(self, context: ScoringContext) -> Scores:
-        """The scores of every group, checked: float64 on the CPU.
+        """The scores of every group, checked: float64 on the CPU; of ranks, each with its inputs, the mean.
 
         Raises:
             ValueError: naming criterion and group whose scores have another shape or are not finite.
@@ -261,6 +264,8 @@ class Criterion:
                     f"({group.width},)"
                 )
             checked.append(values.detach().double().cpu())
+        if context.curvature.group is not None:
+            checked = context.curvature.group.mean(checked, "scores")
         self.refuse_not_finite(context, checked)
         return checked
 

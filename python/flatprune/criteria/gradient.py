@@ -93,7 +93,7 @@ def _gate_gradients(context: ScoringContext, layers: list[Layer], call: Call) ->
         capture.read(curvature.reading, call.run(context.model), curvature.layers, call.samples)
     curvature.place(capture, call)
     prediction = capture.prediction
-    targets = loss.draw(prediction, context.generator)
+    targets = loss.draw(prediction, context.draws)
     gradients = capture.gradients_of(prediction, loss.gradient(prediction.detach(), targets))
     sums = {}
     for layer in layers:

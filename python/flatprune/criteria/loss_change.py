@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from kfac_ext.curvature import Curvature
@@ -33,25 +34,29 @@ class LossChange:
     """
 
     def __init__(self, curvature: Curvature, before: Sequence[Tensor] | None = None) -> None:
-        self._curvature, self._calls = curvature, _newest(curvature.recent_calls)
+        self._curvature, self._calls = curvature, _newest(curvature.recent_calls, curvature.ranks)
         if before is None or len(before) < len(self._calls):
             before = fresh_predictions(curvature, self._calls)
         self._before = before[len(before) - len(self._calls) :]
 
     def measure(self) -> float:
-        """The change since this object was made."""
-        return divergence(self._before, fresh_predictions(self._curvature, self._calls), self._curvature.loss)
+        """The change since this object was made, the mean over ranks."""
+        curvature = self._curvature
+        change = divergence(self._before, fresh_predictions(curvature, self._calls), curvature.loss)
+        if curvature.group is None:
+            return change
+        return float(curvature.group.mean([torch.tensor([change], dtype=torch.float64)], "measured change")[0])
 
 
-def _newest(calls: Sequence[Call]) -> list[Call]:
-    """As many of the newest as it takes to see enough samples."""
+def _newest(calls: Sequence[Call], ranks: int) -> list[Call]:
+    """As many of the newest as it takes for all ranks together to see enough samples."""
     found: list[Call] = []
     samples = 0
     for call in reversed(calls):
         if samples >= _SAMPLES:
             break
         found.append(call)
-        samples += call.samples
+        samples += call.samples * ranks
     return found[::-1]
 
 

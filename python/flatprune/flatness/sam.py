@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from flatprune.moved import moved_models, refuse_moved
 from kfac_ext.curvature import Curvature
 from kfac_ext.curvature.capture import ForwardHook
+from kfac_ext.curvature.curvature import unwrapped
 from kfac_ext.curvature.modes import RngState, device_of, reading_is_free, undisturbed
 
 _MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
@@ -27,7 +28,8 @@ class SAM:
     backward on the steps it acts on.
 
     Args:
-        model: the network; the optimizer may be any.
+        model: the network; the optimizer may be any. Of a `DistributedDataParallel` the gradients at the moved point are
+            averaged over ranks, as those at hand are.
         radius: length of the move.
         every: acts on every so many calls, the first one included; the other calls cost nothing.
         curvature: of the model, where there is one, so that the second pass does not count for it.
@@ -49,6 +51,11 @@ class SAM:
         _check_radius("SAM", radius)
         if every < 1:
             raise ValueError(f"SAM: every is {every}, expected >= 1")
+        self._wrapper = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
+        if curvature is not None and model is curvature.model:
+            self.group = curvature.group
+        else:
+            model, self.group = unwrapped(model, None, "SAM")
         if curvature is not None and curvature.model is not model:
             raise ValueError("SAM: the curvature belongs to another model")
         self.model, self.radius, self.every, self.curvature = model, radius, every, curvature
@@ -107,10 +114,13 @@ class SAM:
             return None
         directions = gradients if look else [torch.where(usable.to(g.device), g, 0.0) for g in gradients]
         paused = nullcontext() if self.curvature is None else self.curvature.paused()
+        unsynced = nullcontext() if self._wrapper is None else self._wrapper.no_sync()  # its backward is not the DDP's
         moved = _moved(self.model, moving, directions, self.radius / torch.where(usable, norm, 1.0))
-        with paused, undisturbed(self.model, rng), moved, torch.enable_grad():
+        with paused, unsynced, undisturbed(self.model, rng), moved, torch.enable_grad():
             loss = closure()
             found = torch.autograd.grad(loss, moving, allow_unused=True, materialize_grads=True)
+        if self.group is not None:
+            found = self.group.mean(found, "gradients of SAM")
         with torch.no_grad():
             for gradient, new in zip(gradients, found):  # in place: gradients may be views of one buffer
                 gradient.copy_(new if look else torch.where(usable.to(new.device), new, gradient))
@@ -134,7 +144,7 @@ class MomentumSAM:
     moved point: a forward at w for them alone would cost what the method saves.
 
     Args:
-        model: the network.
+        model: the network, or a `DistributedDataParallel` of it.
         optimizer: of its parameters, with momentum.
         radius: length of the move.
 
@@ -151,6 +161,7 @@ class MomentumSAM:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, radius: float = 0.3) -> None:
         _check_radius("MomentumSAM", radius)
+        model, _ = unwrapped(model, None, "MomentumSAM")
         for number, group in enumerate(optimizer.param_groups):
             if not group.get("momentum", group.get("betas", (0.0,))[0]):
                 raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from flatprune.moved import refuse_moved
 from kfac_ext.curvature.calls import call_hooks
+from kfac_ext.curvature.curvature import unwrapped
 from kfac_ext.curvature.fisher import input_covariance
 from kfac_ext.curvature.modes import module_modes, undisturbed
 from kfac_ext.curvature.tracing import trace_layers
@@ -60,7 +61,7 @@ def optimum_shift(
     momentum is not projected.
 
     Args:
-        model: changed in place; buffers, random streams, modes and `Curvature`s of it are untouched.
+        model: changed in place; of a `DistributedDataParallel` the batch is that of all ranks. Buffers, random streams, modes and `Curvature`s of it are untouched.
         inputs: the batch, as the model takes it; small on purpose, as fewer than d input vectors leave room.
         layers: names; None: all.
         tolerance: eigenvalues below this part of the largest count as zero; None: d times the float64 epsilon. More
@@ -82,13 +83,19 @@ def optimum_shift(
         raise ValueError(f"optimum_shift: tolerance is {tolerance}, expected 0 <= tolerance < 1")
     if isinstance(layers, str):  # would be taken apart into letters
         raise TypeError(f"optimum_shift: layers is {layers!r}, expected a list of names")
+    model, group = unwrapped(model, None, "optimum_shift")
     refuse_moved(model, "optimum_shift")
     batch = inputs if isinstance(inputs, tuple) else (inputs,)
     chosen = _chosen(model, batch, layers)
     covariances = _covariances(model, chosen, batch)
+    if group is not None:
+        covariances = dict(zip(covariances, group.mean_of_symmetric(list(covariances.values()), "covariances to shift by")))
+    _refuse_not_finite(covariances)
     planned = [(layer.weight, *_projected(layer, covariances[layer.name], tolerance)) for layer in chosen]
     for weight, projected, _shift in planned:
         weight.copy_(projected)
+    if group is not None:
+        group.first_([weight for weight, *_ in planned], "shifted weights")
     return [shift for _weight, _projected_weight, shift in planned]
 
 
@@ -122,10 +129,13 @@ def _covariances(model: nn.Module, layers: list[Layer], batch: tuple[Tensor, ...
     dropouts: dict[nn.Module, bool] = {module: False for module in model.modules() if isinstance(module, _DropoutNd)}
     with module_modes(dropouts), undisturbed(model), call_hooks(layers, report):
         model(*batch)
-    for name, A in found.items():
+    return found
+
+
+def _refuse_not_finite(covariances: Mapping[str, Tensor]) -> None:
+    for name, A in covariances.items():
         if not bool(A.isfinite().all()):
             raise ValueError(f"optimum_shift: the inputs of layer {name!r} are not finite")
-    return found
 
 
 def _projected(layer: Layer, A: Tensor, tolerance: float | None) -> tuple[Tensor, LayerShift]:

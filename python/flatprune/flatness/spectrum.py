@@ -7,7 +7,7 @@ the logarithm, the sum over blocks, the scale by the loss and the one-forward es
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from kfac_ext.curvature import Curvature
 from kfac_ext.curvature.calls import call_hooks
 from kfac_ext.curvature.capture import Capture
 from kfac_ext.curvature.fisher import projected_gradients, projected_inputs
-from kfac_ext.curvature.modes import device_of, reading_is_free, sent, undisturbed
+from kfac_ext.curvature.modes import device_of, reading_is_free, undisturbed
 from kfac_ext.curvature.probing import observe
 from kfac_ext.curvature.recent import Call
 from kfac_ext.curvature.running import ROUNDING
@@ -111,6 +111,7 @@ class Flatness:
         self.floors: dict[str, Tensor] | None = None  # K_l, from the end of warm-up on
         self._start_step = 0
         self._mean_loss: Tensor | None = None
+        self._new_loss: Callable[[], Tensor] | None = None  # of all ranks, on its way
         self._cap: Tensor | None = None
         self._full_size = self._size()
         self._ask_for_record()
@@ -167,7 +168,7 @@ class Flatness:
         """
         kappa = max(self.kappa, _LEAST_KAPPA)
         self.floors = {name: kappa * rho for name, rho in self.curvature.spectral_radii().items()}
-        self._cap = self._mean_loss
+        self._cap = self._running_loss()
         self._start_step = self.step_count
         self._ask_for_record()
 
@@ -178,7 +179,7 @@ class Flatness:
             "start_step": self._start_step,
             "full_size": self._full_size,
             "floors": None if self.floors is None else {name: k.clone() for name, k in self.floors.items()},
-            "mean_loss": self._mean_loss,
+            "mean_loss": self._running_loss(),
             "cap": self._cap,
         }
 
@@ -187,6 +188,7 @@ class Flatness:
         device = device_of(self.curvature.model)
         floors = state["floors"]
         self.floors = None if floors is None else {name: k.to(device) for name, k in floors.items()}
+        self._new_loss = None
         self._mean_loss, self._cap = (None if t is None else t.to(device) for t in (state["mean_loss"], state["cap"]))
         self.step_count, self._start_step = state["step_count"], state["start_step"]
         self._full_size = state["full_size"]
@@ -201,14 +203,25 @@ class Flatness:
         return self.floors is not None and (self.step_count - self._start_step) % self.every == 0
 
     def _follow_loss(self, loss: Tensor) -> None:
+        self._running_loss()
+        if self.curvature.group is not None:
+            self._new_loss = self.curvature.group.start_mean(loss, "loss")
+            return
         value = loss.detach().clone()
-        mean = self._mean_loss
-        self._mean_loss = value if mean is None else _LOSS_DECAY * mean + (1 - _LOSS_DECAY) * value
+        self._new_loss = lambda: value
+
+    def _running_loss(self) -> Tensor | None:
+        """Lbar with all losses seen; ranks wait for the last one only when it is asked for."""
+        if self._new_loss is not None:
+            value, self._new_loss, mean = self._new_loss(), None, self._mean_loss
+            self._mean_loss = value if mean is None else _LOSS_DECAY * mean + (1 - _LOSS_DECAY) * value
+        return self._mean_loss
 
     def _weight(self) -> Tensor:
         """strength Lbar every, faded."""
-        assert self._mean_loss is not None
-        mean = self._mean_loss if self._cap is None else torch.minimum(self._mean_loss, self._cap)
+        loss = self._running_loss()
+        assert loss is not None
+        mean = loss if self._cap is None else torch.minimum(loss, self._cap)
         return self.strength * self.every * self._fade() * mean
 
     def _fade(self) -> float:
@@ -278,7 +291,7 @@ class Flatness:
         """Sum over blocks of c lambda(A) mean (s.g)^2, g from labels drawn from the model's prediction."""
         curvature, output = self.curvature, capture.prediction
         if capture.targets is None:
-            capture.targets = curvature.loss.draw(output, curvature.generator)
+            capture.targets = curvature.loss.draw(output, curvature.draws)
         # the label's gradient depends on the output too, through the softmax
         seed = curvature.loss.gradient(output, capture.targets, capture.counted)
         loss_gradients = capture.gradients_of(output, seed, create_graph=True)
@@ -295,7 +308,8 @@ class Flatness:
         """The same, its expectation over labels, from the change of the output in one forward with moved z."""
         curvature, output = self.curvature, capture.prediction
         lengths = torch.stack([block.gradient_weight for block in blocks]).sqrt()
-        sizes = torch.stack([capture.z_squares[block.layer.name] for block in blocks]).sqrt()
+        squares = self._z_squares(capture)
+        sizes = torch.stack([squares[block.layer.name] for block in blocks]).sqrt()
         longest = (lengths / sizes).max()
         step = _STEP_SIZE / torch.where(longest > 0, longest, 1.0)  # 0: no block is above its floor
         shifts = {block.layer.name: (length * step) * block.s.flatten() for block, length in zip(blocks, lengths)}
@@ -304,13 +318,13 @@ class Flatness:
         def move(layer: Layer, _x: Tensor, z: Tensor) -> Tensor:
             axis = 1 if layer.is_convolution else z.dim() - 1
             shift = shifts[layer.name].to(z.dtype).view([-1 if d == axis else 1 for d in range(z.dim())])
+            layout = capture.layouts.get(layer.name, [Layout()])[0]
             if curvature.kfac_approx == "expand":  # positions and calls apart
                 shape = [1 if d == axis else n for d, n in enumerate(z.shape)]
-                return z + self._signs(shape, z) * shift
+                return z + curvature.draws.signs(shape, z, layout.dim) * shift
             sign = signs.get(layer.name)
-            layout = capture.layouts.get(layer.name, [Layout()])[0]
             if sign is None:
-                sign = signs[layer.name] = self._signs([len(layout.samples_first(z, capture.samples))], z)
+                sign = signs[layer.name] = curvature.draws.signs([len(layout.samples_first(z, capture.samples))], z)
             return z + layout.spread(sign, z) * shift
 
         layers = [block.layer for block in blocks]
@@ -318,10 +332,12 @@ class Flatness:
             moved = curvature.reading.read(curvature.model(*call.args, **call.kwargs))
         return curvature.loss.variance(output, (moved - output) / step)
 
-    def _signs(self, shape: list[int], like: Tensor) -> Tensor:
-        generator = self.curvature.generator
-        bits = torch.randint(0, 2, shape, generator=generator, device=generator.device, dtype=torch.int8)
-        return (sent(bits, like.device) * 2 - 1).to(like.dtype)
+    def _z_squares(self, capture: Capture) -> dict[str, Tensor]:
+        """Layer -> mean of |z|^2, over all ranks: what moves z is to be as long on one as on all."""
+        group, names = self.curvature.group, list(capture.z_squares)
+        if group is None:
+            return capture.z_squares
+        return dict(zip(names, group.mean([capture.z_squares[name] for name in names], "sizes of z")))
 
 
 def _has_fused_attention(output: Tensor) -> bool:

@@ -22,6 +22,7 @@ from flatprune.pruning.costs import CostTracker, ParameterCount, smallest_cost
 from flatprune.pruning.held_states import HeldStates
 from flatprune.pruning.limits import LossBudget, check_loss_budget, checked_limits
 from flatprune.pruning.prunable import choose_layers, refuse_unscored
+from flatprune.pruning.ranks import ranks_of
 from flatprune.pruning.removals import Removal, loss_budget_note, removal_records, shortfall_note
 from flatprune.pruning.schedule import CubicSchedule
 from flatprune.pruning.selection import check_selection, choose
@@ -46,7 +47,9 @@ class Pruner:
     again at once. A target below what the limits allow gives one warning with the figure that can be reached.
 
     Args:
-        model: the network; its parameters stay the same objects.
+        model: the network; its parameters stay the same objects. A `DistributedDataParallel` is renewed in place after
+            each cut; then every rank calls `step`, all lose the same neurons, and what they judge by is of their whole
+            batch (docs/distributed.md).
         optimizer: what trains the model: an optimizer, a list of them (Muon for matrices and AdamW for the rest, say),
             or a dict whose values they are (one a parameter, stepping in the backward); or None. What they keep of a
             parameter is cut along with it; they may hold other parameters too, such as a loss's. One that was not
@@ -138,6 +141,8 @@ class Pruner:
         check_selection(selection, self.criterion)
         check_loss_budget(max_predicted_loss, self.criterion)
         _check_types(target, exclude=exclude, layers=layers, tie_widths=tie_widths)
+        self._ranks = ranks_of(model, curvature)
+        model = model if self._ranks is None else self._ranks.model
         self._states = HeldStates(model, optimizer)
         if curvature.model is not model:
             raise ValueError("Pruner: the curvature belongs to another model")
@@ -180,7 +185,24 @@ class Pruner:
         self.step_count = 0
         self.stopped = ""  # why pruning ended before its time
         self._tracker = CostTracker(target, model, self.coupling, call.args, self.limits, self.ties)
+        if self._ranks is not None:
+            self._ranks.begin(self._tracker, self._agreement())
         self.params_start, self.cost_start = self.params, self.cost
+
+    def _agreement(self) -> dict[str, Any]:
+        """What ranks must have in common, by name."""
+        return {
+            "step": self.step_count,
+            "widths": self.widths(),
+            "target": asdict(self.target),
+            "events": list(self.schedule.events),
+            "criterion": self.criterion.name,
+            "selection": self.selection,
+            "compensate": self.compensate,
+            "seed": self.seed,
+            "limits": (*self.limits, self.max_predicted_loss, self.measure, named_ties(self.groups, self.ties)),
+            "stopped": self.stopped,
+        }
 
     @property
     def params(self) -> int:
@@ -263,18 +285,25 @@ class Pruner:
         last = self.schedule.is_last(step)
         losses = LossBudget(self.max_predicted_loss)
         removals: list[Removal] = []
+        if self._ranks is not None:
+            self._ranks.prepare(self._agreement())
         if last:
-            self._tracker.calibrate()
+            self._calibrate()
         while self.cost > budget:
             found = self._remove(step, budget, last, losses, removals[-1].round + 1 if removals else 0)
             removals += found
             if not found or not last or losses.exceeded:
                 break
-            self._tracker.calibrate()
+            self._calibrate()
         note = self._note(budget, last, losses, nothing=not removals)
         if not removals:
             return [self._nothing(step, budget, note)]
         return [*removals[:-1], replace(removals[-1], note=note)]
+
+    def _calibrate(self) -> None:
+        self._tracker.calibrate()
+        if self._ranks is not None:
+            self._ranks.share_latency(self._tracker)
 
     def _note(self, budget: float, last: bool, losses: LossBudget, *, nothing: bool) -> str:
         """What is out of the ordinary about an event; a warning too where the target is missed."""
@@ -301,14 +330,16 @@ class Pruner:
         context = ScoringContext(self.model, self.groups, self.curvature, seed=self.seed, step=step)
         criterion, paper = self._criterion_in_use(compensate), self._tracker.on_paper()
         selection = self._selection_in_use(criterion, compensate)
-        ties = self.ties
+        ties, ranks = self.ties, self._ranks
         choice = choose(context, criterion, selection, paper, budget, self.limits, losses, ties=ties, closely=last)
+        choice = choice if ranks is None else ranks.choice(choice, losses)
         pruned = choice.pruned
         if not pruned:
             return []
         replacements = None if choice.joint is None or not compensate else choice.joint.compensated()
         if compensate and replacements is None:
             replacements = self.criterion.compensation(context, pruned)
+        replacements = replacements if ranks is None else ranks.replacements(replacements)
         loss_change = LossChange(self.curvature, context.predictions) if self._measures else None
         choice = choice._replace(joint=None)
         del context  # H is worth nothing any more, and the cut wants memory
@@ -323,6 +354,8 @@ class Pruner:
             ema_models=self.ema_models,
             seen=self._states.seen,
         ).commit()
+        if ranks is not None:
+            ranks.renew()
         return removal_records(
             self.groups,
             pruned,

@@ -1,0 +1,202 @@
+"""Running factors of ranks that share a batch: each blends in its part, and the mean of all is everyone's."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kfac_ext.curvature.capture import Capture
+from kfac_ext.curvature.loss import Loss
+from kfac_ext.curvature.modes import reading_is_free
+from kfac_ext.curvature.running import RunningFactors
+from kfac_ext.factors import FactorSet
+from kfac_ext.layers import Layer
+from kfac_ext.triangles import pack_, packed_size, unpacked
+
+if TYPE_CHECKING:
+    from kfac_ext.distributed import Group
+
+
+class SharedFactors(RunningFactors):
+    """Factors that are the mean of what all ranks have measured, as exact as sums are: the blend is linear.
+
+    The mean is begun when an update is made, as triangles in one call, and waited for when the factors are next looked
+    at; that waits for nothing of the other ranks but the update itself, so one rank alone may look. With the triangles
+    goes what each rank has seen: how many samples, whether all was finite, which layers. So a batch that is not finite
+    on one rank is left out by all, and a layer that only some ranks have called has the A of those.
+
+    Args:
+        layers: name -> Layer in forward order.
+        group: the ranks.
+    """
+
+    is_shared = True
+
+    def __init__(self, layers: dict[str, Layer], group: Group) -> None:
+        self._under_way: Callable[[], None] | None = None
+        super().__init__(layers)
+        self.group = group
+        self._has_padding = False  # has this rank seen predictions that its loss leaves out?
+        self._unread: list[Tensor] = []  # what ranks have said on GPUs that has not been looked at
+
+    # what waits for the mean
+
+    @property
+    def factors(self) -> FactorSet:
+        """See `RunningFactors`; waits for the update that is on its way."""
+        self.finish()
+        return super().factors
+
+    @property
+    def started(self) -> set[str]:
+        """See `RunningFactors`; waits like `factors`."""
+        self.finish()
+        return self._started
+
+    @started.setter
+    def started(self, names: set[str]) -> None:
+        self._started = names
+
+    def finish(self) -> None:
+        """Take the mean that is on its way, and follow its eigenvectors.
+
+        Raises:
+            ValueError: on all ranks: their batches were of different sizes.
+        """
+        if self._under_way is not None:
+            under_way, self._under_way = self._under_way, None
+            under_way()
+
+    def replace(self, factors: FactorSet) -> None:
+        """See `RunningFactors`."""
+        self.finish()
+        super().replace(factors)
+
+    def spectral_radii(self) -> dict[str, Tensor]:
+        """See `RunningFactors`."""
+        self.finish()
+        return super().spectral_radii()
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `RunningFactors`."""
+        self.finish()
+        return super().state_dict()
+
+    def warn_of_left_out(self) -> None:
+        """See `RunningFactors`; on a GPU the sizes of batches are looked at here too."""
+        self.finish()
+        unread, self._unread = self._unread, []
+        for said in unread:
+            self._read(said.tolist())
+        super().warn_of_left_out()
+
+    # updates
+
+    def is_finite(self, tensors: Sequence[Tensor], what: str) -> Tensor:
+        """Whether all values on this rank are finite, a 0-d tensor: no rank may leave an update out by itself."""
+        del what
+        with torch.no_grad():
+            return torch.stack([t.isfinite().all() for t in tensors] or [torch.tensor(True)]).all()
+
+    def note_padding(self) -> None:
+        """Have all ranks know, with the next update, that the loss leaves out predictions; then `pads` is true."""
+        self._has_padding = True
+
+    def blend_(
+        self, capture: Capture, *, mode: str, loss: Loss, decay: float, factor: float, finite: Tensor | bool
+    ) -> None:
+        """See `RunningFactors`; begins the mean."""
+        factors = self.factors
+        kept = factors.buffer.clone()
+        seen = self._measure(capture, mode=mode, loss=loss, decay=decay, factor=factor)
+        with torch.no_grad():
+            flat = self._packed(factors, seen, decay, [finite, self._has_padding], capture.samples)
+        wait = self.group.start_sum_(flat, "factors")
+
+        def finish() -> None:
+            wait()
+            with torch.no_grad():
+                self._take(factors, flat, kept)
+
+        self._under_way = finish
+
+    def _packed(
+        self, factors: FactorSet, seen: set[str], decay: float, flags: Sequence[Tensor | bool], samples: int
+    ) -> Tensor:
+        """The triangles of what this rank has measured, then what it says: flags, layers seen, samples by rank."""
+        buffer = factors.buffer
+        said = buffer.new_tensor([*(name in seen for name in self.layers), *[0] * self.group.size])
+        said[len(self.layers) + self.group.rank] = samples
+        sizes = [packed_size(factors[key].shape) for key in factors]
+        flat = buffer.new_empty(sum(sizes) + len(flags) + len(said))
+        for key, part in zip(factors, flat.split([*sizes, len(flat) - sum(sizes)])):
+            name, _, kind = key.rpartition(".")
+            if name in seen:
+                pack_(part, factors[key])
+            elif kind == "A":  # a mean over the ranks that have seen the layer
+                part.zero_()
+            else:  # a mean over all samples, to which this rank's add nothing
+                pack_(part, factors[key])
+                part.mul_(decay if name in self._started else 0.0)
+        flags_and_rest = flat[sum(sizes) :]
+        for place, flag in enumerate(flags):
+            flags_and_rest[place] = flag
+        flags_and_rest[len(flags) :] = said
+        return flat
+
+    def _take(self, factors: FactorSet, flat: Tensor, kept: Tensor) -> None:
+        """Put the sums over ranks into the factors as means, unless a rank has seen what is not finite."""
+        sizes = [packed_size(factors[key].shape) for key in factors]
+        *parts, said = flat.split([*sizes, len(flat) - sum(sizes)])
+        looks = reading_is_free(flat.device) or not self._started  # the first update is worth one wait
+        new: set[str] = set()
+        if looks:
+            try:
+                is_finite, new = self._read(said.tolist())
+            except ValueError:
+                factors.buffer.copy_(kept)
+                raise
+            if not is_finite:
+                warnings.warn(
+                    "Curvature: output or gradients of a rank are not finite, factors are not updated", stacklevel=3
+                )
+                factors.buffer.copy_(kept)
+                return
+        else:
+            self._unread.append(said.clone())
+        counts = dict(zip(self.layers, said[2:]))
+        for key, part in zip(factors, parts):
+            name, _, kind = key.rpartition(".")
+            matrix, count = factors[key], counts[name]
+            mean = unpacked(part, matrix.shape).div_(count.clamp_min(1) if kind == "A" else self.group.size)
+            matrix.copy_(torch.where(count > 0, mean, matrix))
+        if not looks:
+            finite = said[0] == self.group.size
+            factors.buffer.copy_(torch.where(finite, factors.buffer, kept))
+            self._note_left_out(finite)
+        self._follow(new)
+
+    def _read(self, said: Sequence[float]) -> tuple[bool, set[str]]:
+        """Whether all was finite, and the layers seen; takes note of padding.
+
+        Raises:
+            ValueError: ranks have seen different numbers of samples.
+        """
+        finite, padding, *rest = said
+        counts, samples = rest[: len(self.layers)], [int(n) for n in rest[len(self.layers) :]]
+        if len(set(samples)) > 1:
+            raise ValueError(
+                f"Curvature: batches of different sizes on ranks: {', '.join(map(str, samples))} samples; ranks share "
+                "a batch in equal parts"
+            )
+        if padding and not self.pads:
+            self.pads, self._started = True, set()  # what was measured with padding is forgotten
+        return finite == self.group.size, {name for name, count in zip(self.layers, counts) if count}
+
+    def _warn_unreached(self, seen: set[str]) -> None:
+        if self.group.rank == 0:
+            super()._warn_unreached(seen)

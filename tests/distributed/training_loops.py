@@ -1,0 +1,156 @@
+"""The same training by one process and by ranks that share its batches, and how far apart they end."""
+
+import hashlib
+import warnings
+from collections import deque
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import flatprune
+import flatprune.criteria
+import flatprune.pruning.pruner
+from kfac_ext import KFACPreconditioner
+
+IMAGE = (1, 6, 6)
+
+
+def mlp():
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 20), nn.ReLU(), nn.Linear(20, 14), nn.Tanh(), nn.Linear(14, 5))
+
+
+def conv():
+    return nn.Sequential(
+        nn.Conv2d(1, 7, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(7, 9, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(36, 8),
+        nn.ReLU(),
+        nn.Linear(8, 5),
+    )
+
+
+def normed():
+    return nn.Sequential(
+        nn.Conv2d(1, 7, 3, padding=1, bias=False), nn.BatchNorm2d(7), nn.ReLU(), nn.Conv2d(7, 6, 3), nn.BatchNorm2d(6),
+        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5),
+    )  # fmt: skip
+
+
+NETWORKS = {"mlp": mlp, "conv": conv, "normed": normed}
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "adam": lambda p: torch.optim.Adam(p, lr=2e-3),
+}
+
+
+def digest(tensors):
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(str(tuple(tensor.shape)).encode() + tensor.detach().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+class Loop:
+    """A training loop of a user's own; the only difference between one process and ranks is what `wrap` does."""
+
+    def __init__(
+        self, network="mlp", *, wrap=lambda model: model, optimizer="sgd", steps=24, fisher="true", criterion="obs",
+        mode="forward", flat=True, target=0.35, preconditioned=False, sam=False, parts=1, seed=0, approx="reduce", loss="cross_entropy", **pruner,
+    ):  # fmt: skip
+        if isinstance(criterion, tuple):
+            criterion = getattr(flatprune.criteria, criterion[0])(*criterion[1:])
+        torch.manual_seed(seed)
+        self.model = NETWORKS[network]().double() if isinstance(network, str) else network().double()
+        self.parallel = wrap(self.model)
+        self.optimizer, self.parts, self.steps = OPTIMIZERS[optimizer](self.model.parameters()), parts, steps
+        self.curvature = flatprune.Curvature(
+            self.parallel, fisher_type=fisher, kfac_approx=approx, loss=loss, factor_update_steps=3,
+            generator=torch.Generator().manual_seed(1), grad_scale=1 / parts,
+        )  # fmt: skip
+        self.flatness = flatprune.Flatness(self.curvature, total_steps=steps, start=4, every=2, strength=0.1, mode=mode) if flat else None
+        self.sam = flatprune.SAM(self.parallel, radius=0.05, curvature=self.curvature) if sam else None
+        self.kfac = KFACPreconditioner(self.parallel, damping=0.1, factor_update_steps=2, inv_update_steps=2,
+                                       generator=torch.Generator().manual_seed(2)) if preconditioned else None  # fmt: skip
+        self.pruner = flatprune.Pruner(
+            self.parallel, self.optimizer, self.curvature, torch.zeros(2, *IMAGE, dtype=torch.float64),
+            target=flatprune.Target(params=target), total_steps=steps, criterion=criterion,
+            schedule=flatprune.CubicSchedule(steps, 0.25, 0.75, 4), **pruner,
+        ) if target else None  # fmt: skip
+        self.step_count = 0
+        self.at_events = []
+
+    def batch(self, size=24):
+        generator = torch.Generator().manual_seed(100 + self.step_count)
+        x = torch.randn(size, *IMAGE, dtype=torch.float64, generator=generator)
+        return x, torch.randint(5, (size,), generator=generator)
+
+    def step(self, x, y):
+        self.optimizer.zero_grad()
+        for part, (a, b) in enumerate(zip(x, y)):
+            hold = part < self.parts - 1 and hasattr(self.parallel, "no_sync")
+            with self.parallel.no_sync() if hold else torch.enable_grad():
+                out = self.parallel(a)
+                loss = F.cross_entropy(out, b)
+                penalty = 0.0 if self.flatness is None else self.flatness.penalty(a, out, loss)
+                ((loss + penalty) / self.parts).backward()
+        if self.sam is not None:
+            self.sam.replace_gradients(lambda: F.cross_entropy(self.parallel(x[0]), y[0]))
+        if self.kfac is not None:
+            self.kfac.step()
+        self.optimizer.step()
+        if self.pruner is not None:
+            event = self.pruner.is_event()
+            removals = self.pruner.step()
+            if event:
+                self.at_events.append((self.digests(), [record.state() for record in removals]))
+        self.step_count += 1
+
+    def digests(self):
+        momentum = [t for s in self.optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
+        factors = self.curvature.factors
+        return [digest(t) for t in (self.model.state_dict().values(), momentum, [factors.buffer, factors.vectors])]
+
+    def train(self, own=lambda tensor: tensor):
+        for _ in range(self.steps):
+            self.step(*([own(part) for part in tensor.chunk(self.parts)] for tensor in self.batch()))
+        return self
+
+
+def own_part(tensor):
+    return tensor.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def compare(options, ddp=None):
+    """Train with DDP and, on rank 0, with one process; (distance of weights, same neurons, what each rank had)."""
+    together = Loop(**options, wrap=lambda model: DistributedDataParallel(model, **(ddp or {}))).train(own_part)
+    mine = (together.at_events, together.digests())
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    if dist.get_rank() > 0:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        alone = Loop(**options).train()
+    neurons = [[[r["neurons"] for r in records] for _, records in loop.at_events] for loop in (together, alone)]
+    same = neurons[0] == neurons[1]
+    distance = 0.0
+    if same:
+        pairs = zip(together.model.state_dict().values(), alone.model.state_dict().values())
+        distance = max(float((a - b).abs().max()) for a, b in pairs)
+        a, b = together.curvature.factors.buffer, alone.curvature.factors.buffer
+        distance = max(distance, float((a - b).norm() / b.norm()))
+    return {
+        "distance": distance,
+        "same_neurons": same,
+        "events": len(together.at_events),
+        "removed": sum(len(n) for event in neurons[1] for n in event),
+        "ranks_alike": all(one == everyone[0] for one in everyone),
+        "traffic": {} if together.curvature.group is None else {k: (t.calls, t.bytes, t.seconds) for k, t in together.curvature.group.traffic.items()},
+    }
