@@ -20,6 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kfac_ext.triangles import pack_, packed_size, unpacked
 
+_LISTED = 200  # characters of what a rank holds
+
 
 class RanksError(RuntimeError):
     """Ranks that should be alike differ, or one of them did not come."""
@@ -51,16 +53,18 @@ class Group:
     Attributes:
         rank, size: of this process in the group, and how many there are.
         traffic: purpose -> what it has cost.
+        clock: gives a number that is to be equal on all ranks at every update of factors, which compare it.
 
     Example:
         >>> group = Group()
         >>> (mean,) = group.mean([torch.tensor(float(group.rank))], "example")
     """
 
-    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
-        self.process_group = dist.group.WORLD if process_group is None else process_group
+    def __init__(self, process_group: Any = None) -> None:
+        self.process_group: Any = dist.group.WORLD if process_group is None else process_group
         self.size, self.rank = dist.get_world_size(self.process_group), dist.get_rank(self.process_group)
         self.traffic: dict[str, Traffic] = {}
+        self.clock: Callable[[], int] = lambda: 0
         self._first = dist.get_global_rank(self.process_group, 0)
         devices = [part.partition(":")[0] for part in dist.get_backend_config(self.process_group).split(",")]
         self._devices = devices if "cpu" in devices else [devices[0]]
@@ -164,7 +168,9 @@ class Group:
             values = [one.get(name) for one in found]
             if any(value != values[0] for value in values):
                 listed = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))
-                raise RanksError(f"{who}: ranks differ in {name}: {listed if len(listed) < 300 else listed[:300] + '...'}")
+                raise RanksError(
+                    f"{who}: ranks differ in {name}: {listed if len(listed) < 300 else listed[:300] + '...'}"
+                )
 
     @contextmanager
     def raising_together(self) -> Iterator[None]:
@@ -221,6 +227,24 @@ class Group:
             self.traffic[purpose].seconds += time.perf_counter() - begun
 
 
+@contextmanager
+def beside_static_graph(wrapper: nn.Module | None) -> Iterator[None]:
+    """Inside, a partial backward of a loss is not taken for the first one of a DDP with `static_graph`.
+
+    That one sums up all gradients when it ends, which it has not begun to find; DDP keeps in this place only whether it
+    has been told to.
+    """
+    told = getattr(wrapper, "_static_graph_delay_allreduce_enqueued", None)
+    if told is None:
+        yield
+        return
+    wrapper._static_graph_delay_allreduce_enqueued = True  # type: ignore[union-attr, assignment]
+    try:
+        yield
+    finally:
+        wrapper._static_graph_delay_allreduce_enqueued = told  # type: ignore[union-attr, assignment]
+
+
 def shared_work(costs: Sequence[float], size: int) -> list[int]:
     """The owner of each item: the most expensive first, each to the rank that has least to do (Graham 1969, LPT)."""
     loads, owners = [0.0] * size, [0] * len(costs)
@@ -250,8 +274,8 @@ def plain_and_group(model: nn.Module, process_group: Any, who: str) -> tuple[nn.
         return model, _several(process_group)
     if dist.get_world_size() > 1:
         warnings.warn(
-            f"{who}: model is a plain {type(model).__name__} in a group of {dist.get_world_size()} ranks, each of which "
-            "goes its own way: give the DistributedDataParallel, or process_group=",
+            f"{who}: model is a plain {type(model).__name__} in a group of {dist.get_world_size()} ranks, each "
+            "of which goes its own way; give the DistributedDataParallel, or process_group=",
             stacklevel=4,
         )
     return model, None

@@ -100,8 +100,8 @@ class Curvature:
     Raises:
         TypeError: `model` is no module, `skip_layers` is one string; an argument is nothing of the kind.
         ValueError: an argument out of range; the model has no parameters, has uninitialised (lazy) ones, is compiled,
-            scripted, a DataParallel or wrapped twice. In `trace` or the first training forward: it is ambiguous what the loss is of,
-            or where its classes stand; an entry of `layer_batch_dims` is of no layer.
+            scripted, a DataParallel or wrapped twice. In `trace` or the first training forward: it is ambiguous what
+            the loss is of, or where its classes stand; an entry of `layer_batch_dims` is of no layer.
 
     Example:
         >>> curvature = Curvature(model)
@@ -321,7 +321,13 @@ class Curvature:
 
     def settle(self, loss: Tensor) -> None:
         """Take a pending update from the gradient of this mean loss now, not from its backward."""
-        self._updates.settle(loss)
+        if self.group is None:
+            self._updates.settle(loss)
+            return
+        from kfac_ext.distributed import beside_static_graph
+
+        with beside_static_graph(self.wrapper):
+            self._updates.settle(loss)
 
     def finish_update(self) -> None:
         """Empirical Fisher: take what the backward of a pending update has shown now, not at the next forward.

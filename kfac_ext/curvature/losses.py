@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac_ext.curvature.label_losses import BinaryCrossEntropy, CrossEntropy
 from kfac_ext.curvature.draws import Draws
+from kfac_ext.curvature.label_losses import BinaryCrossEntropy, CrossEntropy
 from kfac_ext.curvature.loss import Loss
 from kfac_ext.curvature.value_losses import GaussianNll, MeanSquaredError, PoissonNll
 

@@ -91,8 +91,8 @@ def fresh_look(
         calls: as `Curvature.recent_calls` gives them; each is made as it was.
         mode: "expand" or "reduce".
         bias: append the 1, so that the last row and column hold the mean patch; None: as in the running factors.
-        samples: of all ranks, enough for an A that is of as many rows as it has: older calls count for the others alone, and are not
-            made again where there are none. None: all calls count.
+        samples: of all ranks, enough for an A that is of as many rows as it has: older calls count for the others
+            alone, and are not made again where there are none. None: all calls count.
 
     Returns:
         Name -> A; and the predictions for the newest calls, those made again, oldest first.

@@ -96,7 +96,9 @@ class RecentCalls:
         self._samples += call.samples * self._ranks
         self._bytes += size * self._ranks
         while len(self._calls) > 1 and (
-            self._samples - self._calls[0][0].samples * self._ranks >= SAMPLES or len(self._calls) > CALLS or self._bytes > BYTES
+            self._samples - self._calls[0][0].samples * self._ranks >= SAMPLES
+            or len(self._calls) > CALLS
+            or self._bytes > BYTES
         ):
             oldest, freed = self._calls.popleft()
             self._samples -= oldest.samples * self._ranks

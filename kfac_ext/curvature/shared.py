@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +13,12 @@ from kfac_ext.curvature.capture import Capture
 from kfac_ext.curvature.loss import Loss
 from kfac_ext.curvature.modes import reading_is_free
 from kfac_ext.curvature.running import RunningFactors
+from kfac_ext.distributed import Group, RanksError
 from kfac_ext.factors import FactorSet
 from kfac_ext.layers import Layer
 from kfac_ext.triangles import pack_, packed_size, unpacked
 
-if TYPE_CHECKING:
-    from kfac_ext.distributed import Group
+_CLOCK = 1 << 20  # steps that float32 tells apart
 
 
 class SharedFactors(RunningFactors):
@@ -26,8 +26,8 @@ class SharedFactors(RunningFactors):
 
     The mean is begun when an update is made, as triangles in one call, and waited for when the factors are next looked
     at; that waits for nothing of the other ranks but the update itself, so one rank alone may look. With the triangles
-    goes what each rank has seen: how many samples, whether all was finite, which layers. So a batch that is not finite
-    on one rank is left out by all, and a layer that only some ranks have called has the A of those.
+    goes what each rank has seen: how many samples, whether all was finite, which layers, and its clock. So a batch that
+    is not finite on one rank is left out by all, and a layer that only some ranks have called has the A of those.
 
     Args:
         layers: name -> Layer in forward order.
@@ -65,7 +65,7 @@ class SharedFactors(RunningFactors):
         """Take the mean that is on its way, and follow its eigenvectors.
 
         Raises:
-            ValueError: on all ranks: their batches were of different sizes.
+            RanksError: on all ranks: their batches were of different sizes, or they have taken other steps.
         """
         if self._under_way is not None:
             under_way, self._under_way = self._under_way, None
@@ -127,10 +127,14 @@ class SharedFactors(RunningFactors):
     def _packed(
         self, factors: FactorSet, seen: set[str], decay: float, flags: Sequence[Tensor | bool], samples: int
     ) -> Tensor:
-        """The triangles of what this rank has measured, then what it says: flags, layers seen, samples by rank."""
-        buffer = factors.buffer
-        said = buffer.new_tensor([*(name in seen for name in self.layers), *[0] * self.group.size])
-        said[len(self.layers) + self.group.rank] = samples
+        """The triangles of what this rank has measured, then what it says.
+
+        That is: flags, layers seen, and in places of each rank its samples and its clock.
+        """
+        buffer, layers, ranks = factors.buffer, len(self.layers), self.group.size
+        said = buffer.new_tensor([*(name in seen for name in self.layers), *[0] * (2 * ranks)])
+        said[layers + self.group.rank] = samples
+        said[layers + ranks + self.group.rank] = self.group.clock() % _CLOCK
         sizes = [packed_size(factors[key].shape) for key in factors]
         flat = buffer.new_empty(sum(sizes) + len(flags) + len(said))
         for key, part in zip(factors, flat.split([*sizes, len(flat) - sum(sizes)])):
@@ -157,7 +161,7 @@ class SharedFactors(RunningFactors):
         if looks:
             try:
                 is_finite, new = self._read(said.tolist())
-            except ValueError:
+            except RanksError:
                 factors.buffer.copy_(kept)
                 raise
             if not is_finite:
@@ -184,12 +188,15 @@ class SharedFactors(RunningFactors):
         """Whether all was finite, and the layers seen; takes note of padding.
 
         Raises:
-            ValueError: ranks have seen different numbers of samples.
+            RanksError: ranks have seen different numbers of samples, or taken different numbers of steps.
         """
         finite, padding, *rest = said
-        counts, samples = rest[: len(self.layers)], [int(n) for n in rest[len(self.layers) :]]
+        counts, numbers = rest[: len(self.layers)], [int(n) for n in rest[len(self.layers) :]]
+        samples, clocks = numbers[: self.group.size], numbers[self.group.size :]
+        if len(set(clocks)) > 1:
+            raise RanksError(f"Curvature: ranks differ in step: {', '.join(map(str, clocks))} steps of the pruner")
         if len(set(samples)) > 1:
-            raise ValueError(
+            raise RanksError(
                 f"Curvature: batches of different sizes on ranks: {', '.join(map(str, samples))} samples; ranks share "
                 "a batch in equal parts"
             )

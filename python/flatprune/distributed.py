@@ -19,6 +19,22 @@ _OF_CONSTRUCTION = {"self", "module", "broadcast_buffers", "check_reduction", "b
 _OF_BUCKETS = ("error_dict", "p_memory_dict", "q_memory_dict")  # what PowerSGD keeps, bucket by bucket
 
 
+def refuse_wrapped(model: nn.Module, who: str) -> None:
+    """Raise ValueError, in the name of `who`, for a network inside of what hands it to several devices or ranks."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ValueError(f"{who}: model is a {type(model).__name__}, expected the network in it: model.module")
+
+
+def refuse_sharded(model: nn.Module, who: str) -> None:
+    """Raise ValueError, in the name of `who` and the first parameter, for a network of which a rank holds a part."""
+    for name, parameter in model.named_parameters():
+        if type(parameter.data).__name__ == "DTensor":
+            raise ValueError(
+                f"{who}: {name} is sharded over ranks (fully_shard), of which no neurons can be cut; make the pruner "
+                "before, and cut by flatprune.prune_sharded"
+            )
+
+
 @torch.no_grad()
 def agree_on_buffers(model: nn.Module, group: Group) -> None:
     """Running statistics become their mean over ranks, all other buffers rank 0's.

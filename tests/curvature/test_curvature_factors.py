@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from kfac_ext.curvature.draws import Draws
 from kfac_ext import Curvature, FactorSet
+from kfac_ext.curvature.draws import Draws
 from kfac_ext.curvature.losses import loss_of
 from kfac_ext.curvature.probing import fresh_look
 from tests.curvature import curvature_nets, curvature_oracles
@@ -143,7 +143,9 @@ def test_mean_squared_error_estimates_the_gauss_newton_factor():
 
 def test_sampled_labels_follow_the_prediction():
     logits = torch.tensor([[0.0, 1.0, -1.0, 2.0]]).repeat(200_000, 1)
-    drawn = loss_of("cross_entropy").draw(logits, Draws(torch.Generator().manual_seed(1))).bincount(minlength=4) / 200_000
+    drawn = (
+        loss_of("cross_entropy").draw(logits, Draws(torch.Generator().manual_seed(1))).bincount(minlength=4) / 200_000
+    )
     torch.testing.assert_close(drawn, logits[0].softmax(0), rtol=0, atol=5e-3)
 
 

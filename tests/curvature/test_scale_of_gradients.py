@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kfac_ext.curvature.draws import Draws
 from kfac_ext import Curvature
+from kfac_ext.curvature.draws import Draws
 from kfac_ext.curvature.losses import loss_of
 
 N, T, C = 12, 3, 4

@@ -11,7 +11,7 @@ import warnings
 START = 60.0  # seconds until all ranks have met
 
 
-class RanksFailed(AssertionError):
+class RanksFailedError(AssertionError):
     """What the ranks said that failed."""
 
 
@@ -22,7 +22,7 @@ class Ranks:
         self.size, self.threads, self._processes = size, threads or [1] * size, []
 
     def run(self, function, *args, timeout=40.0):
-        """[function(*args) on rank 0, 1, ...]; raises RanksFailed with what went wrong where."""
+        """[function(*args) on rank 0, 1, ...]; raises RanksFailedError with what went wrong where."""
         if not self._processes:
             self._start()
         for _, pipe in self._processes:
@@ -35,7 +35,9 @@ class Ranks:
         store = tempfile.mktemp(prefix="ranks")
         for rank in range(self.size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, store, there, self.threads[rank]), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, self.size, store, there, self.threads[rank]), daemon=True
+            )
             process.start()
             there.close()
             self._processes.append((process, here))
@@ -43,7 +45,7 @@ class Ranks:
 
     def _answers(self, timeout, what):
         answers = []
-        for rank, (_, pipe) in enumerate(self._processes):
+        for _, pipe in self._processes:
             try:
                 answers.append(pipe.recv() if pipe.poll(timeout) else (False, f"no answer in {timeout} s"))
             except EOFError:
@@ -53,7 +55,7 @@ class Ranks:
         wrong = [f"rank {rank}: {text}" for rank, (is_good, text) in enumerate(answers) if not is_good]
         if wrong:
             self.close()
-            raise RanksFailed(f"{what}\n" + "\n".join(wrong))
+            raise RanksFailedError(f"{what}\n" + "\n".join(wrong))
         return [value for _, value in answers]
 
     def close(self):

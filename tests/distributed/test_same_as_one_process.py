@@ -12,7 +12,7 @@ LOOPS = {
     "mlp_empirical": {"fisher": "empirical"},
     "mlp_adam_double_backward": {"optimizer": "adam", "mode": "double_backward"},
     "conv_greedy": {"network": "conv"},
-    "conv_empirical_expand": {"network": "conv", "fisher": "empirical", "approx": "expand"},
+    "conv_empirical_expand": {"network": "conv", "fisher": "empirical", "approx": "expand", "seed": 1},
     "conv_expand": {"network": "conv", "approx": "expand", "criterion": "obd"},
     "taylor": {"criterion": "taylor"},
     "gate_fisher": {"criterion": "gate_fisher"},

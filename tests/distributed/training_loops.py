@@ -2,7 +2,6 @@
 
 import hashlib
 import warnings
-from collections import deque
 
 import torch
 import torch.distributed as dist
@@ -12,7 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import flatprune
 import flatprune.criteria
-import flatprune.pruning.pruner
 from kfac_ext import KFACPreconditioner
 
 IMAGE = (1, 6, 6)
@@ -50,6 +48,9 @@ OPTIMIZERS = {
 }
 
 
+CURVATURE, OTHERS = {"fisher", "approx", "loss"}, {"mode", "flat", "sam", "preconditioned"}
+
+
 def digest(tensors):
     found = hashlib.sha256()
     for tensor in tensors:
@@ -61,30 +62,54 @@ class Loop:
     """A training loop of a user's own; the only difference between one process and ranks is what `wrap` does."""
 
     def __init__(
-        self, network="mlp", *, wrap=lambda model: model, optimizer="sgd", steps=24, fisher="true", criterion="obs",
-        mode="forward", flat=True, target=0.35, preconditioned=False, sam=False, parts=1, seed=0, approx="reduce", loss="cross_entropy", **pruner,
-    ):  # fmt: skip
-        if isinstance(criterion, tuple):
-            criterion = getattr(flatprune.criteria, criterion[0])(*criterion[1:])
+        self, network="mlp", *, wrap=lambda model: model, steps=24, seed=0, optimizer="sgd", parts=1, **options
+    ):
         torch.manual_seed(seed)
-        self.model = NETWORKS[network]().double() if isinstance(network, str) else network().double()
-        self.parallel = wrap(self.model)
-        self.optimizer, self.parts, self.steps = OPTIMIZERS[optimizer](self.model.parameters()), parts, steps
-        self.curvature = flatprune.Curvature(
-            self.parallel, fisher_type=fisher, kfac_approx=approx, loss=loss, factor_update_steps=3,
-            generator=torch.Generator().manual_seed(1), grad_scale=1 / parts,
-        )  # fmt: skip
-        self.flatness = flatprune.Flatness(self.curvature, total_steps=steps, start=4, every=2, strength=0.1, mode=mode) if flat else None
-        self.sam = flatprune.SAM(self.parallel, radius=0.05, curvature=self.curvature) if sam else None
-        self.kfac = KFACPreconditioner(self.parallel, damping=0.1, factor_update_steps=2, inv_update_steps=2,
-                                       generator=torch.Generator().manual_seed(2)) if preconditioned else None  # fmt: skip
-        self.pruner = flatprune.Pruner(
-            self.parallel, self.optimizer, self.curvature, torch.zeros(2, *IMAGE, dtype=torch.float64),
-            target=flatprune.Target(params=target), total_steps=steps, criterion=criterion,
-            schedule=flatprune.CubicSchedule(steps, 0.25, 0.75, 4), **pruner,
-        ) if target else None  # fmt: skip
+        self.model = NETWORKS[network]().double()
+        self.parallel, self.parts, self.steps = wrap(self.model), parts, steps
+        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
+        self._make_curvature(**{name: options.pop(name) for name in CURVATURE & options.keys()})
+        self._make_others(**{name: options.pop(name) for name in OTHERS & options.keys()})
+        self._make_pruner(**options)
         self.step_count = 0
         self.at_events = []
+
+    def _make_curvature(self, fisher="true", approx="reduce", loss="cross_entropy"):
+        self.curvature = flatprune.Curvature(
+            self.parallel,
+            fisher_type=fisher,
+            kfac_approx=approx,
+            loss=loss,
+            factor_update_steps=3,
+            generator=torch.Generator().manual_seed(1),
+            grad_scale=1 / self.parts,
+        )
+
+    def _make_others(self, mode="forward", flat=True, sam=False, preconditioned=False):
+        self.flatness = self.sam = self.kfac = None
+        if flat:
+            options = {"start": 4, "every": 2, "strength": 0.1, "mode": mode}
+            self.flatness = flatprune.Flatness(self.curvature, total_steps=self.steps, **options)
+        if sam:
+            self.sam = flatprune.SAM(self.parallel, radius=0.05, curvature=self.curvature)
+        if preconditioned:
+            options = {"damping": 0.1, "factor_update_steps": 2, "inv_update_steps": 2}
+            self.kfac = KFACPreconditioner(self.parallel, generator=torch.Generator().manual_seed(2), **options)
+
+    def _make_pruner(self, criterion="obs", target=0.35, **options):
+        self.pruner = None
+        if target is not None:
+            self.pruner = flatprune.Pruner(
+                self.parallel,
+                self.optimizer,
+                self.curvature,
+                torch.zeros(2, *IMAGE, dtype=torch.float64),
+                target=flatprune.Target(params=target),
+                total_steps=self.steps,
+                criterion=getattr(flatprune.criteria, criterion[0])(criterion[1]) if len(criterion) == 2 else criterion,
+                schedule=flatprune.CubicSchedule(self.steps, 0.25, 0.75, 4),
+                **options,
+            )
 
     def batch(self, size=24):
         generator = torch.Generator().manual_seed(100 + self.step_count)
@@ -109,13 +134,14 @@ class Loop:
             event = self.pruner.is_event()
             removals = self.pruner.step()
             if event:
-                self.at_events.append((self.digests(), [record.state() for record in removals]))
+                digests = [*self.digests(), digest(self.model.buffers())]
+                self.at_events.append((digests, [record.state() for record in removals]))
         self.step_count += 1
 
     def digests(self):
         momentum = [t for s in self.optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
         factors = self.curvature.factors
-        return [digest(t) for t in (self.model.state_dict().values(), momentum, [factors.buffer, factors.vectors])]
+        return [digest(t) for t in (self.model.parameters(), momentum, [factors.buffer, factors.vectors])]
 
     def train(self, own=lambda tensor: tensor):
         for _ in range(self.steps):
@@ -127,9 +153,37 @@ def own_part(tensor):
     return tensor.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def compare(options, ddp=None):
+def _scaled(state, bucket):
+    state.append(bucket.index())
+    future = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True).get_future()
+    return future.then(lambda done: done.value()[0])
+
+
+class Wrapped(DistributedDataParallel):
+    """A user's own, with what he keeps in it."""
+
+
+def wrapped(kind, **arguments):
+    """How a user may make a DDP."""
+    if kind == "own_group":
+        arguments["process_group"] = dist.new_group(list(range(dist.get_world_size())))
+
+    def wrap(model):
+        ddp = (Wrapped if kind == "subclass" else DistributedDataParallel)(model, **arguments)
+        if kind == "communication_hook":
+            ddp.used = []
+            ddp.register_comm_hook(ddp.used, _scaled)
+        if kind == "subclass":
+            ddp.forwards = []
+            ddp.register_forward_hook(lambda *_: ddp.forwards.append(1))
+        return ddp
+
+    return wrap
+
+
+def compare(options, kind="plain", arguments=None):
     """Train with DDP and, on rank 0, with one process; (distance of weights, same neurons, what each rank had)."""
-    together = Loop(**options, wrap=lambda model: DistributedDataParallel(model, **(ddp or {}))).train(own_part)
+    together = Loop(**options, wrap=wrapped(kind, **(arguments or {}))).train(own_part)
     mine = (together.at_events, together.digests())
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
@@ -146,11 +200,13 @@ def compare(options, ddp=None):
         distance = max(float((a - b).abs().max()) for a, b in pairs)
         a, b = together.curvature.factors.buffer, alone.curvature.factors.buffer
         distance = max(distance, float((a - b).norm() / b.norm()))
+    kept = getattr(together.parallel, "used", None) or getattr(together.parallel, "forwards", [])
     return {
         "distance": distance,
         "same_neurons": same,
         "events": len(together.at_events),
         "removed": sum(len(n) for event in neurons[1] for n in event),
         "ranks_alike": all(one == everyone[0] for one in everyone),
-        "traffic": {} if together.curvature.group is None else {k: (t.calls, t.bytes, t.seconds) for k, t in together.curvature.group.traffic.items()},
+        "kept": len(kept),
+        "class": type(together.parallel).__name__,
     }

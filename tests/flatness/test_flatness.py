@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatprune.flatness import spectrum
 from flatprune.flatness.spectrum import Flatness, hessian_lambda_max
-from kfac_ext.curvature.draws import Draws
 from kfac_ext import Curvature
+from kfac_ext.curvature.draws import Draws
 from kfac_ext.curvature.fisher import projected_inputs
 from kfac_ext.curvature.losses import loss_of
 from kfac_ext.curvature.probing import observe

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kfac_ext.curvature.draws import Draws
 from kfac_ext import Curvature
+from kfac_ext.curvature.draws import Draws
 from kfac_ext.curvature.losses import loss_of
 from kfac_ext.layers import InputMajorLinear, Linear, layer_of, register
 from kfac_ext.layers import layer as kinds

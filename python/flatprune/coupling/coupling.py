@@ -22,6 +22,7 @@ from flatprune.coupling.tracer import Chunks, ModuleStack, Tracer
 from flatprune.coupling.trial import Trial
 from flatprune.coupling.tried import TracedCall
 from flatprune.coupling.unreached import couple_unreached
+from flatprune.distributed import refuse_wrapped
 from kfac_ext.curvature.modes import plain_kernels
 from kfac_ext.curvature.recent import Call
 
@@ -54,6 +55,7 @@ def find_coupling(model: nn.Module, example_inputs: Any, exclude: Sequence[str |
         >>> coupling.groups[0].name, coupling.groups[0].width
         ('0', 8)
     """
+    refuse_wrapped(model, "find_coupling")
     _check_exclude(model, exclude)
     changed, registered = make_prunable(model), register_tensors(model)
     try:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flatprune.distributed import refuse_wrapped
 from kfac_ext.layers import kind_of
 
 
@@ -171,6 +172,7 @@ def attach_disout(
         raise TypeError(f"attach_disout: layers is {layers!r}, expected a list of names")
     if steps < 0:
         raise ValueError(f"attach_disout: steps is {steps}, expected >= 0")
+    refuse_wrapped(model, "attach_disout")
     known = dict(model.named_modules())
     if layers is None:
         layers = [name for name, module in known.items() if kind_of(module) is not None][:-1]

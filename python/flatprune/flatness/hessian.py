@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from flatprune.distributed import refuse_wrapped
 from kfac_ext.curvature.modes import module_modes, undisturbed
 from kfac_ext.curvature.tracing import trace_layers
 from kfac_ext.layers import Layer
@@ -136,6 +137,7 @@ def _with_product(
     solve: Callable[[Product, Tensor], _Answer],
 ) -> _Answer:
     """`solve` of v -> H v and a start vector; the model is in eval mode while it iterates, and untouched after."""
+    refuse_wrapped(model, caller)
     if len(x) == 0 or len(x) != len(y):
         raise ValueError(f"{caller}: {len(x)} inputs and {len(y)} targets, expected equally many, at least 1")
     modes = dict.fromkeys(model.modules(), False)

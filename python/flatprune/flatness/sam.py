@@ -28,8 +28,8 @@ class SAM:
     backward on the steps it acts on.
 
     Args:
-        model: the network; the optimizer may be any. Of a `DistributedDataParallel` the gradients at the moved point are
-            averaged over ranks, as those at hand are.
+        model: the network; the optimizer may be any. Of a `DistributedDataParallel` the gradients at the moved point
+            are averaged over ranks, as those at hand are.
         radius: length of the move.
         every: acts on every so many calls, the first one included; the other calls cost nothing.
         curvature: of the model, where there is one, so that the second pass does not count for it.
@@ -120,7 +120,7 @@ class SAM:
             loss = closure()
             found = torch.autograd.grad(loss, moving, allow_unused=True, materialize_grads=True)
         if self.group is not None:
-            found = self.group.mean(found, "gradients of SAM")
+            found = tuple(self.group.mean(found, "gradients of SAM"))
         with torch.no_grad():
             for gradient, new in zip(gradients, found):  # in place: gradients may be views of one buffer
                 gradient.copy_(new if look else torch.where(usable.to(new.device), new, gradient))

@@ -61,7 +61,8 @@ def optimum_shift(
     momentum is not projected.
 
     Args:
-        model: changed in place; of a `DistributedDataParallel` the batch is that of all ranks. Buffers, random streams, modes and `Curvature`s of it are untouched.
+        model: changed in place; of a `DistributedDataParallel` the batch is that of all ranks. Buffers, random streams,
+            modes and `Curvature`s of it are untouched.
         inputs: the batch, as the model takes it; small on purpose, as fewer than d input vectors leave room.
         layers: names; None: all.
         tolerance: eigenvalues below this part of the largest count as zero; None: d times the float64 epsilon. More
@@ -89,7 +90,9 @@ def optimum_shift(
     chosen = _chosen(model, batch, layers)
     covariances = _covariances(model, chosen, batch)
     if group is not None:
-        covariances = dict(zip(covariances, group.mean_of_symmetric(list(covariances.values()), "covariances to shift by")))
+        covariances = dict(
+            zip(covariances, group.mean_of_symmetric(list(covariances.values()), "covariances to shift by"))
+        )
     _refuse_not_finite(covariances)
     planned = [(layer.weight, *_projected(layer, covariances[layer.name], tolerance)) for layer in chosen]
     for weight, projected, _shift in planned:

@@ -186,7 +186,7 @@ class Pruner:
         self.stopped = ""  # why pruning ended before its time
         self._tracker = CostTracker(target, model, self.coupling, call.args, self.limits, self.ties)
         if self._ranks is not None:
-            self._ranks.begin(self._tracker, self._agreement())
+            self._ranks.begin(self._tracker, self._agreement(), lambda: self.step_count)
         self.params_start, self.cost_start = self.params, self.cost
 
     def _agreement(self) -> dict[str, Any]:
@@ -266,12 +266,15 @@ class Pruner:
             between events nothing.
 
         Raises:
+            RanksError: ranks differ in weights, widths, steps or settings; said on all of them, and nothing is changed.
             ValueError: factors or scores are not finite; the state of an optimizer cannot be cut (said by the
                 constructor or at the first call, if it was made by then). Model, optimizers and factors are as before,
                 and the step is not counted.
             RuntimeError: the model has made no training forward yet.
         """
         step = self.step_count + 1
+        if self._ranks is not None:
+            self._ranks.hear(self.curvature)
         self._states.take_in_stepped()
         if step == 1:  # not only at the first event, which may be hours away
             self._states.check(self.groups)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from flatprune.cutting.ema_models import named_tensors
-from flatprune.distributed import agree_on_buffers, checksum, refuse_unrenewable, renew
+from flatprune.distributed import (
+    agree_on_buffers,
+    checksum,
+    refuse_sharded,
+    refuse_unrenewable,
+    refuse_wrapped,
+    renew,
+)
 from flatprune.pruning.costs import CostTracker
 from flatprune.pruning.limits import LossBudget
 from flatprune.pruning.selection import Choice
@@ -33,14 +40,23 @@ class PruningRanks:
     def __init__(self, model: nn.Module, wrapper: nn.Module | None, group: Group) -> None:
         self.model, self.wrapper, self.group = model, wrapper, group
 
-    def begin(self, tracker: CostTracker, agreement: Mapping[str, Any]) -> None:
-        """Make sure that ranks begin alike, and have rank 0's table of latencies.
+    def begin(self, tracker: CostTracker, agreement: Mapping[str, Any], clock: Callable[[], int]) -> None:
+        """Make sure that ranks begin alike, and have rank 0's table of latencies; `clock` counts their steps.
 
         Raises:
             RanksError: on every rank, naming in what they differ.
         """
         self._require_alike(agreement)
         self.share_latency(tracker)
+        self.group.clock = clock
+
+    def hear(self, curvature: Curvature) -> None:
+        """Wait for an update that is on its way since the forward, which tells of ranks that have gone apart.
+
+        Raises:
+            RanksError: on every rank.
+        """
+        _ = curvature.updated_layers
 
     def prepare(self, agreement: Mapping[str, Any]) -> None:
         """Before an event: make sure that ranks are alike, and have equal buffers.
@@ -86,22 +102,26 @@ def ranks_of(model: nn.Module, curvature: Curvature) -> PruningRanks | None:
     """The ranks that the curvature shares its batches with; None: one process.
 
     Raises:
-        ValueError: only one of pruner and curvature was given the DDP, or it cannot be renewed.
+        ValueError: only one of pruner and curvature was given the DDP, or it cannot be renewed; the model is a
+            DataParallel, or sharded.
     """
-    is_wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
-    if is_wrapped and curvature.wrapper is not model:
+    refuse_sharded(model, "Pruner")
+    wrapper = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
+    if wrapper is not None and curvature.wrapper is not model:
         raise ValueError("Pruner: model is a DistributedDataParallel, give the same one to Curvature")
-    if not is_wrapped and curvature.wrapper is not None and model is curvature.model:
+    if wrapper is None and curvature.wrapper is not None and model is curvature.model:
         raise ValueError(
-            "Pruner: the curvature has the DistributedDataParallel of this model; give it to the pruner too, so that it "
-            "can be renewed after a cut"
+            "Pruner: the curvature has the DistributedDataParallel of this model; give it to the pruner too, so that "
+            "it can be renewed after a cut"
         )
-    if is_wrapped:
-        refuse_unrenewable(model)
+    if wrapper is not None:
+        refuse_unrenewable(wrapper)
+    else:
+        refuse_wrapped(model, "Pruner")
     if curvature.group is not None:
         return PruningRanks(curvature.model, curvature.wrapper, curvature.group)
-    if not is_wrapped:
+    if wrapper is None:
         return None
     from kfac_ext.distributed import Group
 
-    return PruningRanks(curvature.model, model, Group(model.process_group))  # of one rank, but a DDP all the same
+    return PruningRanks(curvature.model, wrapper, Group(wrapper.process_group))  # of one rank, but a DDP all the same

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flatprune.cutting.ema_models import named_tensors
+from flatprune.distributed import refuse_wrapped
 
 
 class AveragedWeights:
@@ -34,6 +35,7 @@ class AveragedWeights:
     def __init__(self, model: nn.Module, decay: float) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"AveragedWeights: decay is {decay}, expected 0 <= decay < 1")
+        refuse_wrapped(model, "AveragedWeights")
         self.module = copy.deepcopy(model)
         self.decay = decay
 
