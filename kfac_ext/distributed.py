@@ -61,7 +61,8 @@ class Group:
     """
 
     def __init__(self, process_group: Any = None) -> None:
-        self.process_group: Any = dist.group.WORLD if process_group is None else process_group
+        world: Any = dist.group.WORLD
+        self.process_group = world if process_group is None else process_group
         self.size, self.rank = dist.get_world_size(self.process_group), dist.get_rank(self.process_group)
         self.traffic: dict[str, Traffic] = {}
         self.clock: Callable[[], int] = lambda: 0
