@@ -208,24 +208,20 @@ def run_command(
 
 
 def _run(out: Path, settings: Settings, overwrite: bool) -> None:
-    from rich.console import Console
-
     from flatprune import runs
     from flatprune.reporting import progress
 
-    console = Console()
+    console = progress.SteadyConsole()
     summary = runs.run(settings, out, overwrite=overwrite, observer=lambda title: progress.observer(console, title))
     with _dispensable():
         progress.print_summary(console, summary, str(out))
 
 
 def _resume(out: Path, given: dict[str, Any], restart_damaged: bool) -> None:
-    from rich.console import Console
-
     from flatprune import runs
     from flatprune.reporting import progress
 
-    console = Console()
+    console = progress.SteadyConsole()
     done = runs.is_finished(out)
     summary = runs.resume(
         out, given, restart_damaged=restart_damaged, observer=lambda title: progress.observer(console, title)
@@ -269,15 +265,14 @@ def study_command(
     ] = None,
 ) -> None:
     """Make the runs of a grid, those that are not there yet, and a report of all of them."""
-    from rich.console import Console
-
+    from flatprune.reporting import progress
     from flatprune.study import read_study, run_study, write_report
     from flatprune.study.report import PAGE_FILE, open_study
     from flatprune.study.tables import differences, overview
 
     if (file is None) == (report_only is None):
         raise InputError("study: expected a FILE.yaml, or --report-only DIR")
-    console = Console()
+    console = progress.SteadyConsole()
     failed: dict[str, str] = {}
     if file is not None:
         folder = out or Path("runs") / file.stem
@@ -292,11 +287,12 @@ def study_command(
     else:
         plan = open_study(Path(str(report_only)))
     results = write_report(plan)
-    for table in [*overview(results), *differences(results)]:
+    with _dispensable():
+        for table in [*overview(results), *differences(results)]:
+            console.print()
+            table.show(console)
         console.print()
-        table.show(console)
-    console.print()
-    console.print(f"report in {plan.folder / PAGE_FILE}", soft_wrap=True, highlight=False, markup=False)
+        console.print(f"report in {plan.folder / PAGE_FILE}", soft_wrap=True, highlight=False, markup=False)
     if failed:
         name, reason = next(iter(failed.items()))
         raise RunsFailedError(
@@ -404,7 +400,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _forget_stdout()
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), EXIT_FAILED)
     except MemoryError as error:
-        return _fail(f"not enough memory {error}", EXIT_FAILED)
+        return _fail(f"not enough memory: {error}", EXIT_FAILED)
     except Exception as error:
         if not hasattr(error, "format_message"):  # what typer raises for a command line it cannot parse
             raise
@@ -422,7 +418,7 @@ def _fail(message: str, code: int) -> int:
 
 def _say(message: str) -> None:
     """One line on stderr, if somebody is there to read it."""
-    line = " ".join(message.split())
+    line = " ".join(message.encode("utf-8", "backslashreplace").decode().split())
     shown = line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
     with contextlib.suppress(OSError, ValueError, AttributeError):
         print(f"flatprune: {shown}", file=sys.stderr, flush=True)

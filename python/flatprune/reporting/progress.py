@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
@@ -29,41 +28,28 @@ _FIGURE_STYLE = "bold"
 
 def observer(console: Console, title: str) -> Observer:
     """The display that suits the console: `LiveDisplay` for a terminal, `PlainLines` for a file or a pipe."""
-    return Dispensable(LiveDisplay(console, title) if console.is_terminal else PlainLines(console, title))
+    return LiveDisplay(console, title) if console.is_terminal else PlainLines(console, title)
 
 
-class Dispensable(Observer):
-    """Another observer, until it fails to write: a run goes on without its terminal, its pipe or space for its log."""
+class SteadyConsole(Console):
+    """A console that falls silent once it cannot be written to: a run goes on without terminal, pipe or disk."""
 
-    def __init__(self, shown: Observer) -> None:
-        self._shown: Observer | None = shown
+    def on_broken_pipe(self) -> None:
+        """Instead of ending the process, as rich does."""
+        self.quiet = True
 
-    def start(self, trainer: Trainer) -> None:
-        """Pass it on."""
-        self._tell(lambda shown: shown.start(trainer))
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As `Console.print`."""
+        try:
+            super().print(*objects, **options)
+        except (OSError, ValueError):  # ValueError: of a stream that is closed
+            self.quiet = True
 
-    def step(self, trainer: Trainer) -> None:
-        """Pass it on."""
-        self._tell(lambda shown: shown.step(trainer))
-
-    def removal(self, record: dict[str, Any]) -> None:
-        """Pass it on."""
-        self._tell(lambda shown: shown.removal(record))
-
-    def epoch(self, record: dict[str, Any]) -> None:
-        """Pass it on."""
-        self._tell(lambda shown: shown.epoch(record))
-
-    def stop(self) -> None:
-        """Pass it on."""
-        self._tell(lambda shown: shown.stop())
-
-    def _tell(self, what: Callable[[Observer], None]) -> None:
-        if self._shown is not None:
-            try:
-                what(self._shown)
-            except (OSError, ValueError):  # ValueError: of a stream that is closed
-                self._shown = None
+    def __exit__(self, *exception: Any) -> None:
+        try:
+            super().__exit__(*exception)
+        except (OSError, ValueError):
+            self.quiet = True
 
 
 class Clock:

@@ -1,0 +1,208 @@
+"""Runs whose surroundings fail: they end with a checkpoint or go on, and leave nothing half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from flatprune import runs
+from flatprune.cli import main
+from flatprune.errors import Interrupted
+from flatprune.run_folder import FINE, check_run
+from flatprune.signals import stop_signals
+from flatprune.training.trainer import Observer
+from tests.runs.conftest import SMALL
+
+OPTIONS = [
+    "--widths",
+    "8,6",
+    "--epochs",
+    "2",
+    "--train-size",
+    "120",
+    "--batch-size",
+    "40",
+    "--target-params",
+    "0.5",
+    "--threads",
+    "1",
+]
+
+
+class At(Observer):
+    """Does something after a step."""
+
+    def __init__(self, step, action):
+        self.at, self.action = step, action
+
+    def step(self, trainer):
+        if trainer.progress.step == self.at:
+            self.action()
+
+
+@pytest.fixture(autouse=True)
+def without_report(monkeypatch):
+    """Drawing takes longer than these runs."""
+    monkeypatch.setattr(runs.report, "write_report", lambda *_: None)
+
+
+def tensors(folder):
+    return torch.load(folder / "model.pt", weights_only=True)["state_dict"]
+
+
+def assert_whole(folder, like):
+    assert set(check_run(folder).values()) <= set(FINE)
+    assert all(torch.equal(value, tensors(like)[name]) for name, value in tensors(folder).items())
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    runs.run(SMALL, folder)
+    return folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU])
+def test_signals_that_ask_to_end_leave_a_checkpoint(tmp_path, whole, number):
+    def ask():
+        for _ in range(3):  # as a scheduler that insists
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(Interrupted, match="stopped at step 4 of 6"):
+        runs.run(SMALL, tmp_path / "run", observer=lambda _: At(4, ask))
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["progress"]["step"] == 4
+    runs.resume(tmp_path / "run")
+    assert_whole(tmp_path / "run", whole)
+
+
+def test_a_signal_that_was_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signals() as stop_requested:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop_requested()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop_requested()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_a_folder_that_is_removed_is_made_again(tmp_path, whole, step):
+    folder = tmp_path / "run"
+    runs.run(SMALL, folder, observer=lambda _: At(step, lambda: shutil.rmtree(folder)))
+    assert_whole(folder, whole)
+
+
+def test_a_folder_that_another_run_has_taken_is_left_to_it(tmp_path, flatprune):
+    folder = tmp_path / "run"
+    taken = contextlib.ExitStack()
+
+    def take():
+        shutil.rmtree(folder)
+        folder.mkdir()
+        taken.enter_context(runs.locked(folder))
+
+    with taken, pytest.raises(runs.InputError, match="in use by process"):
+        runs.run(SMALL, folder, observer=lambda _: At(2, take))
+    assert not (folder / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_disk_that_is_full_at_any_write(tmp_path, whole, call, monkeypatch):
+    """Every write of a run fails once; what is there then can be resumed, and ends alike."""
+    folder, real, count = tmp_path / "run", getattr(os, call), iter(range(10**9))
+    failing = None
+
+    def fail(*arguments):
+        if next(count) == failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*arguments)
+
+    monkeypatch.setattr(os, call, fail)
+    runs.run(SMALL, tmp_path / "counted")
+    total = next(count)
+    for failing in range(0, total, 3):
+        shutil.rmtree(folder, ignore_errors=True)
+        count = iter(range(10**9))
+        with pytest.raises(OSError, match=r"cannot be saved \(No space left on device\)") as error:
+            runs.run(SMALL, folder)
+            raise OSError("cannot be saved (No space left on device)")  # a sync of a folder is allowed to fail
+        failing = None
+        assert error.value.filename is None or not os.path.exists(f"{error.value.filename}.tmp")
+        if (folder / "checkpoint.pt").exists():
+            runs.resume(folder)
+        else:
+            runs.run(SMALL, folder)
+        assert_whole(folder, whole)
+
+
+def run_in(tmp_path, *options, **streams):
+    command = [sys.executable, "-m", "flatprune", "run", *OPTIONS, "--out", str(tmp_path / "run"), *options]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, **streams)
+
+
+def test_a_closed_pipe_and_a_full_disk_for_stdout_do_not_matter(tmp_path, whole):
+    process = run_in(tmp_path, stdout=subprocess.PIPE)
+    process.stdout.close()  # as `| head -0`
+    assert (process.communicate()[1], process.returncode) == (b"", 0)
+    assert_whole(tmp_path / "run", whole)
+    with open("/dev/full", "w") as full:
+        process = run_in(tmp_path, "--overwrite", stdout=full)
+        assert (process.communicate()[1], process.returncode) == (b"", 0)
+        evaluated = subprocess.run(
+            [sys.executable, "-m", "flatprune", "eval", str(tmp_path / "run")], stdout=full, stderr=subprocess.PIPE
+        )
+    assert evaluated.returncode == 2 and b"No space left" in evaluated.stderr and evaluated.stderr.count(b"\n") == 1
+
+
+def test_a_lost_terminal_ends_with_a_checkpoint_or_goes_on(tmp_path):
+    master, slave = pty.openpty()
+    process = run_in(tmp_path, "--epochs", "100000", stdout=slave, stdin=slave, start_new_session=True)
+    os.close(slave)
+    while not (tmp_path / "run" / "history.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.close(master)  # EIO from here on
+    before = (tmp_path / "run" / "history.jsonl").stat().st_mtime_ns
+    deadline = time.monotonic() + 120
+    while (tmp_path / "run" / "history.jsonl").stat().st_mtime_ns == before:
+        assert process.poll() is None and time.monotonic() < deadline  # it goes on
+        time.sleep(0.02)
+    process.send_signal(signal.SIGHUP)
+    process.communicate()
+    assert process.returncode == 130
+    assert set(check_run(tmp_path / "run").values()) == {"whole"}
+
+
+def test_the_clock_does_not_matter(tmp_path, whole, monkeypatch):
+    now = iter(range(2_000_000_000, 0, -1000))
+    monkeypatch.setattr(time, "time", lambda: float(next(now)))
+    runs.run(SMALL, tmp_path / "run")
+    assert_whole(tmp_path / "run", whole)
+
+
+def test_a_read_only_folder_is_refused_before_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as for anybody but root
+    assert main(["run", *OPTIONS, "--out", str(tmp_path / "run")]) == 2
+    assert "cannot be written to" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_no_memory_is_one_line(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise MemoryError("Unable to allocate 9 TiB")
+
+    monkeypatch.setattr(runs, "load", fail)
+    assert main(["run", *OPTIONS, "--out", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err == "flatprune: not enough memory: Unable to allocate 9 TiB\n"
