@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from flatprune.cli import main
+from tests.command_line import flatprune, kept_couplings  # noqa: F401
 from tests.study.study_command import Outcome
 
 TWO_RUNS = """

@@ -75,7 +75,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f" in line {mark.line + 1}"
-        raise InputError(f"{path}: not YAML{where}: {getattr(error, 'problem', None) or error}") from error
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise InputError(f"{path}: not YAML{where}: {problem}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: is {type(content).__name__}, expected a mapping with base, grid and variants")
     return content
