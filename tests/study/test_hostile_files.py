@@ -98,7 +98,7 @@ def test_any_content_is_a_study_or_one_line(tmp_path, content):
 
 
 def test_a_damaged_run_is_made_anew_when_asked(study_file, study, tmp_path, flatprune):
-    """Checkpoint, summary and history of runs, each damaged, then the copy of the study; the name of the folder has two lines."""
+    """Checkpoint, summary and history of runs, each damaged, then the study; its folder has a name of two lines."""
     text = "base: {data: digits, epochs: 1, target_params: 0.5, widths: [8, 8], train_size: 200}\ngrid: {seed: [1, 2]}"
     path, out = study_file(text), tmp_path / "two\nlines"
     assert study(path, "--out", out, "--jobs", 1).returncode == 0
