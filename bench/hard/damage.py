@@ -17,7 +17,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,8 +29,9 @@ from bench.hard.tally import Tally
 from flatprune import runs
 from flatprune.cli import main
 from flatprune.data import read_images
-from flatprune.export import FORMATS, load
+from flatprune.export import EXPORT_FILES, EXPORTS_FILE, FORMATS, load
 
+Command = Callable[[Path], str]  # the folder of a case -> what came of it
 SIZES = {"quick": 150, "full": 2000}
 STUDY = """
 base: {data: digits, model: mlp, widths: [8, 6], epochs: 2, train_size: 120, batch_size: 40, target_params: 0.5}
@@ -48,41 +49,50 @@ class Outcome(NamedTuple):
     value: str
 
 
-def run(cases: int, seed: int, seconds: float) -> Tally:
-    """Damage `cases` files."""
+def run(
+    cases: int,
+    seed: int,
+    seconds: float,
+    commands: Collection[Command] | None = None,
+    exports: Collection[str] = tuple(FORMATS),
+) -> Tally:
+    """Damage `cases` files, which these commands read, beside these exports."""
+    chosen = list(COMMANDS if commands is None else commands)
     tally = Tally("damage", seed)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        _prepare(folder / "whole", folder / "other")
+        for number, name in enumerate(("whole", "other")):
+            _prepare(folder / name, number, chosen, exports)
         references: dict[str, Outcome] = {}
         for case in range(cases):
             if time.monotonic() - begin > seconds:
                 break
-            _case(tally, folder, random.Random(f"{seed} {case}"), f"case {case}", references)
+            rng = random.Random(f"{seed} {case}")
+            _case(tally, folder, rng, rng.choice(chosen), f"case {case}", references)
     tally.seconds = time.monotonic() - begin
     return tally
 
 
-def _prepare(whole: Path, other: Path) -> None:
-    """Two folders of everything that is read: of one seed, and of another one to swap files with."""
+def _prepare(place: Path, seed: int, commands: Collection[Command], exports: Collection[str]) -> None:
+    """A folder of everything that is read; one of another seed is there to swap files with."""
     without_report()
-    for number, place in enumerate((whole, other)):
-        place.mkdir()
-        _quiet(lambda place=place, number=number: runs.run(settings(seed=number, compare_dense=True), place / "run"))
-        for to in FORMATS:
-            if to != "onnx" or importlib.util.find_spec("onnxscript"):
-                assert _quiet(lambda to=to, place=place: main(["export", str(place / "run"), "--to", to])) == 0
-        shutil.copytree(place / "run", place / "stopped")
-        for name in _AT_THE_END:
-            (place / "stopped" / name).unlink(missing_ok=True)
-        rng = np.random.default_rng(number)
-        images = {f"x_{part}": rng.integers(0, 255, (40, 8, 8, 1), dtype=np.uint8) for part in ("train", "test")}
-        labels = {f"y_{part}": rng.permutation(np.arange(40) % 4) for part in ("train", "test")}
-        (np.savez if number else np.savez_compressed)(place / "data.npz", **images, **labels)
-        (place / "study.yaml").write_text(STUDY.replace("[1, 2]", "[1, 2]" if not number else "[3, 4]"))
-        command = ["study", str(place / "study.yaml"), "--out", str(place / "study"), "--jobs", "1"]
-        assert _quiet(lambda command=command: main(command)) == 0
+    place.mkdir()
+    _quiet(lambda: runs.run(settings(seed=seed, compare_dense=True), place / "run"))
+    for to in exports:
+        if to != "onnx" or importlib.util.find_spec("onnxscript"):
+            assert _quiet(lambda to=to: main(["export", str(place / "run"), "--to", to])) == 0
+    shutil.copytree(place / "run", place / "stopped")
+    for name in _AT_THE_END:
+        (place / "stopped" / name).unlink(missing_ok=True)
+    rng = np.random.default_rng(seed)
+    images = {f"x_{part}": rng.integers(0, 255, (40, 8, 8, 1), dtype=np.uint8) for part in ("train", "test")}
+    labels = {f"y_{part}": rng.permutation(np.arange(40) % 4) for part in ("train", "test")}
+    (np.savez if seed else np.savez_compressed)(place / "data.npz", **images, **labels)
+    if any(COMMANDS[command] == "study" for command in commands):
+        (place / "study.yaml").write_text(STUDY.replace("[1, 2]", f"[{2 * seed + 1}, {2 * seed + 2}]"))
+        study = ["study", str(place / "study.yaml"), "--out", str(place / "study"), "--jobs", "1"]
+        assert _quiet(lambda: main(study)) == 0
 
 
 def _quiet(function: Callable[[], object]) -> object:
@@ -135,7 +145,7 @@ def _check_study(place: Path) -> str:
     return _cli("check", place / "study")
 
 
-COMMANDS: dict[Callable[[Path], str], str] = {
+COMMANDS: dict[Command, str] = {
     _eval: "run",
     _load: "run",
     _load_safetensors: "run",
@@ -170,7 +180,7 @@ def _cli(*arguments: object) -> str:
     return out.getvalue()
 
 
-def _outcome(command: Callable[[Path], str], place: Path) -> Outcome:
+def _outcome(command: Command, place: Path) -> Outcome:
     try:
         return Outcome(0, "", command(place).replace(str(place), ""))
     except Refused as refused:
@@ -181,9 +191,10 @@ def _outcome(command: Callable[[Path], str], place: Path) -> Outcome:
         return Outcome(77, repr(error), "")
 
 
-def _case(tally: Tally, folder: Path, rng: random.Random, name: str, references: dict[str, Outcome]) -> None:
+def _case(
+    tally: Tally, folder: Path, rng: random.Random, command: Command, name: str, references: dict[str, Outcome]
+) -> None:
     whole, other, place = folder / "whole", folder / "other", folder / "case"
-    command = rng.choice(list(COMMANDS))
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(whole, place)
     if command.__name__ not in references:
@@ -193,7 +204,7 @@ def _case(tally: Tally, folder: Path, rng: random.Random, name: str, references:
     part = place / COMMANDS[command]
     files = [part] if part.is_file() else sorted(path for path in part.rglob("*") if path.is_file())
     path = rng.choice([path for path in files if path.name not in _NEVER])
-    how = rng.choice(list(DAMAGES))
+    how = rng.choice([name for name in DAMAGES if not _is_allowed(command, path, name)])
     before = path.read_bytes()
     DAMAGES[how](path, rng, other / path.relative_to(place))
     after = path.read_bytes() if path.exists() else None
@@ -209,6 +220,13 @@ def _case(tally: Tally, folder: Path, rng: random.Random, name: str, references:
             tally.fault("silent", where)
     elif not _is_clear(ended.value, path):
         tally.fault("unclear", f"{where}: exit {ended.value.code}: {ended.value.error[:300]}")
+
+
+def _is_allowed(command: Command, path: Path, how: str) -> bool:
+    """Whether what was done is no damage: other data are other data, and an export may be taken away."""
+    if command is _data:
+        return how == "swap"
+    return command is _check and how == "remove" and path.name in (*EXPORT_FILES, EXPORTS_FILE)
 
 
 def _is_silent(command, found: Outcome, reference: Outcome, path: Path, before: bytes, after: bytes | None) -> bool:

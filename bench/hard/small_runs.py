@@ -12,6 +12,7 @@ import torch
 from flatprune import runs
 from flatprune.files.finished import HISTORY_FILE, read_history, read_summary
 from flatprune.settings import Settings
+from flatprune.study import report as study_report
 
 SETTINGS = {
     "widths": (8, 6),
@@ -33,6 +34,8 @@ def settings(**changes: Any) -> Settings:
 def without_report() -> None:
     """Leave the drawing out, which takes longer than all else."""
     runs.report.write_report = lambda *_: None  # type: ignore[assignment]
+    study_report.figure = lambda *_: None  # type: ignore[assignment]
+    study_report.png = lambda *_: b""  # type: ignore[assignment]
 
 
 def result(folder: Path) -> str:

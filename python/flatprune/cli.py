@@ -267,13 +267,13 @@ def study_command(
     """Make the runs of a grid, those that are not there yet, and a report of all of them."""
     from flatprune.reporting import progress
     from flatprune.study import read_study, run_study, write_report
+    from flatprune.study.plan import DAMAGED
     from flatprune.study.report import PAGE_FILE, open_study
     from flatprune.study.tables import differences, overview
 
     if (file is None) == (report_only is None):
         raise InputError("study: expected a FILE.yaml, or --report-only DIR")
     console = progress.SteadyConsole()
-    failed: dict[str, str] = {}
     if file is not None:
         folder = out or Path("runs") / file.stem
         plan, failed = run_study(
@@ -286,6 +286,7 @@ def study_command(
         )
     else:
         plan = open_study(Path(str(report_only)))
+        failed = plan.failures(DAMAGED)
     results = write_report(plan)
     with _dispensable():
         for table in [*overview(results), *differences(results)]:
@@ -295,9 +296,8 @@ def study_command(
         console.print(f"report in {plan.folder / PAGE_FILE}", soft_wrap=True, highlight=False, markup=False)
     if failed:
         name, reason = next(iter(failed.items()))
-        raise RunsFailedError(
-            f"{len(failed)} runs failed, the first is {name!r} ({reason}); the same command tries them again"
-        )
+        again = "; the same command tries them again" if file is not None else ""
+        raise RunsFailedError(f"{len(failed)} runs failed, the first is {name!r} ({reason}){again}")
 
 
 @app.command(name="eval")

@@ -8,8 +8,8 @@ from typing import Any
 
 from flatprune.checkpoint import load_checkpoint
 from flatprune.errors import InputError
-from flatprune.export import EXPORT_FILES, MODEL_FILE, check_export, read_saved
-from flatprune.files.atomic import DAMAGED_SUFFIX, TEMPORARY_SUFFIX
+from flatprune.export import EXPORT_FILES, EXPORTS_FILE, MODEL_FILE, check_export, read_exports, read_saved
+from flatprune.files.atomic import DAMAGED_SUFFIX, TEMPORARY_SUFFIX, read_bytes, sha256
 from flatprune.files.finished import (
     DIGESTS_FILE,
     HISTORY_FILE,
@@ -64,7 +64,7 @@ def remove_run(folder: Path) -> None:
 
 
 def _run_files() -> list[str]:
-    names = (*EXPORT_FILES, *RUN_FILES)  # exports of another run's network must not outlive it
+    names = (*EXPORT_FILES, EXPORTS_FILE, *RUN_FILES)  # exports of another run's network must not outlive it
     return [*names, *(f"{DENSE_FOLDER}/{name}" for name in names)]
 
 
@@ -89,7 +89,8 @@ def check_run(folder: Path) -> dict[str, str]:
     """
     if not any((folder / name).exists() for name in RUN_FILES):
         raise InputError(f"{folder}: holds no run (none of {', '.join(RUN_FILES)})")
-    found = {name: _state(folder, name) for name in (*RUN_FILES, *EXPORT_FILES) if (folder / name).exists()}
+    names = (*RUN_FILES, *EXPORT_FILES, EXPORTS_FILE)
+    found = {name: _state(folder, name) for name in names if (folder / name).exists()}
     if found.get(DIGESTS_FILE, WHOLE) != WHOLE and SUMMARY_FILE in found:
         found[SUMMARY_FILE] = NOT_CHECKED
     found |= _missing(folder)
@@ -123,6 +124,7 @@ def _state(folder: Path, name: str) -> str:
         DIGESTS_FILE: lambda: read_digests(folder),
         HISTORY_FILE: lambda: read_history(folder / name),
         SETTINGS_FILE: lambda: read_settings(folder),
+        EXPORTS_FILE: lambda: read_exports(folder),
         CHECKPOINT_FILE: lambda: load_checkpoint(folder / name),
         MODEL_FILE: lambda: read_saved(folder / name).network(),
     }
@@ -143,6 +145,10 @@ def _compared(folder: Path, found: dict[str, str]) -> dict[str, str]:
         for problem in problems(folder):
             name = next(name for name in read_digests(folder) if problem.startswith(f"{folder / name}: "))
             wrong[name] = problem
+    if found.get(EXPORTS_FILE) == WHOLE:
+        for name, digest in read_exports(folder).items():
+            if found.get(name) == WHOLE and sha256(read_bytes(folder / name)) != digest:
+                wrong[name] = f"{folder / name}: is not the export that was written (see {EXPORTS_FILE})"
     if found.get(CHECKPOINT_FILE) == WHOLE:
         state = load_checkpoint(folder / CHECKPOINT_FILE)
         if not same_run(folder, state):

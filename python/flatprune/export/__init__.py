@@ -1,6 +1,14 @@
 """The pruned network as a file, and back: `model.pt` of a run, and what other programs read."""
 
-from flatprune.export.exporting import EXPORT_FILES, FORMATS, Export, check_export, export_run
+from flatprune.export.exporting import (
+    EXPORT_FILES,
+    EXPORTS_FILE,
+    FORMATS,
+    Export,
+    check_export,
+    export_run,
+    read_exports,
+)
 from flatprune.export.loading import fresh_network, load, read_saved
 from flatprune.export.model_file import MODEL_FILE, save_model
 from flatprune.export.pretrained import update_config
@@ -8,6 +16,7 @@ from flatprune.export.saved import rebuild, take_tensors
 from flatprune.export.subject import INPUTS
 
 __all__ = [
+    "EXPORTS_FILE",
     "EXPORT_FILES",
     "FORMATS",
     "INPUTS",
@@ -17,6 +26,7 @@ __all__ = [
     "export_run",
     "fresh_network",
     "load",
+    "read_exports",
     "read_saved",
     "rebuild",
     "save_model",

@@ -18,8 +18,11 @@ from flatprune.export.loading import read_saved
 from flatprune.export.model_file import MODEL_FILE
 from flatprune.export.saved import SavedNetwork
 from flatprune.export.subject import NORMALIZED, Subject
-from flatprune.files.atomic import sync
+from flatprune.files.atomic import sha256, sync
+from flatprune.files.records import Kind, read_record, write_record
 
+EXPORTS_FILE = "exports.json"
+EXPORTS = Kind("flatprune-exports", 1)
 BATCHES = (1, 5)  # images on which outputs are compared; the exporters see 2
 TOLERANCE = 1e-4  # of the largest output: rounding through a hundred layers, in another order of sums
 
@@ -53,6 +56,25 @@ def check_export(path: Path) -> None:
     """Raise DamagedError where a file of `EXPORT_FILES` is not what was written; runs nothing of it."""
     checks = {kind.file: kind.check for kind in FORMATS.values()}
     checks.get(path.name, plain_source.check)(path)
+
+
+def read_exports(folder: Path) -> dict[str, str]:
+    """File name -> SHA-256 of the exports that were written into the folder of a run; InputError where unreadable."""
+    if not (folder / EXPORTS_FILE).exists():
+        return {}
+    return dict(read_record(folder / EXPORTS_FILE, EXPORTS)["files"])
+
+
+def _note_exports(folder: Path, digests: dict[str, str | None]) -> None:
+    """Note what the exports in the folder of a run are, or (None) that they are about to change."""
+    if not (folder / MODEL_FILE).is_file():
+        return
+    try:
+        known = read_exports(folder)
+    except InputError:
+        known = {}
+    noted = {name: digest for name, digest in {**known, **digests}.items() if digest is not None}
+    write_record(folder / EXPORTS_FILE, EXPORTS, {"files": noted})
 
 
 class Export(NamedTuple):
@@ -116,7 +138,10 @@ def export_run(
             staged = kind.write(subject, staging / path.name)
             difference, largest = _compare(subject, kind.reopen(staged[-1]))
         size = sum(file.stat().st_size for file in staged)
+        digests = {file.name: sha256(file.read_bytes()) for file in staged}
+        _note_exports(path.parent, dict.fromkeys(digests))
         files = _publish(staged, path.parent)
+        _note_exports(path.parent, dict(digests))
     return Export(files, size, subject.params, subject.input_text(), difference, largest)
 
 

@@ -136,6 +136,11 @@ class Plan:
             return Outcome(None, FAILED, resolved.message)
         return self.outcome(self.key(resolved.settings))
 
+    def failures(self, *kinds: str) -> dict[str, str]:
+        """Name -> reason of the cells that came to an outcome of these kinds."""
+        ends = {cell.name: self.final(cell) for cell in self.study.cells}
+        return {name: end.message for name, end in ends.items() if end is not None and end.kind in kinds}
+
     def resolve(self, cell: Cell) -> Resolved | None:
         """What a cell is to run; None as long as that depends on runs to come."""
         if cell not in self._resolved:

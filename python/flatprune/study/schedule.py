@@ -99,8 +99,7 @@ def run_study(
         with stop_signals() as stop_requested:
             executor = _Executor(plan, steps, jobs or _default_jobs(study), display_for(console, study.title))
             executor.run(lambda: stop_requested() or time.monotonic() > deadline)
-    ends = {cell.name: plan.final(cell) for cell in study.cells}
-    return plan, {name: end.message for name, end in ends.items() if end and end.kind in (FAILED, DAMAGED)}
+    return plan, plan.failures(FAILED, DAMAGED)
 
 
 def _default_jobs(study: Study) -> int:
