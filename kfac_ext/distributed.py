@@ -27,6 +27,14 @@ class RanksError(RuntimeError):
     """Ranks that should be alike differ, or one of them did not come."""
 
 
+class LostRankError(RanksError):
+    """A rank did not come, or has gone."""
+
+
+class OtherRankError(ValueError):
+    """What another rank has raised."""
+
+
 @dataclass
 class Traffic:
     """What one purpose has cost this rank.
@@ -178,7 +186,7 @@ class Group:
         """What one rank raises inside, all raise at the end; inside there are no collective calls, or equal ones.
 
         Raises:
-            ValueError: on the ranks that raised nothing themselves, naming the rank and what it said.
+            OtherRankError: on the ranks that raised nothing themselves, naming the rank and what it said.
         """
         error: Exception | None = None
         try:
@@ -187,12 +195,12 @@ class Group:
             raise
         except Exception as found:
             error = found
-        said = self.everyone(None if error is None else f"{type(error).__name__}: {error}", "agreement")
+        said = self.everyone(None if error is None else str(error) or type(error).__name__, "agreement")
         if error is not None:
             raise error
         for rank, text in enumerate(said):
             if text is not None:
-                raise ValueError(f"rank {rank}: {text}")
+                raise OtherRankError(f"rank {rank}: {text}")
 
     # inside
 
@@ -221,7 +229,7 @@ class Group:
         except (RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             seconds = time.perf_counter() - begun
-            raise RanksError(
+            raise LostRankError(
                 f"rank {self.rank} of {self.size} waited {seconds:.0f} s for the others ({purpose}): {reason}"
             ) from error
         finally:

@@ -149,6 +149,9 @@ def run_command(
         bool, typer.Option("--channels-last", help="memory format of images and convolutions")
     ] = False,
     compile: Annotated[bool, typer.Option("--compile", help="train through torch.compile")] = False,
+    sync_batch_norm: Annotated[
+        bool, typer.Option("--sync-batch-norm", help="of several processes on GPUs, batch norms see the whole batch")
+    ] = False,
     schedule: Annotated[
         str,
         typer.Option(
@@ -184,6 +187,10 @@ def run_command(
     track_hessian: Annotated[
         int | None, typer.Option(help="measure the true largest Hessian eigenvalue every so many epochs")
     ] = None,
+    rank_timeout: Annotated[
+        float | None,
+        typer.Option(help="seconds to wait for one of torchrun's processes that does not come  [default: 1800]"),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the checkpoint in --out")] = False,
     restart_damaged: Annotated[
         bool,
@@ -202,30 +209,46 @@ def run_command(
         first = "--resume" if resume else "--restart-damaged"
         raise InputError(f"{first} and --overwrite: expected one of them")
     if resume or restart_damaged:
-        _resume(out, _given(context, values), restart_damaged)
+        _resume(out, _given(context, values), restart_damaged, rank_timeout)
     else:
-        _run(out, Settings(**values), overwrite)
+        _run(out, Settings(**values), overwrite, rank_timeout)
 
 
-def _run(out: Path, settings: Settings, overwrite: bool) -> None:
+def _run(out: Path, settings: Settings, overwrite: bool, rank_timeout: float | None) -> None:
     from flatprune import runs
     from flatprune.reporting import progress
+    from flatprune.training.ranks import is_follower
 
     console = progress.SteadyConsole()
-    summary = runs.run(settings, out, overwrite=overwrite, observer=lambda title: progress.observer(console, title))
+    summary = runs.run(
+        settings,
+        out,
+        overwrite=overwrite,
+        rank_timeout=rank_timeout,
+        observer=lambda title: progress.observer(console, title),
+    )
+    if is_follower():
+        return
     with _dispensable():
         progress.print_summary(console, summary, str(out))
 
 
-def _resume(out: Path, given: dict[str, Any], restart_damaged: bool) -> None:
+def _resume(out: Path, given: dict[str, Any], restart_damaged: bool, rank_timeout: float | None) -> None:
     from flatprune import runs
     from flatprune.reporting import progress
+    from flatprune.training.ranks import is_follower
 
     console = progress.SteadyConsole()
     done = runs.is_finished(out)
     summary = runs.resume(
-        out, given, restart_damaged=restart_damaged, observer=lambda title: progress.observer(console, title)
+        out,
+        given,
+        restart_damaged=restart_damaged,
+        rank_timeout=rank_timeout,
+        observer=lambda title: progress.observer(console, title),
     )
+    if is_follower():
+        return
     with _dispensable():
         if done:
             console.print(f"{out}: this run is finished already", highlight=False, markup=False, soft_wrap=True)
@@ -390,11 +413,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except Interrupted as error:
-        return _fail(str(error), EXIT_INTERRUPTED)
+        return _fail(error, EXIT_INTERRUPTED)
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
     except (InputError, DivergedError, ExportError, RunsFailedError) as error:
-        return _fail(str(error), EXIT_FAILED)
+        return _fail(error, EXIT_FAILED)
     except OSError as error:
         if error.filename is None:
             _forget_stdout()
@@ -411,8 +434,9 @@ def _warn(message: Warning | str, *_: Any) -> None:
     _say(f"warning: {message}")
 
 
-def _fail(message: str, code: int) -> int:
-    _say(message)
+def _fail(what: Exception | str, code: int) -> int:
+    if not getattr(what, "is_said", False):  # by another rank
+        _say(str(what))
     return code
 
 

@@ -47,7 +47,7 @@ import os
 import platform
 import shlex
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -93,7 +93,9 @@ from flatprune.settings import Settings
 from flatprune.signals import stop_signals
 from flatprune.training.evaluation import evaluate
 from flatprune.training.figures import results
+from flatprune.training.ranks import TrainingRanks, current_ranks, follow, joined, launch
 from flatprune.training.trainer import Observer, Trainer
+from kfac_ext.curvature.modes import RngState
 
 _DENSE_KEYS = (
     "params_after",
@@ -119,15 +121,20 @@ def run(
     *,
     overwrite: bool = False,
     wait: bool = False,
+    rank_timeout: float | None = None,
     observer: _NoteObserver = lambda title: Observer(),
 ) -> dict[str, Any]:
     """Train and prune as `settings` say, into the folder `out`.
+
+    Started by `torchrun`, its processes share the training (docs/distributed.md): the first writes, all return this.
+    Restarted by it (`--max-restarts`), it goes on from the checkpoint of that start.
 
     Args:
         settings: what to do.
         out: folder, made if it is not there.
         overwrite: replace the files of another run that are in `out`.
         wait: where another process works in `out`, wait for it instead of refusing.
+        rank_timeout: seconds to wait for one of several processes that does not come; None: half an hour.
         observer: called with "dense" and "pruned", returns who is told about that part.
 
     Returns:
@@ -145,11 +152,17 @@ def run(
         >>> summary["params_after"] / summary["params_before"] <= 0.2
         True
     """
-    folder = Path(out)
+    work = lambda: _run(settings, Path(out), overwrite, wait, observer)  # noqa: E731
+    return _by_all_ranks(settings.device, rank_timeout, work)
+
+
+def _run(settings: Settings, folder: Path, overwrite: bool, wait: bool, observer: _NoteObserver) -> dict[str, Any]:
+    if _is_restarted(folder):
+        return _resume(folder, {}, False, True, observer)
     check_free(folder, overwrite)
     with contextlib.ExitStack() as held:
         lock = held.enter_context(locked(folder, wait=wait)) if folder.is_dir() else None
-        trainer = Trainer(settings, load(settings))
+        trainer = _made(settings, load)
         if lock is None:
             make_folder(folder)
             lock = held.enter_context(locked(folder, wait=wait))
@@ -165,6 +178,7 @@ def resume(
     *,
     restart_damaged: bool = False,
     wait: bool = False,
+    rank_timeout: float | None = None,
     observer: _NoteObserver = lambda title: Observer(),
 ) -> dict[str, Any]:
     """Go on with the run in the folder `out` from its checkpoint; on a CPU the result is the same bit for bit.
@@ -175,6 +189,7 @@ def resume(
         restart_damaged: give a damaged checkpoint (or summary) the name `checkpoint.pt.damaged`, and make anew what was
             in it, from `settings.json`.
         wait: where another process works in `out`, wait for it instead of refusing.
+        rank_timeout: as for `run`; the number of processes may differ from before.
         observer: as for `run`.
 
     Returns:
@@ -184,7 +199,14 @@ def resume(
         InputError: there is no checkpoint, or `given` or the data are not those of the checkpoint.
         DamagedError: the checkpoint is not what was written; nothing has been changed.
     """
-    folder = Path(out)
+    device = (given or {}).get("device", "cuda" if torch.cuda.is_available() else "cpu")
+    work = lambda: _resume(Path(out), given or {}, restart_damaged, wait, observer)  # noqa: E731
+    return _by_all_ranks(device, rank_timeout, work)
+
+
+def _resume(
+    folder: Path, given: dict[str, Any], restart_damaged: bool, wait: bool, observer: _NoteObserver
+) -> dict[str, Any]:
     if not any((folder / name).is_file() for name in RUN_FILES):
         raise InputError(f"{folder}: no {CHECKPOINT_FILE} to resume from")
     with locked(folder, wait=wait) as lock:
@@ -199,6 +221,50 @@ def resume(
             _save(trainer, folder, lock)
         _write_known(trainer, folder)
         return _go_on(trainer, lock, observer, restart_damaged=restart_damaged)
+
+
+def _by_all_ranks(device: str, timeout: float | None, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `work` gives, which only the first of several ranks does; the others train along."""
+    with joined(device, timeout) as ranks:
+        if ranks is None:
+            return work()
+        return ranks.lead(work) if ranks.leads else _follow(ranks)
+
+
+def _follow(ranks: TrainingRanks) -> dict[str, Any]:
+    streams: list[RngState] = []  # that a comparison must not change
+
+    def make(settings: Settings, state: dict[str, Any] | None, before: Sequence[Trainer]) -> Trainer:
+        settings = ranks.settings(settings)
+        dataset = ranks.begin(settings, state, lambda: before[0].dataset if before else load(settings))
+        streams[:] = [RngState.now(trainer.device) for trainer in before[:1]]
+        return Trainer(settings, dataset, state, ranks)
+
+    def train(trainer: Trainer) -> None:
+        with _threads(trainer):
+            trainer.train(save=lambda: gathered(trainer), stop_requested=stop_requested)
+        for kept in streams:
+            kept.restore()
+
+    def gathered(trainer: Trainer) -> None:
+        trainer.state()
+
+    with stop_signals() as stop_requested:
+        return follow(ranks, make, train)
+
+
+def _made(settings: Settings, data: Callable[[Settings], Dataset], state: dict[str, Any] | None = None) -> Trainer:
+    """The trainer of this process, or of the ranks that share the run."""
+    ranks = current_ranks()
+    settings = settings if ranks is None else ranks.settings(settings)
+    return Trainer(settings, data(settings), state, ranks)
+
+
+def _is_restarted(folder: Path) -> bool:
+    """Whether torchrun has started this process again, and what is in the folder is of its first start."""
+    start, restarts = launch()
+    checkpoint = folder / CHECKPOINT_FILE
+    return restarts > 0 and checkpoint.is_file() and load_checkpoint(checkpoint).get("launch") == start
 
 
 def is_finished(out: str | os.PathLike[str]) -> bool:
@@ -245,7 +311,7 @@ def _resumed(folder: Path, given: dict[str, Any], aside: list[Path] | None) -> T
     state = _checkpoint(folder, aside)
     values = read_settings(folder) if state is None else state["settings"]
     settings = _resumed_settings(folder, Settings.from_dict(values), given)
-    return _trainer(settings, load(settings), state, folder)
+    return _trainer(settings, load, state, folder)
 
 
 def _checkpoint(folder: Path, aside: list[Path] | None) -> dict[str, Any] | None:
@@ -260,9 +326,11 @@ def _checkpoint(folder: Path, aside: list[Path] | None) -> dict[str, Any] | None
     return state
 
 
-def _trainer(settings: Settings, dataset: Dataset, state: dict[str, Any] | None, folder: Path) -> Trainer:
+def _trainer(
+    settings: Settings, data: Callable[[Settings], Dataset], state: dict[str, Any] | None, folder: Path
+) -> Trainer:
     try:
-        return Trainer(settings, dataset, state)
+        return _made(settings, data, state)
     except InputError:
         raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
@@ -326,7 +394,7 @@ def _dense_summary(
         return summary
     state = _checkpoint(folder, aside) if (folder / CHECKPOINT_FILE).is_file() else None
     _put_aside(aside)
-    trainer = _trainer(pruned.settings.dense(), pruned.dataset, state, folder)
+    trainer = _trainer(pruned.settings.dense(), lambda _: pruned.dataset, state, folder)
     return _train(trainer, folder, lock, observer("dense"), stop_requested, None)
 
 

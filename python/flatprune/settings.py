@@ -94,6 +94,7 @@ class Settings:
         accumulate: parts that the images of a step are split into, one forward and backward after the other.
         amp: forwards in mixed precision: "off", "bf16", or "fp16" with a scaled loss.
         channels_last: keep images and convolutions in the memory format channels_last.
+        sync_batch_norm: of several processes on GPUs, batch norms see the whole batch.
         compile: train through `torch.compile`, anew after each removal.
         schedule: "flat_cosine" (constant until pruning ends, then a cosine to 0), "cosine" throughout, or one of the
             classic pipeline's: a cosine to 0 until pruning ends and another after it, from the full learning rate
@@ -161,6 +162,7 @@ class Settings:
     amp: str = "off"
     channels_last: bool = False
     compile: bool = False
+    sync_batch_norm: bool = False
     schedule: str = "flat_cosine"
     device: str = "cpu"
     threads: int | None = None

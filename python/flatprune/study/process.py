@@ -10,6 +10,8 @@ import sys
 import threading
 from pathlib import Path
 
+from flatprune.training.ranks import alone
+
 LOG_FILE = "log.txt"
 
 
@@ -33,7 +35,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env=environment,
+                env=alone(environment),
                 start_new_session=True,  # Ctrl-C reaches the study alone, which stops its runs in good order
             )
         self.make(folder)

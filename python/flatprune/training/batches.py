@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +41,7 @@ class Batches:
         mixup: alpha of `mixed`, or 0.
         channels_last: give images in that memory format.
         parts: how many batches of equal size a step's images are split into.
+        own_part: of what is drawn for all ranks, what this one takes of each part; None: all of it.
     """
 
     def __init__(
@@ -53,8 +55,10 @@ class Batches:
         mixup: float,
         channels_last: bool,
         parts: int,
+        own_part: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._x, self._y, self._classes, self._generator = x, y, classes, generator
+        self._own_part = own_part
         self._augment, self._mixup, self._channels_last, self._parts = augment, mixup, channels_last, parts
 
     def of(self, index: Tensor) -> list[Batch]:
@@ -67,7 +71,8 @@ class Batches:
             batch = mixed(x, y, self._classes, self._mixup, self._generator)
         if self._channels_last:
             batch = batch._replace(x=batch.x.contiguous(memory_format=torch.channels_last))
-        return [Batch(*part) for part in zip(*(tensor.chunk(self._parts) for tensor in batch))]
+        parts = [Batch(*part) for part in zip(*(tensor.chunk(self._parts) for tensor in batch))]
+        return parts if self._own_part is None else [Batch(*map(self._own_part, part)) for part in parts]
 
 
 def mixed(x: Tensor, y: Tensor, classes: int, alpha: float, generator: torch.Generator) -> Batch:
@@ -91,14 +96,24 @@ def mixed(x: Tensor, y: Tensor, classes: int, alpha: float, generator: torch.Gen
     return Batch(fraction * x + (1.0 - fraction) * x[other], fraction * onehot + (1.0 - fraction) * onehot[other], y)
 
 
-def whole_batch(settings: Settings, images: int) -> int:
-    """Images a step: a multiple of the parts it is split into, and no more than there are.
+def whole_batch(settings: Settings, images: int, ranks: int = 1) -> int:
+    """Images a step, of all ranks: a multiple of the parts it is split into, and no more than there are.
 
     Raises:
-        InputError: the parts would have fewer than 2 images.
+        InputError: ranks and parts do not divide the batch, or would have fewer than 2 images.
     """
-    count = settings.accumulate
+    parts = settings.accumulate
+    count = parts * ranks
+    if settings.batch_size % count:
+        raise InputError(
+            f"batch_size is {settings.batch_size}, expected a multiple of {count} for {ranks} ranks"
+            + (f" and accumulate {parts}" if parts > 1 else "")
+        )
     size = min(settings.batch_size, images // count * count)
     if size < 2 * count and count > 1:
+        if ranks > 1:
+            raise InputError(
+                f"{ranks} ranks with accumulate {parts} need {2 * count} training images, there are {images}"
+            )
         raise InputError(f"accumulate is {count}, expected {images // 2} or less for {images} training images")
     return size

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ class Gradients:
         scaler: of the loss, for fp16.
         flatness, sam, msam: what acts on the gradients, or None: one of them, or the first and the last.
         check: told every loss.
+        unsynced: around all parts but the last, whose gradients alone are averaged over ranks.
     """
 
     def __init__(
@@ -42,23 +44,29 @@ class Gradients:
         sam: SAM | None,
         msam: MomentumSAM | None,
         check: Callable[[Tensor], None],
+        unsynced: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
+        self._unsynced = unsynced
         self._forward, self._criterion, self._device, self._type = forward, criterion, device, AMP_TYPES[amp]
         self._scaler, self._flatness, self._sam, self._msam, self._check = scaler, flatness, sam, msam, check
 
     def compute(self, batches: list[Batch], sums: EpochSums) -> None:
         """Gradients of the mean over batches of equal size, added to those at hand; `sums` gets their figures."""
         with nullcontext() if self._msam is None else self._msam.moved():
-            for batch in batches:
-                logits, loss = self._loss(batch)
-                objective = loss if self._flatness is None else loss + self._flatness.penalty(batch.x, logits, loss)
-                self._check(objective)
-                self._scaler.scale(objective / len(batches)).backward()
-                sums.add(loss.detach(), logits.detach(), batch.labels)
+            for number, batch in enumerate(batches, 1):
+                with nullcontext() if number == len(batches) else self._unsynced():
+                    self._add(batch, len(batches), sums)
         if self._sam is not None:
             moved = self._sam.replace_gradients(lambda: self._whole(batches))
             if moved is not None:
                 self._check(moved)
+
+    def _add(self, batch: Batch, parts: int, sums: EpochSums) -> None:
+        logits, loss = self._loss(batch)
+        objective = loss if self._flatness is None else loss + self._flatness.penalty(batch.x, logits, loss)
+        self._check(objective)
+        self._scaler.scale(objective / parts).backward()
+        sums.add(loss.detach(), logits.detach(), batch.labels)
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits and mean loss."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -58,13 +60,15 @@ def radii_of_both_kinds(model: nn.Module, curvature: Curvature, x: Tensor, seed:
     """
     found = {}
     for kind in ("expand", "reduce"):
-        fresh = Curvature(
-            model,
-            kfac_approx=kind,
-            factor_update_steps=1,
-            factor_decay=lambda step: step / (step + 1),
-            generator=torch.Generator().manual_seed(seed),
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # each of several ranks measures the same
+            fresh = Curvature(
+                model,
+                kfac_approx=kind,
+                factor_update_steps=1,
+                factor_decay=lambda step: step / (step + 1),
+                generator=torch.Generator().manual_seed(seed),
+            )
         modes = dict.fromkeys(model.modules(), True)
         with curvature.paused(), fresh, module_modes(modes), undisturbed(model), torch.enable_grad():
             for part in x.split(_RADIUS_BATCH):

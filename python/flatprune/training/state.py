@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,13 +50,17 @@ class EpochSums:
         self._correct += (logits.argmax(1) == labels).sum()
         self.seen += len(labels)
 
-    def figures(self) -> tuple[float, float]:
+    def figures(self, over_ranks: Callable[[list[float]], list[float]] = lambda values: values) -> tuple[float, float]:
         """Mean loss and accuracy in percent; waits for the device.
+
+        Args:
+            over_ranks: sums numbers over all ranks that have seen parts of the epoch.
 
         Raises:
             ZeroDivisionError: nothing has been seen.
         """
-        return float(self._loss) / self.seen, 100.0 * int(self._correct) / self.seen
+        loss, correct, seen = over_ranks([float(self._loss), float(self._correct), float(self.seen)])
+        return loss / seen, 100.0 * correct / seen
 
     def reset(self) -> None:
         """Begin an epoch."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from flatprune import models
 from flatprune.checkpoint import CHECKPOINT_FORMAT, CHECKPOINT_VERSION
 from flatprune.cutting.ema_models import named_tensors
 from flatprune.data import Dataset, batch_indices
+from flatprune.distributed import agree_on_buffers
 from flatprune.errors import DivergedError, InputError, Interrupted
 from flatprune.export import take_tensors
 from flatprune.flatness.distortion import attach_disout
@@ -28,6 +30,7 @@ from flatprune.training.batches import Batches, whole_batch
 from flatprune.training.evaluation import evaluate
 from flatprune.training.gradients import Gradients
 from flatprune.training.measurements import all_radii
+from flatprune.training.ranks import StepFlags, TrainingRanks, launch, warn_of_other_number
 from flatprune.training.state import EpochSums, LossWatch, Progress, generator_states, load_generators
 from flatprune.training.stopping import AccuracyGuard, hold_out
 
@@ -60,6 +63,7 @@ class Trainer:
         settings: what to do.
         dataset: what to train and test on, on the device of the settings.
         state: a checkpoint (`flatprune.checkpoint`) to go on from; everything then continues as if never interrupted.
+        ranks: that share the training, each with a trainer of its own, or None.
 
     Attributes:
         model: the network that is trained; `result`: the one that is tested and saved, its average where there is one.
@@ -69,7 +73,17 @@ class Trainer:
         InputError: the network does not fit the images, or the checkpoint does not belong to settings and data.
     """
 
-    def __init__(self, settings: Settings, dataset: Dataset, state: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        dataset: Dataset,
+        state: dict[str, Any] | None = None,
+        ranks: TrainingRanks | None = None,
+    ) -> None:
+        self.ranks = ranks
+        if ranks is not None:
+            self._number, self._flags = ranks.trainers, StepFlags(ranks.group)
+            dataset = ranks.begin(settings, state, lambda: dataset) if ranks.leads else dataset
         self.settings = settings
         self.guard = None
         if settings.stop_accuracy_drop is not None:
@@ -80,12 +94,14 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.device = settings.torch_device()
         self.sums, self.watch = EpochSums(self.device), LossWatch(self.device)
-        self.batch_size = whole_batch(settings, len(dataset.x_train))
+        self.batch_size = whole_batch(settings, len(dataset.x_train), 1 if ranks is None else ranks.group.size)
         self.steps_per_epoch = len(dataset.x_train) // self.batch_size
         self.total_steps = settings.epochs * self.steps_per_epoch
         torch.manual_seed(settings.seed)
         self._make_model(state)
         self._build()
+        if ranks is not None:
+            ranks.seed_streams(settings.seed)
         if state is not None:
             self._load(state)
         elif self.pruner is not None:
@@ -124,26 +140,34 @@ class Trainer:
             mixup=settings.mixup,
             channels_last=settings.channels_last,
             parts=settings.accumulate,
+            own_part=None if self.ranks is None else self.ranks.own_part,
         )
+        self.parallel = model
+        if self.ranks is not None:
+            self.parallel = self.ranks.wrapped(model, self.device, shared_norms=settings.sync_batch_norm)
         self.average = None if settings.ema is None else AveragedWeights(model, settings.ema)
-        self.curvature = builders.make_curvature(settings, model)
+        self.curvature = builders.make_curvature(settings, self.parallel)
         self.flatness = self.msam = self.sam = self.pruner = self.disout = self.compiled = None
         if "on" in settings.flatness_parts:
             self.flatness = builders.make_flatness(settings, self.curvature, self.total_steps)
         if "msam" in settings.flatness_parts:
-            self.msam = MomentumSAM(model, self.optimizer, radius=settings.sam_radius)
+            self.msam = MomentumSAM(self.parallel, self.optimizer, radius=settings.sam_radius)
         if "sam" in settings.flatness_parts:
-            self.sam = SAM(model, radius=settings.sam_radius, every=settings.sam_every, curvature=self.curvature)
+            self.sam = SAM(
+                self.parallel, radius=settings.sam_radius, every=settings.sam_every, curvature=self.curvature
+            )
         if settings.target.fraction < 1.0:
             self.pruner = builders.make_pruner(
-                settings, model, self.optimizer, self.curvature, dataset, self.total_steps, self.average
+                settings, self.parallel, self.optimizer, self.curvature, dataset, self.total_steps, self.average
             )
         if settings.disout > 0.0:
             self.disout = attach_disout(model, probability=settings.disout, steps=self.total_steps)
         if settings.compile:
+            if self.ranks is not None:
+                raise InputError("compile: not with several ranks; leave it out")
             self.compiled = builders.Compiled(model, self.curvature)
         self.gradients = Gradients(
-            self.compiled or model,
+            self.compiled or self.parallel,
             nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing),
             self.device,
             settings.amp,
@@ -152,6 +176,7 @@ class Trainer:
             self.sam,
             self.msam,
             self._check_loss,
+            getattr(self.parallel, "no_sync", nullcontext),
         )
 
     def untrained(self) -> nn.Module:
@@ -169,19 +194,28 @@ class Trainer:
         return models.parameter_count(self.model)
 
     def state(self) -> dict[str, Any]:
-        """The content of `checkpoint.pt`; see `flatprune.checkpoint`."""
+        """The content of `checkpoint.pt`, of all ranks together; see `flatprune.checkpoint`."""
+        ranks, parts = self.ranks, self._stateful()
+        states: dict[str, Any] = {n: None if part is None else part.state_dict() for n, part in parts.items()}
+        sums, streams = self.sums.state_dict(), generator_states(self.device, self.order_generator)
+        if ranks is not None:
+            if not ranks.are_apart:
+                ranks.announce("state", self._number)
+            states["curvature"]["recent_calls"] = ranks.whole_calls(states["curvature"]["recent_calls"])
+            sums, streams = ranks.whole_sums(sums), ranks.all_streams(streams)
         return {
             "format": CHECKPOINT_FORMAT,
             "version": CHECKPOINT_VERSION,
             "settings": self.settings.as_dict(),
             "data_digest": self.dataset.digest,
-            "progress": {**vars(self.progress), **self.sums.state_dict()},
+            "launch": launch()[0],
+            "progress": {**vars(self.progress), **sums},
             "history": self.history,
             "model": self.model.state_dict(),
             "ema": None if self.average is None else self.average.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            **{name: None if part is None else part.state_dict() for name, part in self._stateful().items()},
-            "rng": generator_states(self.device, self.order_generator),
+            **states,
+            "rng": streams,
         }
 
     def _load(self, state: dict[str, Any]) -> None:
@@ -194,6 +228,10 @@ class Trainer:
         fused = builders.fused_optimizer(self.device)  # the device may be another one than before
         groups = [{**group, "fused": fused} for group in state["optimizer"]["param_groups"]]
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        if self.ranks is not None:
+            state = self.ranks.own_state(state)
+        elif len(state["rng"].get("ranks", ())) > 1:
+            warn_of_other_number(len(state["rng"]["ranks"]), 1)
         for name, part in self._stateful().items():
             if part is not None:
                 part.load_state_dict(state[name])
@@ -237,14 +275,19 @@ class Trainer:
                 noticed within 100 steps, so that no step waits for it.
         """
         observer = observer or Observer()
-        observer.start(self)
-        try:
-            while self.progress.epoch < self.settings.epochs:
-                self._train_epoch(observer, save, stop_requested)
-                observer.epoch(self._close_epoch())
-                save()
-        finally:
-            observer.stop()
+        with nullcontext() if self.ranks is None else self.ranks.training(self._number):
+            observer.start(self)
+            try:
+                while self.progress.epoch < self.settings.epochs:
+                    self._train_epoch(observer, save, stop_requested)
+                    observer.epoch(self._close_epoch())
+                    self._save(save)
+            finally:
+                observer.stop()
+
+    def _save(self, save: Callable[[], None]) -> None:
+        with nullcontext() if self.ranks is None else self.ranks.together():
+            save()
 
     def _train_epoch(self, observer: Observer, save: Callable[[], None], stop_requested: Callable[[], bool]) -> None:
         progress = self.progress
@@ -261,10 +304,18 @@ class Trainer:
             progress.seconds += now - clock
             clock = now
             observer.step(self)
-            if stop_requested():
+            if self._must_stop(stop_requested()):
                 self._refuse_bad_loss()
-                save()
+                self._save(save)
                 raise Interrupted(f"stopped at step {progress.step} of {self.total_steps}")
+
+    def _must_stop(self, stop: bool) -> bool:
+        """Whether it is time to stop; ranks say so to each other, and hear a step later, of bad losses too."""
+        if self.ranks is None:
+            return stop
+        stop, loss = self._flags.exchange(stop, self.watch.value() if self.watch.is_free else 0.0)
+        self._refuse_loss(loss, self.progress.step - 1)
+        return stop
 
     def _train_step(self, index: Tensor) -> list[dict[str, Any]]:
         progress = self.progress
@@ -292,7 +343,7 @@ class Trainer:
             return
         where = {"kind": "optimum_shift", "epoch": self.progress.epoch + 1, "step": self.progress.step}
         before = {name: tensor.detach().clone() for name, tensor in named_tensors(self.model).items()}
-        shifts = optimum_shift(self.model, torch.cat([call.args[0] for call in self.curvature.recent_calls]))
+        shifts = optimum_shift(self.parallel, torch.cat([call.args[0] for call in self.curvature.recent_calls]))
         if self.average is not None:
             self.average.move_along(before, self.model)
         self.history += [{**where, **shift._asdict()} for shift in shifts]
@@ -300,13 +351,20 @@ class Trainer:
     def _check_loss(self, loss: Tensor) -> None:
         """Refuse a loss that is not finite: at once where looking at it is free."""
         self.watch.add(loss)
-        if self.watch.is_free:
+        if self.watch.is_free and self.ranks is None:
             self._refuse_bad_loss()
 
     def _refuse_bad_loss(self) -> None:
-        value = self.watch.value()
+        if self.ranks is None:
+            self._refuse_loss(self.watch.value(), self.progress.step + 1)
+            return
+        self._flags.hear()
+        (total,) = self.ranks.sums([self.watch.value()], "loss")
+        self._refuse_loss(total, self.progress.step)
+
+    def _refuse_loss(self, value: float, found_at: int) -> None:
         if not math.isfinite(value):
-            step = f"at step {self.progress.step + 1}" if self.watch.is_free else f"by step {self.progress.step}"
+            step = f"at step {found_at}" if self.watch.is_free else f"by step {self.progress.step}"
             raise DivergedError(
                 f"the loss became {value} {step} (epoch {self.progress.epoch + 1}); "
                 f"a lower learning rate than {self.peak_lr:g} may help"
@@ -325,7 +383,9 @@ class Trainer:
         """Before a removal event, end pruning if the held-out images demand it."""
         if self.guard is None or not pruner.is_event():
             return []
-        reason = self.guard.objection(self.result)
+        reason = "" if self.ranks is not None and not self.ranks.leads else self.guard.objection(self.result)
+        if self.ranks is not None:
+            reason, self.guard.best = self.ranks.group.first((reason, self.guard.best), "held-out images")
         self.progress.best_held_out = self.guard.best
         return [pruner.stop(reason)] if reason else []
 
@@ -344,20 +404,36 @@ class Trainer:
         progress, settings = self.progress, self.settings
         if progress.epoch % settings.test_every and progress.epoch != settings.epochs:
             return None, None
-        accuracy, loss = evaluate(self.result, self.dataset.x_test, self.dataset.y_test)
+        accuracy, loss = self._evaluated()
         if not math.isfinite(loss):
             raise DivergedError(f"the test loss became {loss} after epoch {progress.epoch}")
         progress.best_accuracy = max(progress.best_accuracy, accuracy)
         return accuracy, loss
 
+    def _evaluated(self) -> tuple[float, float]:
+        """Accuracy and loss on the test images, of which each rank takes a part."""
+        x, y, ranks = self.dataset.x_test, self.dataset.y_test, self.ranks
+        if ranks is None:
+            return evaluate(self.result, x, y)
+        if self.average is not None:
+            ranks.group.first_(self.result.buffers(), "other buffers")
+        own = slice(len(x) * ranks.group.rank // ranks.group.size, len(x) * (ranks.group.rank + 1) // ranks.group.size)
+        accuracy, loss = evaluate(self.result, x[own], y[own]) if own.start < own.stop else (0.0, 0.0)
+        count = own.stop - own.start
+        accuracy, loss = ranks.sums([accuracy * count, loss * count], "test")
+        return accuracy / len(x), loss / len(x)
+
     def _close_epoch(self) -> dict[str, Any]:
         progress = self.progress
         clock = time.perf_counter()
         self._refuse_bad_loss()
+        if self.ranks is not None:
+            agree_on_buffers(self.model, self.ranks.group)
         progress.epoch += 1
         accuracy, loss = self._test()
         progress.seconds += time.perf_counter() - clock
-        train_loss, train_accuracy = self.sums.figures()
+        summed = (lambda values: values) if self.ranks is None else (lambda v: self.ranks.sums(v, "figures"))
+        train_loss, train_accuracy = self.sums.figures(summed)
         record = {
             "kind": "epoch",
             "epoch": progress.epoch,
