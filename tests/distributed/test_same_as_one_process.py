@@ -1,6 +1,7 @@
 """W ranks that share a batch do what one process does with the whole batch."""
 
 import pytest
+import torch
 
 from tests.distributed.ranks import Ranks
 from tests.distributed.training_loops import compare
@@ -47,6 +48,12 @@ def check(found, options):
 @pytest.mark.parametrize("name", LOOPS)
 def test_two_ranks(two, name):
     check(two.run(compare, LOOPS[name]), LOOPS[name])
+
+
+def test_ranks_in_float32_stay_equal(two):
+    found = two.run(compare, {"dtype": torch.float32})[0]
+    assert found["ranks_alike"] and found["removed"] > 3
+    assert found["same_neurons"] and found["distance"] < 1e-4
 
 
 @pytest.mark.parametrize("size", [3, 4])

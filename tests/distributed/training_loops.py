@@ -61,11 +61,10 @@ def digest(tensors):
 class Loop:
     """A training loop of a user's own; the only difference between one process and ranks is what `wrap` does."""
 
-    def __init__(
-        self, network="mlp", *, wrap=lambda model: model, steps=24, seed=0, optimizer="sgd", parts=1, **options
-    ):
+    def __init__(self, network="mlp", *, wrap=lambda model: model, steps=24, seed=0, parts=1, **options):
         torch.manual_seed(seed)
-        self.model = NETWORKS[network]().double()
+        dtype, optimizer = options.pop("dtype", torch.float64), options.pop("optimizer", "sgd")
+        self.dtype, self.model = dtype, NETWORKS[network]().to(dtype)
         self.parallel, self.parts, self.steps = wrap(self.model), parts, steps
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
         self._make_curvature(**{name: options.pop(name) for name in CURVATURE & options.keys()})
@@ -103,7 +102,7 @@ class Loop:
                 self.parallel,
                 self.optimizer,
                 self.curvature,
-                torch.zeros(2, *IMAGE, dtype=torch.float64),
+                torch.zeros(2, *IMAGE, dtype=self.dtype),
                 target=flatprune.Target(params=target),
                 total_steps=self.steps,
                 criterion=getattr(flatprune.criteria, criterion[0])(criterion[1]) if len(criterion) == 2 else criterion,
@@ -113,7 +112,7 @@ class Loop:
 
     def batch(self, size=24):
         generator = torch.Generator().manual_seed(100 + self.step_count)
-        x = torch.randn(size, *IMAGE, dtype=torch.float64, generator=generator)
+        x = torch.randn(size, *IMAGE, dtype=torch.float64, generator=generator).to(self.dtype)
         return x, torch.randint(5, (size,), generator=generator)
 
     def step(self, x, y):

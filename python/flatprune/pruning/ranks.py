@@ -43,12 +43,15 @@ class PruningRanks:
     def begin(self, tracker: CostTracker, agreement: Mapping[str, Any], clock: Callable[[], int]) -> None:
         """Make sure that ranks begin alike, and have rank 0's table of latencies; `clock` counts their steps.
 
+        Trial cuts have taken the network into float64 and back, which the reducer of a DDP does not survive.
+
         Raises:
             RanksError: on every rank, naming in what they differ.
         """
         self._require_alike(agreement)
         self.share_latency(tracker)
         self.group.clock = clock
+        self.renew()
 
     def hear(self, curvature: Curvature) -> None:
         """Wait for an update that is on its way since the forward, which tells of ranks that have gone apart.
@@ -90,7 +93,7 @@ class PruningRanks:
         return own
 
     def renew(self) -> None:
-        """After a cut."""
+        """Have a DDP that fits the parameters again."""
         if self.wrapper is not None:
             renew(self.wrapper)  # type: ignore[arg-type]
 
