@@ -18,8 +18,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from kfac_ext.ops.inverse import damped_inverse_ex
 from kfac_ext.triangles import pack_, packed_size, unpacked
 
+WORTH_SHARING = 2e8  # operations, of matrices the sum of n^3: some ten milliseconds of a CPU
 _LISTED = 200  # characters of what a rank holds
 
 
@@ -120,6 +122,32 @@ class Group:
             pack_(part, matrix)
         (mean,) = self.mean([flat], purpose)
         return [unpacked(part, matrix.shape) for part, matrix in zip(mean.split(sizes), matrices)]
+
+    # work that is shared
+
+    def shares(self, costs: Sequence[float]) -> list[int] | None:
+        """The owner of each item of work; None: it is so little that every rank had better do all of it."""
+        return shared_work(costs, self.size) if sum(costs) >= WORTH_SHARING else None
+
+    def gathered(
+        self, owners: Sequence[int], own: Sequence[Tensor], sizes: Sequence[int], like: Tensor, purpose: str
+    ) -> list[Tensor]:
+        """What each rank has made of its items, on all: one tensor [size] an item.
+
+        Args:
+            owners: of the items.
+            own: tensors of the items that this rank owns, in their order.
+            sizes: numbers of each item.
+            like: tells dtype and device.
+            purpose: of the call.
+        """
+        of_rank = [[size for size, owner in zip(sizes, owners) if owner == rank] for rank in range(self.size)]
+        mine = like.new_zeros((1, max(map(sum, of_rank))))
+        if own:
+            mine[0, : sum(of_rank[self.rank])] = torch.cat([part.flatten().to(like.dtype) for part in own])
+        rows = self.rows_of_all(mine, purpose).unbind(0)
+        parts = [iter(row[: sum(own_sizes)].split(own_sizes)) for row, own_sizes in zip(rows, of_rank)]
+        return [next(parts[owner]) for owner in owners]
 
     # rank 0's word
 
@@ -234,6 +262,43 @@ class Group:
             ) from error
         finally:
             self.traffic[purpose].seconds += time.perf_counter() - begun
+
+
+def shared_damped_inverse(
+    group: Group,
+    matrices: Sequence[Tensor],
+    damping: float | Sequence[Any],
+    *,
+    pi: Sequence[tuple[int, int]] | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """As `kfac_ext.damped_inverse_ex` of matrices that all ranks have: each inverts some, by n^3, and all get all.
+
+    The inverses travel as triangles, in one call.
+    """
+    paired = {place for pair in pi or () for place in pair}
+    items = [*(pi or ()), *((place,) for place in range(len(matrices)) if place not in paired)]
+    owners = group.shares([sum(float(len(matrices[place])) ** 3 for place in item) for item in items])
+    if owners is None:
+        return damped_inverse_ex(matrices, damping, pi=pi)
+    mine = [place for item, owner in zip(items, owners) if owner == group.rank for place in item]
+    amounts = damping if isinstance(damping, float) else [damping[place] for place in mine]
+    number = {place: i for i, place in enumerate(mine)}
+    pairs = None if pi is None else [(number[a], number[g]) for a, g in pi if a in number]
+    inverses, info = damped_inverse_ex([matrices[place] for place in mine], amounts, pi=pairs)
+    own = [_with_info(inverse, code) for inverse, code in zip(inverses, info)]
+    places = [place for item in items for place in item]
+    sizes = [packed_size(matrices[place].shape) + 1 for place in places]
+    of_place = [owner for item, owner in zip(items, owners) for _ in item]
+    parts = dict(zip(places, group.gathered(of_place, own, sizes, matrices[0], "inverses")))
+    found = [unpacked(parts[place][:-1], matrix.shape) for place, matrix in enumerate(matrices)]
+    return found, torch.stack([parts[place][-1] for place in range(len(matrices))]).to(torch.int32)
+
+
+def _with_info(inverse: Tensor, info: Tensor) -> Tensor:
+    packed = inverse.new_empty(packed_size(inverse.shape) + 1)
+    pack_(packed[:-1], inverse)
+    packed[-1] = info
+    return packed
 
 
 @contextmanager

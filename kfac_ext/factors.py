@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -173,7 +173,12 @@ class FactorSet:
         return range(start, start + groups * n, n)
 
     def damped_inverse(
-        self, damping: float, keys: Sequence[str] | None = None, *, pi: Sequence[tuple[str, str]] | None = None
+        self,
+        damping: float,
+        keys: Sequence[str] | None = None,
+        *,
+        pi: Sequence[tuple[str, str]] | None = None,
+        invert: Callable[..., tuple[list[Tensor], Tensor]] = damped_inverse_ex,
     ) -> tuple[FactorSet, Tensor]:
         """A FactorSet of (M + damping I)^-1 for the factors named (default: all), and the info of each block.
 
@@ -184,6 +189,7 @@ class FactorSet:
             damping: lambda, added to every diagonal; with `pi` the amounts of `kfac_ext.damped_inverse`.
             keys: which factors; default all.
             pi: pairs (key of A, key of G) whose damping is pi-corrected, each group's A with its G.
+            invert: what is called instead of `kfac_ext.damped_inverse_ex`.
 
         Raises:
             ValueError: the factors of a pair have not the same number of groups.
@@ -193,7 +199,7 @@ class FactorSet:
         result = FactorSet._without_starts(sizes, self.buffer.dtype, self.buffer.device)
         pairs = None if pi is None else self._block_pairs(names, pi)
         blocks = [block for key in names for block in _blocks(self[key], 3)]
-        inverses, info = damped_inverse_ex(blocks, damping, pi=pairs)
+        inverses, info = invert(blocks, damping, pi=pairs)
         targets = [block for key in names for block in _blocks(result[key], 3)]
         if targets:
             torch._foreach_copy_(targets, inverses)

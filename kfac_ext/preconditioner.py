@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler, OptState
 
 from kfac_ext.curvature import Curvature
+from kfac_ext.curvature.curvature import inverter
 from kfac_ext.curvature.outputs import Pick
 from kfac_ext.factors import FactorSet
 from kfac_ext.inverse_stack import InverseStack, stack_layers, write_gradients_
@@ -247,7 +248,7 @@ class KFACPreconditioner:
         layers = [layer for stack in self._stacks for layer in stack.layers]
         pairs = [(f"{layer.name}.A", f"{layer.name}.G") for layer in layers]
         keys = [a for a, _ in pairs] + [g for _, g in pairs]
-        inverses, info = self.curvature.factors.damped_inverse(damping, keys, pi=pairs)
+        inverses, info = self.curvature.factors.damped_inverse(damping, keys, pi=pairs, invert=inverter(self.curvature))
         failed = (info != 0).view(2, -1).any(dim=0)  # of each block, A or G
         for stack, of_stack in zip(self._stacks, failed.split([stack.blocks for stack in self._stacks])):
             stack.take_(inverses, of_stack)

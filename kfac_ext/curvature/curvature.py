@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,7 @@ from kfac_ext.curvature.transforms import is_transformed
 from kfac_ext.curvature.updates import FisherUpdates
 from kfac_ext.factors import FactorSet
 from kfac_ext.layers import Layer, layer_from_state
+from kfac_ext.ops.inverse import damped_inverse_ex
 
 if TYPE_CHECKING:
     from kfac_ext.distributed import Group
@@ -492,6 +494,15 @@ def unwrapped(model: nn.Module, process_group: Any, who: str) -> tuple[nn.Module
     from kfac_ext.distributed import plain_and_group
 
     return plain_and_group(model, process_group, who)
+
+
+def inverter(curvature: Curvature) -> Callable[..., tuple[list[Tensor], Tensor]]:
+    """`kfac_ext.damped_inverse_ex`, or the same with the work shared by the ranks of a curvature."""
+    if curvature.group is None:
+        return damped_inverse_ex
+    from kfac_ext.distributed import shared_damped_inverse
+
+    return partial(shared_damped_inverse, curvature.group)
 
 
 def _check_patterns(argument: str, patterns: Iterable[str]) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.distributed.ranks import Ranks
-from tests.distributed.training_loops import compare
+from tests.distributed.training_loops import compare, compare_with_shared_work
 
 DISTANCE = 1e-12  # of weights and factors, in float64
 
@@ -54,6 +54,11 @@ def test_ranks_in_float32_stay_equal(two):
     found = two.run(compare, {"dtype": torch.float32})[0]
     assert found["ranks_alike"] and found["removed"] > 3
     assert found["same_neurons"] and found["distance"] < 1e-4
+
+
+@pytest.mark.parametrize("name", ["conv_greedy", "kron_obs", "c_obs", "preconditioner", "conv_expand"])
+def test_shared_inverses_and_scores(two, name):
+    check(two.run(compare_with_shared_work, LOOPS[name]), LOOPS[name])
 
 
 @pytest.mark.parametrize("size", [3, 4])

@@ -209,3 +209,14 @@ def compare(options, kind="plain", arguments=None):
         "kept": len(kept),
         "class": type(together.parallel).__name__,
     }
+
+
+def compare_with_shared_work(options):
+    """The same where no work is too little to be shared."""
+    import kfac_ext.distributed
+
+    kept, kfac_ext.distributed.WORTH_SHARING = kfac_ext.distributed.WORTH_SHARING, 0.0
+    try:
+        return compare(options)
+    finally:
+        kfac_ext.distributed.WORTH_SHARING = kept

@@ -22,6 +22,7 @@ from flatprune.criteria.saliency import (
     relative_damping,
 )
 from kfac_ext.curvature import Curvature
+from kfac_ext.curvature.curvature import inverter
 from kfac_ext.curvature.draws import Draws
 from kfac_ext.curvature.probing import replaying
 from kfac_ext.curvature.recent import Call
@@ -92,6 +93,7 @@ class ScoringContext:
                 self.gradient_factors(PRODUCER),
                 lambda _name, block: relative_damping(block),
                 "the covariance of its gradients",
+                inverter(self.curvature),
             )
         return self._output_inverses
 

@@ -26,7 +26,7 @@ from flatprune.coupling import PRODUCER
 from flatprune.coupling.neurons import tensor_name
 from flatprune.criteria.base import Criterion, Scores, ScoringContext
 from flatprune.criteria.members import Reading, lost_channels, readings
-from flatprune.criteria.saliency import ordered, summed
+from flatprune.criteria.saliency import ordered, scored, summed
 from kfac_ext.layers import Layer
 
 _SOURCE = "Wang et al. 2019, EigenDamage, arXiv 1905.05934"
@@ -37,7 +37,7 @@ class _Rows:
     """The rows of all neurons, reading by reading, with V, A and G of their group."""
 
     def __init__(self, context: ScoringContext) -> None:
-        self.groups = context.groups
+        self.groups, self.curvature = context.groups, context.curvature
         self.members = readings(context.layers, context.groups, PRODUCER)
         self.statistics = context.statistics(PRODUCER)
         self.gradients = context.gradient_factors(PRODUCER)
@@ -72,8 +72,7 @@ def _row_scores(rows: _Rows, outputs: Mapping[str, tuple[Tensor, ...]], score: C
         A = rows.inputs(reading)
         transposed = rows.weight(reading).mT
         arguments.append((*ordered(transposed, matrix, reading.entries), A, reading.entries.shape[1]))
-    found = score(*(list(column) for column in zip(*arguments))) if arguments else []
-    return summed(rows.groups, rows.members, found)
+    return summed(rows.groups, rows.members, scored(rows.curvature, score, arguments))
 
 
 def c_obd_scores(context: ScoringContext) -> Scores:

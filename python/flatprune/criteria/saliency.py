@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,11 +25,14 @@ import kfac_ext
 from flatprune.coupling import CONSUMER, NeuronGroup
 from flatprune.coupling.neurons import tensor_name
 from flatprune.criteria.members import Layers, Reading, input_columns, lost_channels, readings
+from kfac_ext.curvature.curvature import inverter
 from kfac_ext.curvature.probing import fresh_look
 from kfac_ext.layers import Layer
 
 if TYPE_CHECKING:
     from kfac_ext.curvature import Curvature
+
+Invert = Callable[..., tuple[list[Tensor], Tensor]]
 
 RELATIVE_DAMPING = 1e-2  # of the mean of diag A; 1e-3 and 0.1 lost 0.3 and 0.9 points of accuracy
 CONSTANT_DAMPING = 1e-6  # of the appended 1, whose variance is known
@@ -46,11 +49,13 @@ class InputStatistics:
         covariances: layer name -> A [d, d], or [groups, d, d]; the last row for the 1 where the layer has a constant.
         constant: layer name -> whether A has that last row.
         predictions: of the model for each recent call, where forwards of these gave A; else None.
+        invert: as `kfac_ext.damped_inverse_ex`.
     """
 
     covariances: dict[str, Tensor]
     constant: dict[str, bool]
     predictions: list[Tensor] | None = None
+    invert: Invert = kfac_ext.damped_inverse_ex
 
     def blocks(self, name: str) -> tuple[Tensor, ...]:
         """A of each group of a layer."""
@@ -86,11 +91,12 @@ class InputStatistics:
             {name: self.blocks(name) for name in names},
             lambda name, block: _damping(block, self.constant[name]),
             "the covariance of its inputs",
+            self.invert,
         )
 
 
 def damped_inverses(
-    factors: Mapping[str, tuple[Tensor, ...]], damping_of: Callable[[str, Tensor], Tensor], what: str
+    factors: Mapping[str, tuple[Tensor, ...]], damping_of: Callable[[str, Tensor], Tensor], what: str, invert: Invert
 ) -> dict[str, tuple[Tensor, ...]]:
     """(M + damping on the diagonal)^-1 of each group of every layer, in one call; float64 where float32 fails.
 
@@ -98,13 +104,14 @@ def damped_inverses(
         factors: layer name -> M of each group.
         damping_of: (layer name, M) -> [n].
         what: M in words, for the error.
+        invert: as `kfac_ext.damped_inverse_ex`.
 
     Raises:
         ValueError: naming the layer whose M is not finite or not positive definite.
     """
     owners = [(name, block) for name, blocks in factors.items() for block in blocks]
     damping = [damping_of(name, block) for name, block in owners]
-    inverses, info = kfac_ext.damped_inverse_ex([block for _, block in owners], damping)
+    inverses, info = invert([block for _, block in owners], damping)
     for i in info.nonzero().flatten().tolist():
         name, block = owners[i]
         try:  # on a GPU once more, in float64
@@ -152,8 +159,9 @@ def input_statistics(curvature: Curvature, names: Iterable[str]) -> InputStatist
         covariances, predictions = fresh_look(
             curvature, names, curvature.recent_calls, "expand", bias=None, samples=_SAMPLES
         )
-        return InputStatistics(covariances, constant, predictions)
-    return InputStatistics({name: curvature.factors[f"{name}.A"] for name in names}, constant)
+        return InputStatistics(covariances, constant, predictions, inverter(curvature))
+    covariances = {name: curvature.factors[f"{name}.A"] for name in names}
+    return InputStatistics(covariances, constant, invert=inverter(curvature))
 
 
 @torch.no_grad()
@@ -194,8 +202,33 @@ def curvature_scores(
         V = weights[reading.layer].unflatten(0, (-1, G.shape[0]))[reading.group].to(matrix.dtype)
         arguments.append((*ordered(V, matrix, reading.entries), G, reading.entries.shape[1]))
     score = kfac_ext.obs_saliency if criterion == "obs" else kfac_ext.obd_saliency
-    found = score(*(list(column) for column in zip(*arguments))) if arguments else []
-    return summed(groups, members, found)
+    return summed(groups, members, scored(curvature, score, arguments))
+
+
+def scored(
+    curvature: Curvature, score: Callable[..., list[Tensor]], arguments: Sequence[tuple[Any, ...]]
+) -> list[Tensor]:
+    """The scores of the neurons of every reading, of which ranks share the work.
+
+    Args:
+        curvature: of the model.
+        score: of a list of each argument.
+        arguments: (V, A or H, G, block) of every reading.
+    """
+
+    def made(chosen: Sequence[tuple[Any, ...]]) -> list[Tensor]:
+        return score(*(list(column) for column in zip(*chosen))) if chosen else []
+
+    group = curvature.group
+    costs = [float(V.shape[1]) * len(G) * (len(G) + block) for V, _, G, block in arguments]
+    owners = None if group is None else group.shares(costs)
+    if group is None or owners is None:
+        return made(arguments)
+    with group.raising_together():
+        own = made([argument for argument, owner in zip(arguments, owners) if owner == group.rank])
+    sizes = [V.shape[1] // block for V, _, _, block in arguments]
+    own = [values[:size] for values, size in zip(own, [s for s, owner in zip(sizes, owners) if owner == group.rank])]
+    return group.gathered(owners, own, sizes, arguments[0][0], "shared scores")
 
 
 def summed(groups: Sequence[NeuronGroup], members: Sequence[Reading], values: Sequence[Tensor]) -> list[Tensor]:
