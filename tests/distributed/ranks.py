@@ -68,7 +68,7 @@ class Ranks:
 
 
 def _serve(rank, size, store, pipe, threads):
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     import torch
     import torch.distributed as dist
 
