@@ -26,6 +26,8 @@ knows is in its checkpoint: the others are made of it, again too, when it is res
     pruning_stopped                        why pruning ended before its time, null if it did not
     predicted_vs_measured                  change of the loss at the cuts, see `flatprune.pruning.predicted_vs_measured`
     seconds                                of training and testing, without start-up
+    ranks                                  of several processes: how many
+    traffic                                by purpose: calls, bytes the first of these gave, seconds it waited
     dense_*                                the same of the network trained without pruning, where that was wanted
     settings, versions                     everything needed to do it again
 
@@ -449,6 +451,7 @@ def _summary(trainer: Trainer, dense: dict[str, Any] | None) -> dict[str, Any]:
         "image_shape": list(trainer.dataset.image_shape),
         "classes": trainer.dataset.classes,
         **results(trainer),
+        **trainer.traffic(),
     }
     for key in _DENSE_KEYS if dense else ():
         summary[f"dense_{key.removesuffix('_after')}"] = dense[key]  # type: ignore[index]

@@ -1,5 +1,6 @@
 """`flatprune run` by several processes: one run, written and told by the first."""
 
+import json
 import os
 import subprocess
 import sys
@@ -54,7 +55,21 @@ def test_only_the_first_rank_speaks(whole):
     assert code == other_code == 0, err + other_err
     assert "epoch 4/4" in out and f"results in {folder}" in out.replace("\n", "")
     assert other_out == other_err == ""
+    assert "told to the other processes" in out and "factors" in out
     assert (folder / "summary.json").is_file()
+
+
+def test_what_is_told_is_counted(whole):
+    summary = json.loads((whole[0] / "summary.json").read_text())
+    traffic, sizes = summary["traffic"], (65, 24, 25, 16, 17, 10)
+    assert summary["ranks"] == 2
+    assert traffic["gradients"]["calls"] == traffic["flags of steps"]["calls"] == summary["steps"]
+    assert traffic["factors"]["calls"] == 2 * -(-summary["steps"] // 5)  # two parts a batch, an update every 5th
+    words = 2 + 3 + 2 * 2  # flags, layers, samples and clocks
+    first = 4 * (sum(n * (n + 1) // 2 for n in sizes) + words)
+    assert traffic["factors"]["bytes"] < first * traffic["factors"]["calls"]  # which shrink with the network
+    assert traffic["factors"]["bytes"] > 0.3 * first * traffic["factors"]["calls"]
+    assert traffic["loss"]["bytes"] == 4 * traffic["loss"]["calls"] == 4 * 2 * summary["steps"]
 
 
 def test_the_same_as_one_process(whole, tmp_path):

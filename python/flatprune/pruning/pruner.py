@@ -205,6 +205,11 @@ class Pruner:
         }
 
     @property
+    def group(self) -> Any:
+        """The ranks that prune together (`kfac_ext.distributed.Group`), or None."""
+        return None if self._ranks is None else self._ranks.group
+
+    @property
     def params(self) -> int:
         """Parameters of the network now."""
         return sum(parameter.numel() for parameter in self.model.parameters())

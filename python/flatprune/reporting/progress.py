@@ -288,7 +288,22 @@ def print_summary(console: Console, summary: dict[str, Any], folder: str) -> Non
     console.print()
     for line in remarks(summary):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
+    if "traffic" in summary:
+        console.print(traffic_table(summary["traffic"]))
+        console.print()
     console.print(f"results in {folder}", soft_wrap=True, highlight=False, markup=False)
+
+
+def traffic_table(traffic: dict[str, dict[str, Any]]) -> Table:
+    """What the first of several processes has told the others, by purpose."""
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
+    table.add_column("told to the other processes")
+    for name in ("calls", "MB", "waited"):
+        table.add_column(name, justify="right")
+    for purpose, entry in traffic.items():
+        waited = "" if entry["seconds"] is None else f"{entry['seconds']:.2f} s"
+        table.add_row(purpose, f"{entry['calls']:,}", f"{entry['bytes'] / 1e6:,.2f}", waited)
+    return table
 
 
 def remarks(summary: dict[str, Any]) -> list[str]:

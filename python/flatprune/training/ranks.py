@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -178,6 +178,17 @@ class TrainingRanks:
         total = torch.tensor(values, dtype=torch.float64)
         self.group.start_sum_(total, purpose)()
         return total.tolist()
+
+    def traffic(self, others: Iterable[Group | None]) -> dict[str, dict[str, float]]:
+        """Purpose -> calls, bytes that this rank gave and seconds that it waited, over this group and others."""
+        found: dict[str, dict[str, float]] = {}
+        for group in (self.group, *others):
+            for purpose, entry in {} if group is None else group.traffic.items():
+                total = found.setdefault(purpose, {"calls": 0, "bytes": 0, "seconds": 0.0})
+                total["calls"] += entry.calls
+                total["bytes"] += entry.bytes
+                total["seconds"] += entry.seconds
+        return dict(sorted(found.items(), key=lambda item: -item[1]["bytes"]))
 
     # checkpoints
 

@@ -83,6 +83,7 @@ class Trainer:
         self.ranks = ranks
         if ranks is not None:
             self._number, self._flags = ranks.trainers, StepFlags(ranks.group)
+            self._synced = self._gradient_bytes = 0
             dataset = ranks.begin(settings, state, lambda: dataset) if ranks.leads else dataset
         self.settings = settings
         self.guard = None
@@ -178,6 +179,19 @@ class Trainer:
             self._check_loss,
             getattr(self.parallel, "no_sync", nullcontext),
         )
+
+    def traffic(self) -> dict[str, Any]:
+        """What several ranks have told each other, by purpose; empty for one process."""
+        if self.ranks is None:
+            return {}
+        groups = [self.curvature.group, None if self.sam is None else self.sam.group]
+        pruning = None if self.pruner is None else self.pruner.group
+        kept = {id(group): group for group in (*groups, pruning)}  # most are one and the same
+        gradients = {"calls": self._synced, "bytes": self._gradient_bytes, "seconds": None}  # DDP waits by itself
+        return {
+            "ranks": self.ranks.group.size,
+            "traffic": {"gradients": gradients, **self.ranks.traffic(kept.values())},
+        }
 
     def untrained(self) -> nn.Module:
         """The network before its first step, on the CPU."""
@@ -323,6 +337,9 @@ class Trainer:
             group["lr"] = self.settings.learning_rate(progress.step, self.total_steps, self.peak_lr)
         self.optimizer.zero_grad()
         self.gradients.compute(self.batches.of(index), self.sums)
+        if self.ranks is not None:
+            self._synced += 1
+            self._gradient_bytes += sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None:
@@ -359,7 +376,7 @@ class Trainer:
             self._refuse_loss(self.watch.value(), self.progress.step + 1)
             return
         self._flags.hear()
-        (total,) = self.ranks.sums([self.watch.value()], "loss")
+        (total,) = self.ranks.sums([self.watch.value()], "flags")
         self._refuse_loss(total, self.progress.step)
 
     def _refuse_loss(self, value: float, found_at: int) -> None:
