@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from flatprune.pruning.pruner import Pruner
     from flatprune.pruning.removals import Removal
     from flatprune.pruning.schedule import CubicSchedule
+    from flatprune.pruning.sharded import Recipe, ShardedTraining, prune_sharded
     from flatprune.pruning.targets import Target
     from flatprune.runs import resume, run
     from flatprune.settings import Settings
@@ -56,8 +57,10 @@ _HOMES = {
     "MomentumSAM": "flatprune.flatness.sam",
     "Normalization": "flatprune.data",
     "Pruner": "flatprune.pruning.pruner",
+    "Recipe": "flatprune.pruning.sharded",
     "Removal": "flatprune.pruning.removals",
     "Settings": "flatprune.settings",
+    "ShardedTraining": "flatprune.pruning.sharded",
     "Target": "flatprune.pruning.targets",
     "attach_disout": "flatprune.flatness.distortion",
     "find_coupling": "flatprune.coupling",
@@ -65,6 +68,7 @@ _HOMES = {
     "hessian_lambda_max": "flatprune.flatness.spectrum",
     "load": "flatprune.export",
     "optimum_shift": "flatprune.flatness.shifting",
+    "prune_sharded": "flatprune.pruning.sharded",
     "resume": "flatprune.runs",
     "run": "flatprune.runs",
     "take_tensors": "flatprune.export",
@@ -85,8 +89,10 @@ __all__ = [
     "MomentumSAM",
     "Normalization",
     "Pruner",
+    "Recipe",
     "Removal",
     "Settings",
+    "ShardedTraining",
     "Target",
     "attach_disout",
     "find_coupling",
@@ -94,6 +100,7 @@ __all__ = [
     "hessian_lambda_max",
     "load",
     "optimum_shift",
+    "prune_sharded",
     "resume",
     "run",
     "take_tensors",

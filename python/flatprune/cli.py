@@ -293,7 +293,10 @@ def study_command(
     from flatprune.study.plan import DAMAGED
     from flatprune.study.report import PAGE_FILE, open_study
     from flatprune.study.tables import differences, overview
+    from flatprune.training.ranks import is_follower
 
+    if is_follower():  # each run of a study is one process's, and the first of torchrun's makes them all
+        return
     if (file is None) == (report_only is None):
         raise InputError("study: expected a FILE.yaml, or --report-only DIR")
     console = progress.SteadyConsole()

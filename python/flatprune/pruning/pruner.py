@@ -204,6 +204,10 @@ class Pruner:
             "stopped": self.stopped,
         }
 
+    def forget_optimizers(self) -> None:
+        """Cut no optimizer any more, until one is seen to step: those there were go on with other tensors."""
+        self._states.optimizers = ()
+
     @property
     def group(self) -> Any:
         """The ranks that prune together (`kfac_ext.distributed.Group`), or None."""
