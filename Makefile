@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 GROUPS := --group dev $(if $(filter ON,$(KFAC_CUDA)),$(if $(shell command -v nvcc),,--group cuda))
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h')
 
-.PHONY: setup build demo test lint format bench bench-quick bench-report bench-peers hard zoo zoo-quick gpu-check gpu-bench cuda-report clean
+.PHONY: setup build demo test lint format bench bench-quick bench-report bench-peers hard sanitize sanitize-address sanitize-thread zoo zoo-quick gpu-check gpu-bench cuda-report clean
 
 setup: $(READY)
 
@@ -61,6 +61,14 @@ bench-peers: setup
 HARD ?=
 hard: setup
 	$(BIN)/python -m bench.hard $(HARD)
+
+# the kernels under AddressSanitizer and UndefinedBehaviorSanitizer, and under ThreadSanitizer, each in a build folder of its
+# own: programs of tests/native, then random and hostile calls; SANITIZE="--cases 5000" for more than a thousand
+SANITIZE ?=
+sanitize: sanitize-address sanitize-thread
+
+sanitize-address sanitize-thread: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m bench.hard.sanitize $(@:sanitize-%=%) $(SANITIZE)
 
 # networks that people train, in an environment of their own, two gigabytes large: what of each can be pruned, and is a cut
 # what masking is -> bench/results/zoo.json, docs/networks.md; hours, goes on where it was stopped; ZOO="--fresh" begins anew

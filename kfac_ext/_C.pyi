@@ -1,4 +1,4 @@
-"""The compiled module. Pointers are `Tensor.data_ptr()`; nothing is checked here."""
+"""The compiled module. Pointers are `Tensor.data_ptr()`; numbers are checked, not where pointers lead."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +17,7 @@ def covariance_cpu(
     out: int,
     threads: int,
 ) -> None: ...
+def plan_cache() -> tuple[int, int]: ...
 def covariance_work(shape: list[int]) -> tuple[list[float], list[float]]: ...
 
 covariance_weights: dict[str, tuple[list[float], list[float]]]

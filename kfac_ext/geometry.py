@@ -9,6 +9,11 @@ import torch
 
 Pair: TypeAlias = "int | Sequence[int]"
 
+_MOST_PIXELS = 2**39  # of an axis with its padding: what kernels count with fits 64 bits (csrc/include/kfac/checked.h)
+MOST_NUMBERS = 2**53
+"""Of an input, and of positions of all samples: as many as float64 counts."""
+_MOST_ENTRIES = 2**28 - 1, 2**40  # of a patch, and of those of all groups
+
 
 class ConvGeometry(NamedTuple):
     """A 2-D convolution over images of one size; every pair is (vertical, horizontal)."""
@@ -29,9 +34,14 @@ class ConvGeometry(NamedTuple):
 def pair(value: Pair, name: str) -> tuple[int, int]:
     """`value` as two ints; raises ValueError naming `name`."""
     items = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
-    if len(items) != 2 or not all(isinstance(item, int) for item in items):
+    if len(items) != 2 or not all(is_int(item) for item in items):
         raise ValueError(f"{name} is {value!r}, expected an int or two ints")
     return items  # type: ignore[return-value]
+
+
+def is_int(value: object) -> bool:
+    """Whether it is an int and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def conv_geometry(
@@ -49,8 +59,8 @@ def conv_geometry(
     for name, values in (("kernel_size", kernel), ("stride", step), ("dilation", spread)):
         if min(values) < 1:
             raise ValueError(f"{name} is {values}, expected values >= 1")
-    if not isinstance(groups, int) or groups < 1 or shape[1] % groups:
-        raise ValueError(f"groups is {groups}, expected a divisor of the {shape[1]} input channels")
+    if not is_int(groups) or groups < 1 or shape[1] % groups:
+        raise ValueError(f"groups is {groups!r}, expected a divisor of the {shape[1]} input channels")
     reach = tuple((k - 1) * d for k, d in zip(kernel, spread))
     if isinstance(padding, str):
         before, after = _named_padding(padding, reach, step)
@@ -58,14 +68,30 @@ def conv_geometry(
         before = after = pair(padding, "padding")
         if min(before) < 0:
             raise ValueError(f"padding is {before}, expected values >= 0")
+    if max(size + b + a for size, b, a in zip(shape[2:], before, after)) > _MOST_PIXELS:
+        raise ValueError(f"padding is {padding!r}, expected at most {_MOST_PIXELS} pixels in height and width")
     output = tuple((size + b + a - r - 1) // s + 1 for size, b, a, r, s in zip(shape[2:], before, after, reach, step))
     if min(output) < 1:
         raise ValueError(
             f"kernel_size {kernel} with dilation {spread} exceeds the padded input of {tuple(shape[2:])} pixels"
         )
+    _check_counts(shape, kernel, output, groups)
+    # a stride beyond the last pixel leaves one output, dilation means nothing to one kernel position: small numbers do
+    rooms = [size + b + a - r for size, b, a, r in zip(shape[2:], before, after, reach)]
+    step = (min(step[0], rooms[0]), min(step[1], rooms[1]))
+    spread = (spread[0] if kernel[0] > 1 else 1, spread[1] if kernel[1] > 1 else 1)
     return ConvGeometry(
         kernel, step, (before[1], after[1], before[0], after[0]), spread, (output[0], output[1]), groups
     )
+
+
+def _check_counts(shape: Sequence[int], kernel: tuple[int, int], output: Sequence[int], groups: int) -> None:
+    """Raise where a kernel could not count what the convolution has."""
+    rows, entries = shape[0] * output[0] * output[1], shape[1] * kernel[0] * kernel[1]
+    if rows > MOST_NUMBERS:
+        raise ValueError(f"padding, stride and dilation give {rows} output positions, expected at most 2**53")
+    if entries > _MOST_ENTRIES[1] or entries // groups > _MOST_ENTRIES[0]:
+        raise ValueError(f"kernel_size {kernel} gives a patch of {entries // groups} entries, expected less than 2**28")
 
 
 def padded_geometry(
@@ -77,6 +103,10 @@ def padded_geometry(
     groups: int = 1,
 ) -> ConvGeometry:
     """The geometry from lists as operators have them, padding as (left, right, top, bottom)."""
+    if len(padding) != 4 or min(padding) < 0:
+        raise ValueError(f"padding is {list(padding)}, expected four values >= 0: left, right, top, bottom")
+    if len(shape) != 4:
+        raise ValueError(f"input has {len(shape)} dimensions {tuple(shape)}, expected 4: [N, C, H, W]")
     left, right, top, bottom = padding
     padded = (*shape[:2], shape[2] + top + bottom, shape[3] + left + right)
     return conv_geometry(padded, kernel_size, stride, 0, dilation, groups)._replace(padding=(left, right, top, bottom))

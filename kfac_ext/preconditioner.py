@@ -63,7 +63,8 @@ class KFACPreconditioner:
         lr: the optimizer's learning rate, which `kl_clip` needs; `lambda step: optimizer.param_groups[0]["lr"]`
             follows a schedule.
         fisher_type, kfac_approx, loss, output, class_dim, batch_dim, layer_batch_dims, reduction, skip_layers,
-            max_factor_size, generator, process_group: as for `kfac_ext.Curvature`.
+            max_factor_size, generator, process_group, outlier_factor, outlier_window: as for `kfac_ext.Curvature`,
+            whose `left_out` counts the updates of factors that were left out.
         accumulation_steps: forwards and backwards that make one step, each of the mean loss divided by this number.
             On an update step they count equally in the factors.
         grad_scaler: the `torch.amp.GradScaler` of the loss. `step` may come before or after `unscale_`; where
@@ -100,6 +101,8 @@ class KFACPreconditioner:
         skip_layers: Iterable[str] = (),
         max_factor_size: int | None = None,
         generator: torch.Generator | None = None,
+        outlier_factor: float | None = None,
+        outlier_window: int = 20,
         accumulation_steps: int = 1,
         grad_scaler: GradScaler | None = None,
         process_group: Any = None,
@@ -127,6 +130,8 @@ class KFACPreconditioner:
             generator=generator,
             grad_scale=self._loss_scale,
             process_group=process_group,
+            outlier_factor=outlier_factor,
+            outlier_window=outlier_window,
         )
         self._stacks: list[InverseStack] = []
         self._inverted: frozenset[str] = frozenset()
@@ -320,6 +325,7 @@ class KFACPreconditioner:
         state |= {key: curvature[key] for key in ("generator", "reading")}
         if "layers" in curvature:
             state["updated"], state["kinds"] = curvature["started"], curvature["layers"]
+            state["guard"] = curvature["guard"]
             for name in self.curvature.layers:
                 state["layers"][name] = {kind: self.curvature.factors[f"{name}.{kind}"].clone() for kind in "AG"}
         for name, entry in self._inverse_state().items():
@@ -346,6 +352,7 @@ class KFACPreconditioner:
             curvature |= {
                 "layers": state["kinds"],
                 "started": state["updated"],
+                "guard": state["guard"],
                 "was_cut": True,  # eigenpairs are not part of this state
                 "factors": factors.state_dict(),
             }

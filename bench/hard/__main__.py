@@ -1,7 +1,8 @@
 """`python -m bench.hard [FAMILY ...]`: run the families, print one table, end with 1 where one is not sound.
 
 Each family is a module of this package with `SIZES`, the number of cases of each size, and
-`run(cases, seed, seconds) -> Tally`, which ends early when the seconds are over.
+`run(cases, seed, seconds) -> Tally`, which ends early when the seconds are over; cases that depend
+on nothing but seed and number begin at its `first`.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from bench.hard.tally import FAULTS, Tally
 
-FAMILIES: tuple[str, ...] = ("damage", "kills", "long_run")
+FAMILIES: tuple[str, ...] = ("valid", "hostile", "geometry", "memory", "damage", "kills", "long_run")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,13 +26,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", choices=("quick", "full"), default="quick", help="two minutes, or a night")
     parser.add_argument("--cases", type=int, help="number of cases of each family instead of the size's")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", type=int, help="the one case of this number, as examples name it")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="limit of each family")
     parser.add_argument("--json", type=Path, help="file for the counts and examples")
     asked = parser.parse_args(arguments)
     tallies = []
     for name in asked.families or FAMILIES:
         module = importlib.import_module(f"bench.hard.{name}")
-        tallies.append(module.run(asked.cases or module.SIZES[asked.size], asked.seed, asked.seconds))
+        if asked.only is None:
+            tallies.append(module.run(asked.cases or module.SIZES[asked.size], asked.seed, asked.seconds))
+        else:
+            tallies.append(module.run(1, asked.seed, asked.seconds, first=asked.only))
     show(tallies)
     if asked.json:
         asked.json.write_text(json.dumps([tally.as_dict() for tally in tallies], indent=1) + "\n")

@@ -10,6 +10,7 @@
 #include "conv_shape.h"
 #include "kfac/covariance_group.h"
 #include "register.h"
+#include "without_gil.h"
 #ifdef KFAC_WITH_CUDA
 #include "covariance.h"
 #include "cuda_call.h"
@@ -30,8 +31,9 @@ kfac::CovarianceGroup covariance_group(const std::vector<Problem>& specs) {
   std::vector<kfac::CovarianceProblem> problems;
   for (const auto& [dtype, strides, shape, reduce, algorithm, bias, precision] : specs) {
     problems.push_back({static_cast<kfac::DType>(dtype), strides[0], strides[1], strides[2], strides[3],
-                        conv_shape(shape), covariance_mode(reduce), static_cast<kfac::CovarianceAlgorithm>(algorithm),
-                        bias, static_cast<kfac::Precision>(precision)});
+                        kfac::checked_shape(conv_shape(shape)), covariance_mode(reduce),
+                        static_cast<kfac::CovarianceAlgorithm>(algorithm), bias,
+                        static_cast<kfac::Precision>(precision)});
   }
   return kfac::CovarianceGroup(problems);
 }
@@ -63,15 +65,21 @@ void register_covariance(py::module_& m) {
   m.def("covariance_cpu",
         [](uintptr_t image, int dtype, const std::array<int64_t, 4>& strides, const ConvShapeNumbers& shape,
            bool reduce, int algorithm, bool bias, double decay, double scale, uintptr_t out, int threads) {
-          const py::gil_scoped_release no_gil;
-          kfac::covariance_cpu(image_view(image, dtype, strides), conv_shape(shape), covariance_mode(reduce),
-                               static_cast<kfac::CovarianceAlgorithm>(algorithm), bias, decay, scale,
-                               reinterpret_cast<void*>(out), threads);
+          without_gil([&] {
+            kfac::covariance_cpu(image_view(image, dtype, strides), conv_shape(shape), covariance_mode(reduce),
+                                 static_cast<kfac::CovarianceAlgorithm>(algorithm), bias, decay, scale,
+                                 reinterpret_cast<void*>(out), threads);
+          });
         });
   // kinds of work of the two algorithms, and what each takes, by instruction set
   m.def("covariance_work", [](const ConvShapeNumbers& shape) {
-    const kfac::CovarianceWork work = kfac::covariance_work(conv_shape(shape));
+    const kfac::CovarianceWork work = kfac::covariance_work(kfac::checked_shape(conv_shape(shape)));
     return py::make_tuple(work.shift, work.patches);
+  });
+  // plans of the shift structure that are kept, and their bytes
+  m.def("plan_cache", [] {
+    const kfac::PlanCache cache = kfac::plan_cache();
+    return py::make_tuple(cache.plans, cache.bytes);
   });
   py::dict weights;
   weights["avx512"] = py::make_tuple(kfac::kWideWeights.shift, kfac::kWideWeights.patches);

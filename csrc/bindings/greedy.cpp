@@ -7,6 +7,7 @@
 
 #include "greedy_layers.h"
 #include "register.h"
+#include "without_gil.h"
 #ifdef KFAC_WITH_CUDA
 #include "cuda_call.h"
 #include "greedy.h"
@@ -51,10 +52,9 @@ std::vector<Result> greedy_remove_cpu(const std::vector<GreedyNumbers>& layers, 
                         -1});
   }
   for (size_t i = 0; i < problems.size(); ++i) problems[i].neurons = neurons[i].data();
-  {
-    const py::gil_scoped_release no_gil;
+  without_gil([&] {
     kfac::greedy_remove_cpu(problems.data(), int64_t(problems.size()), static_cast<kfac::DType>(dtype), threads);
-  }
+  });
   std::vector<Result> results;
   for (const kfac::GreedyProblem& p : problems) {
     results.emplace_back(p.pending_count, p.change, p.failed_column, p.failed_list, p.failed_neuron);

@@ -8,6 +8,7 @@
 
 #include "kfac/inverse_group.h"
 #include "register.h"
+#include "without_gil.h"
 #ifdef KFAC_WITH_CUDA
 #include "cuda_call.h"
 #include "inverse.h"
@@ -62,13 +63,11 @@ void register_inverse(py::module_& m) {
     std::vector<kfac::InverseProblem> list;
     for (size_t i = 0; i < problems.size(); ++i) {
       const auto& p = problems[i];
-      list.push_back({reinterpret_cast<const void*>(p[0]), p[1], p[2], damping[i], reinterpret_cast<const void*>(p[3]),
-                      reinterpret_cast<void*>(p[4]), 0});
+      list.push_back({reinterpret_cast<const void*>(p[0]), p[1], p[2], damping.at(i),
+                      reinterpret_cast<const void*>(p[3]), reinterpret_cast<void*>(p[4]), 0});
     }
-    {
-      const py::gil_scoped_release no_gil;
-      kfac::damped_inverse_cpu(list.data(), int64_t(list.size()), static_cast<kfac::DType>(dtype), threads);
-    }
+    without_gil(
+        [&] { kfac::damped_inverse_cpu(list.data(), int64_t(list.size()), static_cast<kfac::DType>(dtype), threads); });
     std::vector<int> infos;
     for (const kfac::InverseProblem& problem : list) infos.push_back(problem.info);
     return infos;

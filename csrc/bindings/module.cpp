@@ -1,7 +1,34 @@
-// The compiled module kfac_ext._C. Only kfac_ext/ops imports it: it trusts the pointers and sizes it is given.
-#include "kfac/parallel.h"
+// The compiled module kfac_ext._C. Only kfac_ext/ops imports it: it trusts the pointers that it is given, not the
+// numbers.
+#include <unistd.h>
+
 #include "kfac/simd.h"
+#ifdef __linux__
+#include <sys/syscall.h>
+#else
+#include <pthread.h>
+#endif
+
 #include "register.h"
+#include "without_gil.h"
+
+namespace {
+
+bool is_main_thread() {
+#ifdef __linux__
+  return syscall(SYS_gettid) == getpid();
+#else
+  return pthread_main_np() != 0;
+#endif
+}
+
+}  // namespace
+
+bool signal_has_raised() {
+  if (!is_main_thread()) return false;
+  const pybind11::gil_scoped_acquire gil;
+  return PyErr_CheckSignals() != 0;
+}
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of kfac_ext; call kfac_ext's functions instead.";

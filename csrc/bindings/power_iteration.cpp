@@ -11,6 +11,7 @@
 #include "kfac/power_iteration_covariance_group.h"
 #include "kfac/power_iteration_group.h"
 #include "register.h"
+#include "without_gil.h"
 #ifdef KFAC_WITH_CUDA
 #include "cuda_call.h"
 #include "power_iteration.h"
@@ -46,10 +47,10 @@ kfac::PowerGroup power_group(const std::vector<std::array<int64_t, 2>>& shapes, 
 
 kfac::CovariancePowerGroup covariance_power_group(int dtype, const std::array<int64_t, 4>& strides,
                                                   const ConvShapeNumbers& shape, bool bias, int64_t blocks) {
-  return kfac::CovariancePowerGroup(
-      {static_cast<kfac::DType>(dtype), strides[0], strides[1], strides[2], strides[3], conv_shape(shape),
-       kfac::CovarianceMode::kExpand, kfac::CovarianceAlgorithm::kPatches, bias, kfac::Precision::kFloat32},
-      blocks);
+  return kfac::CovariancePowerGroup({static_cast<kfac::DType>(dtype), strides[0], strides[1], strides[2], strides[3],
+                                     kfac::checked_shape(conv_shape(shape)), kfac::CovarianceMode::kExpand,
+                                     kfac::CovarianceAlgorithm::kPatches, bias, kfac::Precision::kFloat32},
+                                    blocks);
 }
 
 #ifdef KFAC_WITH_CUDA
@@ -104,31 +105,34 @@ void register_power_iteration(py::module_& m) {
   // list; results: eigenvalues and residuals [L] of `dtype`, iterations [L] int32
   m.def("power_iteration_cpu", [](const std::vector<int64_t>& problems, int dtype, double tol, int max_iter,
                                   int threads, const std::array<uintptr_t, 3>& results) {
-    const py::gil_scoped_release no_gil;
-    std::vector<kfac::EigenProblem> list;
-    for (auto p = problems.begin(); p != problems.end(); p += 4) {
-      list.push_back({reinterpret_cast<const void*>(p[0]), p[1], p[2], reinterpret_cast<void*>(p[3]), {}});
-    }
-    const auto type = static_cast<kfac::DType>(dtype);
-    kfac::power_iteration_cpu(list.data(), int64_t(list.size()), type, {tol, max_iter}, threads);
-    (type == kfac::DType::kFloat64 ? write_results<double> : write_results<float>)(list, results);
+    without_gil([&] {
+      std::vector<kfac::EigenProblem> list;
+      for (auto p = problems.begin(); problems.end() - p >= 4; p += 4) {
+        list.push_back({reinterpret_cast<const void*>(p[0]), p[1], p[2], reinterpret_cast<void*>(p[3]), {}});
+      }
+      const auto type = static_cast<kfac::DType>(dtype);
+      kfac::power_iteration_cpu(list.data(), int64_t(list.size()), type, {tol, max_iter}, threads);
+      (type == kfac::DType::kFloat64 ? write_results<double> : write_results<float>)(list, results);
+    });
   });
   // rows: number, columns, row stride, column stride
   m.def("row_covariance_power_iteration_cpu", [](uintptr_t x, int dtype, const std::array<int64_t, 4>& rows, bool bias,
                                                  uintptr_t vector, double tol, int max_iter, int threads) {
-    const py::gil_scoped_release no_gil;
-    return result_of(kfac::row_covariance_power_iteration_cpu(
-        reinterpret_cast<const void*>(x), static_cast<kfac::DType>(dtype), rows[0], rows[1], rows[2], rows[3], bias,
-        reinterpret_cast<void*>(vector), {tol, max_iter}, threads));
+    return without_gil([&] {
+      return result_of(kfac::row_covariance_power_iteration_cpu(
+          reinterpret_cast<const void*>(x), static_cast<kfac::DType>(dtype), rows[0], rows[1], rows[2], rows[3], bias,
+          reinterpret_cast<void*>(vector), {tol, max_iter}, threads));
+    });
   });
   // shape as for covariance_cpu
   m.def("patch_covariance_power_iteration_cpu", [](uintptr_t image, int dtype, const std::array<int64_t, 4>& strides,
                                                    const ConvShapeNumbers& shape, bool bias, uintptr_t vector,
                                                    double tol, int max_iter, int threads) {
-    const py::gil_scoped_release no_gil;
-    return result_of(kfac::patch_covariance_power_iteration_cpu(image_view(image, dtype, strides), conv_shape(shape),
-                                                                bias, reinterpret_cast<void*>(vector), {tol, max_iter},
-                                                                threads));
+    return without_gil([&] {
+      return result_of(kfac::patch_covariance_power_iteration_cpu(image_view(image, dtype, strides), conv_shape(shape),
+                                                                  bias, reinterpret_cast<void*>(vector),
+                                                                  {tol, max_iter}, threads));
+    });
   });
   py::class_<kfac::PowerGroup>(m, "PowerGroup")
       .def(py::init(&power_group))

@@ -8,6 +8,7 @@
 
 #include "kfac/saliency_group.h"
 #include "register.h"
+#include "without_gil.h"
 #ifdef KFAC_WITH_CUDA
 #include "cuda_call.h"
 #include "saliency.h"
@@ -59,11 +60,10 @@ void register_saliency(py::module_& m) {
       list.push_back({input(p[0]), p[1], p[2], p[3], input(p[4]), p[5], input(p[6]), p[7], p[8],
                       reinterpret_cast<void*>(p[9]), -1});
     }
-    {
-      const py::gil_scoped_release no_gil;
+    without_gil([&] {
       kfac::saliency_cpu(list.data(), int64_t(list.size()), obs ? kfac::Saliency::kObs : kfac::Saliency::kObd,
                          static_cast<kfac::DType>(dtype), threads);
-    }
+    });
     std::vector<int64_t> failed;
     for (const kfac::SaliencyProblem& problem : list) failed.push_back(problem.failed);
     return failed;
@@ -75,10 +75,8 @@ void register_saliency(py::module_& m) {
       list.push_back({input(p[0]), p[1], p[2], input(p[3]), p[4], static_cast<const int64_t*>(input(p[5])), p[6],
                       static_cast<const int64_t*>(input(p[7])), p[8], reinterpret_cast<void*>(p[9]), 0});
     }
-    {
-      const py::gil_scoped_release no_gil;
-      kfac::compensate_cpu(list.data(), int64_t(list.size()), static_cast<kfac::DType>(dtype), threads);
-    }
+    without_gil(
+        [&] { kfac::compensate_cpu(list.data(), int64_t(list.size()), static_cast<kfac::DType>(dtype), threads); });
     std::vector<int64_t> infos;
     for (const kfac::CompensationProblem& problem : list) infos.push_back(problem.info);
     return infos;

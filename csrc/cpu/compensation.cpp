@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "cost_order.h"
+#include "kfac/checked.h"
 #include "kfac/parallel.h"
 #include "kfac/saliency.h"
 #include "tiled_sweep.h"
@@ -26,10 +27,10 @@ class Compensation {
         sweep_(pruned_panels_, output_panels_) {}
 
   void run(int threads) {
+    U_.resize(elements<T>(Checked(output_panels_) * panel_size()));
     parallel_for(pruned_panels_ + output_panels_, threads, [&](int64_t i) { fill_row(i); });
     p_.info = sweep_.run(threads);
     if (p_.info) return;
-    U_.resize(output_panels_ * panel_size());
     parallel_for(output_panels_, threads, [&](int64_t i) { transpose_row(i); });
     parallel_for(divide_up(p_.remaining, kPanel), threads, [&](int64_t k) { write_columns(k); });
   }
@@ -99,6 +100,13 @@ class Compensation {
 }  // namespace
 
 void compensate_cpu(CompensationProblem* problems, int64_t count, DType dtype, int threads) {
+  for (int64_t i = 0; i < count; ++i) {
+    const CompensationProblem& p = problems[i];
+    check_range("columns that go", p.removed, 0, kMaxRows);
+    check_range("columns that stay", p.remaining, 0, kMaxRows);
+    check_matrix("a weight", p.outputs, p.removed + p.remaining, p.weight_stride);
+    check_matrix("H", p.removed + p.remaining, p.removed + p.remaining, p.inverse_stride);
+  }
   const CostOrder order(count, [&](int64_t i) { return cost(problems[i]); });
   order.run(kSharedCost, threads, [&](int64_t i, int own) {
     dtype == DType::kFloat64 ? Compensation<double>(problems[i]).run(own) : Compensation<float>(problems[i]).run(own);

@@ -3,7 +3,6 @@
 #include <cstring>
 #include <utility>
 
-#include "buffer.h"
 #include "kfac/parallel.h"
 #include "panel_source.h"
 #include "rows_covariance.h"
@@ -22,15 +21,13 @@ class SumLayout {
  public:
   SumLayout(const ShiftPlan& plan, int64_t groups, int64_t panels_per_group, int64_t panels, bool depthwise, bool bias)
       : panels_per_group_(panels_per_group) {
+    const auto take = [&](Checked more) { return std::exchange(size_, (more + size_).value()); };
+    const Checked lanes = Checked(panels) * kPanel;
+    for (const Region& region : plan.regions) columns_.push_back(take(bias && region.symmetric() ? lanes : 0));
     for (const Region& region : plan.regions) {
-      columns_.push_back(size_);
-      if (bias && region.symmetric()) size_ += panels * kPanel;
-    }
-    for (const Region& region : plan.regions) {
-      tiles_.push_back(size_);
       const int64_t p = panels_per_group;
       stride_.push_back(depthwise ? kPanel : (region.symmetric() ? p * (p + 1) / 2 : p * p) * kTile);
-      size_ += depthwise ? panels * kPanel : groups * stride_.back();
+      tiles_.push_back(take(depthwise ? lanes : Checked(groups) * stride_.back()));
     }
   }
 
@@ -53,7 +50,8 @@ class Covariance {
   Covariance(const PanelSource<T>& source, bool bias, int threads)
       : source_(source),
         shape_(source.packed()),
-        plan_(shift_plan(shape_)),
+        kept_plan_(shift_plan(shape_)),
+        plan_(*kept_plan_),
         layout_(plan_, shape_.groups, source.panels_per_group(), source.panels(), source.depthwise(), bias),
         bias_(bias),
         threads_(threads) {}
@@ -61,10 +59,10 @@ class Covariance {
   void run(double decay, double scale, T* out) {
     const int64_t shares = std::min<int64_t>(threads_, shape_.samples);
     if (shares > 1 && layout_.size() * int64_t(sizeof(T)) > kPrivateBytes) {
-      sums_.assign(layout_.size(), T(0));
+      sums_.assign(elements<T>(layout_.size()), T(0));
       sum_together();
     } else {
-      sums_.assign(shares * layout_.size(), T(0));
+      sums_.assign(elements<T>(Checked(shares) * layout_.size()), T(0));
       parallel_for(shares, threads_, [&](int64_t share) { sum_share(share, shares); });
       add_shares(shares);
     }
@@ -72,7 +70,7 @@ class Covariance {
   }
 
  private:
-  int64_t sample_bytes() const { return source_.panels() * source_.order().pixels() * kPanel * int64_t(sizeof(T)); }
+  int64_t sample_bytes() const { return int64_t(source_.packed_size(1) * sizeof(T)); }
   int64_t chunk(int64_t bytes, int64_t samples) const {
     return std::min(samples, std::max<int64_t>(1, bytes / sample_bytes()));
   }
@@ -85,23 +83,32 @@ class Covariance {
     const int64_t end = (share + 1) * shape_.samples / shares;
     int64_t first = share * shape_.samples / shares;
     const int64_t step = chunk(kShareBytes, end - first);
-    Buffer<T> packed(step * sample_bytes() / sizeof(T));
+    Buffer<T> packed(source_.packed_size(step)), scratch(source_.scratch_size());
     T* sums = sums_.data() + share * layout_.size();
     for (; first < end; first += step) {
       const int64_t samples = std::min(step, end - first);
-      for (int64_t p = 0; p < source_.panels(); ++p) source_.pack(first, samples, p, panel(packed.data(), p, samples));
-      for (int64_t task = 0; task < tasks(); ++task) sum_task(task, packed.data(), samples, sums);
+      for (int64_t p = 0; p < source_.panels(); ++p) {
+        check_interrupt();
+        source_.pack(first, samples, p, panel(packed.data(), p, samples), scratch.data());
+      }
+      for (int64_t task = 0; task < tasks(); ++task) {
+        check_interrupt();
+        sum_task(task, packed.data(), samples, sums);
+      }
     }
   }
 
   // All threads pack the same samples, then each sums other tiles.
   void sum_together() {
     const int64_t step = chunk(kSharedBytes, shape_.samples);
-    Buffer<T> packed(step * sample_bytes() / sizeof(T));
+    const int workers = int(std::min<int64_t>(threads_, source_.panels()));
+    const size_t own = source_.scratch_size();
+    Buffer<T> packed(source_.packed_size(step)), scratch(elements<T>(Checked(int64_t(own)) * workers));
     for (int64_t first = 0; first < shape_.samples; first += step) {
       const int64_t samples = std::min(step, shape_.samples - first);
-      parallel_for(source_.panels(), threads_,
-                   [&](int64_t p) { source_.pack(first, samples, p, panel(packed.data(), p, samples)); });
+      parallel_for(source_.panels(), workers, [&](int64_t p, int worker) {
+        source_.pack(first, samples, p, panel(packed.data(), p, samples), scratch.data() + worker * own);
+      });
       parallel_for(tasks(), threads_, [&](int64_t task) { sum_task(task, packed.data(), samples, sums_.data()); });
     }
   }
@@ -144,6 +151,18 @@ class Covariance {
 
   // ---- from regions to the patch covariance ----
 
+  // What a thread needs to expand a panel.
+  struct ExpandMemory {
+    ExpandMemory(const ShiftPlan& plan, const ConvShape& shape)
+        : scratch(elements<T>(Checked(int64_t(2 * plan.regions.size())) * kTile)),
+          lines(elements<T>(Checked(shape.taps()) * kPanel)),
+          tiles(2 * plan.regions.size()),
+          terms(plan.first_term.back()) {}
+
+    Buffer<T> scratch, lines;
+    std::vector<const T*> tiles, terms;
+  };
+
   void expand(T decay, T scale, T* out) const {
     const int64_t d = shape_.patch_size() + (bias_ ? 1 : 0);
     if (source_.depthwise()) {
@@ -151,8 +170,11 @@ class Covariance {
       if (!bias_) return;
     } else {
       const int64_t per_group = source_.panels_per_group();
-      parallel_for(source_.panels(), threads_, [&](int64_t p) {
-        expand_panel(p / per_group, p % per_group, decay, scale, out + p / per_group * d * d, d);
+      std::vector<ExpandMemory> memory;
+      memory.reserve(threads_);
+      while (int64_t(memory.size()) < std::min<int64_t>(threads_, source_.panels())) memory.emplace_back(plan_, shape_);
+      parallel_for(source_.panels(), int(memory.size()), [&](int64_t p, int worker) {
+        expand_panel(p / per_group, p % per_group, decay, scale, out + p / per_group * d * d, d, memory[worker]);
       });
     }
     if (bias_) {
@@ -166,11 +188,10 @@ class Covariance {
   static T blend(T old, T value, T decay, T scale) { return decay == 0 ? scale * value : decay * old + scale * value; }
 
   // Rows (c, p) of the channels c of panel i, all columns (c', q).
-  void expand_panel(int64_t group, int64_t i, T decay, T scale, T* out, int64_t d) const {
+  void expand_panel(int64_t group, int64_t i, T decay, T scale, T* out, int64_t d, ExpandMemory& memory) const {
     const PanelKernels<T>& kernels = panel_kernels<T>();
     const int64_t taps = shape_.taps(), rows = channels_in(i);
-    Buffer<T> scratch(2 * plan_.regions.size() * kTile), lines(taps * kPanel);
-    std::vector<const T*> tiles(2 * plan_.regions.size()), terms(plan_.first_term.back());
+    auto& [scratch, lines, tiles, terms] = memory;
     for (int64_t j = 0; j < source_.panels_per_group(); ++j) {
       orient_tiles(group, i, j, scratch.data(), tiles.data());
       T* target = out + (i * d + j) * kPanel * taps;
@@ -232,7 +253,7 @@ class Covariance {
           sum += sums_[layout_.columns(plan_.terms[t].region, 0) + lane];
         }
         const int64_t row = c * taps + p;
-        out[row * d + d - 1] = out[(d - 1) * d + row] = blend(out[row * d + d - 1], sum, decay, scale);
+        for (T* entry : {out + row * d + d - 1, out + (d - 1) * d + row}) *entry = blend(*entry, sum, decay, scale);
       }
     }
     const T count = T(shape_.samples * shape_.out_h * shape_.out_w);
@@ -241,6 +262,7 @@ class Covariance {
 
   const PanelSource<T>& source_;
   const ConvShape& shape_;
+  const std::shared_ptr<const ShiftPlan> kept_plan_;
   const ShiftPlan& plan_;
   const SumLayout layout_;
   const bool bias_;
@@ -248,21 +270,51 @@ class Covariance {
   std::vector<T> sums_;
 };
 
+// Multiply-adds from which on a blend is computed beside `out`, so that an interrupt leaves that as it was.
+constexpr double kLongWork = 2e10;
+
+double work(const ConvShape& shape) {
+  const double d = double(shape.patch_size());
+  return double(shape.samples) * double(shape.out_h * shape.out_w) * double(shape.groups) * d * d;
+}
+
 template <class T>
 void covariance(const ImageView& image, const ConvShape& shape, CovarianceMode mode, CovarianceAlgorithm algorithm,
                 bool bias, double decay, double scale, void* out, int threads) {
   const auto source = panel_source<T>(image, shape, mode, algorithm, threads);
-  if (takes_rows(*source, threads)) return rows_covariance(*source, bias, decay, scale, static_cast<T*>(out), threads);
-  Covariance<T>(*source, bias, threads).run(decay, scale, static_cast<T*>(out));
+  const auto run = [&](double past, T* target) {
+    if (takes_rows(*source, threads)) return rows_covariance(*source, bias, past, scale, target, threads);
+    Covariance<T>(*source, bias, threads).run(past, scale, target);
+  };
+  T* const target = static_cast<T*>(out);
+  if (decay == 0) return run(0, target);
+  if (work(shape) < kLongWork) {
+    const Uninterrupted whole;
+    return run(decay, target);
+  }
+  const int64_t d = shape.patch_size() + (bias ? 1 : 0);
+  Buffer<T> fresh(elements<T>(Checked(shape.groups) * d * d));
+  run(0, fresh.data());
+  for (size_t i = 0; i < fresh.size(); ++i) target[i] = T(decay) * target[i] + fresh[i];
+}
+
+// Bytes from the first number of an image to beyond its last.
+int64_t extent(const ImageView& image, const ConvShape& s) {
+  const Checked last = Checked(s.samples - 1) * image.stride_n + Checked(s.channels - 1) * image.stride_c +
+                       Checked(s.height - 1) * image.stride_h + Checked(s.width - 1) * image.stride_w;
+  return ((last + 1) * element_size(image.dtype)).value();
 }
 
 }  // namespace
 
 void covariance_cpu(const ImageView& image, const ConvShape& shape, CovarianceMode mode, CovarianceAlgorithm algorithm,
                     bool bias, double decay, double scale, void* out, int threads) {
-  if (algorithm == CovarianceAlgorithm::kAuto) algorithm = covariance_algorithm(shape);
+  const ConvShape s = checked_shape(shape);
+  const int64_t d = s.patch_size() + (bias ? 1 : 0), size = element_size(image.dtype) == 8 ? 8 : 4;
+  check_apart("out and the input", out, (Checked(s.groups) * d * d * size).value(), image.data, extent(image, s));
+  if (algorithm == CovarianceAlgorithm::kAuto) algorithm = covariance_algorithm(s);
   const auto run = image.dtype == DType::kFloat64 ? covariance<double> : covariance<float>;
-  run(image, shape, mode, algorithm, bias, decay, scale, out, threads);
+  run(image, s, mode, algorithm, bias, decay, scale, out, threads);
 }
 
 }  // namespace kfac

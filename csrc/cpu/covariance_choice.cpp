@@ -31,17 +31,17 @@ double cost(const std::array<double, N>& work, const std::array<double, N>& weig
 }  // namespace
 
 CovarianceWork covariance_work(const ConvShape& shape) {
-  const ShiftPlan& plan = shift_plan(shape);
+  const std::shared_ptr<const ShiftPlan> plan = shift_plan(shape);
   const int64_t channels = shape.group_channels(), panels = divide_up(channels, int64_t(kPanel));
   const int64_t patch_panels = divide_up(shape.patch_size(), int64_t(kPanel));
   double products = 0;
-  for (const Region& r : plan.regions) products += double(r.ny * r.nx) * tile_rows(channels, r.symmetric());
+  for (const Region& r : plan->regions) products += double(r.ny * r.nx) * tile_rows(channels, r.symmetric());
   const double samples = double(shape.samples);
   const double seen = positions_seen(shape.out_h, shape.stride_h, shape.kernel_h, shape.dilation_h) *
                       positions_seen(shape.out_w, shape.stride_w, shape.kernel_w, shape.dilation_w);
   return {{samples * products, samples * double(shape.height * shape.width * panels * kPanel),
-           double(panels * panels) * double(plan.regions.size()),
-           double(channels * panels) * (double(plan.terms.size()) + double(shape.taps() * shape.taps()))},
+           double(panels * panels) * double(plan->regions.size()),
+           double(channels * panels) * (double(plan->terms.size()) + double(shape.taps() * shape.taps()))},
           {samples * double(shape.out_h * shape.out_w) * tile_rows(shape.patch_size(), true),
            samples * seen * double(channels), double(patch_panels * (patch_panels + 1) / 2)}};
 }
@@ -58,7 +58,9 @@ CovarianceCosts covariance_costs(const ConvShape& shape) {
 
 CovarianceAlgorithm covariance_algorithm(const ConvShape& shape) {
   const bool depthwise = shape.groups > 1 && shape.group_channels() == 1;
-  if (shape.taps() == 1 || depthwise) return CovarianceAlgorithm::kShift;
+  if (shape.taps() == 1) return CovarianceAlgorithm::kShift;
+  if (!has_small_plan(shape)) return CovarianceAlgorithm::kPatches;
+  if (depthwise) return CovarianceAlgorithm::kShift;
   const CovarianceCosts costs = covariance_costs(shape);
   return costs.shift <= costs.patches ? CovarianceAlgorithm::kShift : CovarianceAlgorithm::kPatches;
 }

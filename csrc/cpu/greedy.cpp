@@ -4,9 +4,12 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "buffer.h"
+#include "kfac/checked.h"
 #include "kfac/parallel.h"
 #include "kfac/simd_greedy.h"
 #include "kfac/simd_linalg.h"
@@ -315,12 +318,40 @@ class Removal {
   Buffer<double> pivot_inverse_;  // T^-1
 };
 
+// `index` [count] are columns that have not been taken; takes them.
+void take_columns(const char* name, const int64_t* index, int64_t count, std::vector<char>& taken) {
+  for (int64_t i = 0; i < count; ++i) {
+    check_range(name, index[i], 0, int64_t(taken.size()) - 1);
+    if (taken[index[i]]++) throw std::invalid_argument(std::string(name) + " has a column twice");
+  }
+}
+
+void check(const GreedyProblem& p) {
+  check_matrix("weights", p.outputs, p.columns, p.weight_stride);
+  check_matrix("inverses", p.columns, p.columns, p.inverse_stride);
+  check_matrix("Gs", p.outputs, p.outputs, p.G_stride);
+  check_range("counts, of columns that went,", p.removed_count, 0, p.columns);
+  check_range("counts, of columns that are pending,", p.pending_count, 0,
+              std::min(p.removed_count, p.pending_capacity));
+  check_range("lost", p.lost_count, 0, p.columns - p.removed_count);
+  std::vector<char> taken(p.columns, 0);
+  take_columns("removed", p.removed, p.removed_count, taken);
+  take_columns("lost", p.lost, p.lost_count, taken);
+  for (const GreedyNeurons* list = p.neurons; list != p.neurons + p.lists; ++list) {
+    check_range("neurons of columns", list->count, 1, p.columns);
+    check_range("block of columns", list->block, 1, p.columns);
+    for (int64_t i = 0; i < list->count * list->block; ++i) check_range("columns", list->columns[i], 0, p.columns - 1);
+  }
+}
+
 template <class T>
 void greedy_remove(GreedyProblem* problems, int64_t count, int threads) {
+  std::for_each(problems, problems + count, check);
   std::vector<Removal<T>> removals;
   for (int64_t i = 0; i < count; ++i) removals.emplace_back(problems[i]);
   for (Removal<T>& removal : removals) removal.prepare(threads);
   if (std::any_of(problems, problems + count, [](const GreedyProblem& p) { return p.failed_column >= 0; })) return;
+  const Uninterrupted whole;
   for (Removal<T>& removal : removals) removal.apply(threads);
 }
 

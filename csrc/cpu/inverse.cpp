@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "cost_order.h"
+#include "kfac/checked.h"
 #include "kfac/parallel.h"
 #include "tiled_sweep.h"
 
@@ -87,6 +88,7 @@ void damped_inverse(InverseProblem* problems, int64_t count, int threads) {
 }  // namespace
 
 void damped_inverse_cpu(InverseProblem* problems, int64_t count, DType dtype, int threads) {
+  for (int64_t i = 0; i < count; ++i) check_matrix("a matrix", problems[i].n, problems[i].n, problems[i].stride);
   const auto run = dtype == DType::kFloat64 ? damped_inverse<double> : damped_inverse<float>;
   run(problems, count, threads);
 }

@@ -2,7 +2,6 @@
 
 #include <cstring>
 
-#include "buffer.h"
 #include "kfac/parallel.h"
 
 namespace kfac {
@@ -17,7 +16,13 @@ class ImageSource final : public PanelSource<T> {
  public:
   ImageSource(const ImageView& image, const ConvShape& shape) : PanelSource<T>(image, shape, shape) {}
 
-  void pack(int64_t first, int64_t samples, int64_t panel, T* target) const override {
+  // A row of the image, where a stride takes it apart.
+  size_t scratch_size() const override {
+    const ConvShape& s = this->shape_;
+    return s.stride_h == 1 && s.stride_w == 1 ? 0 : elements<T>(Checked(s.width) * kPanel);
+  }
+
+  void pack(int64_t first, int64_t samples, int64_t panel, T* target, T* scratch) const override {
     const auto [channel, channels] = this->channels_of(panel);
     const ConvShape& s = this->shape_;
     const ImageView& v = this->image_;
@@ -43,17 +48,16 @@ class ImageSource final : public PanelSource<T> {
       return;
     }
     const PixelOrder& order = this->order();
-    std::vector<T> row(s.width * kPanel);
     for (int64_t n = 0; n < samples; ++n) {
       for (int64_t y = 0; y < s.height; ++y) {
         if (!order.has_row(y)) continue;
         point(first + n, y);
-        interleave(sources, v.dtype, s.width, v.stride_w, row.data(), kPanel);
+        interleave(sources, v.dtype, s.width, v.stride_w, scratch, kPanel);
         for (int64_t rest = 0; rest < std::min(s.stride_w, s.width); ++rest) {
           if (!order.has_column(rest)) continue;
           T* pixel = target + (order.place(y, rest) * samples + n) * kPanel;
           for (int64_t x = rest; x < s.width; x += s.stride_w, pixel += samples * kPanel) {
-            std::memcpy(pixel, row.data() + x * kPanel, kPanel * sizeof(T));
+            std::memcpy(pixel, scratch + x * kPanel, kPanel * sizeof(T));
           }
         }
       }
@@ -81,19 +85,26 @@ class PatchSource final : public PanelSource<T> {
         phase_(((shape.out_w - 1) * shape.stride_w + (shape.kernel_w - 1) * shape.dilation_w) / shape.stride_w + 1),
         line_(phase_ * shape.stride_w) {}
 
-  void pack(int64_t first, int64_t samples, int64_t panel, T* target) const override {
+  // Planes of the channels that a panel can have patches of, and a row of the image.
+  size_t scratch_size() const override {
+    const ConvShape& s = this->shape_;
+    const int64_t channels = std::min<int64_t>(s.channels, (kPanel - 2) / s.taps() + 2);
+    return elements<T>(Checked(rows_) * line_ * channels + s.width);
+  }
+
+  void pack(int64_t first, int64_t samples, int64_t panel, T* target, T* scratch) const override {
     const auto [entry, entries] = this->channels_of(panel);
     const ConvShape& s = this->shape_;
     const int64_t taps = s.taps(), channel = entry / taps, channels = (entry + entries - 1) / taps - channel + 1;
     const int64_t plane = rows_ * line_;
-    std::vector<T> planes(channels * plane);
+    T* const row = scratch + channels * plane;
     const T* taps_at[kPanel];  // in output row 0
     for (int64_t i = 0; i < entries; ++i) {
-      taps_at[i] = planes.data() + ((entry + i) / taps - channel) * plane + tap_start((entry + i) % taps);
+      taps_at[i] = scratch + ((entry + i) / taps - channel) * plane + tap_start((entry + i) % taps);
     }
     const void* sources[kPanel] = {};
     for (int64_t n = 0; n < samples; ++n) {
-      for (int64_t c = 0; c < channels; ++c) pad(first + n, channel + c, planes.data() + c * plane);
+      for (int64_t c = 0; c < channels; ++c) pad(first + n, channel + c, scratch + c * plane, row);
       for (int64_t y = 0; y < s.out_h; ++y) {
         for (int64_t i = 0; i < entries; ++i) sources[i] = taps_at[i] + y * s.stride_h * line_;
         panel_kernels<T>().interleave(sources, kType<T>, s.out_w, 1, target + (y * s.out_w * samples + n) * kPanel,
@@ -105,15 +116,13 @@ class PatchSource final : public PanelSource<T> {
  private:
   // plane [rows_][stride_w][phase_] <- all that the kernel meets of one channel of one sample; columns with the same
   // rest by the stride are neighbours
-  void pad(int64_t n, int64_t channel, T* plane) const {
+  void pad(int64_t n, int64_t channel, T* plane, T* row) const {
     const ConvShape& s = this->shape_;
     const int64_t step = s.stride_w, width = std::max<int64_t>(0, std::min(s.width, line_ - s.pad_left));
     std::fill_n(plane, rows_ * line_, T(0));
-    Buffer<T> row(width);
     for (int64_t y = 0; y < std::min(s.height, rows_ - s.pad_top); ++y) {
       T* line = plane + (y + s.pad_top) * line_;
-      panel_kernels<T>().convert(this->pixel(n, channel, y, 0), this->image_.dtype, width, this->image_.stride_w,
-                                 row.data());
+      panel_kernels<T>().convert(this->pixel(n, channel, y, 0), this->image_.dtype, width, this->image_.stride_w, row);
       for (int64_t first = 0; first < std::min(step, width); ++first) {
         T* target = line + place(first + s.pad_left);
         for (int64_t x = first; x < width; x += step) *target++ = row[x];
@@ -142,12 +151,20 @@ class MeanPatchSource final : public PanelSource<T> {
   MeanPatchSource(const ImageView& image, const ConvShape& shape, int threads)
       : PanelSource<T>(image, shape, patches_as_channels(shape, 1, 1)),
         row_(shape.groups * shape.patch_size()),
-        means_(shape.samples * row_) {
+        means_(elements<T>(Checked(shape.samples) * row_)) {
     const ImageSource<T> pixels(image, shape);
-    parallel_for(shape.samples, threads, [&](int64_t n) { average(pixels, n, means_.data() + n * row_); });
+    const Windows windows(shape);
+    const size_t packed = elements<T>(pixels.panel_size(1)), scratch = pixels.scratch_size();
+    const size_t sums = elements<T>(Checked(int64_t(windows.regions.size())) * kPanel);
+    const int workers = int(std::min<int64_t>(threads, shape.samples));
+    Buffer<T> memory(elements<T>((Checked(int64_t(packed)) + int64_t(scratch) + int64_t(sums)) * workers));
+    parallel_for(shape.samples, workers, [&](int64_t n, int worker) {
+      T* const own = memory.data() + worker * (packed + scratch + sums);
+      average(pixels, windows, n, own, own + packed, own + packed + scratch, means_.data() + n * row_);
+    });
   }
 
-  void pack(int64_t first, int64_t samples, int64_t panel, T* target) const override {
+  void pack(int64_t first, int64_t samples, int64_t panel, T* target, T*) const override {
     const auto [entry, entries] = this->channels_of(panel);
     const void* sources[kPanel] = {};
     for (int64_t i = 0; i < entries; ++i) sources[i] = means_.data() + first * row_ + entry + i;
@@ -155,29 +172,54 @@ class MeanPatchSource final : public PanelSource<T> {
   }
 
  private:
-  // means [row_] of sample n. The pixels that a tap meets are those of the regions that its block with itself sums.
-  void average(const ImageSource<T>& pixels, int64_t n, T* means) const {
-    const ConvShape& s = this->shape_;
-    const ShiftPlan& plan = shift_plan(s);
+  // Regions of pixels whose sums make up what each kernel position meets: those that its block with itself sums in the
+  // plan, or if that is too large each position's own.
+  struct Windows {
+    explicit Windows(const ConvShape& shape) {
+      const int64_t taps = shape.taps();
+      if (!has_small_plan(shape)) {
+        regions = tap_windows(shape);
+        for (int64_t tap = 0; tap <= taps; ++tap) first.push_back(tap);
+        for (int64_t tap = 0; tap < taps; ++tap) numbers.push_back(tap);
+        return;
+      }
+      const std::shared_ptr<const ShiftPlan> plan = shift_plan(shape);
+      regions = plan->regions;
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        first.push_back(int64_t(numbers.size()));
+        const int64_t block = tap * taps + tap;
+        for (int64_t t = plan->first_term[block]; t < plan->first_term[block + 1]; ++t) {
+          numbers.push_back(plan->terms[t].region);
+        }
+      }
+      first.push_back(int64_t(numbers.size()));
+    }
+
+    std::vector<Region> regions;
+    std::vector<int64_t> numbers, first;  // position `tap` meets regions numbers[first[tap]] up to first[tap + 1]
+  };
+
+  // means [row_] of sample n
+  void average(const ImageSource<T>& pixels, const Windows& windows, int64_t n, T* packed, T* scratch, T* sums,
+               T* means) const {
     const PixelOrder& order = pixels.order();
-    const int64_t taps = s.taps();
-    const T positions = T(s.out_h * s.out_w);
-    Buffer<T> packed(order.pixels() * kPanel), sums(plan.regions.size() * kPanel);
+    const int64_t taps = this->shape_.taps();
+    const T positions = T(this->shape_.out_h * this->shape_.out_w);
     for (int64_t panel = 0; panel < pixels.panels(); ++panel) {
+      check_interrupt();
       const auto [channel, channels] = pixels.channels_of(panel);
-      pixels.pack(n, 1, panel, packed.data());
-      std::fill(sums.begin(), sums.end(), T(0));
-      for (size_t r = 0; r < plan.regions.size(); ++r) {
-        const Region& region = plan.regions[r];
-        if (!region.symmetric()) continue;
-        panel_kernels<T>().column_sums(order.runs(region, 1), packed.data() + order.start(region, 1),
-                                       sums.data() + r * kPanel);
+      pixels.pack(n, 1, panel, packed, scratch);
+      std::fill_n(sums, windows.regions.size() * kPanel, T(0));
+      for (size_t r = 0; r < windows.regions.size(); ++r) {
+        const Region& region = windows.regions[r];
+        if (!region.symmetric() || region.ny * region.nx == 0) continue;
+        panel_kernels<T>().column_sums(order.runs(region, 1), packed + order.start(region, 1), sums + r * kPanel);
       }
       for (int64_t tap = 0; tap < taps; ++tap) {
         for (int64_t c = 0; c < channels; ++c) {
           T sum = 0;
-          for (int64_t t = plan.first_term[tap * taps + tap]; t < plan.first_term[tap * taps + tap + 1]; ++t) {
-            sum += sums[plan.terms[t].region * kPanel + c];
+          for (int64_t k = windows.first[tap]; k < windows.first[tap + 1]; ++k) {
+            sum += sums[windows.numbers[k] * kPanel + c];
           }
           means[(channel + c) * taps + tap] = sum / positions;
         }

@@ -7,6 +7,8 @@
 #include <utility>
 #include <vector>
 
+#include "buffer.h"
+#include "kfac/checked.h"
 #include "kfac/covariance.h"
 #include "kfac/simd.h"
 
@@ -25,7 +27,9 @@ class PixelOrder {
       : vertical_(shape.height, shape.kernel_h, shape.stride_h, shape.pad_top, shape.dilation_h),
         horizontal_(shape.width, shape.kernel_w, shape.stride_w, shape.pad_left, shape.dilation_w) {}
 
-  int64_t pixels() const { return vertical_.phases * vertical_.length * horizontal_.phases * horizontal_.length; }
+  int64_t pixels() const {
+    return (Checked(vertical_.phases) * vertical_.length * horizontal_.phases * horizontal_.length).value();
+  }
   // Where the pixels u of a region begin in a panel of so many samples, or where their u + s do.
   int64_t start(const Region& region, int64_t samples, bool shifted = false) const {
     const int64_t y = region.y0 + (shifted ? region.shift_y : 0), x = region.x0 + (shifted ? region.shift_x : 0);
@@ -47,16 +51,18 @@ class PixelOrder {
  private:
   struct Axis {
     Axis(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation)
-        : stride(stride), length(divide_up(size, stride)), numbers(stride, -1) {
+        : stride(stride), length(divide_up(size, stride)), numbers(std::min(stride, size), -1) {
       for (int64_t p = 0; p < kernel; ++p) {
-        int64_t& number = numbers[((p * dilation - pad) % stride + stride) % stride];
-        if (number < 0) number = phases++;
+        const int64_t rest = ((p * dilation - pad) % stride + stride) % stride;
+        if (rest < int64_t(numbers.size()) && numbers[rest] < 0) numbers[rest] = phases++;
       }
+      phases =
+          std::max<int64_t>(phases, 1);  // where no kernel position meets a pixel, one image that none of them is in
     }
     int64_t number_of(int64_t pixel) const { return numbers[pixel % stride]; }
 
     int64_t stride, length, phases = 0;
-    std::vector<int64_t> numbers;  // of each rest; -1: left out
+    std::vector<int64_t> numbers;  // of each rest that a pixel has; -1: left out
   };
 
   Axis vertical_, horizontal_;
@@ -79,8 +85,14 @@ class PanelSource {
     return depthwise() ? divide_up(packed_.groups, int64_t(kPanel)) : packed_.groups * panels_per_group();
   }
 
-  // target [pixels][samples][kPanel] <- samples first, first + 1, ... of one panel
-  virtual void pack(int64_t first, int64_t samples, int64_t panel, T* target) const = 0;
+  // target [pixels][samples][kPanel] <- samples first, first + 1, ... of one panel; `scratch` [scratch_size()] may hold
+  // anything
+  virtual void pack(int64_t first, int64_t samples, int64_t panel, T* target, T* scratch) const = 0;
+  virtual size_t scratch_size() const { return 0; }
+
+  // Memory for so many samples of one panel, or of all.
+  Checked panel_size(Checked samples) const { return samples * order_.pixels() * kPanel; }
+  size_t packed_size(Checked samples) const { return elements<T>(panel_size(samples) * panels()); }
 
   // First packed channel of a panel and how many it holds.
   std::pair<int64_t, int64_t> channels_of(int64_t panel) const {

@@ -4,7 +4,6 @@
 #include <pthread.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <string>
 #include <thread>
@@ -17,10 +16,16 @@
 namespace kfac {
 namespace {
 
+constexpr std::chrono::milliseconds kInterruptPeriod{50};
+
+// The watch over what this thread computes, and whether this thread began it.
+thread_local InterruptWatch* watch = nullptr;
+thread_local bool owns_watch = false;
+
 // The entry point that `#pragma omp parallel` compiles to under GCC; LLVM's and Intel's runtimes offer it too.
 using GompParallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 
-#ifdef __linux__
+#if defined(__linux__) && !defined(KFAC_OWN_THREADS)
 int find_openmp(dl_phdr_info* info, size_t, void* name) {
   const char* file = std::strrchr(info->dlpi_name, '/');
   file = file ? file + 1 : info->dlpi_name;
@@ -35,7 +40,7 @@ int find_openmp(dl_phdr_info* info, size_t, void* name) {
 #endif
 
 GompParallel loaded_openmp() {
-#ifdef __linux__
+#if defined(__linux__) && !defined(KFAC_OWN_THREADS)
   std::string name;
   dl_iterate_phdr(find_openmp, &name);
   if (!name.empty()) {
@@ -56,38 +61,118 @@ GompParallel openmp() {
   return forked ? nullptr : found;
 }
 
-struct Team {
-  const std::function<void(int64_t)>& body;
-  int64_t count;
-  std::atomic<int64_t> next{0};
+class Team {
+ public:
+  Team(const LoopBody& body, int64_t count, int threads)
+      : body_(body), count_(count), threads_(threads), watch_(watch), caller_(std::this_thread::get_id()) {}
 
-  static void work(void* team_pointer) {
-    Team& team = *static_cast<Team*>(team_pointer);
-    for (int64_t i; (i = team.next.fetch_add(1, std::memory_order_relaxed)) < team.count;) team.body(i);
+  static void work(void* team) noexcept { static_cast<Team*>(team)->run(); }
+
+  // Throws what the first body that threw has thrown.
+  void finish() const {
+    if (error_) std::rethrow_exception(error_);
   }
+
+ private:
+  // An exception must not leave a thread of a pool: that would end the process.
+  void run() noexcept {
+    const int worker = workers_.fetch_add(1, std::memory_order_relaxed);
+    if (worker >= threads_) return;
+    const bool helps = std::this_thread::get_id() != caller_;
+    if (helps) watch = watch_;
+    try {
+      while (!failed_.load(std::memory_order_relaxed)) {
+        const int64_t i = next_.fetch_add(1, std::memory_order_relaxed);
+        if (i >= count_) break;
+        check_interrupt();
+        body_(i, worker);
+      }
+    } catch (...) {
+      if (!failed_.exchange(true)) error_ = std::current_exception();
+    }
+    if (helps) watch = nullptr;
+  }
+
+  const LoopBody body_;
+  const int64_t count_;
+  const int threads_;
+  InterruptWatch* const watch_;
+  const std::thread::id caller_;
+  std::atomic<int64_t> next_{0};
+  std::atomic<int> workers_{0};
+  std::atomic<bool> failed_{false};
+  std::exception_ptr error_;
 };
+
+// Helpers as far as there is memory for them.
+std::vector<std::thread> start_helpers(int count, Team& team) {
+  std::vector<std::thread> helpers;
+  try {
+    helpers.reserve(count);
+    while (int(helpers.size()) < count) helpers.emplace_back(Team::work, &team);
+  } catch (const std::exception&) {
+    // the others do the work
+  }
+  return helpers;
+}
 
 }  // namespace
 
-void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& body) {
+void parallel_for(int64_t count, int threads, LoopBody body) {
   threads = static_cast<int>(std::min<int64_t>(threads, count));
   if (threads <= 1) {
-    for (int64_t i = 0; i < count; ++i) body(i);
+    for (int64_t i = 0; i < count; ++i) {
+      check_interrupt();
+      body(i, 0);
+    }
     return;
   }
-  Team team{body, count};
+  Team team(body, count, threads);
   if (const GompParallel run = openmp()) {
     run(Team::work, &team, static_cast<unsigned>(threads), 0);
-    return;
+  } else {
+    std::vector<std::thread> helpers = start_helpers(threads - 1, team);
+    Team::work(&team);
+    for (std::thread& helper : helpers) helper.join();
   }
-  std::vector<std::thread> helpers;
-  for (int i = 1; i < threads; ++i) helpers.emplace_back(Team::work, &team);
-  Team::work(&team);
-  for (std::thread& helper : helpers) helper.join();
+  team.finish();
 }
 
 const char* parallel_backend() {
   return openmp() ? "openmp" : "threads";
+}
+
+InterruptWatch::InterruptWatch(bool (*stop)())
+    : stop_(stop), next_(std::chrono::steady_clock::now() + kInterruptPeriod), outer_(watch) {
+  watch = this;
+  owns_watch = true;
+}
+
+InterruptWatch::~InterruptWatch() {
+  watch = outer_;
+  owns_watch = outer_ != nullptr;
+}
+
+void InterruptWatch::check(bool owner) {
+  if (stopped_.load(std::memory_order_relaxed)) throw Interrupted();
+  if (!owner || std::chrono::steady_clock::now() < next_) return;
+  if (stop_()) {
+    stopped_.store(true, std::memory_order_relaxed);
+    throw Interrupted();
+  }
+  next_ = std::chrono::steady_clock::now() + kInterruptPeriod;
+}
+
+Uninterrupted::Uninterrupted() : watch_(watch) {
+  watch = nullptr;
+}
+
+Uninterrupted::~Uninterrupted() {
+  watch = watch_;
+}
+
+void check_interrupt() {
+  if (watch) watch->check(owns_watch);
 }
 
 }  // namespace kfac

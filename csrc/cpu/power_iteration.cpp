@@ -3,9 +3,12 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
+#include <vector>
 
 #include "buffer.h"
 #include "cost_order.h"
+#include "kfac/checked.h"
 #include "kfac/parallel.h"
 #include "kfac/simd_linalg.h"
 
@@ -41,7 +44,7 @@ class FullProduct {
  private:
   // Vector loads would reach beyond the last row.
   void copy_padded() {
-    copy_.assign(n_ * columns_, T(0));
+    copy_.assign(elements<T>(Checked(n_) * columns_), T(0));
     for (int64_t i = 0; i < n_; ++i) std::copy_n(matrix_ + i * stride_, n_, copy_.data() + i * columns_);
     matrix_ = copy_.data();
     stride_ = columns_;
@@ -64,7 +67,7 @@ class TriangleProduct {
         stride_(problem.stride),
         threads_(threads),
         stripes_(divide_up(n_, kStripeRows)),
-        sums_(stripes_ * padded(n_)),
+        sums_(elements<T>(Checked(stripes_) * padded(n_))),
         corner_(kTile, T(0)) {
     const int64_t block = n_ / kPanel * kPanel;
     for (int64_t i = block; i < n_; ++i) {
@@ -123,6 +126,30 @@ bool normalize(int64_t n, T* v) {
   return true;
 }
 
+// Every matrix can be read, and no vector is another's, or part of a matrix.
+void check_problems(const EigenProblem* problems, int64_t count, int64_t size) {
+  std::vector<std::pair<uintptr_t, uintptr_t>> vectors;
+  for (int64_t i = 0; i < count; ++i) {
+    check_matrix("a matrix", problems[i].n, problems[i].n, problems[i].stride);
+    const auto start = reinterpret_cast<uintptr_t>(problems[i].vector);
+    vectors.emplace_back(start, start + uintptr_t(problems[i].n * size));
+  }
+  std::sort(vectors.begin(), vectors.end());
+  const auto overlaps = [](const auto& a, const auto& b) { return a.second > b.first; };
+  if (std::adjacent_find(vectors.begin(), vectors.end(), overlaps) != vectors.end()) {
+    throw std::invalid_argument("vectors share memory");
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t bytes = ((problems[i].n - 1) * problems[i].stride + problems[i].n) * size;
+    const auto start = reinterpret_cast<uintptr_t>(problems[i].matrix);
+    const auto after = std::lower_bound(vectors.begin(), vectors.end(), std::make_pair(start, start));
+    const bool from_before = after != vectors.begin() && after[-1].second > start;
+    if (from_before || (after != vectors.end() && after->first < start + uintptr_t(bytes))) {
+      throw std::invalid_argument("a vector and a matrix share memory");
+    }
+  }
+}
+
 }  // namespace
 
 template <class T>
@@ -141,6 +168,7 @@ Eigenpair iterate(const Product<T>& product, int64_t n, T* vector, const PowerIt
   if (!normalize(n, v.data())) start_vector(n, v.data());
   Eigenpair result{};
   while (result.iterations < method.max_iter) {
+    check_interrupt();
     ++result.iterations;
     product(v.data(), image.data());
     double moments[3];
@@ -159,6 +187,7 @@ Eigenpair iterate(const Product<T>& product, int64_t n, T* vector, const PowerIt
 
 void power_iteration_cpu(EigenProblem* problems, int64_t count, DType dtype, const PowerIteration& method,
                          int threads) {
+  check_problems(problems, count, dtype == DType::kFloat64 ? 8 : 4);
   const CostOrder order(count, [&](int64_t i) { return double(problems[i].n) * double(problems[i].n); });
   const auto run = dtype == DType::kFloat64 ? solve<double> : solve<float>;
   order.run(kSharedSize * kSharedSize, threads, [&](int64_t i, int own) { run(problems[i], method, own); });

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "buffer.h"
+#include "kfac/checked.h"
 #include "kfac/parallel.h"
 #include "kfac/power_iteration.h"
 #include "kfac/simd_linalg.h"
@@ -31,7 +32,7 @@ void move_to(double* sums, int64_t n, Buffer<T>& total) {
 template <class T, class SumChunk>
 void sum_chunks(int64_t chunks, int64_t n, double scale, int threads, const T* v, double* image, SumChunk sum_chunk) {
   const int64_t shares = std::min(chunks, kShares), size = padded(n);
-  Buffer<double> sums(shares * size, 0.0);
+  Buffer<double> sums(elements<double>(Checked(shares) * size), 0.0);
   parallel_for(shares, threads, [&](int64_t share) {
     sum_chunk(share * chunks / shares, (share + 1) * chunks / shares, v, sums.data() + share * size);
   });
@@ -75,8 +76,9 @@ class RowCovariance {
   // Row blocks [first, last): sums += sum of (a.v) a
   void sum_blocks(int64_t first, int64_t last, const T* v, T bias, double* sums) const {
     const int64_t stride = padded(columns_);
-    Buffer<T> copy(direct_ ? 0 : kRowBlock * stride, T(0)), total(stride, T(0));
+    Buffer<T> copy(direct_ ? 0 : elements<T>(Checked(stride) * kRowBlock), T(0)), total(stride, T(0));
     for (int64_t block = first; block < last; ++block) {
+      check_interrupt();
       const int64_t row = block * kRowBlock;
       const int count = static_cast<int>(std::min<int64_t>(kRowBlock, rows_ - row));
       if (!direct_) convert(row, count, stride, copy.data());
@@ -108,6 +110,28 @@ class RowCovariance {
 
 // ---- patches ----
 
+// The rests by the stride that the kernel's positions along an axis have, each once.
+class Phases {
+ public:
+  Phases(int64_t kernel, int64_t stride, int64_t dilation) : stride_(stride), dilation_(dilation) {
+    for (int64_t k = 0; k < kernel; ++k) rests_.push_back(rest(k));
+    std::sort(rests_.begin(), rests_.end());
+    rests_.erase(std::unique(rests_.begin(), rests_.end()), rests_.end());
+  }
+
+  int64_t count() const { return int64_t(rests_.size()); }
+  int64_t operator[](int64_t number) const { return rests_[number]; }
+  int64_t number_of(int64_t k) const {
+    return std::lower_bound(rests_.begin(), rests_.end(), rest(k)) - rests_.begin();
+  }
+
+ private:
+  int64_t rest(int64_t k) const { return k * dilation_ % stride_; }
+
+  int64_t stride_, dilation_;
+  std::vector<int64_t> rests_;
+};
+
 // Pixels of a chunk, a plane a channel and phase (row mod stride, column mod stride): there every tap of the kernel is
 // a constant offset, and all positions of all samples of the chunk are one contiguous run, some of them void.
 struct Planes {
@@ -115,13 +139,13 @@ struct Planes {
   int64_t rows, pitch;        // of one sample's plane
   int64_t phase, channel;     // elements of a phase's and of a channel's planes
 
-  Planes(const ConvShape& s, int64_t samples, int64_t out_rows)
+  Planes(const ConvShape& s, int64_t phases, int64_t samples, int64_t out_rows)
       : samples(samples),
         out_rows(out_rows),
         rows(out_rows + (s.kernel_h - 1) * s.dilation_h / s.stride_h),
         pitch(s.out_w + (s.kernel_w - 1) * s.dilation_w / s.stride_w),
-        phase(samples * rows * pitch),
-        channel(s.stride_h * s.stride_w * phase) {}
+        phase((Checked(samples) * rows * pitch).value()),
+        channel((Checked(phases) * phase).value()) {}
 
   // From the first output position of the chunk to one beyond its last.
   int64_t positions(int64_t out_w) const { return ((samples - 1) * rows + out_rows - 1) * pitch + out_w; }
@@ -135,7 +159,9 @@ class PatchCovariance {
         shape_(shape),
         bias_(bias),
         threads_(threads),
-        planes_(largest_chunk(shape)),
+        rows_(shape.kernel_h, shape.stride_h, shape.dilation_h),
+        columns_(shape.kernel_w, shape.stride_w, shape.dilation_w),
+        planes_(largest_chunk(shape, rows_.count() * columns_.count())),
         bands_(divide_up(shape.out_h, planes_.out_rows)) {
     for (int64_t c = 0; c < shape.channels; ++c) {
       for (int64_t ky = 0; ky < shape.kernel_h; ++ky) {
@@ -156,31 +182,34 @@ class PatchCovariance {
 
  private:
   // Many samples, or some rows of one.
-  static Planes largest_chunk(const ConvShape& s) {
-    const auto bytes = [&](const Planes& planes) { return s.channels * planes.channel * int64_t(sizeof(T)); };
-    const int64_t samples = kPlaneBytes / bytes(Planes(s, 1, s.out_h));
-    if (samples > 0) return Planes(s, std::min(samples, s.samples), s.out_h);
-    const int64_t one = bytes(Planes(s, 1, 1)), more = bytes(Planes(s, 1, 2)) - one;
-    return Planes(s, 1, std::clamp<int64_t>(1 + (kPlaneBytes - one) / more, 1, s.out_h));
-  }
-
-  int64_t phase_of(int64_t ky, int64_t kx) const {
-    return ky * shape_.dilation_h % shape_.stride_h * shape_.stride_w + kx * shape_.dilation_w % shape_.stride_w;
+  static Planes largest_chunk(const ConvShape& s, int64_t phases) {
+    const auto bytes = [&](int64_t rows) {
+      return int64_t(elements<T>(Checked(s.channels) * Planes(s, phases, 1, rows).channel) * sizeof(T));
+    };
+    const int64_t one = bytes(1), more = s.out_h > 1 ? bytes(2) - one : 1;
+    // rows that the kernel reaches beyond an output are packed for every chunk: no more of them than of its own
+    const int64_t reach = (s.kernel_h - 1) * s.dilation_h / s.stride_h, fitting = 1 + (kPlaneBytes - one) / more;
+    const int64_t rows = std::clamp<int64_t>(std::max(fitting, reach), 1, s.out_h);
+    if (rows < s.out_h) return Planes(s, phases, 1, rows);
+    return Planes(s, phases, std::clamp<int64_t>(kPlaneBytes / bytes(rows), 1, s.samples), rows);
   }
 
   int64_t offset(int64_t c, int64_t ky, int64_t kx) const {
-    return c * planes_.channel + phase_of(ky, kx) * planes_.phase +
-           ky * shape_.dilation_h / shape_.stride_h * planes_.pitch + kx * shape_.dilation_w / shape_.stride_w;
+    const int64_t phase = rows_.number_of(ky) * columns_.count() + columns_.number_of(kx);
+    return c * planes_.channel + phase * planes_.phase + ky * shape_.dilation_h / shape_.stride_h * planes_.pitch +
+           kx * shape_.dilation_w / shape_.stride_w;
   }
 
   // Chunks [first, last): sums += sum over positions of (a.v) a
   void sum_range(int64_t first, int64_t last, const T* v, double* sums) const {
     const int64_t positions = padded(planes_.positions(shape_.out_w)), taps = shape_.patch_size();
     // Loads run over all positions from each tap's offset, beyond the last plane too.
-    Buffer<T> planes(*std::max_element(offsets_.begin(), offsets_.end()) + planes_.phase + positions, T(0));
+    const int64_t farthest = *std::max_element(offsets_.begin(), offsets_.end());
+    Buffer<T> planes(elements<T>(Checked(farthest) + planes_.phase + positions), T(0));
     Buffer<T> products(positions), total(taps, T(0));
     const LinalgKernels<T>& kernels = linalg_kernels<T>();
     for (int64_t chunk = first; chunk < last; ++chunk) {
+      check_interrupt();
       const int64_t sample = chunk / bands_ * planes_.samples, row = chunk % bands_ * planes_.out_rows;
       pack(sample, row, planes.data());
       kernels.filter(taps, offsets_.data(), planes.data(), v, bias_ ? v[taps] : T(0), positions, products.data());
@@ -210,11 +239,9 @@ class PatchCovariance {
 
   void pack(int64_t sample, int64_t row, T* planes) const {
     for (int64_t c = 0; c < shape_.channels; ++c) {
-      for (int64_t ky = 0; ky < std::min(shape_.kernel_h, shape_.stride_h); ++ky) {
-        for (int64_t kx = 0; kx < std::min(shape_.kernel_w, shape_.stride_w); ++kx) {
-          const int64_t phase_y = ky * shape_.dilation_h % shape_.stride_h;
-          const int64_t phase_x = kx * shape_.dilation_w % shape_.stride_w;
-          pack_phase(sample, row, c, phase_y, phase_x, planes + c * planes_.channel + phase_of(ky, kx) * planes_.phase);
+      for (int64_t y = 0; y < rows_.count(); ++y) {
+        for (int64_t x = 0; x < columns_.count(); ++x, planes += planes_.phase) {
+          pack_phase(sample, row, c, rows_[y], columns_[x], planes);
         }
       }
     }
@@ -246,6 +273,7 @@ class PatchCovariance {
   const ConvShape shape_;
   const bool bias_;
   const int threads_;
+  const Phases rows_, columns_;
   const Planes planes_;
   const int64_t bands_;
   std::vector<int64_t> offsets_;
@@ -261,6 +289,8 @@ Eigenpair solve(const Covariance& covariance, void* vector, const PowerIteration
 Eigenpair row_covariance_power_iteration_cpu(const void* x, DType dtype, int64_t rows, int64_t columns,
                                              int64_t row_stride, int64_t column_stride, bool bias, void* vector,
                                              const PowerIteration& method, int threads) {
+  check_range("rows of the input", rows, 1, kMaxCount);
+  check_range("columns of the input", columns, 1, kMaxRows);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     const RowCovariance<T> covariance(x, dtype, rows, columns, row_stride, column_stride, bias, threads);
@@ -273,7 +303,7 @@ Eigenpair patch_covariance_power_iteration_cpu(const ImageView& image, const Con
                                                const PowerIteration& method, int threads) {
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    return solve<T>(PatchCovariance<T>(image, shape, bias, threads), vector, method);
+    return solve<T>(PatchCovariance<T>(image, checked_shape(shape), bias, threads), vector, method);
   };
   return image.dtype == DType::kFloat64 ? run(double()) : run(float());
 }

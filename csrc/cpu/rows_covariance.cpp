@@ -1,6 +1,5 @@
 #include "rows_covariance.h"
 
-#include "buffer.h"
 #include "kfac/parallel.h"
 
 namespace kfac {
@@ -20,7 +19,7 @@ class RowsCovariance {
   RowsCovariance(const PanelSource<T>& source, bool bias, int threads)
       : source_(source),
         shape_(source.packed()),
-        region_(shift_plan(shape_).regions[0]),
+        region_(shift_plan(shape_)->regions[0]),
         d_(shape_.channels + (bias ? 1 : 0)),
         panels_(source.panels()),
         block_(threads > 1 ? std::clamp<int64_t>(panels_ / (2 * threads), 1, kBlockPanels) : kBlockPanels),
@@ -29,10 +28,13 @@ class RowsCovariance {
 
   void run(T decay, T scale, T* out) {
     const int64_t step = std::min(shape_.samples, samples_at_once());
-    packed_.resize(step * source_.order().pixels() * panels_ * kPanel);
+    const int workers = int(std::min<int64_t>(threads_, panels_));
+    scratch_size_ = source_.scratch_size();
+    packed_.resize(source_.packed_size(step));
+    scratch_.resize(elements<T>(Checked(int64_t(scratch_size_)) * workers));
     for (int64_t first = 0; first < shape_.samples; first += step) {
       const int64_t samples = std::min(step, shape_.samples - first);
-      parallel_for(panels_, threads_, [&](int64_t p) { pack(first, samples, p); });
+      parallel_for(panels_, workers, [&](int64_t p, int worker) { pack(first, samples, p, worker); });
       const int64_t blocks = divide_up(panels_, block_);
       parallel_for(blocks * (blocks + 1) / 2, threads_, [&](int64_t task) {
         int64_t row = blocks - 1;  // those of equal size first, the odd ones at the end
@@ -45,7 +47,7 @@ class RowsCovariance {
 
  private:
   int64_t samples_at_once() const {
-    const int64_t pixels = source_.order().pixels(), bytes = pixels * panels_ * kPanel * int64_t(sizeof(T));
+    const int64_t pixels = source_.order().pixels(), bytes = int64_t(source_.packed_size(1) * sizeof(T));
     // no more than a plain product and its quotient take beside the result, both of its size
     const int64_t plain = 2 * d_ * d_ * int64_t(sizeof(T));
     const int64_t most = std::clamp(plain, kAloneBytes, kTogetherBytes) / bytes, least = kAloneBytes / bytes;
@@ -58,9 +60,9 @@ class RowsCovariance {
   }
   int channels_in(int64_t i) const { return int(std::min<int64_t>(kPanel, shape_.channels - i * kPanel)); }
 
-  void pack(int64_t first, int64_t samples, int64_t p) {
+  void pack(int64_t first, int64_t samples, int64_t p, int worker) {
     const PixelOrder& order = source_.order();
-    source_.pack(first, samples, p, panel(p, samples));
+    source_.pack(first, samples, p, panel(p, samples), scratch_.data() + worker * scratch_size_);
     if (columns_.empty()) return;
     panel_kernels<T>().column_sums(order.runs(region_, samples), panel(p, samples) + order.start(region_, samples),
                                    columns_.data() + p * kPanel);
@@ -97,8 +99,9 @@ class RowsCovariance {
   // The last row and column: sums of the rows, and their number.
   void add_bias(T decay, T scale, T* out) const {
     const auto blend = [&](T old, T value) { return decay == 0 ? scale * value : decay * old + scale * value; };
-    for (int64_t c = 0; c + 1 < d_; ++c)
-      out[c * d_ + d_ - 1] = out[(d_ - 1) * d_ + c] = blend(out[c * d_ + d_ - 1], columns_[c]);
+    for (int64_t c = 0; c + 1 < d_; ++c) {
+      for (T* entry : {out + c * d_ + d_ - 1, out + (d_ - 1) * d_ + c}) *entry = blend(*entry, columns_[c]);
+    }
     out[d_ * d_ - 1] = blend(out[d_ * d_ - 1], T(shape_.samples * shape_.out_h * shape_.out_w));
   }
 
@@ -107,7 +110,8 @@ class RowsCovariance {
   const Region region_;
   const int64_t d_, panels_, block_;
   const int threads_;
-  Buffer<T> columns_, packed_;
+  Buffer<T> columns_, packed_, scratch_;
+  size_t scratch_size_ = 0;  // of each worker
 };
 
 }  // namespace
@@ -115,8 +119,8 @@ class RowsCovariance {
 template <class T>
 bool takes_rows(const PanelSource<T>& source, int threads) {
   const ConvShape& s = source.packed();
-  if (s.taps() > 1 || s.groups > 1 || shift_plan(s).regions.size() != 1) return false;
-  const int64_t rows = s.samples * source.order().pixels(), bytes = int64_t(sizeof(T)) * s.channels;
+  if (s.taps() > 1 || s.groups > 1 || shift_plan(s)->regions.size() != 1) return false;
+  const int64_t rows = (Checked(s.samples) * source.order().pixels()).value(), bytes = int64_t(sizeof(T)) * s.channels;
   return threads == 1 || bytes * s.channels / 2 > kSmallResult || (rows <= kFewRows && rows * bytes <= kTogetherBytes);
 }
 

@@ -5,6 +5,7 @@
 
 #include "buffer.h"
 #include "cost_order.h"
+#include "kfac/checked.h"
 #include "kfac/parallel.h"
 #include "kfac/simd_linalg.h"
 
@@ -32,7 +33,7 @@ class LayerScores {
 
   // G in panels of columns; G is symmetric.
   void pack_G() {
-    G_.assign(G_panels_ * panel_size(), T(0));
+    G_.assign(elements<T>(Checked(G_panels_) * panel_size()), T(0));
     for (int64_t i = 0; i < G_panels_; ++i) {
       const int64_t columns = std::min<int64_t>(kPanel, p_.outputs - i * kPanel);
       for (int64_t r = 0; r < p_.outputs; ++r) {
@@ -46,7 +47,8 @@ class LayerScores {
   void run_task(int64_t task) {
     const int64_t first = task * groups_together_ * kPanel;
     const int64_t groups = std::min(groups_together_, divide_up(neurons_ - first, kPanel));
-    Buffer<T> V(groups * size_ * panel_size(), T(0)), GV(groups * size_ * G_panels_ * kTile, T(0));
+    const Checked columns = Checked(groups) * size_;
+    Buffer<T> V(elements<T>(columns * panel_size()), T(0)), GV(elements<T>(columns * (G_panels_ * kTile)), T(0));
     for (int64_t g = 0; g < groups; ++g) pack_V(first + g * kPanel, V.data() + g * size_ * panel_size());
     multiply_G(groups * size_, V.data(), GV.data());
     for (int64_t g = 0; g < groups; ++g) {
@@ -76,6 +78,7 @@ class LayerScores {
 
   void multiply_G(int64_t panels, const T* V, T* GV) const {
     for (int64_t i = 0; i < G_panels_; ++i) {
+      check_interrupt();
       for (int64_t c = 0; c < panels; ++c) {
         panel_kernels<T>().gram({1, 0, p_.outputs}, G_.data() + i * panel_size(), V + c * panel_size(), kPanel,
                                 GV + (c * G_panels_ + i) * kTile);
@@ -84,7 +87,7 @@ class LayerScores {
   }
 
   void score(int64_t task, int64_t first, const T* V, const T* GV) {
-    Buffer<double> forms(pairs_ * kPanel), blocks(pairs_ * kPanel, 0.0);
+    Buffer<double> forms(elements<double>(Checked(pairs_) * kPanel)), blocks(forms.size(), 0.0);
     for (int64_t c = 0; c < size_; ++c) {  // row c of V_J^T G V_J
       linalg_kernels<T>().lane_dots(c + 1, p_.outputs, GV + c * G_panels_ * kTile, V, panel_size(),
                                     forms.data() + c * (c + 1) / 2 * kPanel);
@@ -151,9 +154,17 @@ void saliency(SaliencyProblem* problems, int64_t count, Saliency kind, int threa
   for (LayerScores<T>& layer : layers) layer.report_failure();
 }
 
+void check(const SaliencyProblem& p) {
+  check_matrix("a weight", p.outputs, p.columns, p.weight_stride);
+  check_matrix("A or H", p.columns, p.columns, p.input_stride);
+  check_matrix("G", p.outputs, p.outputs, p.G_stride);
+  check_range("a block", p.block, 1, p.columns);
+}
+
 }  // namespace
 
 void saliency_cpu(SaliencyProblem* problems, int64_t count, Saliency kind, DType dtype, int threads) {
+  std::for_each(problems, problems + count, check);
   const auto run = dtype == DType::kFloat64 ? saliency<double> : saliency<float>;
   run(problems, count, kind, threads);
 }

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "kfac/checked.h"
 #include "kfac/parallel.h"
 #include "kfac/simd_linalg.h"
 
@@ -48,8 +49,8 @@ TiledSweep<T>::TiledSweep(int64_t pivots, int64_t others)
     : pivots_(pivots),
       panels_(pivots + others),
       block_size_(block_panels(pivots) * kPanel),
-      tiles_((pivots * (pivots + 1) / 2 + others * pivots) * kTile),
-      products_(panels_ * block_size_ * kPanel),
+      tiles_(elements<T>((Checked(pivots) * (pivots + 1) + Checked(others) * pivots * 2) * (kTile / 2))),
+      products_(elements<T>(Checked(panels_) * block_size_ * kPanel)),
       factor_(block_size_ * block_size_),
       inverse_(block_size_ * block_size_),
       inverse_t_(block_size_ * block_size_) {}

@@ -52,7 +52,8 @@ double group_cost(const ConvShape& packed) {
   const int64_t channels = packed.group_channels(), bits = tile_edge_bits(channels);
   const int32_t side = int32_t(divide_up(channels, int64_t(1) << bits));
   double cost = kFloatCost * double(packed.samples * packed.height * packed.width * channels);
-  for (const Region& region : shift_plan(packed).regions) {
+  const std::shared_ptr<const ShiftPlan> plan = shift_plan(packed);
+  for (const Region& region : plan->regions) {
     const double rows = double(region.ny * region.nx * packed.samples), pairs = pair_count(side, region.symmetric());
     cost += pairs * double(1 << 2 * bits) * (rows + kFloatCost * std::ceil(rows / kChunkRows));
   }
@@ -63,7 +64,9 @@ PackKind pack_kind(const CovarianceProblem& problem) {
   if (problem.mode == CovarianceMode::kReduce) return PackKind::kMeans;
   if (problem.algorithm == CovarianceAlgorithm::kShift) return PackKind::kImage;
   if (problem.algorithm == CovarianceAlgorithm::kPatches) return PackKind::kPatches;
-  if (problem.shape.taps() == 1 || is_depthwise(problem.shape)) return PackKind::kImage;
+  if (problem.shape.taps() == 1) return PackKind::kImage;
+  if (!has_small_plan(problem.shape)) return PackKind::kPatches;
+  if (is_depthwise(problem.shape)) return PackKind::kImage;
   const double shift = group_cost(problem.shape);
   return group_cost(packed_shape(problem.shape, PackKind::kPatches)) < shift ? PackKind::kPatches : PackKind::kImage;
 }
@@ -186,9 +189,9 @@ struct CovarianceGroup::Builder {
     counts.inputs += double(s.samples * s.channels * s.height * s.width);
     counts.packed += double(packed_rows(job)) * job.row_pitch;
 
-    const ShiftPlan& plan = shift_plan(packed);
-    add_expand(layer, packed, plan, problem.bias, job);
-    for (const Region& region : plan.regions) add_region(region, packed, problem, job);
+    const std::shared_ptr<const ShiftPlan> plan = shift_plan(packed);
+    add_expand(layer, packed, *plan, problem.bias, job);
+    for (const Region& region : plan->regions) add_region(region, packed, problem, job);
   }
 
   void add_region(const Region& region, const ConvShape& packed, const CovarianceProblem& problem,

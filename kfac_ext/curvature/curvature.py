@@ -54,8 +54,10 @@ class Curvature:
     warning, each with the reason.
 
     The first update of a layer takes its factors whole, later ones give `factors <- decay factors + (1 - decay) new`.
-    An update whose output is not finite is left out, with a warning; on a GPU the warning comes when a radius or the
-    state is read next, since nothing here waits for the device after the first update.
+    A forward is left out whole, for all layers, where the A or G of one would not be finite or its output is not: the
+    factors of all layers stay averages over the same batches. `left_out` counts it, a warning names the layers, the
+    first time and when there are ten times as many; on a GPU it comes when a radius, `left_out` or the state is read
+    next, since nothing here waits for the device after the first update.
 
     Ranks that train one model, given as the `DistributedDataParallel`, have the factors of their whole batch, up to
     rounding those of one process (docs/distributed.md); reading them waits for an update that is on its way and for
@@ -89,6 +91,10 @@ class Curvature:
         fold_norms: False: z is always the layer's own output, so that A (x) G is the block of its raw weight and
             bias, whatever batch norm follows.
         generator: for the labels; None: a CPU generator seeded with `torch.initial_seed()`.
+        outlier_factor: leave out, too, forwards in which the mean square of a layer's inputs or gradients, the trace of
+            an "expand" A or G, is more than this many times its median over the last `outlier_window` updates; None:
+            whatever is finite counts.
+        outlier_window: updates.
         grad_scale: empirical only: by how much the loss that is backpropagated exceeds the mean loss (1/k for gradient
             accumulation over k batches), a float or a function. One that returns a 0-d tensor, as
             `lambda: scaler.scale(torch.ones((), device=device))`, does not wait as `GradScaler.get_scale` does.
@@ -131,6 +137,8 @@ class Curvature:
         generator: torch.Generator | None = None,
         grad_scale: float | Callable[[], float | Tensor] = 1.0,
         process_group: Any = None,
+        outlier_factor: float | None = None,
+        outlier_window: int = 20,
     ) -> None:
         _check_choice("fisher_type", fisher_type, ("true", "empirical"))
         _check_choice("kfac_approx", kfac_approx, ("reduce", "expand"))
@@ -145,6 +153,10 @@ class Curvature:
         _check_patterns("layer_batch_dims", layer_batch_dims or ())
         if max_factor_size is not None and max_factor_size < 1:
             raise ValueError(f"Curvature: max_factor_size is {max_factor_size}, expected >= 1")
+        if outlier_factor is not None and not outlier_factor > 1:
+            raise ValueError(f"Curvature: outlier_factor is {outlier_factor}, expected a number > 1, or None")
+        if not isinstance(outlier_window, int) or outlier_window < 1:
+            raise ValueError(f"Curvature: outlier_window is {outlier_window}, expected an int >= 1")
         given = model
         model, self.group = unwrapped(model, process_group, "Curvature")
         check_model(model)
@@ -160,6 +172,7 @@ class Curvature:
         self.fisher_type, self.kfac_approx = fisher_type, kfac_approx
         self.skip_layers, self.max_factor_size = skip_layers, max_factor_size
         self.fold_norms = fold_norms
+        self._outliers = outlier_factor, outlier_window
         self.generator = generator or torch.Generator().manual_seed(torch.initial_seed())
         self.step_count = 0
         self._running: RunningFactors | None = None
@@ -217,6 +230,17 @@ class Curvature:
     def updated_layers(self) -> frozenset[str]:
         """The layers whose factors have been measured at least once."""
         return frozenset(() if self._running is None else self._running.started)
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Updates that were left out, by the layer at fault, "output" for the model's output; see `outlier_factor`.
+
+        One update may count for several layers. On a GPU reading it waits for the device.
+        """
+        if self._running is None:
+            return {}
+        self._running.warn_of_left_out()
+        return self._running.guard.left_out
 
     def trace(self, *args: Any, **kwargs: Any) -> None:
         """Find the layers by one forward on these inputs (any batch size) if they are not known yet.
@@ -394,10 +418,10 @@ class Curvature:
 
     def _running_factors(self, layers: dict[str, Layer]) -> RunningFactors:
         if self.group is None:
-            return RunningFactors(layers)
+            return RunningFactors(layers, *self._outliers)
         from kfac_ext.curvature.shared import SharedFactors
 
-        return SharedFactors(layers, self.group)
+        return SharedFactors(layers, self.group, *self._outliers)
 
     def _traced(self) -> RunningFactors:
         if self._running is None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from kfac_ext.curvature.capture import Capture
 from kfac_ext.curvature.fisher import check_one_device, empty_factors, factor_dtype, update_factors_
+from kfac_ext.curvature.guard import UpdateGuard
 from kfac_ext.curvature.loss import Loss
-from kfac_ext.curvature.modes import reading_is_free
 from kfac_ext.factors import FactorSet, entries
 from kfac_ext.layers import Layer
 
@@ -31,17 +31,23 @@ class RunningFactors:
         was_cut: neurons have been pruned since the eigenpairs were brought up to date.
         is_shared: whether they are a mean over ranks (`kfac_ext.curvature.shared`).
         pads: whether it is known of the ranks that the loss leaves out predictions.
+        guard: decides which forwards go in.
+
+    Args:
+        layers: name -> Layer in forward order.
+        outlier_factor, outlier_window: for the guard.
     """
 
     is_shared = pads = False
 
-    def __init__(self, layers: dict[str, Layer]) -> None:
+    def __init__(self, layers: dict[str, Layer], outlier_factor: float | None = None, outlier_window: int = 20) -> None:
         check_one_device(layers)
         self.layers = layers
+        like = torch.empty(0, dtype=factor_dtype(layers), device=next(iter(layers.values())).weight.device)
+        self.guard = UpdateGuard(list(layers), like, outlier_factor, outlier_window)
         self._factors: FactorSet | None = None
         self.started: set[str] = set()
         self.was_cut = False
-        self._left_out: Tensor | None = None  # updates left out on a GPU that have not been warned of
 
     @property
     def factors(self) -> FactorSet:
@@ -54,19 +60,16 @@ class RunningFactors:
         """Take the factors of a network that has been cut."""
         self._factors, self.was_cut = factors, True
 
-    def is_finite(self, tensors: Sequence[Tensor], what: str) -> Tensor | bool:
-        """Whether all values are finite; a running average never forgets a NaN.
+    def admits_output(self, tensors: Sequence[Tensor]) -> Tensor | bool:
+        """Whether all values of the model's output are finite; False, with a warning, ends an update.
 
-        A bool (False with a warning) where the host may look, and before the first update, which is worth one wait;
-        a 0-d tensor otherwise.
+        A bool where the host may look, and before the first update, which is worth one wait; a 0-d tensor otherwise.
         """
-        with torch.no_grad():
-            finite = torch.stack([t.isfinite().all() for t in tensors]).all()
-        if self.started and not reading_is_free(finite.device):
-            return finite
-        if not bool(finite):
-            warnings.warn(f"Curvature: the model's {what} is not finite, factors are not updated", stacklevel=2)
-        return bool(finite)
+        return self.guard.settle(*self.guard.judged_output(tensors), waits=not self.started)
+
+    def warn_of_left_out(self) -> None:
+        """Warn of the updates that were left out unseen."""
+        self.guard.warn()
 
     def blend_(
         self, capture: Capture, *, mode: str, loss: Loss, decay: float, factor: float, finite: Tensor | bool
@@ -79,15 +82,18 @@ class RunningFactors:
             loss: which decides how many terms the mean loss has.
             decay: weight of the past; a layer that is new takes its factors whole.
             factor: for the gradients.
-            finite: from `is_finite`; where it is False the factors stay.
+            finite: from `admits_output`; where it is False the factors stay.
         """
+        admitted = self.guard.settle(*self.guard.judged(capture, factor), waits=not self.started)
+        if admitted is False:
+            return
+        finite = finite & admitted if isinstance(finite, Tensor) else admitted
         kept = self.factors.buffer.clone() if isinstance(finite, Tensor) else None
         seen = self._measure(capture, mode=mode, loss=loss, decay=decay, factor=factor)
         if not seen:
             return
         if kept is not None and isinstance(finite, Tensor):
             self.factors.buffer.copy_(torch.where(finite, self.factors.buffer, kept))
-            self._note_left_out(finite)
         self._follow(seen)
 
     def note_padding(self) -> None:
@@ -101,10 +107,6 @@ class RunningFactors:
             return update_factors_(
                 self.factors, self.layers, capture, mode, decay, self.started, count, factor**2, positions
             )
-
-    def _note_left_out(self, finite: Tensor) -> None:
-        left_out = (~finite).long()
-        self._left_out = left_out if self._left_out is None else self._left_out + left_out
 
     def _follow(self, seen: set[str]) -> None:
         """Bring the eigenpairs up to date after an update of these layers."""
@@ -124,20 +126,13 @@ class RunningFactors:
         names = [name for name in self.layers if name in self.started]
         return {name: (eigenvalue(f"{name}.A") * eigenvalue(f"{name}.G")).max() for name in names}
 
-    def warn_of_left_out(self) -> None:
-        """Warn of the updates that were left out unseen since this was asked last."""
-        count, self._left_out = self._left_out, None
-        if count is not None and int(count):
-            warnings.warn(
-                f"Curvature: {int(count)} updates whose output or gradients were not finite were left out", stacklevel=3
-            )
-
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and containers; "factors" is None before the first update."""
         return {
             "layers": {name: layer.state() for name, layer in self.layers.items()},
             "started": sorted(self.started),
             "was_cut": self.was_cut,
+            "guard": self.guard.state_dict(),
             "factors": None if self._factors is None else self._factors.state_dict(),
         }
 
@@ -151,6 +146,7 @@ class RunningFactors:
             self.factors.load_state_dict(state["factors"])
         self.started = set(state["started"])
         self.was_cut = state["was_cut"]
+        self.guard.load_state_dict(state["guard"])
 
     def warn_of_size(self, model: nn.Module) -> None:
         """Warn, naming the largest, where the factors dwarf the model."""

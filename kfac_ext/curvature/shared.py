@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,14 +31,18 @@ class SharedFactors(RunningFactors):
     Args:
         layers: name -> Layer in forward order.
         group: the ranks.
+        outlier_factor, outlier_window: for the guard of each rank; what one rank leaves out all do.
     """
 
     is_shared = True
 
-    def __init__(self, layers: dict[str, Layer], group: Group) -> None:
+    def __init__(
+        self, layers: dict[str, Layer], group: Group, outlier_factor: float | None = None, outlier_window: int = 20
+    ) -> None:
         self._under_way: Callable[[], None] | None = None
-        super().__init__(layers)
+        super().__init__(layers, outlier_factor, outlier_window)
         self.group = group
+        self._fault = self.guard.no_fault()
         self._has_padding = False  # has this rank seen predictions that its loss leaves out?
         self._unread: list[Tensor] = []  # what ranks have said on GPUs that has not been looked at
 
@@ -96,11 +99,10 @@ class SharedFactors(RunningFactors):
 
     # updates
 
-    def is_finite(self, tensors: Sequence[Tensor], what: str) -> Tensor:
+    def admits_output(self, tensors: Sequence[Tensor]) -> Tensor:
         """Whether all values on this rank are finite, a 0-d tensor: no rank may leave an update out by itself."""
-        del what
-        with torch.no_grad():
-            return torch.stack([t.isfinite().all() for t in tensors] or [torch.tensor(True)]).all()
+        finite, self._fault = self.guard.judged_output(tensors)
+        return finite
 
     def note_padding(self) -> None:
         """Have all ranks know, with the next update, that the loss leaves out predictions; then `pads` is true."""
@@ -112,9 +114,11 @@ class SharedFactors(RunningFactors):
         """See `RunningFactors`; begins the mean."""
         factors = self.factors
         kept = factors.buffer.clone()
+        admitted, fault = self.guard.judged(capture, factor)
+        flags = [finite & admitted, self._has_padding, *(self._fault + fault)]
         seen = self._measure(capture, mode=mode, loss=loss, decay=decay, factor=factor)
         with torch.no_grad():
-            flat = self._packed(factors, seen, decay, [finite, self._has_padding], capture.samples)
+            flat = self._packed(factors, seen, decay, flags, capture.samples)
         wait = self.group.start_sum_(flat, "factors")
 
         def finish() -> None:
@@ -129,7 +133,8 @@ class SharedFactors(RunningFactors):
     ) -> Tensor:
         """The triangles of what this rank has measured, then what it says.
 
-        That is: flags, layers seen, and in places of each rank its samples and its clock.
+        That is: flags (finite, padding, what is at fault), layers seen, and in places of each rank its samples and its
+        clock.
         """
         buffer, layers, ranks = factors.buffer, len(self.layers), self.group.size
         said = buffer.new_tensor([*(name in seen for name in self.layers), *[0] * (2 * ranks)])
@@ -165,14 +170,12 @@ class SharedFactors(RunningFactors):
                 factors.buffer.copy_(kept)
                 raise
             if not is_finite:
-                warnings.warn(
-                    "Curvature: output or gradients of a rank are not finite, factors are not updated", stacklevel=3
-                )
+                self.guard.settle(said[0] == self.group.size, self._faults(said), waits=True)
                 factors.buffer.copy_(kept)
                 return
         else:
             self._unread.append(said.clone())
-        counts = dict(zip(self.layers, said[2:]))
+        counts = dict(zip(self.layers, said[2 + len(self.layers) + 1 :]))
         for key, part in zip(factors, parts):
             name, _, kind = key.rpartition(".")
             matrix, count = factors[key], counts[name]
@@ -181,8 +184,12 @@ class SharedFactors(RunningFactors):
         if not looks:
             finite = said[0] == self.group.size
             factors.buffer.copy_(torch.where(finite, factors.buffer, kept))
-            self._note_left_out(finite)
+            self.guard.settle(finite, self._faults(said), waits=False)
         self._follow(new)
+
+    def _faults(self, said: Tensor) -> Tensor:
+        """Which layers, or the output last, are at fault on some rank."""
+        return (said[2 : 2 + len(self.layers) + 1] > 0).long()
 
     def _read(self, said: Sequence[float]) -> tuple[bool, set[str]]:
         """Whether all was finite, and the layers seen; takes note of padding.
@@ -191,6 +198,7 @@ class SharedFactors(RunningFactors):
             RanksError: ranks have seen different numbers of samples, or taken different numbers of steps.
         """
         finite, padding, *rest = said
+        rest = rest[len(self.layers) + 1 :]
         counts, numbers = rest[: len(self.layers)], [int(n) for n in rest[len(self.layers) :]]
         samples, clocks = numbers[: self.group.size], numbers[self.group.size :]
         if len(set(clocks)) > 1:

@@ -189,7 +189,7 @@ class FisherUpdates:
     def _draw(self, update: _Update) -> None:
         """The true Fisher: labels drawn from the prediction, one more partial backward."""
         capture, loss = update.capture, self.reading.loss
-        finite = update.running.is_finite(capture.tensors, "output")
+        finite = update.running.admits_output(capture.tensors)
         if finite is False:
             return
         self._find_counted(update)
@@ -217,9 +217,8 @@ class FisherUpdates:
         if isinstance(grad_scale, Tensor):
             _divide(capture, grad_scale)
             grad_scale = 1.0
-        gradients = [g for g in _gradients(capture) if g is not None]
-        looked_at = bool(gradients) or update.running.is_shared  # the other ranks count on this one
-        finite = looked_at and update.running.is_finite([*capture.tensors, *gradients], "output or gradient")
+        looked_at = any(g is not None for g in _gradients(capture)) or update.running.is_shared  # others count on it
+        finite = looked_at and update.running.admits_output(capture.tensors)
         if finite is False:
             return
         self._find_counted(update)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from kfac_ext.geometry import is_int
 from kfac_ext.ops._launch import full_precision
-from kfac_ext.ops._lists import check_count, check_matrix, check_square
+from kfac_ext.ops._lists import FACTOR_DTYPES, check_count, check_index, check_matrix, check_square, row_major
+
+if TYPE_CHECKING:
+    from kfac_ext.ops._greedy_kernels import Layer, Neurons
 
 _ROWS_TOGETHER = 256
 _ASYMMETRY = {torch.float32: 1e-4, torch.float64: 1e-9}  # of the largest entry; an inverse by other means may have some
@@ -60,13 +65,11 @@ def check_columns(operation: str, columns: Sequence[Tensor], layers: Sequence[in
     check_count(operation, "layers", len(layers), len(columns), "columns")
     taken = [torch.zeros(weight.shape[1], dtype=torch.bool) for weight in weights]
     for i, (index, layer) in enumerate(zip(columns, layers)):
-        if not 0 <= layer < len(weights):
-            raise ValueError(f"{operation}: layers[{i}] is {layer}, expected one of the {len(weights)} layers")
-        if index.dtype != torch.int64 or index.dim() != 2 or not index.numel():
-            raise TypeError(
-                f"{operation}: columns[{i}] has dtype {index.dtype} and shape {tuple(index.shape)}, expected int64 "
-                "[neurons, block]"
-            )
+        if not is_int(layer) or not 0 <= layer < len(weights):
+            raise ValueError(f"{operation}: layers[{i}] is {layer!r}, expected one of the {len(weights)} layers")
+        check_index(operation, f"columns[{i}]", index, ["neurons", "block"])
+        if not index.numel():
+            raise ValueError(f"{operation}: columns[{i}] has shape {tuple(index.shape)}, expected [neurons, block]")
         listed, width = index.flatten().cpu(), weights[layer].shape[1]
         if int(listed.min()) < 0 or int(listed.max()) >= width:
             raise ValueError(
@@ -76,3 +79,62 @@ def check_columns(operation: str, columns: Sequence[Tensor], layers: Sequence[in
         if len(listed.unique()) < len(listed) or bool(taken[layer][listed].any()):
             raise ValueError(f"{operation}: columns[{i}] names a column twice, or one of another neuron of the layer")
         taken[layer][listed] = True
+
+
+def check_step(operation: str, problems: Sequence[Layer], lists: Sequence[Neurons]) -> None:
+    """Raise unless what a step works on is laid out as kernels read it; which columns it names the CPU's kernel checks.
+
+    It is called for every step: what is right is found out in few questions.
+    """
+    if not problems or not lists:
+        raise ValueError(f"{operation}: {'columns' if problems else 'weights'} is empty")
+    first = problems[0].weight
+    if first.dtype not in FACTOR_DTYPES:
+        raise TypeError(f"{operation}: weights[0] has dtype {first.dtype}, expected float32 or float64")
+    for i, layer in enumerate(problems):
+        if layer.weight.dim() != 2:
+            raise ValueError(f"{operation}: weights[{i}] has {layer.weight.dim()} dimensions, expected 2")
+        (outputs, columns), pending = layer.weight.shape, layer.pending
+        for name, matrix, shape in (
+            ("weights", layer.weight, (outputs, columns)),
+            ("inverses", layer.inverse, (columns, columns)),
+            ("Gs", layer.G, (outputs, outputs)),
+        ):
+            _check_layout(operation, f"{name}[{i}]", matrix, first, shape, rows_apart=True)
+        _check_layout(operation, f"pending[{i}]", pending, first, (pending.shape[0] if pending.dim() else 0, outputs))
+        _check_layout(operation, f"removed[{i}]", layer.removed, first, (columns,), dtype=torch.int64)
+        _check_layout(operation, f"lost[{i}]", layer.lost, first, (layer.lost.numel(),), dtype=torch.int64)
+    for i, neurons in enumerate(lists):
+        if not 0 <= neurons.layer < len(problems):
+            raise ValueError(f"{operation}: layers[{i}] is {neurons.layer}, expected one of {len(problems)} layers")
+        if neurons.columns.dim() != 2 or not neurons.columns.numel():
+            raise ValueError(
+                f"{operation}: columns[{i}] has shape {tuple(neurons.columns.shape)}, expected 2 dimensions"
+            )
+        count, block = neurons.columns.shape
+        _check_layout(operation, f"columns[{i}]", neurons.columns, first, (count, block), dtype=torch.int64)
+        for name, blocks in (("blocks", neurons.blocks), ("forms", neurons.forms)):
+            _check_layout(operation, f"{name}[{i}]", blocks, first, (count, block, block), dtype=torch.float64)
+        _check_layout(operation, f"scores[{i}]", neurons.scores, first, (count,), dtype=torch.float64)
+
+
+def _check_layout(
+    operation: str,
+    name: str,
+    tensor: Tensor,
+    like: Tensor,
+    shape: tuple[int, ...],
+    *,
+    dtype: torch.dtype | None = None,
+    rows_apart: bool = False,
+) -> None:
+    """Raise unless a tensor has this shape and dtype (default: that of `like`), is where `like` is and contiguous."""
+    wanted = like.dtype if dtype is None else dtype
+    if tensor.shape == shape and tensor.dtype == wanted and tensor.device == like.device:
+        if tensor.layout == torch.strided and (tensor.is_contiguous() or (rows_apart and row_major(tensor) is tensor)):
+            return
+        raise ValueError(f"{operation}: {name} is not contiguous, its strides are {tensor.stride()}")
+    raise ValueError(
+        f"{operation}: {name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, expected {wanted} {shape} "
+        f"on {like.device}"
+    )

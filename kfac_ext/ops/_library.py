@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from kfac_ext import _C
 from kfac_ext._version import __version__
+from kfac_ext.geometry import MOST_NUMBERS
 from kfac_ext.ops._cuda import cuda_serves, cuda_verdicts, warn_once
 from kfac_ext.ops._launch import without_autocast
 
@@ -29,24 +33,69 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     """Register `kfac_ext::<schema>` for all devices with its fake kernel; returns the operator to call.
 
     Plain PyTorch in the implementation computes in the dtype of its inputs, whatever autocast says where it is called.
+    Tensors that the schema marks as changed are refused where autograd would have to know, and counted as changed, so
+    that autograd notices where it needs what they held. Errors begin with the operation's name.
     """
     name = schema.split("(", 1)[0]
+    arguments = torch._C.parse_schema(f"kfac_ext::{schema}").arguments
+    written = {a.name: place for place, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write}
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, _in_own_dtype(implementation), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _guarded(name, implementation, written), "CompositeExplicitAutograd")
     torch.library.register_fake(f"kfac_ext::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.kfac_ext, name).default
 
 
-def _in_own_dtype(implementation: Callable[..., Any]) -> Callable[..., Any]:
+def _guarded(name: str, implementation: Callable[..., Any], written: dict[str, int]) -> Callable[..., Any]:
+    operation = name.rstrip("_")
+
     @wraps(implementation)
     def run(*arguments: Any) -> Any:
-        first = arguments[0] if isinstance(arguments[0], Tensor) else next(iter(arguments[0]), None)
-        if first is None:  # an empty list
-            return implementation(*arguments)
-        with without_autocast(first.device):
-            return implementation(*arguments)
+        for argument, place in written.items():
+            if arguments[place] is None:
+                raise TypeError(f"{operation}: {argument} is None, expected a tensor")
+        changed = {argument: _tensors(arguments[place]) for argument, place in written.items()}
+        for argument, tensors in changed.items():
+            check_writable(operation, argument, tensors)
+        first = next(iter(_tensors(arguments[0])), None)
+        try:
+            with nullcontext() if first is None else without_autocast(first.device):
+                result = implementation(*arguments)
+        except (TypeError, ValueError) as error:  # nothing was changed
+            if _NAMED.match(str(error)):
+                raise
+            raise type(error)(f"{operation}: {error}") from None
+        except MemoryError as error:
+            _count_changes(changed)
+            raise MemoryError(f"{operation}: out of memory ({error})") from None
+        except BaseException:
+            _count_changes(changed)
+            raise
+        _count_changes(changed)
+        return result
 
     return run
+
+
+_NAMED = re.compile(r"[a-z0-9_]+: ")
+
+
+def _tensors(argument: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    return (argument,) if isinstance(argument, Tensor) else argument
+
+
+def check_writable(operation: str, name: str, tensors: Sequence[Tensor]) -> None:
+    """Raise if a tensor that is to be changed in place needs a gradient: what is written has none."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(
+            f"{operation}: {name} requires grad, but what it is changed into has no gradient; "
+            "pass a tensor without, or call this under torch.no_grad()"
+        )
+
+
+def _count_changes(changed: dict[str, Sequence[Tensor]]) -> None:
+    """Tell autograd that these are not any more what an earlier operation may have kept."""
+    for tensors in changed.values():
+        increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 def native_device(operation: str, tensor: Tensor, family: str) -> bool:
@@ -120,6 +169,8 @@ def check_floating(operation: str, name: str, tensor: Tensor) -> None:
         raise TypeError(f"{operation}: {name} has layout {tensor.layout}, expected a dense tensor")
     if tensor.numel() == 0:
         raise ValueError(f"{operation}: {name} is empty, its shape is {tuple(tensor.shape)}")
+    if tensor.numel() > MOST_NUMBERS:
+        raise ValueError(f"{operation}: {name} has {tensor.numel()} entries, expected at most 2**53")
 
 
 def check_output(operation: str, out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -132,5 +183,22 @@ def check_output(operation: str, out: Tensor, shape: tuple[int, ...], dtype: tor
         raise TypeError(f"{operation}: out has dtype {out.dtype}, expected {dtype}")
     if out.device != device:
         raise ValueError(f"{operation}: out is on {out.device}, the input on {device}: expected the same device")
+    if out.layout != torch.strided:
+        raise TypeError(f"{operation}: out has layout {out.layout}, expected a dense tensor")
     if not out.is_contiguous():
         raise ValueError(f"{operation}: out is not contiguous, its strides are {out.stride()}")
+
+
+def check_weights(operation: str, decay: float, scale: float) -> None:
+    """Raise unless both weights of a blend are finite numbers."""
+    for name, value in (("decay", decay), ("scale", scale)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{operation}: {name} is {value!r}, expected a number")
+        if not math.isfinite(value):
+            raise ValueError(f"{operation}: {name} is {value}, expected a finite number")
+
+
+def check_flag(operation: str, name: str, value: bool) -> None:
+    """Raise unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{operation}: {name} is {value!r}, expected a bool")

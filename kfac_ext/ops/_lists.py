@@ -16,6 +16,8 @@ def as_list(operation: str, name: str, tensors: Sequence[Tensor]) -> list[Tensor
     """`tensors` as a list without gradients; raise unless it is a sequence (or a stack) of tensors."""
     if not isinstance(tensors, (Sequence, Tensor)) or isinstance(tensors, str):
         raise TypeError(f"{operation}: {name} is a {type(tensors).__name__}, expected a list of tensors")
+    if isinstance(tensors, Tensor) and tensors.dim() == 0:
+        raise TypeError(f"{operation}: {name} is one number, expected a list of tensors")
     items = list(tensors)
     for i, item in enumerate(items):
         if not isinstance(item, Tensor):
@@ -74,3 +76,13 @@ def row_major(matrix: Tensor) -> Tensor:
     """`matrix`, or a copy if its rows are not contiguous one after the other."""
     row, column = matrix.stride()
     return matrix if column == 1 and row >= matrix.shape[1] else matrix.contiguous()
+
+
+def check_index(operation: str, name: str, index: Tensor, dims: Sequence[str]) -> None:
+    """Raise unless `index` is a dense int64 tensor with these dimensions."""
+    if index.dtype != torch.int64 or index.dim() != len(dims) or index.layout != torch.strided:
+        layout = "" if index.layout == torch.strided else f" and layout {index.layout}"
+        raise TypeError(
+            f"{operation}: {name} has dtype {index.dtype} and shape {tuple(index.shape)}{layout}, expected int64 "
+            f"[{', '.join(dims)}]"
+        )

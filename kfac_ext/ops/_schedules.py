@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from kfac_ext.ops._launch import stream_of
 Value = TypeVar("Value")
 
 _MOST_BYTES = 64 << 20  # a call's shapes take kilobytes each, so no call alone fills it
-_OWN_BYTES = 1 << 10  # of a schedule on the host, about
+_OWN_BYTES = 1 << 10  # of the smallest schedule on the host, about
 
 
 @dataclass(slots=True)
@@ -89,6 +90,12 @@ class Schedules(Generic[Value]):
             oldest, _ = min(self._entries.items(), key=lambda item: item[1].used)
             self._size -= self._entries.pop(oldest).size
         return entry
+
+
+def _bytes_of(key: Any) -> int:
+    """Of a key made of tuples, each part counted as if it were no other's."""
+    own = sys.getsizeof(key)
+    return own + sum(map(_bytes_of, key)) if isinstance(key, tuple) else own
 
 
 def _tell(entry: _Entry[Any], device: torch.device, stream: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kfac_ext import reference
-from kfac_ext.geometry import ConvGeometry, Pair, accumulator_dtype, conv_geometry, padded_geometry
+from kfac_ext.geometry import ConvGeometry, Pair, accumulator_dtype, conv_geometry, is_int, padded_geometry
 from kfac_ext.ops._covariance_kernels import (
     Problem,
     conv_problem,
@@ -19,7 +19,7 @@ from kfac_ext.ops._covariance_kernels import (
     run_cpu,
     run_cuda,
 )
-from kfac_ext.ops._library import check_floating, check_output, define, native_device
+from kfac_ext.ops._library import check_flag, check_floating, check_output, check_weights, define, native_device
 
 _FAMILY = "covariance"
 
@@ -27,7 +27,7 @@ _MODES = ("expand", "reduce")
 
 
 def _reduces(operation: str, mode: str) -> bool:
-    if mode not in _MODES:
+    if not isinstance(mode, str) or mode not in _MODES:
         raise ValueError(f"{operation}: mode is {mode!r}, expected 'expand' or 'reduce'")
     return mode == "reduce"
 
@@ -68,6 +68,7 @@ def _check_linear(out: Tensor, x: Tensor, bias: bool) -> None:
 
 def _linear(out: Tensor, x: Tensor, bias: bool, decay: float, scale: float) -> None:
     _check_linear(out, x, bias)
+    check_weights("linear_covariance", decay, scale)
     if not _run_native("linear_covariance", linear_problem, x, out, bias, decay, scale):
         reference.linear_covariance_(out, x, decay=decay, scale=scale, bias=bias)
 
@@ -85,7 +86,7 @@ def linear_covariance_(out: Tensor, x: Tensor, *, decay: float = 0.0, scale: flo
     """out <- decay out + scale linear_covariance(x, bias=bias), in one pass; returns `out`.
 
     Args:
-        out: [d(+1), d(+1)], contiguous, float32 (float64 for float64 x); mutated.
+        out: [d(+1), d(+1)], contiguous, float32 (float64 for float64 x); mutated; no part of `x`.
         x: [..., d], as for `linear_covariance`.
         decay: weight of what `out` holds; 0 overwrites it, NaN included.
         scale: weight of the new value. A running average has decay 0.95 and scale 0.05.
@@ -93,11 +94,15 @@ def linear_covariance_(out: Tensor, x: Tensor, *, decay: float = 0.0, scale: flo
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is wanted; `out` is unchanged then.
+        RuntimeError: `out` requires grad while gradients are on.
+        MemoryError, KeyboardInterrupt: `out` is unchanged then if decay is not 0, else of no use.
 
     Example:
         >>> A = torch.zeros(5, 5)
         >>> _ = kfac_ext.linear_covariance_(A, torch.randn(32, 4), decay=0.95, scale=0.05, bias=True)
     """
+    check_floating("linear_covariance", "x", x)
+    check_flag("linear_covariance", "bias", bias)
     _linear_op(out, x.detach(), bias, decay, scale)
     return out
 
@@ -123,6 +128,7 @@ def linear_covariance(x: Tensor, *, bias: bool = False) -> Tensor:
         torch.Size([5, 5])
     """
     check_floating("linear_covariance", "x", x)
+    check_flag("linear_covariance", "bias", bias)
     n = (x.shape[-1] if x.dim() else 0) + bias
     return linear_covariance_(x.new_empty(n, n, dtype=accumulator_dtype(x.dtype)), x, bias=bias)
 
@@ -140,6 +146,7 @@ def _check_conv(out: Tensor, x: Tensor, geometry: ConvGeometry, bias: bool) -> N
 def _geometry(
     x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair | str, dilation: Pair, groups: int
 ) -> ConvGeometry:
+    check_floating("conv2d_covariance", "x", x)
     try:
         return conv_geometry(x.shape, kernel_size, stride, padding, dilation, groups)
     except ValueError as error:
@@ -159,8 +166,10 @@ def _conv(
     decay: float,
     scale: float,
 ) -> None:
+    check_floating("conv2d_covariance", "x", x)
     geometry = padded_geometry(x.shape, kernel_size, stride, padding, dilation, groups)
     _check_conv(out, x, geometry, bias)
+    check_weights("conv2d_covariance", decay, scale)
     if _run_native("conv2d_covariance", conv_problem, x, out, geometry, bias, reduce, decay, scale):
         return
     image = torch.nn.functional.pad(x, padding)
@@ -210,19 +219,22 @@ def conv2d_covariance_(
     """out <- decay out + scale conv2d_covariance(x, kernel_size, ...), in one pass; returns `out`.
 
     Args:
-        out: [d, d] or [groups, d, d], contiguous, float32 (float64 for float64 x); mutated.
+        out: [d, d] or [groups, d, d], contiguous, float32 (float64 for float64 x); mutated; no part of `x`.
         x, kernel_size, stride, padding, dilation, groups, bias, mode: as for `conv2d_covariance`.
         decay: weight of what `out` holds; 0 overwrites it, NaN included.
         scale: weight of the new value.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is wanted; `out` is unchanged then.
+        RuntimeError: `out` requires grad while gradients are on.
+        MemoryError, KeyboardInterrupt: `out` is unchanged then if decay is not 0, else of no use.
 
     Example:
         >>> A = torch.zeros(27, 27)
         >>> _ = kfac_ext.conv2d_covariance_(A, torch.randn(8, 3, 32, 32), 3, decay=0.95, scale=0.05, padding=1)
     """
     geometry = _geometry(x, kernel_size, stride, padding, dilation, groups)
+    check_flag("conv2d_covariance", "bias", bias)
     _conv_op(
         out,
         x.detach(),
@@ -275,8 +287,8 @@ def conv2d_covariance(
         >>> kfac_ext.conv2d_covariance(torch.randn(8, 16, 32, 32), 3, padding=1).shape
         torch.Size([144, 144])
     """
-    check_floating("conv2d_covariance", "x", x)
     geometry = _geometry(x, kernel_size, stride, padding, dilation, groups)
+    check_flag("conv2d_covariance", "bias", bias)
     shape = _factor_shape(groups, geometry.patch_size(x.shape[1]) + bias)
     return conv2d_covariance_(
         x.new_empty(shape, dtype=accumulator_dtype(x.dtype)),
@@ -306,13 +318,14 @@ def _gradient_size(g: Tensor, groups: int) -> int:
         raise ValueError(
             f"gradient_covariance: g has {g.dim()} dimensions {tuple(g.shape)}, expected [N, O] or [N, O, H, W]"
         )
-    if not isinstance(groups, int) or groups < 1 or g.shape[1] % groups:
-        raise ValueError(f"gradient_covariance: groups is {groups}, expected a divisor of the {g.shape[1]} channels")
+    if not is_int(groups) or groups < 1 or g.shape[1] % groups:
+        raise ValueError(f"gradient_covariance: groups is {groups!r}, expected a divisor of the {g.shape[1]} channels")
     return g.shape[1] // groups
 
 
 def _gradient(out: Tensor, g: Tensor, groups: int, reduce: bool, decay: float, scale: float) -> None:
     _check_gradient(out, g, groups)
+    check_weights("gradient_covariance", decay, scale)
     if not _run_native("gradient_covariance", gradient_problem, g, out, groups, reduce, decay, scale):
         reference.gradient_covariance_(out, g, decay=decay, scale=scale, groups=groups, mode=_MODES[reduce])
 
@@ -334,18 +347,22 @@ def gradient_covariance_(
     """out <- decay out + scale gradient_covariance(g, ...), in one pass; returns `out`.
 
     Args:
-        out: [O, O] or [groups, O/groups, O/groups], contiguous, float32 (float64 for float64 g); mutated.
+        out: [O, O] or [groups, O/groups, O/groups], contiguous, float32 (float64 for float64 g); mutated; no part of
+            `g`.
         g, groups, mode: as for `gradient_covariance`.
         decay: weight of what `out` holds; 0 overwrites it, NaN included.
         scale: weight of the new value.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is wanted; `out` is unchanged then.
+        RuntimeError: `out` requires grad while gradients are on.
+        MemoryError, KeyboardInterrupt: `out` is unchanged then if decay is not 0, else of no use.
 
     Example:
         >>> G = torch.zeros(10, 10)
         >>> _ = kfac_ext.gradient_covariance_(G, torch.randn(32, 10), decay=0.95, scale=0.05)
     """
+    check_floating("gradient_covariance", "g", g)
     _gradient_op(out, g.detach(), groups, _reduces("gradient_covariance", mode), decay, scale)
     return out
 

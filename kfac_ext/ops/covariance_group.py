@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from kfac_ext.ops._covariance_kernels import (
     rows_as_images,
     spec_of,
 )
-from kfac_ext.ops._library import define, native_device
+from kfac_ext.ops._library import check_flag, check_floating, check_weights, define, native_device
 from kfac_ext.ops._schedules import Schedules
 
 _OPERATION = "covariance_group"
@@ -84,6 +85,9 @@ class CovarianceUpdate(NamedTuple):
     @staticmethod
     def linear(key: str, x: Tensor, *, bias: bool = False, decay: float = 0.0, scale: float = 1.0) -> CovarianceUpdate:
         """Of the inputs x [..., d] of a linear layer."""
+        check_floating(_OPERATION, "x", x)
+        check_flag(_OPERATION, "bias", bias)
+        check_weights(_OPERATION, decay, scale)
         return CovarianceUpdate(key, x, tuple(_Call(_LINEAR, bias=bias).to_ints()), decay, scale)
 
     @staticmethod
@@ -103,6 +107,8 @@ class CovarianceUpdate(NamedTuple):
     ) -> CovarianceUpdate:
         """Of the patches that a convolution sees in x [N, C, H, W]; the arguments of `kfac_ext.conv2d_covariance`."""
         reduce = single._reduces(_OPERATION, mode)
+        check_flag(_OPERATION, "bias", bias)
+        check_weights(_OPERATION, decay, scale)
         g = single._geometry(x, kernel_size, stride, padding, dilation, groups)
         call = _Call(_CONV, g.kernel_size, g.stride, g.padding, g.dilation, groups, bias, reduce)
         return CovarianceUpdate(key, x, tuple(call.to_ints()), decay, scale)
@@ -112,6 +118,9 @@ class CovarianceUpdate(NamedTuple):
         key: str, g: Tensor, *, groups: int = 1, mode: str = "expand", decay: float = 0.0, scale: float = 1.0
     ) -> CovarianceUpdate:
         """Of the output gradients g [N, O] or [N, O, H, W]; the arguments of `kfac_ext.gradient_covariance`."""
+        check_floating(_OPERATION, "g", g)
+        single._gradient_size(g, groups)
+        check_weights(_OPERATION, decay, scale)
         call = _Call(_GRADIENT, groups=groups, reduce=single._reduces(_OPERATION, mode))
         return CovarianceUpdate(key, g, tuple(call.to_ints()), decay, scale)
 
@@ -124,6 +133,8 @@ class _Entry(NamedTuple):
     scale: float
 
     def check(self) -> None:
+        if self.call.kind not in (_LINEAR, _CONV, _GRADIENT):
+            raise ValueError(f"{_OPERATION}: calls has a kind {self.call.kind}, expected 0, 1 or 2")
         if self.call.kind == _LINEAR:
             single._check_linear(self.out, self.x, self.call.bias)
         elif self.call.kind == _CONV:
@@ -149,9 +160,28 @@ class _Entry(NamedTuple):
             single._gradient(self.out, self.x, call.groups, call.reduce, *rest)
 
 
+def _check_lists(
+    outs: list[Tensor], xs: list[Tensor], calls: Sequence[int], decays: list[float], scales: list[float]
+) -> None:
+    """What no plan knows of: whether there is one of everything for each out, and the weights."""
+    count = len(outs)
+    for name, given, wanted in (
+        ("xs", xs, count),
+        ("calls", calls, count * _CALL_INTS),
+        ("decays", decays, count),
+        ("scales", scales, count),
+    ):
+        if len(given) != wanted:
+            raise ValueError(f"{_OPERATION}: {name} has {len(given)} entries, expected {wanted} for {count} outs")
+    if not math.isfinite(sum(decays) + sum(scales)):
+        for decay, scale in zip(decays, scales):
+            check_weights(_OPERATION, decay, scale)
+
+
 def _entries(
     outs: list[Tensor], xs: list[Tensor], calls: Sequence[int], decays: list[float], scales: list[float]
 ) -> list[_Entry]:
+    _check_lists(outs, xs, calls, decays, scales)
     starts = range(0, len(calls), _CALL_INTS)
     ints = [calls[start : start + _CALL_INTS] for start in starts]
     entries = [_Entry(_Call.from_ints(c), *rest) for c, rest in zip(ints, zip(outs, xs, decays, scales))]
@@ -248,6 +278,7 @@ def _seen(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
 
 
 def _group(outs: list[Tensor], xs: list[Tensor], calls: list[int], decays: list[float], scales: list[float]) -> None:
+    _check_lists(outs, xs, calls, decays, scales)
     devices = {x.device for x in xs}
     if len(devices) == 1:
         _group_on(xs[0].device, outs, xs, calls, decays, scales)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kfac_ext import reference
-from kfac_ext.ops._greedy_checks import check_columns, check_layers
+from kfac_ext.geometry import is_int
+from kfac_ext.ops._greedy_checks import check_columns, check_layers, check_step
 from kfac_ext.ops._greedy_kernels import Layer, Neurons, fits_cuda, run_cpu, run_cuda
 from kfac_ext.ops._launch import full_precision
 from kfac_ext.ops._library import define, native_device
@@ -37,12 +38,23 @@ def _remove(
     forms: list[Tensor],
     scores: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
+    _check_counts(
+        len(weights), inverses=inverses, Gs=Gs, removed=removed, pending=pending, counts=counts[::2], lost=lost
+    )
+    _check_counts(len(weights), counts=counts[1::2])
+    _check_counts(len(columns), layers=layers, blocks=blocks, forms=forms, scores=scores)
     problems = list(map(Layer, weights, inverses, Gs, removed, counts[::2], pending, counts[1::2], lost))
     lists = list(map(Neurons, columns, layers, blocks, forms, scores))
+    check_step(_OPERATION, problems, lists)
     if native_device(_OPERATION, weights[0], _FAMILY) and (weights[0].is_cpu or fits_cuda(problems, lists)):
         return _run(problems, lists)
     state = (weights, inverses, Gs, removed, pending, counts, lost, columns, layers, blocks, forms, scores)
     return reference.greedy_remove_(*state)
+
+
+def _check_counts(wanted: int, **lists: Sequence[object]) -> None:
+    for name, given in lists.items():
+        check_count(_OPERATION, name, len(given), wanted, "them")
 
 
 def _run(layers: list[Layer], lists: list[Neurons]) -> tuple[Tensor, Tensor]:
@@ -77,6 +89,16 @@ class NotDefiniteError(torch.linalg.LinAlgError):
     def __init__(self, message: str, layer: int, columns: int | None = None, neuron: int | None = None) -> None:
         super().__init__(f"{_OPERATION}: {message}")
         self.layer, self.columns, self.neuron = layer, columns, neuron
+
+
+def _indices(number: int, index: Sequence[int] | Tensor) -> list[int]:
+    """Indices of neurons as a list."""
+    listed = (
+        index.flatten().tolist() if isinstance(index, Tensor) else list(index) if isinstance(index, Sequence) else []
+    )
+    if not isinstance(index, (Tensor, Sequence)) or not all(is_int(i) for i in listed):
+        raise TypeError(f"{_OPERATION}: neurons[{number}] is {index!r}, expected a list of ints")
+    return listed
 
 
 def _together(layer: int) -> NotDefiniteError:
@@ -141,7 +163,7 @@ class GreedySelection:
     ) -> None:
         Vs, Hs = as_list(_OPERATION, "weights", weights), as_list(_OPERATION, "inverses", inverses)
         self._Gs, index = as_list(_OPERATION, "Gs", Gs), as_list(_OPERATION, "columns", columns)
-        self._layers = list(range(len(index))) if layers is None else [int(layer) for layer in layers]
+        self._layers = list(range(len(index))) if layers is None else list(layers)
         check_layers(_OPERATION, Vs, Hs, self._Gs)
         if layers is None:
             check_count(_OPERATION, "columns", len(index), len(Vs), "weights")
@@ -161,6 +183,7 @@ class GreedySelection:
             self._forms.append(_column_forms(self._Vs[layer], self._Gs[layer], listed).double())
         self.scores = [listed.new_zeros(len(listed), dtype=torch.float64) for listed in self._columns]
         self.total = 0.0
+        self._is_broken = False
         self._step({layer: [] for layer in range(len(Vs))})
 
     def remove_(self, neurons: Mapping[int, Sequence[int] | Tensor]) -> float:
@@ -177,7 +200,9 @@ class GreedySelection:
                 one where the block of a neuron that stays no longer is: the scores are no use then. It has the
                 numbers as attributes (`layer`, `columns`, `neuron`).
             ValueError: a number of no list; an index that is none, or of a neuron that went.
+            RuntimeError: an earlier removal ended midway, for lack of memory.
         """
+        self._check_whole()
         chosen = self._chosen(neurons)
         lost = self._columns_of(chosen)
         change = self._step(lost) if lost else 0.0
@@ -190,8 +215,9 @@ class GreedySelection:
         """What `remove_` of the same neurons would lose; nothing goes. Of one neuron that is its score.
 
         Raises:
-            torch.linalg.LinAlgError, ValueError: as `remove_`.
+            torch.linalg.LinAlgError, ValueError, RuntimeError: as `remove_`.
         """
+        self._check_whole()
         found = 0.0
         for layer, listed in self._columns_of(self._chosen(neurons)).items():
             J = torch.cat(listed)
@@ -207,13 +233,19 @@ class GreedySelection:
             found += 0.5 * float(((P @ G) * P).sum())
         return found
 
+    def _check_whole(self) -> None:
+        if self._is_broken:
+            raise RuntimeError(f"{_OPERATION}: a removal ended midway; make a new GreedySelection")
+
     def _chosen(self, neurons: Mapping[int, Sequence[int] | Tensor]) -> dict[int, list[int]]:
         """The same as lists; ValueError for what has gone or never was there."""
-        chosen = {n: index.tolist() if isinstance(index, Tensor) else list(index) for n, index in neurons.items()}
+        if not isinstance(neurons, Mapping):
+            raise TypeError(f"{_OPERATION}: neurons is a {type(neurons).__name__}, expected a dict of lists of indices")
+        chosen = {n: _indices(n, index) for n, index in neurons.items()}
         for number, index in chosen.items():
-            if not 0 <= number < len(self._left):
+            if not is_int(number) or not 0 <= number < len(self._left):
                 raise ValueError(
-                    f"{_OPERATION}: neurons names list {number} of columns, expected 0 to {len(self._left) - 1}"
+                    f"{_OPERATION}: neurons names list {number!r} of columns, expected 0 to {len(self._left) - 1}"
                 )
             if len(self._left[number].intersection(index)) < len(index):
                 raise ValueError(
@@ -235,6 +267,7 @@ class GreedySelection:
         numbers = [number for number, layer in enumerate(self._layers) if layer in lost]
         none = self._columns[0].new_empty(0)
         gone = [torch.cat(lost[layer]) if lost[layer] else none for layer in touched]
+        self._is_broken = True  # until all is written
         changes, failures = _remove_op(
             *([state[layer] for layer in touched] for state in (self._Vs, self._Hs, self._Gs)),
             *([state[layer] for layer in touched] for state in (self._removed, self._pending)),
@@ -244,6 +277,7 @@ class GreedySelection:
             [touched.index(self._layers[number]) for number in numbers],
             *([state[number] for number in numbers] for state in (self._blocks, self._forms, self.scores)),
         )
+        self._is_broken = False
         for layer, (column, number, neuron) in zip(touched, failures.tolist()):
             if column >= 0:
                 raise _together(layer)
@@ -258,7 +292,12 @@ class GreedySelection:
         return float(changes.sum())
 
     def weights(self) -> list[Tensor]:
-        """V now, [O, d] a layer: with the survivors compensated, and zero in the columns that went."""
+        """V now, [O, d] a layer: with the survivors compensated, and zero in the columns that went.
+
+        Raises:
+            RuntimeError: as `remove_`.
+        """
+        self._check_whole()
         found = []
         for V, H, removed, pending, (count, waiting) in zip(
             self._Vs, self._Hs, self._removed, self._pending, self._counts

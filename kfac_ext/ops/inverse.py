@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kfac_ext import reference
+from kfac_ext.geometry import is_int
 from kfac_ext.ops._inverse_kernels import pi_amounts_cuda, run_cpu, run_cuda
 from kfac_ext.ops._library import define, native_device
 from kfac_ext.ops._lists import as_list, check_count, check_squares
@@ -19,11 +20,24 @@ _OPERATION = _FAMILY = "damped_inverse"
 
 
 def _check(matrices: Sequence[Tensor], amounts: Tensor, diagonals: Sequence[Tensor]) -> None:
+    if not matrices:
+        raise ValueError(f"{_OPERATION}: matrices is empty")
     check_squares(_OPERATION, "matrices", matrices, matrices[0])
+    if amounts.dtype != torch.float64 or amounts.dim() != 1 or amounts.device != matrices[0].device:
+        raise ValueError(
+            f"{_OPERATION}: amounts is {amounts.dtype} {tuple(amounts.shape)} on {amounts.device}, expected float64 "
+            "[matrices] where the matrices are"
+        )
     check_count(_OPERATION, "damping", len(amounts), len(matrices), "matrices")
     if not diagonals:
         return
+    check_count(_OPERATION, "diagonals", len(diagonals), len(matrices), "matrices")
     for i, (matrix, diagonal) in enumerate(zip(matrices, diagonals)):
+        if diagonal.device != matrix.device or not (diagonal.is_floating_point() or not diagonal.numel()):
+            raise ValueError(
+                f"{_OPERATION}: damping[{i}] is {diagonal.dtype} on {diagonal.device}, expected floating-point numbers "
+                f"on {matrix.device}"
+            )
         if diagonal.numel() and tuple(diagonal.shape) != (matrix.shape[0],):
             raise ValueError(
                 f"{_OPERATION}: damping[{i}] has shape {tuple(diagonal.shape)}, expected () or {(matrix.shape[0],)}"
@@ -117,6 +131,8 @@ def _stacked(scalars: list[float | Tensor], device: torch.device) -> Tensor:
 def _split(matrices: list[Tensor], damping: float | Sequence[float | Tensor] | Tensor) -> tuple[Tensor, list[Tensor]]:
     """Amounts [L], float64, for the whole diagonals; and a tensor [n_i] (or [0]) for each if any was given."""
     device = matrices[0].device
+    if isinstance(damping, Tensor) and not damping.is_floating_point():
+        raise TypeError(f"{_OPERATION}: damping has dtype {damping.dtype}, expected floating-point numbers")
     if isinstance(damping, Tensor) and damping.dim() == 0:
         return damping.detach().to(device, torch.float64).expand(len(matrices)), []
     if not isinstance(damping, (Sequence, Tensor)):
@@ -127,6 +143,8 @@ def _split(matrices: list[Tensor], damping: float | Sequence[float | Tensor] | T
     none = torch.empty(0, device=device)
     for i, entry in enumerate(damping):
         is_tensor = isinstance(entry, Tensor)
+        if is_tensor and not entry.is_floating_point():
+            raise TypeError(f"{_OPERATION}: damping[{i}] has dtype {entry.dtype}, expected floating-point numbers")
         if is_tensor and entry.device != device:
             raise ValueError(f"{_OPERATION}: damping[{i}] is on {entry.device}, the matrices on {device}")
         is_diagonal = is_tensor and entry.dim() > 0
@@ -137,10 +155,12 @@ def _split(matrices: list[Tensor], damping: float | Sequence[float | Tensor] | T
 
 
 def _checked_pairs(pi: Sequence[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    if not isinstance(pi, Sequence) or isinstance(pi, str):
+        raise TypeError(f"{_OPERATION}: pi is a {type(pi).__name__}, expected a list of pairs of indices")
     pairs: list[tuple[int, int]] = []
     seen: set[int] = set()
     for k, indices in enumerate(pi):
-        if not (isinstance(indices, Sequence) and len(indices) == 2 and all(isinstance(i, int) for i in indices)):
+        if not (isinstance(indices, Sequence) and len(indices) == 2 and all(is_int(i) for i in indices)):
             raise TypeError(f"{_OPERATION}: pi[{k}] is {indices!r}, expected two indices of matrices")
         pairs.append((indices[0], indices[1]))
         for index in indices:
@@ -153,8 +173,13 @@ def _checked_pairs(pi: Sequence[tuple[int, int]], count: int) -> list[tuple[int,
 
 
 def _pi_amounts(matrices: list[Tensor], damping: float, pairs: list[int]) -> Tensor:
+    if not matrices:
+        raise ValueError(f"{_OPERATION}: matrices is empty")
     check_squares(_OPERATION, "matrices", matrices, matrices[0])
-    listed = list(zip(pairs[::2], pairs[1::2]))
+    _checked_amount("damping", damping)
+    if len(pairs) % 2:
+        raise ValueError(f"{_OPERATION}: pairs has {len(pairs)} indices, expected two for each pair")
+    listed = _checked_pairs(list(zip(pairs[::2], pairs[1::2])), len(matrices))
     if not matrices[0].is_cpu and native_device(_OPERATION, matrices[0], _FAMILY):
         return pi_amounts_cuda(matrices, damping, listed)
     means = torch.stack([matrix.trace() / matrix.shape[0] for matrix in matrices]).double()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kfac_ext import reference
-from kfac_ext.geometry import ConvGeometry, Pair, accumulator_dtype, conv_geometry, padded_geometry
-from kfac_ext.ops._library import check_floating, define, native_device
+from kfac_ext.geometry import ConvGeometry, Pair, accumulator_dtype, conv_geometry, is_int, padded_geometry
+from kfac_ext.ops._library import check_flag, check_floating, check_writable, define, native_device
 from kfac_ext.ops._lists import as_list, check_count, check_squares
 from kfac_ext.ops._power_covariance_kernels import run_covariance_cpu, run_covariance_cuda
 from kfac_ext.ops._power_kernels import Results, empty_results, fits_cuda, run_cpu, run_cuda
@@ -23,9 +23,9 @@ _FAMILY, _COVARIANCE_FAMILY = "power_iteration", "covariance_power_iteration"
 
 
 def _check_method(operation: str, tol: float, max_iter: int) -> None:
-    if not (isinstance(tol, (int, float)) and 0 <= tol < math.inf):
+    if isinstance(tol, bool) or not (isinstance(tol, (int, float)) and 0 <= tol < math.inf):
         raise ValueError(f"{operation}: tol is {tol!r}, expected a finite number >= 0")
-    if not (isinstance(max_iter, int) and 1 <= max_iter < 2**31):
+    if not (is_int(max_iter) and 1 <= max_iter < 2**31):
         raise ValueError(f"{operation}: max_iter is {max_iter!r}, expected an int >= 1")
 
 
@@ -38,6 +38,8 @@ def _check_vector(operation: str, name: str, vector: Tensor, n: int, dtype: torc
         raise TypeError(f"{operation}: {name} has dtype {vector.dtype}, expected {dtype}")
     if vector.device != device:
         raise ValueError(f"{operation}: {name} is on {vector.device}, expected {device}")
+    if vector.layout != torch.strided:
+        raise TypeError(f"{operation}: {name} has layout {vector.layout}, expected a dense tensor")
     if not vector.is_contiguous():
         raise ValueError(f"{operation}: {name} is not contiguous, its strides are {vector.stride()}")
 
@@ -52,7 +54,10 @@ def _take_over(result: PowerIteration, vectors: Sequence[Tensor]) -> Results:
 
 
 def _check_problems(matrices: Sequence[Tensor], vectors: Tensor, starts: Sequence[int]) -> None:
-    operation, like = "power_iteration", matrices[0]
+    operation = "power_iteration"
+    if not matrices:
+        raise ValueError(f"{operation}: matrices is empty")
+    like = matrices[0]
     check_squares(operation, "matrices", matrices, like)
     check_count(operation, "starts", len(starts), len(matrices), "matrices")
     size = vectors.numel()
@@ -64,6 +69,7 @@ def _check_problems(matrices: Sequence[Tensor], vectors: Tensor, starts: Sequenc
 
 def _power(vectors: Tensor, starts: list[int], matrices: list[Tensor], tol: float, max_iter: int) -> Results:
     _check_problems(matrices, vectors, starts)
+    _check_method("power_iteration", tol, max_iter)
     if not native_device("power_iteration", matrices[0], _FAMILY):
         return _run_reference(matrices, vectors, starts, tol, max_iter)
     return _run(matrices, vectors, starts, tol, max_iter)
@@ -130,7 +136,8 @@ def _joined(matrices: Sequence[Tensor], sizes: Sequence[int], vectors: Sequence[
         return torch.zeros(0)
     dtype, device = matrices[0].dtype, matrices[0].device
     for i, (n, vector) in enumerate(zip(sizes, vectors)):
-        if vector.shape != (n,) or vector.dtype != dtype or vector.device != device:  # which takes longer to find out
+        if vector.shape != (n,) or vector.dtype != dtype or vector.device != device or vector.layout != torch.strided:
+            check_squares(operation, "matrices", matrices, matrices[0])  # which may be at fault, too
             _check_vector(operation, f"vectors[{i}]", vector, n, dtype, device)
     return torch.cat(list(vectors))
 
@@ -156,6 +163,7 @@ def power_iteration_(
         tensor([1.0000])
     """
     symmetric, units = as_list("power_iteration", "matrices", matrices), as_list("power_iteration", "vectors", vectors)
+    check_writable("power_iteration", "vectors", list(vectors))
     sizes = _sizes(symmetric)
     flat = _joined(symmetric, sizes, units)
     values, residuals, iterations = power_iteration_at_(flat, _starts(sizes), symmetric, tol=tol, max_iter=max_iter)
@@ -218,6 +226,10 @@ def _covariance_size(x: Tensor, kernel_size: Sequence[int], bias: bool) -> int:
 
 def _check_covariance(x: Tensor, vector: Tensor, kernel_size: list[int], bias: bool) -> None:
     operation = "covariance_power_iteration"
+    check_floating(operation, "x", x)
+    if x.dim() == 0 or (kernel_size and x.dim() != 4):
+        wanted = "4: [N, C, H, W]" if kernel_size else "at least 1: [..., d]"
+        raise ValueError(f"{operation}: x has {x.dim()} dimensions {tuple(x.shape)}, expected {wanted}")
     n = _covariance_size(x, kernel_size, bias)
     _check_vector(operation, "vector", vector, n, accumulator_dtype(x.dtype), x.device)
 
@@ -233,10 +245,11 @@ def _covariance(
     tol: float,
     max_iter: int,
 ) -> Results:
+    check_floating("covariance_power_iteration", "x", x)
+    geometry = padded_geometry(x.shape, kernel_size, stride, padding, dilation) if kernel_size else None
     _check_covariance(x, vector, kernel_size, bias)
+    _check_method("covariance_power_iteration", tol, max_iter)
     if native_device("covariance_power_iteration", x, _COVARIANCE_FAMILY):
-        steps = (kernel_size, stride, padding, dilation)
-        geometry = padded_geometry(x.shape, *steps) if kernel_size else None
         found = _run_covariance(x, geometry, vector, bias, tol, max_iter)
         if found is not None:
             return found
@@ -317,6 +330,7 @@ def covariance_power_iteration(
     """
     operation = "covariance_power_iteration"
     check_floating(operation, "x", x)
+    check_flag(operation, "bias", bias)
     _check_method(operation, tol, max_iter)
     dtype = accumulator_dtype(x.dtype)
     steps: tuple[Sequence[int], ...] = ((), (), (), ())
@@ -330,8 +344,9 @@ def covariance_power_iteration(
         raise ValueError(f"{operation}: x has 0 dimensions, expected at least 1: [..., d]")
     if vector is None:
         vector = x.new_zeros(_covariance_size(x, steps[0], bias), dtype=dtype)
-    if not isinstance(vector, Tensor):
-        raise TypeError(f"{operation}: vector is a {type(vector).__name__}, expected a tensor")
+    if not isinstance(vector, Tensor) or vector.layout != torch.strided:
+        given = vector.layout if isinstance(vector, Tensor) else type(vector).__name__
+        raise TypeError(f"{operation}: vector is a {given}, expected a dense tensor")
     unit = vector.detach().clone(memory_format=torch.contiguous_format)
     values, residuals, iterations = _covariance_op(unit, x.detach(), *steps, bias, tol, max_iter)
     return PowerIteration(values, [unit], residuals, iterations)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from kfac_ext import _C, reference
+from kfac_ext.geometry import is_int
 from kfac_ext.ops._launch import full_precision
 from kfac_ext.ops._library import DTYPE_CODES, define, native_device
-from kfac_ext.ops._lists import as_list, check_count, check_matrix, check_square, row_major
+from kfac_ext.ops._lists import as_list, check_count, check_index, check_matrix, check_square, row_major
 from kfac_ext.ops._saliency_kernels import Layer, fits_cuda, run_cpu, run_cuda
 from kfac_ext.ops.inverse import damped_inverse_ex
 
@@ -29,6 +30,8 @@ def _check_scores(
     weights: Sequence[Tensor], inputs: Sequence[Tensor], Gs: Sequence[Tensor], blocks: Sequence[int], obs: bool
 ) -> None:
     operation, name = _operation(obs), "inverses" if obs else "As"
+    if not weights:
+        raise ValueError(f"{operation}: weights is empty")
     for given, argument in ((inputs, name), (Gs, "Gs"), (blocks, "blocks")):
         check_count(operation, argument, len(given), len(weights), "weights")
     for i, (weight, matrix, G, block) in enumerate(zip(weights, inputs, Gs, blocks)):
@@ -100,7 +103,9 @@ def _score_layers(
     ]
     if not lists[0]:
         return []
-    return _scores_op(*lists, [int(block) for block in blocks], obs)
+    if not isinstance(blocks, Sequence) or not all(is_int(block) for block in blocks):
+        raise TypeError(f"{operation}: blocks is {blocks!r}, expected a list of ints")
+    return _scores_op(*lists, list(blocks), obs)
 
 
 def obd_saliency(
@@ -166,15 +171,14 @@ def obs_saliency(
 
 def _check_compensate(weights: Sequence[Tensor], inverses: Sequence[Tensor], pruned: Sequence[Tensor]) -> None:
     operation = "compensate"
+    if not weights:
+        raise ValueError(f"{operation}: weights is empty")
     for given, argument in ((inverses, "inverses"), (pruned, "pruned")):
         check_count(operation, argument, len(given), len(weights), "weights")
     for i, (weight, inverse, index) in enumerate(zip(weights, inverses, pruned)):
         check_matrix(operation, f"weights[{i}]", weight, weights[0])
         check_square(operation, f"inverses[{i}]", inverse, weights[0], weight.shape[1])
-        if index.dtype != torch.int64 or index.dim() != 1:
-            raise TypeError(
-                f"{operation}: pruned[{i}] has dtype {index.dtype} and shape {tuple(index.shape)}, expected int64 [m]"
-            )
+        check_index(operation, f"pruned[{i}]", index, ["m"])
         if index.device != weight.device:
             raise ValueError(f"{operation}: pruned[{i}] is on {index.device}, the weights on {weight.device}")
         if index.shape[0] > weight.shape[1]:

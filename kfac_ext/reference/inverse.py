@@ -33,11 +33,13 @@ def damped_inverse_ex(
         damping = pi_damping(matrices, float(damping), pi)  # type: ignore[arg-type]
     inverses, infos = [], []
     for i, matrix in enumerate(matrices):
-        amount = damping[i] if isinstance(damping, (Sequence, Tensor)) else damping
+        one_each = isinstance(damping, Sequence) or (isinstance(damping, Tensor) and damping.dim() > 0)
+        amount = damping[i] if one_each else damping  # type: ignore[index]
         diagonal = torch.as_tensor(amount, dtype=matrix.dtype, device=matrix.device).expand(matrix.shape[0])
         factor, info = torch.linalg.cholesky_ex(matrix + torch.diag(diagonal))
         info = _first_not_finite(factor, info)
-        inverse = torch.cholesky_inverse(factor)
+        eye = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
+        inverse = torch.cholesky_inverse(torch.where(info == 0, factor, eye))  # which refuses a pivot of zero
         inverses.append(torch.where(info == 0, inverse, torch.full_like(inverse, float("nan"))))
         infos.append(info.to(torch.int32))
     return inverses, torch.stack(infos) if infos else torch.zeros(0, dtype=torch.int32)

@@ -21,7 +21,7 @@ import torch
 from flatprune.files.sealed import load_sealed
 
 CHECKPOINT_FORMAT = "flatprune-checkpoint"
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
 
 
 def load_checkpoint(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> dict[str, Any]:

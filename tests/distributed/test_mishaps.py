@@ -34,7 +34,7 @@ def test_batches_of_different_sizes(two):
 def test_a_batch_that_is_not_finite_on_one_rank(two):
     for stayed, is_finite, warned in two.run(mishaps.not_finite):
         assert stayed and is_finite
-        assert warned == ["Curvature: output or gradients of a rank are not finite, factors are not updated"]
+        assert len(warned) == 1 and warned[0].startswith("Curvature: 1 update of the factors left out"), warned
 
 
 def test_one_rank_may_read_alone(two):

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <memory>
 #include <vector>
 
 #include "kfac/types.h"
@@ -23,6 +24,11 @@ struct ConvShape {
   int64_t patch_size() const { return group_channels() * taps(); }
 };
 
+// The same patches, with stride 1 along an axis that has one output and dilation 1 along one that has one kernel
+// position. Throws std::invalid_argument, naming the number, where a number is out of range or where products that
+// kernels count with would overflow.
+ConvShape checked_shape(const ConvShape& shape);
+
 struct ImageView {
   const void* data;  // [N, C, H, W]
   DType dtype;
@@ -36,7 +42,9 @@ enum class CovarianceAlgorithm : int { kAuto = 0, kShift = 1, kPatches = 2 };
 
 // out [groups, d, d], d = patch_size() + bias: float, or double when `image` is.
 // A patch a lists (channel, kernel row, kernel column), then 1 if `bias`. kReduce averages a over positions first.
-// `scale` multiplies the plain sum; decay 0 overwrites `out`, whatever it holds.
+// `scale` multiplies the plain sum; decay 0 overwrites `out`, whatever it holds. Where it throws, memory that is not
+// there or an interrupt, `out` is as it was unless decay is 0. Throws std::invalid_argument where `out` overlaps the
+// image.
 void covariance_cpu(const ImageView& image, const ConvShape& shape, CovarianceMode mode, CovarianceAlgorithm algorithm,
                     bool bias, double decay, double scale, void* out, int threads);
 
@@ -91,7 +99,19 @@ struct ShiftPlan {
                                     // the next entry
 };
 
-// The plan of this geometry, made at its first use and kept for the life of the process.
-const ShiftPlan& shift_plan(const ConvShape& shape);
+// The plan of this geometry, kept until others that were asked for since take a few megabytes.
+std::shared_ptr<const ShiftPlan> shift_plan(const ConvShape& shape);
+
+// Whether that plan is small enough to be worth its memory: it grows with the fourth to sixth power of the kernel's
+// size.
+bool has_small_plan(const ConvShape& shape);
+
+// The pixels that each kernel position meets, [taps]: what there is of the plan without sharing any.
+std::vector<Region> tap_windows(const ConvShape& shape);
+
+struct PlanCache {
+  int64_t plans, bytes;
+};
+PlanCache plan_cache();
 
 }  // namespace kfac

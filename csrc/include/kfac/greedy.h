@@ -44,7 +44,9 @@ struct GreedyProblem {
   int64_t failed_list, failed_neuron;  // out: a neuron that stays whose block is not positive definite, or -1
 };
 
-// All of type kFloat32 or kFloat64. If a failed_column is not -1, nothing is changed in any layer.
+// All of type kFloat32 or kFloat64. If a failed_column is not -1, nothing is changed in any layer. Throws
+// std::invalid_argument, before anything is changed, for columns that are none or are there twice; interrupts are
+// heeded until then. Where it throws for lack of memory the layers are no use any more.
 void greedy_remove_cpu(GreedyProblem* problems, int64_t count, DType dtype, int threads);
 
 }  // namespace kfac
