@@ -16,19 +16,17 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import torch
-
 from flatprune.files.sealed import load_sealed
 
 CHECKPOINT_FORMAT = "flatprune-checkpoint"
 CHECKPOINT_VERSION = 3
 
 
-def load_checkpoint(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a `checkpoint.pt`.
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a `checkpoint.pt`, on the CPU.
 
     Raises:
         InputError: there is no such file, it is not a checkpoint of this package, or of another version.
         DamagedError: it is not what was written.
     """
-    return load_sealed(path, CHECKPOINT_FORMAT, CHECKPOINT_VERSION, device)
+    return load_sealed(path, CHECKPOINT_FORMAT, CHECKPOINT_VERSION)

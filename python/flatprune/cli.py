@@ -427,6 +427,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), EXIT_FAILED)
     except MemoryError as error:
         return _fail(f"not enough memory: {error}", EXIT_FAILED)
+    except RuntimeError as error:
+        if "memory" not in str(error) or "alloc" not in str(error):  # as torch says it, on all devices
+            raise
+        return _fail(f"not enough memory: {error}", EXIT_FAILED)
     except Exception as error:
         if not hasattr(error, "format_message"):  # what typer raises for a command line it cannot parse
             raise

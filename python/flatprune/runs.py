@@ -416,9 +416,21 @@ def _train(
     (folder / SUMMARY_FILE).unlink(missing_ok=True)  # of a finished run that lacked something
     save_model(folder / MODEL_FILE, trainer.result, trainer.arguments, trainer.dataset.normalization)
     dense_history = read_history(folder / DENSE_FOLDER / HISTORY_FILE) if dense else []
-    report.write_report(folder, summary, trainer.history, dense_history)
+    _write_report(folder, summary, trainer.history, dense_history)
     finish(folder, summary, [name for name in DIGESTED_FILES if (folder / name).is_file()])
     return summary
+
+
+def _write_report(folder: Path, summary: dict[str, Any], *histories: list[dict[str, Any]]) -> None:
+    """Write the report; that it cannot be drawn (no place for fonts, a glyph that is missing) is no loss of results."""
+    try:
+        report.write_report(folder, summary, *histories)
+    except Exception as error:
+        if isinstance(error, OSError) and Path(error.filename or "").parent == folder:
+            raise
+        for name in (report.PLOT_FILE, report.REPORT_FILE):
+            (folder / name).unlink(missing_ok=True)
+        warnings.warn(f"{folder}: the report could not be made ({error!r})", stacklevel=2)
 
 
 def _save(trainer: Trainer, folder: Path, lock: FolderLock) -> None:

@@ -53,6 +53,8 @@ _AT_LEAST = {
     "test_every": 1,
     "track_hessian": 1,
 }
+_AT_MOST = {"epochs": 10**7, "threads": 1024}
+_LARGEST = 2**31 - 1  # of other whole numbers, but for the seed
 _ABOVE_0 = ("lr", "sam_radius", "max_predicted_loss", "stop_accuracy_drop")
 _FROM_0 = ("flatness_strength", "flatness_fade_below", "weight_decay", "mixup")
 _FROM_0_BELOW_1 = ("disout", "momentum", "label_smoothing")
@@ -301,6 +303,9 @@ def _check_ranges(settings: Settings) -> None:
         value = getattr(settings, name)
         if value is not None and value < least:
             raise InputError(f"{name} is {value}, expected {least} or more")
+        most = _AT_MOST.get(name, _LARGEST)
+        if value is not None and value > most and name != "seed":
+            raise InputError(f"{name} is {value}, expected {most} or less")
     if settings.seed >= 2**63:
         raise InputError(f"seed is {settings.seed}, expected less than 2^63")
     for name in _ABOVE_0:

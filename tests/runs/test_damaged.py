@@ -194,6 +194,8 @@ def test_two_runs_in_one_folder_refuse_each_other(flatprune, folder):
         start = time.monotonic()
         for options in (["--resume"], ["--overwrite"], ["--restart-damaged"]):
             refused(flatprune("run", *options, "--out", folder), str(folder), "in use by process")
+        refused(flatprune("export", folder, "--to", "safetensors"), "in use by process")
+        assert flatprune("export", folder, "--to", "safetensors", "--out", folder.parent / "a.safetensors").code == 0
         assert time.monotonic() - start < 30
     assert json.loads((folder / "summary.json").read_text())["seed"] == 0
 

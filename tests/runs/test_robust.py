@@ -18,6 +18,7 @@ import torch
 from flatprune import runs
 from flatprune.cli import main
 from flatprune.errors import Interrupted
+from flatprune.reporting.progress import SteadyConsole, observer
 from flatprune.run_folder import FINE, check_run
 from flatprune.signals import stop_signals
 from flatprune.training.trainer import Observer
@@ -148,23 +149,41 @@ def test_a_disk_that_is_full_at_any_write(tmp_path, whole, call, monkeypatch):
         assert_whole(folder, whole)
 
 
+def test_a_report_that_cannot_be_drawn_is_no_loss(tmp_path, whole, monkeypatch):
+    def fail(*_):
+        raise ValueError("a glyph")
+
+    monkeypatch.setattr(runs.report, "write_report", fail)
+    with pytest.warns(UserWarning, match="the report could not be made"):
+        runs.run(SMALL, tmp_path / "run")
+    assert_whole(tmp_path / "run", whole)
+    assert runs.is_finished(tmp_path / "run")
+
+
 def run_in(tmp_path, *options, **streams):
     command = [sys.executable, "-m", "flatprune", "run", *OPTIONS, "--out", str(tmp_path / "run"), *options]
     return subprocess.Popen(command, stderr=subprocess.PIPE, **streams)
 
 
-def test_a_closed_pipe_and_a_full_disk_for_stdout_do_not_matter(tmp_path, whole):
+def test_a_run_goes_on_without_its_pipe(tmp_path, whole):
     process = run_in(tmp_path, stdout=subprocess.PIPE)
     process.stdout.close()  # as `| head -0`
     assert (process.communicate()[1], process.returncode) == (b"", 0)
     assert_whole(tmp_path / "run", whole)
     with open("/dev/full", "w") as full:
-        process = run_in(tmp_path, "--overwrite", stdout=full)
-        assert (process.communicate()[1], process.returncode) == (b"", 0)
         evaluated = subprocess.run(
             [sys.executable, "-m", "flatprune", "eval", str(tmp_path / "run")], stdout=full, stderr=subprocess.PIPE
         )
     assert evaluated.returncode == 2 and b"No space left" in evaluated.stderr and evaluated.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_log_on_a_full_disk_ends_the_log_alone(tmp_path, whole, terminal):
+    with contextlib.suppress(OSError), open("/dev/full", "w") as full:
+        console = SteadyConsole(file=full, force_terminal=terminal)
+        runs.run(SMALL, tmp_path / "run", observer=lambda title: observer(console, title))
+        assert console.quiet
+    assert_whole(tmp_path / "run", whole)
 
 
 def test_a_lost_terminal_ends_with_a_checkpoint_or_goes_on(tmp_path):

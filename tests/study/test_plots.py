@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from flatprune.study.plots import figure
+from flatprune.study.report import _plot_names
 from flatprune.study.results import BY_KEY, Group, Results
 
 
@@ -62,6 +63,13 @@ def test_ticks_of_a_logarithmic_axis_do_not_meet():
     axis = figure(results, results.groups, "plot").axes[0]
     assert axis.get_xscale() == "log" and not axis.get_xticks(minor=True).size
     assert "50k" in [label.get_text() for label in axis.get_xticklabels()]
+
+
+def test_each_section_has_a_file_of_its_own():
+    names = ["", "a b", "A-B", "图", "画", "x" * 300, "x" * 301]
+    files = _plot_names(names)
+    assert files[:5] == ["plot.png", "plot-a-b.png", "plot-a-b-1.png", "plot-1.png", "plot-2.png"]
+    assert len(set(files)) == len(names) and max(map(len, files)) < 120
 
 
 def test_correlations_stand_alone():

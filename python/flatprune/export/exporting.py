@@ -19,6 +19,7 @@ from flatprune.export.model_file import MODEL_FILE
 from flatprune.export.saved import SavedNetwork
 from flatprune.export.subject import NORMALIZED, Subject
 from flatprune.files.atomic import sha256, sync
+from flatprune.files.lock import locked
 from flatprune.files.records import Kind, read_record, write_record
 
 EXPORTS_FILE = "exports.json"
@@ -118,7 +119,7 @@ def export_run(
         overwrite: replace an export that is there.
 
     Raises:
-        InputError: something given cannot be used, or a package is missing.
+        InputError: something given cannot be used, a package is missing, or the folder is in use.
         ExportError: the network cannot be written in this format, or what was written computes something else.
         OSError: a file could not be written.
         In all cases nothing has been written, and what was there before is kept.
@@ -133,7 +134,8 @@ def export_run(
     path = Path(folder) / kind.file if out is None else Path(out)
     subject = Subject(_read_run(Path(folder)), input)
     _check_free(path, to, overwrite)
-    with _staging_folder(path) as staging:
+    own = path.parent.resolve() == Path(folder).resolve()  # elsewhere the run's folder may be read-only
+    with locked(path.parent) if own else contextlib.nullcontext(), _staging_folder(path) as staging:
         with _failures_named(to):
             staged = kind.write(subject, staging / path.name)
             difference, largest = _compare(subject, kind.reopen(staged[-1]))

@@ -37,7 +37,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn
         >>> model = flatprune.load("runs/demo")
         >>> classes = model(model.normalization(images)).argmax(1)  # uint8 images [n, height, width, channels]
     """
-    saved = read_saved(path, device)
+    saved = read_saved(path)
     model = saved.network().to(device)
     model.normalization = saved.normalization  # type: ignore[assignment]
     model.image_shape = saved.image_shape  # type: ignore[assignment]
@@ -45,15 +45,15 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn
     return model
 
 
-def read_saved(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> SavedNetwork:
-    """What `load` makes a network of; arguments and errors are the same."""
+def read_saved(path: str | os.PathLike[str]) -> SavedNetwork:
+    """What `load` makes a network of, on the CPU; errors are the same."""
     folder = Path(path)
     if folder.is_dir():
-        saved = read_model(folder / MODEL_FILE, device)
+        saved = read_model(folder / MODEL_FILE)
         if all((folder / name).is_file() for name in (DIGESTS_FILE, SUMMARY_FILE)):
             check_digest(folder, MODEL_FILE, read_bytes(saved.path))
         return saved
-    return (safetensors_file.read if folder.suffix == safetensors_file.SUFFIX else read_model)(folder, device)
+    return (safetensors_file.read if folder.suffix == safetensors_file.SUFFIX else read_model)(folder)
 
 
 def fresh_network(path: str | os.PathLike[str], arguments: Mapping[str, Any]) -> nn.Module:

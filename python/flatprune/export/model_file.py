@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from flatprune import models
@@ -52,12 +51,12 @@ def save_model(
     save_sealed(path, state)
 
 
-def read_model(path: Path, device: torch.device | str) -> SavedNetwork:
-    """The content of a `model.pt`.
+def read_model(path: Path) -> SavedNetwork:
+    """The content of a `model.pt`, on the CPU.
 
     Raises:
         InputError: there is no such file, or it holds something else.
         DamagedError: it is not what was written.
     """
-    state = load_sealed(path, MODEL_FORMAT, MODEL_VERSION, device)
+    state = load_sealed(path, MODEL_FORMAT, MODEL_VERSION)
     return saved_network(path, state, lambda values: Normalization(**values), lambda: state["state_dict"])

@@ -42,8 +42,8 @@ def write(subject: Subject, path: Path) -> list[Path]:
     return [path]
 
 
-def read(path: Path, device: torch.device | str) -> SavedNetwork:
-    """The content of a file that `write` made.
+def read(path: Path) -> SavedNetwork:
+    """The content of a file that `write` made, on the CPU.
 
     Raises:
         InputError: there is no such file, or it holds something else.
@@ -54,7 +54,7 @@ def read(path: Path, device: torch.device | str) -> SavedNetwork:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
-        with safe_open(path, "pt", device=str(device)) as file:
+        with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
     except Exception as error:  # of a class of its own for each kind of damage
@@ -64,7 +64,7 @@ def read(path: Path, device: torch.device | str) -> SavedNetwork:
         raise damaged(path, "its tensors and description do not have the SHA-256 in its metadata")
 
     def normalization(values: Mapping[str, Any]) -> Normalization:
-        mean, std = (torch.tensor(values[name], device=device) for name in ("mean", "std"))
+        mean, std = (torch.tensor(values[name]) for name in ("mean", "std"))
         return Normalization(mean, std, values["image_size"])
 
     return saved_network(path, description, normalization, lambda: tensors)
@@ -72,12 +72,12 @@ def read(path: Path, device: torch.device | str) -> SavedNetwork:
 
 def check(path: Path) -> None:
     """Raise DamagedError where a file is not what `write` wrote."""
-    read(path, "cpu")
+    read(path)
 
 
 def reopen(path: Path) -> Callable[[Tensor], Tensor]:
     """What the file computes, rebuilt from it alone."""
-    return read(path, "cpu").network()
+    return read(path).network()
 
 
 def _checked(path: Path, metadata: dict[str, str]) -> dict[str, Any]:

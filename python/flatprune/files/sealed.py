@@ -54,10 +54,8 @@ def save_sealed(path: str | os.PathLike[str], state: Any) -> None:
     write_atomically(path, seal(buffer))
 
 
-def load_sealed(
-    path: str | os.PathLike[str], expected_format: str, version: int, device: torch.device | str = "cpu"
-) -> dict[str, Any]:
-    """Read a dict that `save_sealed` wrote and that carries this format and version; runs no code of the file.
+def load_sealed(path: str | os.PathLike[str], expected_format: str, version: int) -> dict[str, Any]:
+    """Read a dict that `save_sealed` wrote and that carries this format and version; on the CPU; runs no code.
 
     Raises:
         InputError: there is no such file, it is of another format, or of another version, which is named.
@@ -68,7 +66,7 @@ def load_sealed(
     if problem and (why := _zip_problem(data)):
         raise damaged(path, f"{problem}, {why}")
     try:
-        state = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds
         raise damaged(path, error) from error
     found = state.get("format") if isinstance(state, dict) else None

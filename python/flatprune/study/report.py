@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import html
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from flatprune.errors import InputError
@@ -22,6 +23,7 @@ from flatprune.study.tables import details as details_table
 STUDY_FILE = "study.yaml"
 PAGE_FILE, TABLE_FILE, GROUPS_FILE, RUNS_FILE = "report.html", "table.md", "table.csv", "runs.csv"
 RESULTS_FILE = "results.json"
+_SLUG_LENGTH = 100  # characters
 RESULTS = Kind("flatprune-results", 1)
 
 
@@ -42,7 +44,7 @@ def write_report(plan: Plan) -> Results:
     for old in folder.glob("plot*.png"):
         old.unlink()
     files: dict[str, bytes | str] = {
-        **{f"{'-'.join(filter(None, ('plot', _slug(name))))}.png": image for name, image in images.items()},
+        **dict(zip(_plot_names(images), images.values())),
         TABLE_FILE: markdown(results),
         GROUPS_FILE: groups_csv(results),
         RUNS_FILE: runs_csv(results),
@@ -110,5 +112,12 @@ def _not_ended(groups: Sequence[Group]) -> str:
     return f'<h3>Runs that did not end</h3><table class="values">{value_rows(reasons)}</table>'
 
 
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+def _plot_names(names: Iterable[str]) -> list[str]:
+    """File names for plots: letters and digits of the sections' names, and a number where that is not one's own."""
+    found: list[str] = []
+    for name in names:
+        slug = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")[:_SLUG_LENGTH]
+        stem = "-".join(filter(None, ("plot", slug)))
+        numbered = (f"{stem}{f'-{number}' if number else ''}.png" for number in itertools.count())
+        found.append(next(file for file in numbered if file not in found))
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
@@ -156,7 +157,8 @@ class _Executor:
     def _start(self, key: str, name: str, settings: Settings) -> Child:
         folder = self.plan.folder_of(key)
         folder.mkdir(parents=True, exist_ok=True)
-        slot = min(set(range(self.jobs)) - {child.slot for child in self.children})
+        taken = {child.slot for child in self.children}
+        slot = next(slot for slot in itertools.count() if slot not in taken)
         if settings.device == "cpu" and settings.threads is None:
             settings = replace(settings, threads=1)
         write_record(folder / SETTINGS_FILE, SETTINGS, settings.as_dict())

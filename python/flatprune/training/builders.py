@@ -23,6 +23,7 @@ from kfac_ext.curvature import Curvature
 FACTOR_DECAY = 0.95
 _EXAMPLES = 2  # images the pruner traces the network with
 _SECOND_BETA = 0.999
+_MOST_EVENTS = 1_000_000
 
 
 def untrained(settings: Settings, arguments: dict[str, Any]) -> nn.Module:
@@ -111,7 +112,17 @@ def make_flatness(settings: Settings, curvature: Curvature, total_steps: int) ->
 
 
 def make_schedule(settings: Settings, total_steps: int) -> CubicSchedule:
-    """When neurons go."""
+    """When neurons go.
+
+    Raises:
+        InputError: at more events than anybody can mean.
+    """
+    events = (settings.prune_end - settings.prune_start) * total_steps / (settings.prune_every or total_steps)
+    if events > _MOST_EVENTS:
+        raise InputError(
+            f"prune_every is {settings.prune_every}, which makes {events:.0f} removal events in "
+            f"{total_steps} steps, expected {_MOST_EVENTS} or fewer"
+        )
     return CubicSchedule(total_steps, settings.prune_start, settings.prune_end, settings.prune_every)
 
 
