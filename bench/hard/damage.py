@@ -203,7 +203,7 @@ def _case(
         shutil.copytree(whole, place)
     part = place / COMMANDS[command]
     files = [part] if part.is_file() else sorted(path for path in part.rglob("*") if path.is_file())
-    path = rng.choice([path for path in files if path.name not in _NEVER])
+    path = rng.choice([path for path in files if path.name not in _NEVER and path.stat().st_size])
     how = rng.choice([name for name in DAMAGES if not _is_allowed(command, path, name)])
     before = path.read_bytes()
     DAMAGES[how](path, rng, other / path.relative_to(place))
