@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 GROUPS := --group dev $(if $(filter ON,$(KFAC_CUDA)),$(if $(shell command -v nvcc),,--group cuda))
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h')
 
-.PHONY: setup build demo test lint format bench bench-quick bench-report bench-peers hard sanitize sanitize-address sanitize-thread zoo zoo-quick gpu-check gpu-bench cuda-report clean
+.PHONY: setup build demo test lint format bench bench-quick bench-report bench-peers hard sanitize sanitize-address sanitize-thread zoo zoo-quick gpu-check gpu-bench cuda-report clean test-thorough
 
 setup: $(READY)
 
@@ -29,6 +29,10 @@ demo: setup
 # a process for each core; a file of tests stays in one, with what its tests share
 test: setup
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# more networks and larger sizes of the same, minutes
+test-thorough: setup
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m thorough
 
 lint: setup
 	$(BIN)/ruff check

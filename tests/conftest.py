@@ -14,6 +14,13 @@ import torch
 import kfac_ext
 
 
+def thorough(cases, *, but):
+    """Parameters of a test: those in `but` are in every run of the tests, the others in `make test-thorough` alone."""
+    chosen = [case for case in cases if case in but]
+    assert len(chosen) == len(set(but)), f"{set(but) - set(chosen)} are no cases"
+    return [case if case in but else pytest.param(case, marks=pytest.mark.thorough) for case in cases]
+
+
 def _devices():
     reason = "no CUDA device" if not torch.cuda.is_available() else "no CUDA kernels in this build"
     ready = torch.cuda.is_available() and bool(kfac_ext.build_info()["cuda_architectures"])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flatprune.coupling import find_coupling
+from tests.conftest import thorough
 from tests.coupling.known_networks import KNOWN_NETWORKS
 
 EXPECTED = json.loads(Path(__file__).with_name("expected_groups.json").read_text())
@@ -95,7 +96,12 @@ def mismatch(group, entry: dict[str, Any]) -> str:
     return ""
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+# the depth of a network adds nothing but time
+DEEP = ("resnet32", "resnet44", "resnet56", "resnet110", "wide_resnet32", "vgg11_bn", "vgg13_bn", "vgg16_bn")
+SHALLOW = [name for name in EXPECTED if name not in {f"shipped {deep}" for deep in DEEP}]
+
+
+@pytest.mark.parametrize("name", thorough(EXPECTED, but=SHALLOW))
 def test_every_group_is_found_neuron_by_neuron(name):
     model, inputs = KNOWN_NETWORKS[name]()
     coupling = find_coupling(model, inputs)

@@ -13,11 +13,11 @@ from kfac_ext.ops import _covariance_kernels as kernels
 from kfac_ext.ops import covariance, covariance_group
 from kfac_ext.ops._launch import full_precision, tf32_allowed
 from kfac_ext.ops.covariance_group import covariance_group_
-from tests.conftest import relative_error
+from tests.conftest import relative_error, thorough
 from tests.ops.test_covariance import CONVOLUTIONS, allowed, oracle
 
 
-@pytest.mark.parametrize("case", ["kinds", "mlp", "offsets", "resnet32", "vgg19"])
+@pytest.mark.parametrize("case", thorough(["kinds", "mlp", "offsets", "resnet32", "vgg19"], but=["kinds", "offsets"]))
 def test_schedules_against_patches_multiplied_out(build_target, case):
     program = build_target("covariance_emulation") / "covariance_emulation"
     run = subprocess.run([program, case], capture_output=True, text=True)

@@ -10,10 +10,12 @@ import kfac_ext
 from kfac_ext import _C, reference
 from kfac_ext.ops import _inverse_kernels as kernels
 from kfac_ext.ops import inverse
-from tests.conftest import relative_error
+from tests.conftest import relative_error, thorough
+
+QUICK = ["small", "failing", "failing_large", "pi"]
 
 
-@pytest.mark.parametrize("case", ["small", "failing", "large", "failing_large", "pi"])
+@pytest.mark.parametrize("case", thorough([*QUICK, "large"], but=QUICK))
 def test_schedules_against_float64(build_target, case):
     program = build_target("inverse_emulation") / "inverse_emulation"
     run = subprocess.run([program, case], capture_output=True, text=True)

@@ -11,10 +11,10 @@ from kfac_ext import _C, FactorSet, reference
 from kfac_ext.ops import _power_covariance_kernels as covariance_kernels
 from kfac_ext.ops import _power_kernels as kernels
 from kfac_ext.ops import power
-from tests.conftest import relative_error
+from tests.conftest import relative_error, thorough
 
 
-@pytest.mark.parametrize("case", ["kinds", "sizes", "resnet32", "vgg19"])
+@pytest.mark.parametrize("case", thorough(["kinds", "sizes", "resnet32", "vgg19"], but=["kinds", "sizes"]))
 def test_schedules_against_float64(build_target, case):
     program = build_target("power_iteration_emulation") / "power_iteration_emulation"
     run = subprocess.run([program, case], capture_output=True, text=True)

@@ -13,6 +13,7 @@ import flatprune
 from bench.zoo import transformers_signals, transformers_text, transformers_vision
 from bench.zoo.environment import prepare
 from flatprune.pruning.schedule import CubicSchedule
+from tests.conftest import thorough
 
 BUILDERS = {**transformers_text.NETWORKS, **transformers_vision.NETWORKS, **transformers_signals.NETWORKS}
 CLASSIFIERS = ("hf_distilbert", "hf_electra", "hf_vit", "hf_resnet", "hf_wav2vec2")  # logits and own loss
@@ -78,7 +79,9 @@ class Training:
         return float(loss)
 
 
-@pytest.mark.parametrize("name", CLASSIFIERS + LABELLED)
+@pytest.mark.parametrize(
+    "name", thorough(CLASSIFIERS + LABELLED, but=["hf_electra", "hf_resnet", "hf_bert_mlm", "hf_llama_gqa", "hf_bart"])
+)
 def test_training_cut_and_resume_without_a_wrapper(name):
     training = Training(name)
     for number in range(CUT):
