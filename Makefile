@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # an nvcc from pip where CUDA kernels are wanted and none is installed
-GROUPS := --group dev $(if $(filter ON,$(KFAC_CUDA)),$(if $(shell command -v nvcc),,--group cuda))
+GROUPS := --group dev $(if $(filter ON 1,$(KFAC_CUDA)),$(if $(shell command -v nvcc),,--group cuda))
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h')
 
-.PHONY: setup build demo test lint format bench bench-quick bench-report bench-peers hard sanitize sanitize-address sanitize-thread zoo zoo-quick gpu-check gpu-bench cuda-report clean test-thorough
+.PHONY: setup build demo test lint format bench bench-quick bench-report bench-peers hard sanitize sanitize-address sanitize-thread zoo zoo-quick gpu-check gpu-bench cuda-report clean test-thorough wheel wheels
 
 setup: $(READY)
 
@@ -16,7 +16,7 @@ $(READY): pyproject.toml setup.py CMakeLists.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet 'pip>=25.1'
 	$(BIN)/pip install --quiet $(GROUPS)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation --editable .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation --editable ".[all]"
 	touch $@
 
 # after a change to a C++ file
@@ -33,6 +33,28 @@ test: setup
 # more networks and larger sizes of the same, minutes
 test-thorough: setup
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m thorough
+
+# the sdist, and for each of PYTHONS a wheel built from it in isolation, repaired for other machines, and tried where nothing
+# but it and torch is installed -> build/wheels
+PYTHONS ?= $(PYTHON)
+TORCH ?= torch==2.13.0
+wheel: setup
+	$(BIN)/pip install --quiet --group wheel
+	rm -rf build/sdist build/wheels && mkdir -p build/wheels
+	$(BIN)/python -m build --sdist --outdir build/sdist .
+	set -e; for python in $(PYTHONS); do \
+		rm -rf build/bare && $$python -m venv build/bare; \
+		build/bare/bin/pip wheel --quiet --no-deps --wheel-dir build/bare/built build/sdist/*.tar.gz; \
+		PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir build/bare/repaired build/bare/built/*.whl; \
+		build/bare/bin/pip install --quiet "$(TORCH)" build/bare/repaired/*.whl; \
+		(cd build/bare && bin/python ../../tests/smoke.py); \
+		mv build/bare/repaired/*.whl build/wheels; \
+	done
+
+# the same for all Pythons and older systems, in containers
+wheels: setup
+	$(BIN)/pip install --quiet cibuildwheel
+	$(BIN)/cibuildwheel --output-dir build/wheels
 
 lint: setup
 	$(BIN)/ruff check

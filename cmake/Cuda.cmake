@@ -1,41 +1,30 @@
 # Decides whether CUDA kernels are built and says so: sets KFAC_WITH_CUDA and enables the language.
 
 set(KFAC_WITH_CUDA OFF)
-if(NOT KFAC_CUDA MATCHES "^(AUTO|ON|OFF)$")
-  message(FATAL_ERROR "KFAC_CUDA is '${KFAC_CUDA}', expected AUTO, ON or OFF")
-endif()
-if(KFAC_CUDA STREQUAL "OFF")
-  message(STATUS "CUDA kernels: off (KFAC_CUDA=OFF)")
-  return()
-endif()
 
-# Where a compiler is named it has to work; one that is found by chance may be too old for the host's compiler.
+# the pip packages nvidia-cuda-nvcc and nvidia-cuda-cccl bring an nvcc too, beside the libraries of this Python
 if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
-  # the pip packages nvidia-cuda-nvcc and nvidia-cuda-cccl bring an nvcc too, beside the libraries of this Python
   execute_process(
     COMMAND ${Python_EXECUTABLE} -c "import sysconfig; print(sysconfig.get_path('purelib'))"
     OUTPUT_VARIABLE site_packages OUTPUT_STRIP_TRAILING_WHITESPACE)
   find_program(KFAC_NVCC nvcc PATHS /usr/local/cuda/bin "${site_packages}/nvidia/cu13/bin"
                DOC "The CUDA compiler; CMAKE_CUDA_COMPILER or CUDACXX take precedence")
+endif()
+
+if(NOT KFAC_CUDA)
   if(KFAC_NVCC)
-    set(ENV{CUDACXX} "${KFAC_NVCC}")
-    if(KFAC_CUDA STREQUAL "AUTO")
-      include(CheckLanguage)
-      check_language(CUDA)
-    endif()
+    message(STATUS "CUDA kernels: off; ${KFAC_NVCC} is here, KFAC_CUDA=1 compiles them in some minutes more")
+  else()
+    message(STATUS "CUDA kernels: off; KFAC_CUDA=1 compiles them, with an nvcc")
   endif()
-  if(NOT KFAC_NVCC OR (KFAC_CUDA STREQUAL "AUTO" AND NOT CMAKE_CUDA_COMPILER))
-    if(KFAC_NVCC)
-      set(why "${KFAC_NVCC} does not work here, `KFAC_CUDA=ON` shows why")
-    else()
-      set(why "no nvcc found; install the CUDA toolkit, or `pip install nvidia-cuda-nvcc nvidia-cuda-cccl`")
-    endif()
-    if(KFAC_CUDA STREQUAL "ON")
-      message(FATAL_ERROR "KFAC_CUDA=ON: ${why}")
-    endif()
-    message(STATUS "CUDA kernels: off (KFAC_CUDA=AUTO: ${why})")
-    return()
+  return()
+endif()
+if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+  if(NOT KFAC_NVCC)
+    message(FATAL_ERROR
+            "KFAC_CUDA=1: no nvcc found; install the CUDA toolkit, or `pip install nvidia-cuda-nvcc nvidia-cuda-cccl`")
   endif()
+  set(ENV{CUDACXX} "${KFAC_NVCC}")
 endif()
 
 # machine code of Ampere and of the newest, whose PTX later GPUs compile for themselves
@@ -50,4 +39,4 @@ set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 enable_language(CUDA)
 set(KFAC_WITH_CUDA ON)
 message(STATUS "CUDA kernels: on, ${CMAKE_CUDA_COMPILER} ${CMAKE_CUDA_COMPILER_VERSION} "
-               "for ${CMAKE_CUDA_ARCHITECTURES} (KFAC_CUDA=${KFAC_CUDA})")
+               "for ${CMAKE_CUDA_ARCHITECTURES} (KFAC_CUDA_ARCHITECTURES chooses others), some minutes")

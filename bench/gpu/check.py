@@ -33,8 +33,8 @@ def build(capability: str) -> Step:
     """Install in place for this device alone, without network; what was built before is kept."""
     install = ("-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--editable", ".")
     environment = {
-        "KFAC_CUDA": "ON",
-        "CMAKE_ARGS": f"-DCMAKE_CUDA_ARCHITECTURES={capability.replace('.', '')}-real",
+        "KFAC_CUDA": "1",
+        "KFAC_CUDA_ARCHITECTURES": f"{capability.replace('.', '')}-real",
         "CMAKE_BUILD_PARALLEL_LEVEL": str(min(16, os.cpu_count() or 1)),
         "PIP_BREAK_SYSTEM_PACKAGES": "1",  # the machine is lent
     }

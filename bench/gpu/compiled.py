@@ -71,7 +71,7 @@ def reported() -> list[Kernel]:
     """
     reports = sorted(_objects().glob("*.report"))
     if not reports:
-        raise SystemExit(f"no report under {_objects()}: this build has no CUDA kernels (configure with KFAC_CUDA=ON)")
+        raise SystemExit(f"no report under {_objects()}: this build has no CUDA kernels (configure with KFAC_CUDA=1)")
     return sorted(kernel for report in reports for kernel in kernels(report.read_text()))
 
 

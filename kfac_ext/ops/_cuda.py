@@ -77,7 +77,7 @@ def cuda_serves(operation: str, family: str, tensor: Tensor) -> bool:
 def _verdict(family: str, device: torch.device) -> str:
     architectures = _C.cuda_architectures()
     if not architectures:
-        return "this build has none, install nvcc and rebuild with KFAC_CUDA=ON"
+        return "this build has none, rebuild with KFAC_CUDA=1 and an nvcc"
     problem = _C.cuda_device_problem(device.index)
     if problem:
         major, minor = torch.cuda.get_device_capability(device)

@@ -21,6 +21,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from flatprune.extras import needed_by
+
 if TYPE_CHECKING:
     from flatprune.coupling import find_coupling
     from flatprune.criteria import CRITERIA, Criterion
@@ -112,7 +114,8 @@ def __getattr__(name: str) -> Any:
     # Importing torch takes a second: each name is fetched when it is first used.
     if name not in _HOMES:
         raise AttributeError(f"module 'flatprune' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    with needed_by(f"flatprune.{name}"):
+        value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 

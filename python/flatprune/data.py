@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flatprune.errors import InputError
+from flatprune.extras import needed_by
 from flatprune.files.npz import read_npz
 from kfac_ext.curvature.modes import sent
 
@@ -263,8 +264,9 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _digits() -> dict[str, np.ndarray]:
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    with needed_by("the data set 'digits'"):
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
 
     digits = load_digits()
     images = (digits.images[..., None] / 16.0).astype(np.float32)  # grey levels 0 .. 16

@@ -11,6 +11,10 @@ class DamagedError(InputError):
     """A file is not what was written, or lacks what it needs beside it."""
 
 
+class MissingPackageError(InputError, ImportError):
+    """A package that only a part of flatprune needs is not installed; the message says what installs it."""
+
+
 class DivergedError(RuntimeError):
     """The training loss is no longer a finite number; the last checkpoint on disk is from before that."""
 

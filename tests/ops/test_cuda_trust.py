@@ -94,7 +94,7 @@ def test_a_device_that_cannot_run_the_kernels_is_named(family):
 
 def test_a_build_without_kernels_says_how_to_get_them(family, monkeypatch):
     monkeypatch.setattr(_cuda._C, "cuda_architectures", list)
-    with pytest.warns(UserWarning, match="install nvcc and rebuild with KFAC_CUDA=ON"):
+    with pytest.warns(UserWarning, match="rebuild with KFAC_CUDA=1 and an nvcc"):
         assert not _cuda.cuda_serves("op", "fake", TENSOR)
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flatprune.errors import InputError
 from flatprune.export.subject import DESCRIPTION_KEY, Subject
+from flatprune.extras import needed_by
 from flatprune.files.atomic import damaged, read_bytes, sha256
 
 _DIGEST_KEY = b"flatprune_sha256"
@@ -30,10 +30,11 @@ def write(subject: Subject, path: Path) -> list[Path]:
     """Write the graph with its weights to `path`.
 
     Raises:
-        InputError: onnx or onnxscript is not installed.
+        MissingPackageError: onnx or onnxscript is not installed.
     """
-    for package in ("onnx", "onnxscript"):
-        _need(package)
+    with needed_by("export to onnx"):
+        for package in ("onnx", "onnxscript"):
+            importlib.import_module(package)
     with _quiet():
         program = torch.onnx.export(
             subject.network,
@@ -82,13 +83,6 @@ def reopen(path: Path) -> Callable[[Tensor], Tensor]:
 
         session = ReferenceEvaluator(str(path))
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-
-
-def _need(package: str) -> None:
-    try:
-        importlib.import_module(package)
-    except ImportError as error:
-        raise InputError(f"export to onnx needs {package} ({error}); pip install 'kfac-ext[export]'") from error
 
 
 @contextlib.contextmanager

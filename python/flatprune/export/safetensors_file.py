@@ -20,6 +20,7 @@ from flatprune.data import Normalization
 from flatprune.errors import InputError
 from flatprune.export.saved import SavedNetwork, saved_network
 from flatprune.export.subject import DESCRIPTION_FORMAT, DESCRIPTION_KEY, DESCRIPTION_VERSION, NORMALIZED, Subject
+from flatprune.extras import needed_by
 from flatprune.files.atomic import damaged
 
 SUFFIX = ".safetensors"
@@ -28,8 +29,8 @@ DIGEST_KEY = f"{DESCRIPTION_KEY}_sha256"
 
 def write(subject: Subject, path: Path) -> list[Path]:
     """Write tensors and description to `path`; raises InputError for an input that a file of tensors cannot have."""
-    from safetensors.torch import save
-
+    with needed_by("export to safetensors"):
+        from safetensors.torch import save
     if subject.input != NORMALIZED:
         raise InputError(
             f"input is {subject.input!r}: a safetensors file holds tensors and no computation, so it takes "
@@ -49,8 +50,8 @@ def read(path: Path) -> SavedNetwork:
         InputError: there is no such file, or it holds something else.
         DamagedError: it is not what was written.
     """
-    from safetensors import safe_open
-
+    with needed_by(f"{path}: a safetensors file"):
+        from safetensors import safe_open
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
