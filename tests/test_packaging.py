@@ -41,6 +41,8 @@ LAYERS = (
     {"cutting"},
     {"criteria", "export", "flatness"},
     {"pruning"},
+    {"prune_while_training"},
+    {"integrations"},
     {"settings"},
     {"training"},
     {"reporting"},

@@ -76,10 +76,10 @@ def check(run: Run, dry: bool) -> None:
     jobs = str(min(16, os.cpu_count() or 1))
     if not dry:
         run.step(Step("build programs", (cmake, "--build", str(folder), "-j", jobs, "--target", "emulations"), 120))
-    run.steps(alone(folder / "csrc", dry), AT_ONCE)
+    run.steps(alone(folder / "csrc/native", dry), AT_ONCE)
     run.steps(tests(dry), 1 if dry else AT_ONCE)
     if not dry:
-        run.steps(sanitized(folder / "csrc"), AT_ONCE)
+        run.steps(sanitized(folder / "csrc/native"), AT_ONCE)
 
 
 def alone(folder: Path, dry: bool) -> list[Step]:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from flatprune.flatness.sam import SAM, MomentumSAM
     from flatprune.flatness.shifting import optimum_shift
     from flatprune.flatness.spectrum import Flatness, hessian_lambda_max
+    from flatprune.prune_while_training import PruneWhileTraining
+    from flatprune.pruning.learning_rate import PruningLR
     from flatprune.pruning.pruner import Pruner
     from flatprune.pruning.removals import Removal
     from flatprune.pruning.schedule import CubicSchedule
@@ -58,7 +60,9 @@ _HOMES = {
     "Interrupted": "flatprune.errors",
     "MomentumSAM": "flatprune.flatness.sam",
     "Normalization": "flatprune.data",
+    "PruneWhileTraining": "flatprune.prune_while_training",
     "Pruner": "flatprune.pruning.pruner",
+    "PruningLR": "flatprune.pruning.learning_rate",
     "Recipe": "flatprune.pruning.sharded",
     "Removal": "flatprune.pruning.removals",
     "Settings": "flatprune.settings",
@@ -90,7 +94,9 @@ __all__ = [
     "Interrupted",
     "MomentumSAM",
     "Normalization",
+    "PruneWhileTraining",
     "Pruner",
+    "PruningLR",
     "Recipe",
     "Removal",
     "Settings",

@@ -13,6 +13,7 @@ from flatprune import models
 from flatprune.criteria import CRITERIA
 from flatprune.errors import InputError
 from flatprune.flatness.spectrum import MODES as FLATNESS_MODES
+from flatprune.pruning.learning_rate import LR_SCHEDULES, rate_factor
 from flatprune.pruning.selection import SELECTIONS
 from flatprune.pruning.targets import UNITS, Target
 
@@ -21,8 +22,6 @@ OPTIMUM_SHIFT = ("off", "after_pruning")
 COMPENSATE = ("auto", "on", "off")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 AMP = ("off", "bf16", "fp16")
-SECOND_PEAKS = {"restart": 1.0, "finetune": 0.1}  # of the learning rate, in training after one-shot pruning
-SCHEDULES = ("flat_cosine", "cosine", *SECOND_PEAKS)
 TARGETS = {f"target_{unit}": unit for unit in UNITS}
 NEED_PRUNING = ("max_predicted_loss", "stop_accuracy_drop")
 _CHOICES = {
@@ -34,7 +33,7 @@ _CHOICES = {
     "compensate": COMPENSATE,
     "optimizer": OPTIMIZERS,
     "amp": AMP,
-    "schedule": SCHEDULES,
+    "schedule": LR_SCHEDULES,
 }
 _AT_LEAST = {
     "epochs": 1,
@@ -258,21 +257,8 @@ class Settings:
         return _WEIGHT_DECAY[self.optimizer] if self.weight_decay is None else self.weight_decay
 
     def learning_rate(self, step: int, total_steps: int, peak: float) -> float:
-        """Learning rate of step 0 .. total_steps - 1.
-
-        "flat_cosine": peak until pruning ends, then peak (1 + cos(pi t)) / 2, t from 0 to 1. "cosine": t over all
-        steps. "restart" (Renda, Frankle & Carbin 2020, arXiv 2003.02389) and "finetune": that cosine until pruning
-        ends, and another after it, from peak or from peak / 10.
-        """
-        start = 0.0 if self.schedule == "cosine" else self.prune_end * total_steps
-        if step >= start:
-            second = SECOND_PEAKS.get(self.schedule, 1.0)
-            return second * peak * _half_cosine((step - start) / (total_steps - start))
-        return peak if self.schedule == "flat_cosine" else peak * _half_cosine(step / start)
-
-
-def _half_cosine(part: float) -> float:
-    return 0.5 * (1.0 + math.cos(math.pi * part))
+        """Learning rate of step 0 .. total_steps - 1, see `flatprune.pruning.learning_rate.rate_factor`."""
+        return peak * rate_factor(self.schedule, step, total_steps, self.prune_end)
 
 
 def _check(settings: Settings) -> None:

@@ -70,7 +70,7 @@ def test_adafactor_of_square_weights_is_cut_as_rows_and_columns(kind):
         trained.curvature.finish_update()
         trained.model(torch.randn(8, 12))
         trained.pruner.step()
-    assert trained.pruner.params <= 0.5 * trained.pruner.params_start
+    assert trained.pruner.params <= 1.01 * 0.5 * trained.pruner.params_start
     for index, layer in enumerate(model[::2]):
         entries = layer.weight.detach() - 1000 * index
         row, column = (optimizer.state[layer.weight][key].flatten() for key in keys)

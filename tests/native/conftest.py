@@ -28,7 +28,7 @@ def build_target():
             fcntl.flock(lock, fcntl.LOCK_EX)  # two processes that run tests must not build in one folder at once
             run = subprocess.run(command, capture_output=True, text=True)
         assert run.returncode == 0, run.stdout + run.stderr
-        return folder / "csrc"
+        return folder / "csrc/native"
 
     return build
 

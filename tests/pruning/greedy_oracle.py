@@ -74,7 +74,7 @@ def select_directly(
     limits: Limits,
     *,
     ties: Sequence[Tie],
-    closely: bool,
+    closely: float | None,
     losses: LossBudget,
 ) -> dict[int, list[int]]:
     """As `flatprune.pruning.selection.select_greedily`, by a look at everything before each removal."""
@@ -91,7 +91,7 @@ def select_directly(
                 moves[tie] = (change / (price * sizes[tie][0] * len(tie)), change, neurons)
         best = min(moves, key=lambda tie: moves[tie][0])
         finishing = [tie for tie in moves if costs.cost_without(tie, sizes[tie][0]) <= budget]
-        if closely and best in finishing:
+        if closely is not None and best in finishing:
             best = min(finishing, key=lambda tie: moves[tie][1])
         if not losses.allows(joint.total + joint.change(moves[best][2])):
             break

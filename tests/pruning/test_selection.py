@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from flatprune.coupling import Coupling, find_coupling
 from flatprune.cutting import surgery
 from flatprune.pruning import selection
-from flatprune.pruning.costs import ParameterCount, smallest_cost
+from flatprune.pruning.costs import CostModel, ParameterCount, smallest_cost
 from flatprune.pruning.limits import Limits
 from tests.pruning.pruning_networks import NETWORKS, Grouped, digits, mlp
 
@@ -34,7 +34,7 @@ def cut_copy(model: nn.Module, coupling: Coupling, pruned: dict[int, Tensor]) ->
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("closely", [False, True])
+@pytest.mark.parametrize("closely", [None, 0.0])
 def test_the_count_on_paper_is_the_count_after_the_cut(name, closely):
     model = NETWORKS[name]()
     coupling = find_coupling(model, digits()[0][:2])
@@ -127,11 +127,64 @@ def test_the_last_event_comes_nearer_to_the_budget():
         budget = params_of(model) - 700 - 7 * seed
         left = [
             params_of(cut_copy(model, coupling, select(model, groups, scores, budget, Limits(), closely=flag)))
-            for flag in (False, True)
+            for flag in (None, 0.0)
         ]
         assert left[0] <= left[1] <= budget
         nearer += left[1] > left[0]
     assert nearer > 0
+
+
+class Sizes(CostModel):
+    """A neuron of each group costs so much, whatever else is there."""
+
+    def __init__(self, groups, sizes) -> None:
+        super().__init__(groups)
+        self.sizes = sizes
+
+    @property
+    def cost(self) -> float:
+        return sum(size * width for size, width in zip(self.sizes, self._widths))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "scores", "expected"),
+    [
+        ((51, 10, 7), (0.0, 1.0, 2.0), {1: 1}),  # the lowest overshoots, the second ends in the range
+        ((51, 6, 4), (0.0, 1.0, 2.0), {1: 1, 2: 1}),  # no single one ends there, two together do
+        ((51, 6, 90), (0.0, 0.1, 2.0), {0: 1}),  # none does: the one of least change, score times cost, that ends below
+        ((9, 10, 11), (3.0, 2.0, 1.0), {2: 1}),  # all do: the one of least change
+    ],
+)
+@pytest.mark.parametrize("greedy", [False, True])
+def test_neurons_that_end_within_the_tolerance_go_last(sizes, scores, expected, greedy):
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU())
+    groups = find_coupling(nn.Sequential(*model, nn.Linear(3, 2)), torch.randn(2, 4)).groups
+    costs = Sizes(groups, sizes)
+    budget = costs.cost - 10
+    ranked = [torch.tensor([score, 50.0, 60.0]) for score in scores]
+    options = {"closely": budget - 1.5}
+    if greedy:
+        changes = [score * size for score, size in zip(ranked, sizes)]
+        pruned = selection.select_greedily(costs, groups, Fixed(changes), budget + 1.5, Limits(1, 1, 1.0), **options)
+    else:
+        pruned = selection.select(costs, groups, ranked, budget + 1.5, Limits(1, 1, 1.0), **options)
+    assert {position: len(neurons) for position, neurons in pruned.items()} == expected
+    assert costs.cost == sum(size * (3 - expected.get(p, 0)) for p, size in enumerate(sizes))
+
+
+class Fixed:
+    """Joint scores that do not depend on what went before."""
+
+    total = 0.0
+
+    def __init__(self, scores) -> None:
+        self.scores = scores
+
+    def remove(self, position, neurons):
+        return set()
+
+    def change(self, neurons):
+        return 0.0
 
 
 def test_the_last_neuron_is_the_one_that_costs_least():
@@ -141,7 +194,7 @@ def test_the_last_neuron_is_the_one_that_costs_least():
     scores = [torch.linspace(0.5, 1, 40).double(), torch.linspace(0.6, 1, 30).double()]
     budget = params_of(model) - 40
     first = select(model, groups, scores, budget, Limits())
-    closest = select(model, groups, scores, budget, Limits(), closely=True)
+    closest = select(model, groups, scores, budget, Limits(), closely=0.0)
     assert {p: n.tolist() for p, n in first.items()} == {0: [0]}  # the lowest score a parameter
     assert {p: n.tolist() for p, n in closest.items()} == {1: [0]}  # 0.6 x 51 is less than 0.5 x 95
 

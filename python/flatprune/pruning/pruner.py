@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flatprune.coupling import find_coupling
+from flatprune.coupling import NeuronGroup, find_coupling
 from flatprune.coupling.attributes import held_attributes
 from flatprune.coupling.example_inputs import example_calls
 from flatprune.coupling.products import owned_fraction
@@ -23,7 +23,7 @@ from flatprune.pruning.held_states import HeldStates
 from flatprune.pruning.limits import LossBudget, check_loss_budget, checked_limits
 from flatprune.pruning.prunable import choose_layers, refuse_unscored
 from flatprune.pruning.ranks import ranks_of
-from flatprune.pruning.removals import Removal, loss_budget_note, removal_records, shortfall_note
+from flatprune.pruning.removals import Removal, loss_budget_note, overshoot_note, removal_records, shortfall_note
 from flatprune.pruning.schedule import CubicSchedule
 from flatprune.pruning.selection import check_selection, choose
 from flatprune.pruning.targets import Target
@@ -43,8 +43,9 @@ class Pruner:
     up for the loss, and everything that belongs to the neurons is removed from model, optimizer and curvature (see
     `flatprune.cutting.surgery`).
 
-    At the last event the target is reached: if the limits stop a removal short of it, neurons are scored and removed
-    again at once. A target below what the limits allow gives one warning with the figure that can be reached.
+    At the last event the target is met within its tolerance: if the limits stop a removal short of it, neurons are
+    scored and removed again at once; where no neurons end so near, the record says by how much it is missed. A target
+    below what the limits allow gives one warning with the figure that can be reached.
 
     Args:
         model: the network; its parameters stay the same objects. A `DistributedDataParallel` is renewed in place after
@@ -181,6 +182,9 @@ class Pruner:
             can_go = f"{100 * owned_fraction(model, self.groups):.0f} % of the parameters can go"
             warnings.warn(f"Pruner: {can_go}; not pruned: {'; '.join(loud)}", stacklevel=2)
         self.ties = find_ties(self.groups, tie_widths)
+        self._single: dict[
+            str, list[str]
+        ] = {}  # resumed: groups of one neuron, name -> tensors, see `_found_in_single`
         self.history: list[Removal] = []
         self.step_count = 0
         self.stopped = ""  # why pruning ended before its time
@@ -225,12 +229,12 @@ class Pruner:
 
     @property
     def goal(self) -> float:
-        """The cost that meets the target."""
+        """The cost that is the target."""
         return self.target.goal(self.cost_start)
 
     def widths(self) -> dict[str, int]:
         """Group name -> neurons left."""
-        return {group.name: group.width for group in self.groups}
+        return {group.name: group.width for group in self.groups} | dict.fromkeys(self._single, 1)
 
     def reachable_params(self) -> int:
         """Parameters that are left when every group is as narrow as the limits allow."""
@@ -301,7 +305,8 @@ class Pruner:
             self._ranks.prepare(self._agreement())
         if last:
             self._calibrate()
-        while self.cost > budget:
+        most = self._range(budget, last)[1]
+        while self.cost > most:
             found = self._remove(step, budget, last, losses, removals[-1].round + 1 if removals else 0)
             removals += found
             if not found or not last or losses.exceeded:
@@ -317,15 +322,22 @@ class Pruner:
         if self._ranks is not None:
             self._ranks.share_latency(self._tracker)
 
+    def _range(self, budget: float, last: bool) -> tuple[float, float]:
+        """The costs at which an event may end."""
+        return self.target.range(self.cost_start) if last else (0.0, budget)
+
     def _note(self, budget: float, last: bool, losses: LossBudget, *, nothing: bool) -> str:
         """What is out of the ordinary about an event; a warning too where the target is missed."""
-        missed = self.cost > budget
+        least, most = self._range(budget, last)
+        missed = self.cost > most
         if missed and losses.exceeded:
             note = loss_budget_note(self.target.unit, self.cost, budget, losses.limit)
         elif missed and last:
             limits = f"min_width={self.limits.min_width}, round_to={self.limits.round_to}"
             limits += f" and {len(self.refused)} layers that stay"
             note = shortfall_note(self.target.unit, self.cost, budget, limits)
+        elif last and self.cost < least and not nothing:
+            return overshoot_note(self.target.unit, self.cost, budget)
         else:
             note = "the limits let no group lose neurons" if missed else "the budget is met already"
             return f"nothing removed: {note}" if nothing else ""
@@ -343,7 +355,9 @@ class Pruner:
         criterion, paper = self._criterion_in_use(compensate), self._tracker.on_paper()
         selection = self._selection_in_use(criterion, compensate)
         ties, ranks = self.ties, self._ranks
-        choice = choose(context, criterion, selection, paper, budget, self.limits, losses, ties=ties, closely=last)
+        least, most = self._range(budget, last)
+        closely = least if last else None
+        choice = choose(context, criterion, selection, paper, most, self.limits, losses, ties=ties, closely=closely)
         choice = choice if ranks is None else ranks.choice(choice, losses)
         pruned = choice.pruned
         if not pruned:
@@ -421,6 +435,7 @@ class Pruner:
             "selection": self.selection,
             "ties": named_ties(self.groups, self.ties),
             "widths": self.widths(),
+            "tensors": {group.name: _tensors(group) for group in self.groups} | self._single,
             "attributes": held_attributes(self.model, self.coupling),
             "cost_start": self.cost_start,
             "latency": self._tracker.state_dict(),
@@ -438,19 +453,42 @@ class Pruner:
         for key in ("target", "events", "criterion", "selection"):
             if state[key] != own[key]:
                 raise ValueError(f"Pruner.load_state_dict: {key} is {state[key]!r} in the state, expected {own[key]!r}")
-        for name in [*own["widths"], *state["widths"]]:
-            if state["widths"].get(name) != own["widths"].get(name):
+        single, inside = self._found_in_single(state)
+        widths = {group.name: group.width for p, group in enumerate(self.groups) if p not in inside}
+        wanted = {name: width for name, width in state["widths"].items() if name not in single}
+        for name in [*widths, *wanted]:
+            if wanted.get(name) != widths.get(name):
                 raise ValueError(
-                    f"Pruner.load_state_dict: {name!r} has {state['widths'].get(name)} neurons in the state, "
-                    f"{own['widths'].get(name)} in the model; load the pruned model first"
+                    f"Pruner.load_state_dict: {name!r} has {wanted.get(name)} neurons in the state, "
+                    f"{widths.get(name)} in the model; load the pruned model first"
                 )
+        self.coupling.keep([p for p in range(len(self.groups)) if p not in inside])
+        self._single = single
         positions = {group.name: position for position, group in enumerate(self.groups)}
         # found anew in a pruned network, groups could be tied that have come to equal widths by chance
-        self.ties[:] = [tuple(positions[name] for name in tie) for tie in state["ties"]]
+        self.ties[:] = [
+            tuple(positions[name] for name in tie) for tie in state["ties"] if single.keys().isdisjoint(tie)
+        ]
         self.history = [Removal.from_state(record) for record in state["history"]]
         self.step_count, self.params_start = state["step_count"], state["params_start"]
         self.cost_start, self.stopped = state["cost_start"], state["stopped"]
         self._tracker.load_state_dict(state["latency"])
+
+    def _found_in_single(self, state: Mapping[str, Any]) -> tuple[dict[str, list[str]], set[int]]:
+        """Groups of the state with one neuron left that is not seen as one here, and the own groups inside of them.
+
+        A search in the pruned network takes an attention's only head, say, for a group of the neurons of that head.
+        """
+        own = {group.name: group.width for group in self.groups}
+        single = {name: tensors for name, tensors in state["tensors"].items() if state["widths"][name] == 1}
+        single = {name: tensors for name, tensors in single.items() if own.get(name) != 1}
+        owned = {tensor for tensors in single.values() for tensor in tensors}
+        inside = {p for p, group in enumerate(self.groups) if owned.issuperset(_tensors(group))}
+        return single, inside
+
+
+def _tensors(group: NeuronGroup) -> list[str]:
+    return sorted({name for member in group.members for name in member.names})
 
 
 def _check_types(target: Target, **names: object) -> None:

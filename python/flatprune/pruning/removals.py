@@ -135,6 +135,14 @@ def shortfall_note(unit: str, cost: float, budget: float, limits: str) -> str:
     )
 
 
+def overshoot_note(unit: str, cost: float, budget: float) -> str:
+    """What is said where no neurons end within the tolerance of the target."""
+    return (
+        f"{amount(unit, cost)} {UNITS[unit]} are left, {1 - cost / budget:.1%} below the target of "
+        f"{amount(unit, budget)}: no neurons that could go end nearer"
+    )
+
+
 def loss_budget_note(unit: str, cost: float, budget: float, limit: float | None) -> str:
     """What is said where the predicted loss ended an event short of its budget."""
     return (

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -63,7 +63,7 @@ def choose(
     losses: LossBudget,
     *,
     ties: Sequence[Tie],
-    closely: bool,
+    closely: float | None,
 ) -> Choice:
     """Score all neurons and choose those that go; `losses` is charged with what they are predicted to cost.
 
@@ -76,7 +76,7 @@ def choose(
         limits: how many may go.
         losses: ends the choice where the loss is predicted to rise too much.
         ties: groups that keep one width.
-        closely: end near the budget.
+        closely: end at no less than this cost, if that can be.
 
     Raises:
         ValueError: scores are not finite.
@@ -109,7 +109,7 @@ def select(
     limits: Limits,
     *,
     ties: Sequence[Tie] | None = None,
-    closely: bool = False,
+    closely: float | None = None,
     changes: Sequence[Tensor] | None = None,
     losses: LossBudget | None = None,
 ) -> dict[int, Tensor]:
@@ -122,8 +122,9 @@ def select(
         budget: cost to get down to.
         limits: how many may go; where they bind, more than `budget` is left.
         ties: groups that keep one width, see `flatprune.pruning.ties`; None: no two do.
-        closely: end near the budget: the last neuron is, of those that reach it, the one of least total score
-            (score times cost), and neurons of high score stay after all where the budget allows it.
+        closely: end between this cost and the budget: the last neurons are, of those that end there (see `_finish`),
+            the ones of least total score (score times cost), and neurons of high score stay after all where the budget
+            allows it. None: the lowest score decides to the end.
         changes: predicted change of the loss by each neuron, one tensor [neurons] a group.
         losses: choosing stops at the first neuron whose change this budget does not allow any more.
 
@@ -133,22 +134,15 @@ def select(
     ties = find_ties(groups, False) if ties is None else ties
     orders = [removal_order(group, score) for group, score in zip(groups, scores)]
     taken: list[_Bundle] = []
-    cost = costs.cost
     change = 0.0
-    bundles = _bundles(groups, scores, orders, limits, ties)
-    for number, bundle in enumerate(bundles):
-        if cost <= budget:
-            break
-        if closely and costs.cost_without(bundle.tie, bundle.size) <= budget:
-            bundle = _gentlest_finish(costs, bundles[number:], budget)
+    for bundle in _bundles_to_go(costs, _bundles(groups, scores, orders, limits, ties), budget, closely):
         if losses is not None and changes is not None:
             change += sum(bundle.sum_of(changes[position][orders[position]]) for position in bundle.tie)
             if not losses.allows(change):
                 break
         costs.remove_from(bundle.tie, bundle.size)
-        cost = costs.cost
         taken.append(bundle)
-    if closely and cost <= budget:
+    if closely is not None and costs.cost <= budget:
         taken = _give_back(costs, taken, budget)
     ends: dict[int, int] = {}
     for bundle in taken:
@@ -165,7 +159,7 @@ def select_greedily(
     limits: Limits,
     *,
     ties: Sequence[Tie] | None = None,
-    closely: bool = False,
+    closely: float | None = None,
     losses: LossBudget | None = None,
 ) -> dict[int, Tensor]:
     """The neurons to remove, one by one: lowest joint score by cost first until the network costs `budget`.
@@ -181,7 +175,7 @@ def select_greedily(
         budget: cost to get down to.
         limits: how many may go; where they bind, more than `budget` is left.
         ties: groups that keep one width, see `flatprune.pruning.ties`; None: no two do.
-        closely: the last removal is, of those that reach the budget, the one of least total score.
+        closely: end between this cost and the budget, as `select` does.
         losses: choosing stops at the first neuron whose change of the loss this budget does not allow any more.
 
     Returns:
@@ -190,16 +184,54 @@ def select_greedily(
     ties = find_ties(groups, False) if ties is None else ties
     losses = LossBudget() if losses is None else losses
     moves = _Moves(groups, ties, joint, limits, _shared(costs.neuron_costs(), ties))
-    while costs.cost > budget and moves.nexts:
-        move = moves.lowest()
-        if closely and costs.cost_without(move.tie, move.size) <= budget:
-            finishing = [m for m in moves.nexts.values() if costs.cost_without(m.tie, m.size) <= budget]
-            move = min(finishing, key=lambda move: move.change)
+    for move in _moves_to_go(costs, moves, budget, closely):
         if losses.limit is not None and not losses.allows(joint.total + joint.change(move.neurons)):
             break
         costs.remove_from(move.tie, move.size)
         moves.make(move)
     return {p: (~alive).nonzero().flatten() for p, alive in enumerate(moves.left) if not bool(alive.all())}
+
+
+class _Next(NamedTuple):
+    """What may go next of a tie: so many neurons of each of its groups, and the change of the loss by all of them."""
+
+    size: int
+    change: float
+
+
+def _finish(costs: CostModel, nexts: Mapping[Tie, _Next], least: float, most: float) -> tuple[Tie, ...]:
+    """The ties that lose the last neurons, where one of them brings the cost down to `most`.
+
+    Of single ones and, if there are none, of pairs that end between `least` and `most`, those of least change; where
+    none ends there, the single one of least change that ends below.
+    """
+    after = {tie: costs.cost_without(tie, found.size) for tie, found in nexts.items()}
+    ends: list[tuple[Tie, ...]] = [(tie,) for tie in nexts if least <= after[tie] <= most]
+    if not ends:
+        short = [tie for tie in nexts if after[tie] > most]
+        ends = [pair for pair in itertools.combinations(short, 2) if least <= _cost_after(costs, pair, nexts) <= most]
+    if not ends:
+        ends = [(tie,) for tie in nexts if after[tie] <= most]
+    return min(ends, key=lambda ties: sum(nexts[tie].change for tie in ties))
+
+
+def _cost_after(costs: CostModel, pair: tuple[Tie, Tie], nexts: Mapping[Tie, _Next]) -> float:
+    first, second = pair
+    costs.remove_from(first, nexts[first].size)
+    cost = costs.cost_without(second, nexts[second].size)
+    costs.remove_from(first, -nexts[first].size)
+    return cost
+
+
+def _moves_to_go(costs: CostModel, moves: _Moves, budget: float, closely: float | None) -> Iterator[_Move]:
+    """One after the other, each to be made before the next is asked for."""
+    while costs.cost > budget and moves.nexts:
+        move = moves.lowest()
+        if closely is not None and costs.cost_without(move.tie, move.size) <= budget:
+            nexts = {tie: _Next(move.size, move.change) for tie, move in moves.nexts.items()}
+            yield from (moves.nexts[tie] for tie in _finish(costs, nexts, closely, budget))
+            return
+        yield move
 
 
 class _Move(NamedTuple):
@@ -328,15 +360,24 @@ def _bundles(
     return sorted(bundles, key=lambda bundle: (bundle.score, bundle.tie, bundle.start))
 
 
-def _gentlest_finish(costs: CostModel, left: Sequence[_Bundle], budget: float) -> _Bundle:
-    """Of the bundles that may go next and reach the budget, the one whose score times cost is least."""
-    cost = costs.cost
-    nexts: dict[Tie, _Bundle] = {}
-    for bundle in left:
-        nexts.setdefault(bundle.tie, bundle)
-    after = {tie: costs.cost_without(tie, bundle.size) for tie, bundle in nexts.items()}
-    finishing = [tie for tie in nexts if after[tie] <= budget]
-    return nexts[min(finishing, key=lambda tie: nexts[tie].score * (cost - after[tie]))]
+def _bundles_to_go(
+    costs: CostModel, bundles: Sequence[_Bundle], budget: float, closely: float | None
+) -> Iterator[_Bundle]:
+    """One after the other, each to be taken from the costs before the next is asked for."""
+    for number, bundle in enumerate(bundles):
+        if costs.cost <= budget:
+            return
+        if closely is not None and costs.cost_without(bundle.tie, bundle.size) <= budget:
+            firsts: dict[Tie, _Bundle] = {}
+            for other in bundles[number:]:
+                firsts.setdefault(other.tie, other)
+            nexts = {
+                tie: _Next(first.size, first.score * (costs.cost - costs.cost_without(tie, first.size)))
+                for tie, first in firsts.items()
+            }
+            yield from (firsts[tie] for tie in _finish(costs, nexts, closely, budget))
+            return
+        yield bundle
 
 
 def _give_back(costs: CostModel, taken: list[_Bundle], budget: float) -> list[_Bundle]:

@@ -24,9 +24,12 @@ class Target:
         latency: inference latency left, on the model's device, for `latency_batch` samples; how it is measured and
             modelled says `flatprune.pruning.latency`.
         latency_batch: samples in the forward whose latency counts.
+        tolerance: how far above or below the target the network may end, as a part of it. Neurons are large, and of
+            all that end so near the last ones are those of least loss.
 
     Raises:
-        ValueError: none or several are given, or one is not in (0, 1]; `latency_batch` is below 1.
+        ValueError: none or several are given, or one is not in (0, 1]; `latency_batch` is below 1; `tolerance` is not
+            in [0, 1).
 
     Example:
         >>> Target(params=0.1).goal(72666)
@@ -40,6 +43,7 @@ class Target:
     neurons: float | None = None
     latency: float | None = None
     latency_batch: int = 64
+    tolerance: float = 0.01
 
     def __post_init__(self) -> None:
         given = {unit: getattr(self, unit) for unit in UNITS if getattr(self, unit) is not None}
@@ -50,6 +54,8 @@ class Target:
                 raise ValueError(f"Target: {unit} is {fraction!r}, expected a number above 0 and at most 1")
         if isinstance(self.latency_batch, bool) or not isinstance(self.latency_batch, int) or self.latency_batch < 1:
             raise ValueError(f"Target: latency_batch is {self.latency_batch!r}, expected an integer of 1 or more")
+        if not 0.0 <= self.tolerance < 1.0:
+            raise ValueError(f"Target: tolerance is {self.tolerance!r}, expected a number from 0 to below 1")
 
     @property
     def unit(self) -> str:
@@ -62,10 +68,15 @@ class Target:
         return float(getattr(self, self.unit))
 
     def goal(self, start: float) -> float:
-        """The largest cost that meets the target, for a network that costs `start`; whole but for latency (seconds)."""
+        """The cost that is the target, for a network that costs `start`; whole but for latency (seconds)."""
         if self.unit == "latency":
             return self.fraction * start
         return int(self.fraction * start + 1e-6)  # 0.1 * 30 is a little above 3 only by rounding
+
+    def range(self, start: float) -> tuple[float, float]:
+        """The least and the largest cost that meet the target, for a network that costs `start`."""
+        goal = self.goal(start)
+        return goal * (1.0 - self.tolerance), goal * (1.0 + self.tolerance)
 
 
 def amount(unit: str, cost: float) -> str:

@@ -1,0 +1,75 @@
+"""Learning rates of a training that prunes: they know when the last neurons go."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+SECOND_PEAKS = {"restart": 1.0, "finetune": 0.1}  # of the learning rate, in training after one-shot pruning
+LR_SCHEDULES = ("flat_cosine", "cosine", *SECOND_PEAKS)
+
+
+def rate_factor(schedule: str, step: int, total_steps: int, prune_end: float) -> float:
+    """What the learning rate of step 0 .. total_steps - 1 is of its peak.
+
+    "flat_cosine": 1 until pruning ends, then (1 + cos(pi t)) / 2, t from 0 to 1. "cosine": t over all steps. "restart"
+    (Renda, Frankle & Carbin 2020, arXiv 2003.02389) and "finetune": that cosine until pruning ends, and another after
+    it, from 1 or from 1/10.
+
+    Example:
+        >>> [rate_factor("flat_cosine", step, 100, 0.4) for step in (0, 40, 70)]
+        [1.0, 1.0, 0.5]
+    """
+    start = 0.0 if schedule == "cosine" else prune_end * total_steps
+    if step >= start:
+        return SECOND_PEAKS.get(schedule, 1.0) * _half_cosine((step - start) / (total_steps - start))
+    return 1.0 if schedule == "flat_cosine" else _half_cosine(step / start)
+
+
+def _half_cosine(part: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * part))
+
+
+class PruningLR(LRScheduler):
+    """The learning rates of `rate_factor`, times those that the optimizer has; `step()` after each of its steps.
+
+    Args:
+        optimizer: of the network.
+        total_steps: its steps in the whole training; beyond them the last rate stays.
+        schedule: one of `LR_SCHEDULES`.
+        prune_end: fraction of the training at which the last neurons go, as in `CubicSchedule`.
+        last_epoch: steps taken already, as PyTorch has it.
+
+    Raises:
+        ValueError: naming the argument out of range.
+
+    Example:
+        >>> scheduler = flatprune.PruningLR(optimizer, total_steps=1000)
+        >>> optimizer.step(); scheduler.step()
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        total_steps: int,
+        schedule: str = "flat_cosine",
+        *,
+        prune_end: float = 0.4,
+        last_epoch: int = -1,
+    ) -> None:
+        if schedule not in LR_SCHEDULES:
+            raise ValueError(f"PruningLR: schedule is {schedule!r}, expected one of {', '.join(LR_SCHEDULES)}")
+        if total_steps < 1:
+            raise ValueError(f"PruningLR: total_steps is {total_steps}, expected 1 or more")
+        if not 0.0 <= prune_end < 1.0:
+            raise ValueError(f"PruningLR: prune_end is {prune_end}, expected 0 <= prune_end < 1")
+        self.total_steps, self.schedule, self.prune_end = total_steps, schedule, prune_end
+        super().__init__(optimizer, last_epoch)
+
+    def get_lr(self) -> list[float]:  # type: ignore[override]
+        """The rate of each group of the optimizer for the next step."""
+        step = min(self.last_epoch, self.total_steps - 1)
+        factor = rate_factor(self.schedule, step, self.total_steps, self.prune_end)
+        return [float(base) * factor for base in self.base_lrs]

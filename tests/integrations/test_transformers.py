@@ -1,0 +1,101 @@
+"""The Trainer of transformers, with pruning in it: targets, checkpoints that go on, saved folders that load."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+import flatprune
+from flatprune.errors import InputError
+
+needed = ("transformers", "accelerate")
+pytestmark = [
+    pytest.mark.skipif(any(find_spec(name) is None for name in needed), reason="transformers, accelerate"),
+    pytest.mark.filterwarnings("ignore"),
+]
+STEPS = 12
+
+
+class Sentences(torch.utils.data.Dataset):
+    """Tokens whose first one says the class."""
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        tokens = torch.randint(4, 60, (8,), generator=torch.Generator().manual_seed(index))
+        label = index % 3
+        tokens[0] = 10 + label
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": torch.tensor(label)}
+
+
+def bert():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return BertForSequenceClassification(
+        BertConfig(vocab_size=60, max_position_embeddings=16, num_labels=3, **sizes, **dropout)
+    )
+
+
+def trainer(folder, target=0.5, pruning=None, **options):
+    from transformers import TrainingArguments
+
+    from flatprune.integrations.transformers import PruningTrainer
+
+    options = {"max_steps": STEPS, "save_strategy": "no", **options}
+    arguments = TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=8,
+        learning_rate=1e-2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_strategy="no",
+        **options,
+    )
+    schedule = flatprune.CubicSchedule(STEPS, 0.2, 0.7, every=3)
+    made = {"schedule": schedule, "curvature": {"generator": torch.Generator().manual_seed(0)}, **(pruning or {})}
+    return PruningTrainer(bert(), arguments, train_dataset=Sentences(), target=target, pruning=made)
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"label_smoothing_factor": 0.1}])
+def test_the_target_is_reached(tmp_path, options):
+    run = trainer(tmp_path, **options)
+    before = sum(p.numel() for p in run.model.parameters())
+    run.train()
+    assert sum(p.numel() for p in run.model.parameters()) <= 1.01 * 0.5 * before
+    assert run.pruning.pruner.step_count == STEPS and run.pruning.finished
+    assert run.pruning.flatness.floors is not None  # its warm-up is over
+    assert not run.model._forward_hooks
+
+
+def test_a_checkpoint_resumes_the_pruned_network(tmp_path):
+    whole = trainer(tmp_path / "whole", save_strategy="steps", save_steps=6)
+    whole.train()
+    resumed = trainer(tmp_path / "whole", save_strategy="steps", save_steps=6)
+    full = sum(p.numel() for p in resumed.model.parameters())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-6"))
+    assert sum(p.numel() for p in resumed.model.parameters()) < full
+    assert resumed.pruning.pruner.widths() == whole.pruning.pruner.widths()
+    for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_a_saved_folder_loads_as_the_pruned_network(tmp_path):
+    from transformers import BertForSequenceClassification
+
+    from flatprune.integrations.transformers import load_pruned
+
+    run = trainer(tmp_path / "run", pruning={"flatness": False})
+    run.train()
+    run.save_model(str(tmp_path / "saved"))
+    loaded = load_pruned(BertForSequenceClassification, tmp_path / "saved")
+    tokens = torch.stack([Sentences()[i]["input_ids"] for i in range(4)])
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, run.model.eval()(tokens).logits)
+    (tmp_path / "saved/pruned_shapes.pt").unlink()
+    with pytest.raises(InputError, match=r"pruned_shapes\.pt: no such file"):
+        load_pruned(BertForSequenceClassification, tmp_path / "saved")
