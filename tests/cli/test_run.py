@@ -185,7 +185,7 @@ def test_other_units(flatprune, npz, tmp_path):
         if unit == "latency":
             assert summary["cost_before"] > 0.0 and summary["cost_after"] > 0.0  # really timed: no bound is certain
             continue
-        assert summary["cost_after"] <= fraction * summary["cost_before"]
+        assert summary["cost_after"] <= 1.01 * fraction * summary["cost_before"]
         if unit == "macs":
             assert summary["cost_after"] == summary["macs_after"]
             assert summary["cost_before"] == summary["macs_before"]
