@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -69,6 +71,15 @@ def test_aliases_and_bytes_marks_are_allowed(study_file):
 def test_data_that_is_no_file(study_file, study, tmp_path, data):
     outcome = study(study_file(f'base: {{data: "{data}"}}'), "--out", tmp_path / "out")
     assert outcome.returncode == 2 and outcome.stderr.count("\n") == 1 and "no such file" in outcome.stderr
+
+
+def test_a_study_from_a_pipe_is_read_once(study_file):
+    source, sink = os.pipe()
+    os.write(sink, study_file().read_bytes())
+    os.close(sink)
+    study = read_study(Path(f"/dev/fd/{source}"))
+    os.close(source)
+    assert study.text == study_file().read_bytes() and len(study.cells) == 2
 
 
 NAMES = st.sampled_from([*Settings.__dataclass_fields__, "only", "tune", "scratch_of", "prune_then_finetune", "a"])

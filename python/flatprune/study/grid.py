@@ -108,6 +108,7 @@ class Study:
         cells: all runs, sources before those that depend on them.
         data_dir: folder that relative paths of data are taken from, or None for the current one.
         reference: the variant that the others are set against, or None.
+        text: of the file, as it was when it was read.
     """
 
     path: Path
@@ -118,6 +119,7 @@ class Study:
     cells: tuple[Cell, ...]
     data_dir: Path | None = None
     reference: str | None = None
+    text: bytes = b""
 
     def runs(self) -> Iterator[tuple[str, Settings]]:
         """(name, settings) of everything that may be run, candidates of tuning included."""
@@ -137,7 +139,7 @@ def read_study(path: Path, data_dir: Path | None = None) -> Study:
     Raises:
         InputError: naming the file and the entry that cannot be used.
     """
-    content = read_yaml(path)
+    content, text = read_yaml(path)
     _known(f"{path}", content, _KEYS)
     axes = {name: _axis(f"{path}: grid", name, values) for name, values in _mapping(path, content, "grid").items()}
     given = axes.pop("seed", [("0", {"seed": 0})])
@@ -158,6 +160,7 @@ def read_study(path: Path, data_dir: Path | None = None) -> Study:
         tuple(reader.cells()),
         data_dir,
         _reference(path, content.get("reference"), variants),
+        text,
     )
 
 

@@ -67,9 +67,9 @@ def open_study(folder: Path, *, retry: bool = False) -> Plan:
         if not (folder / name).is_file():
             raise InputError(f"{folder}: has no {name}; no study was begun there")
     ids = read_record(folder / DATA_FILE, DATA)
-    if sha256(read_bytes(folder / STUDY_FILE)) != ids["study"]:
-        raise damaged(folder / STUDY_FILE, f"its SHA-256 is not that in {DATA_FILE}")
     study = read_study(folder / STUDY_FILE, Path(ids["data_dir"]) if ids["data_dir"] else None)
+    if sha256(study.text) != ids["study"]:
+        raise damaged(folder / STUDY_FILE, f"its SHA-256 is not that in {DATA_FILE}")
     return Plan(study, folder, ids["digests"], retry=retry)
 
 
@@ -90,7 +90,7 @@ def _page(study: Study, results: Results, images: dict[str, bytes]) -> str:
     for table in [*overview(results), *differences(results), details_table(results)]:
         body.append(f"<h3>{html.escape(table.title)}</h3>{_html(table)}")
     body.append(_not_ended(groups))
-    body.append(f"<h3>The study</h3><pre>{html.escape(study.path.read_text(encoding='utf-8'))}</pre>")
+    body.append(f"<h3>The study</h3><pre>{html.escape(study.text.decode('utf-8-sig'))}</pre>")
     body.append(f'<h3>Versions</h3><table class="values">{value_rows(results.versions)}</table>')
     return document(study.title, f"{ended} runs · means over seeds, one standard deviation", "\n".join(body))
 

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from flatprune.errors import InputError, Interrupted
-from flatprune.files.atomic import read_bytes, sha256, write_atomically
+from flatprune.files.atomic import sha256, write_atomically
 from flatprune.files.finished import read_summary
 from flatprune.files.lock import locked
 from flatprune.files.records import write_record
@@ -92,10 +92,9 @@ def run_study(
     check_free(folder, overwrite=True)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        text = read_bytes(study.path)
-        write_atomically(folder / STUDY_FILE, text)
+        write_atomically(folder / STUDY_FILE, study.text)
         data_dir = None if study.data_dir is None else str(study.data_dir)
-        write_record(folder / DATA_FILE, DATA, {"data_dir": data_dir, "digests": data_ids, "study": sha256(text)})
+        write_record(folder / DATA_FILE, DATA, {"data_dir": data_dir, "digests": data_ids, "study": sha256(study.text)})
         plan = Plan(study, folder, data_ids, restart_damaged=restart_damaged)
         with stop_signals() as stop_requested:
             executor = _Executor(plan, steps, jobs or _default_jobs(study), display_for(console, study.title))

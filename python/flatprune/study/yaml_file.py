@@ -60,14 +60,15 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+def read_yaml(path: Path) -> tuple[dict[str, Any], bytes]:
+    """The mapping in a YAML file, and the bytes that it was read from.
 
     Raises:
         InputError: there is no such file, it is not YAML, beyond a limit, or not a mapping; with the line.
     """
     try:
-        text = _read(path).decode("utf-8-sig")
+        data = _read(path)
+        text = data.decode("utf-8-sig")
         _check_size(text)
         content = yaml.load(text, _Loader)
     except UnicodeDecodeError as error:
@@ -79,7 +80,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not YAML{where}: {problem}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: is {type(content).__name__}, expected a mapping with base, grid and variants")
-    return content
+    return content, data
 
 
 def _read(path: Path) -> bytes:
