@@ -313,6 +313,11 @@ class Curvature:
         """
         self.factors = self.factors.narrowed(keep, groups)
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether forwards count for nothing now, see `paused`."""
+        return self._pauses > 0
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Forwards inside count for nothing."""

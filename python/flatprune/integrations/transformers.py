@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from flatprune.errors import InputError
-from flatprune.export.saved import take_tensors
+from flatprune.integrations.shapes import shapes_of, take_shapes
 from flatprune.prune_while_training import PruneWhileTraining
 from flatprune.pruning.targets import Target
 
@@ -99,13 +99,14 @@ class PruningTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.pruning is not None and self.args.should_save:
-            save_shapes(self._network, self.pruning, Path(output_dir or self.args.output_dir or "."))
+            folder = Path(output_dir or self.args.output_dir or ".")
+            torch.save(shapes_of(self._network, self.pruning), folder / SHAPES_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         if (folder / STATE_FILE).exists():
             self._resumed_from = folder
-            take_shapes(self._network if model is None else model, folder)
+            _take_saved_shapes(self._network if model is None else model, folder)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
@@ -129,31 +130,11 @@ class _Events(TrainerCallback):
             self._trainer.pruning.close()
 
 
-def save_shapes(model: nn.Module, pruning: PruneWhileTraining, folder: Path) -> None:
-    """Write what `load_pruned` has to know of a pruned network beside its weights and config."""
-    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    attributes = pruning.pruner.state_dict()["attributes"]
-    torch.save({"format": 1, "shapes": shapes, "attributes": attributes}, folder / SHAPES_FILE)
-
-
-def take_shapes(model: nn.Module, folder: Path) -> None:
-    """Give a network of the full size the shapes of the one saved in `folder`; its tensors are zero then.
-
-    Raises:
-        InputError: the file is missing, of another format, or of another network.
-    """
+def _take_saved_shapes(model: nn.Module, folder: Path) -> None:
     path = folder / SHAPES_FILE
     if not path.is_file():
         raise InputError(f"{path}: no such file; was the network saved by PruningTrainer?")
-    saved = torch.load(path, weights_only=True)
-    if saved.get("format") != 1:
-        raise InputError(f"{path}: format {saved.get('format')}, this version reads 1")
-    own = model.state_dict()
-    zeros = {
-        name: torch.zeros(shape, dtype=own[name].dtype if name in own else None)
-        for name, shape in saved["shapes"].items()
-    }
-    take_tensors(model, zeros, attributes=saved["attributes"])
+    take_shapes(model, torch.load(path, weights_only=True), str(path))
 
 
 def load_pruned(kind: type[PreTrainedModel], folder: str | Path) -> PreTrainedModel:
@@ -172,7 +153,7 @@ def load_pruned(kind: type[PreTrainedModel], folder: str | Path) -> PreTrainedMo
     folder = Path(folder)
     assert kind.config_class is not None
     model = kind(kind.config_class.from_pretrained(folder))
-    take_shapes(model, folder)
+    _take_saved_shapes(model, folder)
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise InputError(f"{weights}: no such file")

@@ -1,0 +1,189 @@
+"""Lightning: a callback that prunes a network while a `Trainer` trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from flatprune.errors import InputError
+from flatprune.integrations.shapes import shapes_of, take_shapes
+from flatprune.prune_while_training import PruneWhileTraining
+from flatprune.pruning.targets import Target
+from kfac_ext.curvature.recent import Call
+
+_EXAMPLES = 2
+
+
+class PruningCallback(Callback):
+    """Neurons go while the Trainer trains, with automatic or manual optimization, accumulation and mixed precision.
+
+    The first batch shows how the network is called; from the second on its curvature is followed. Checkpoints hold all
+    that pruning needs: `trainer.fit(module, ckpt_path=...)` goes on with the pruned network; so does `load_pruned`.
+
+    Args:
+        target: a `flatprune.Target`, or the fraction of the parameters that shall be left.
+        network: name of the part of the module that is pruned, such as "model"; None: the only child that has
+            parameters.
+        pruning: more arguments of `flatprune.PruneWhileTraining`.
+
+    Attributes:
+        pruning: the `PruneWhileTraining` once training has begun.
+
+    Raises:
+        InputError: several devices with a strategy that shards; no part or several that could be meant.
+
+    Example:
+        >>> trainer = lightning.Trainer(max_epochs=10, callbacks=[PruningCallback(target=0.3, network="model")])
+        >>> trainer.fit(module, loader)
+    """
+
+    def __init__(
+        self, target: Target | float, network: str | None = None, pruning: Mapping[str, Any] | None = None
+    ) -> None:
+        self.pruning: PruneWhileTraining | None = None
+        self._target, self._name, self._arguments = target, network, dict(pruning or {})
+        self._network: nn.Module | None = None
+        self._call: tuple[Call, Any] | None = None
+        self._examples: Any = None
+        self._handle: Any = None
+        self._steps = 0
+        self._saved: Mapping[str, Any] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the network the shapes of the checkpoint that training goes on from, before its tensors are loaded."""
+        if stage != "fit":
+            return
+        strategy = type(trainer.strategy).__name__
+        if any(name in strategy for name in ("FSDP", "DeepSpeed", "XLA", "ModelParallel")):
+            raise InputError(f"PruningCallback: {strategy} shards parameters, which cannot be cut; use another")
+        network = self._network = _part(pl_module, self._name)
+        load = pl_module.on_load_checkpoint
+
+        def load_shapes_first(checkpoint: dict[str, Any]) -> None:
+            saved = checkpoint.get("callbacks", {}).get(self.state_key)
+            if saved:
+                take_shapes(network, saved["shapes"], "the checkpoint")
+            load(checkpoint)
+
+        # the only hook that Lightning calls between reading a checkpoint and loading the module's tensors
+        pl_module.on_load_checkpoint = load_shapes_first  # type: ignore[method-assign]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The checkpoint is loaded: the module's hook is its own again."""
+        pl_module.__dict__.pop("on_load_checkpoint", None)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Watch how the network is called."""
+        assert self._network is not None
+        self._handle = self._network.register_forward_hook(self._look, with_kwargs=True)
+        self._steps = trainer.global_step
+        if self._saved is not None:
+            self._begin(trainer, self._saved["examples"])
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begin to prune once a call of the network has been seen."""
+        if self.pruning is None and self._call is not None:
+            call, _ = self._call
+            self._call = None
+            self._begin(trainer, tree_map(_first, (call.args, dict(call.kwargs))))
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Add the flatness term to the loss."""
+        if self.pruning is not None and self._call is not None:
+            call, output = self._call
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            scale = (1.0 if scaler is None else scaler.get_scale()) / trainer.accumulate_grad_batches
+            loss.add_(self.pruning.penalty(call, output, loss.clone() / scale) * scale)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the optimizer's step, if there was one."""
+        if trainer.global_step > self._steps:
+            self._steps = trainer.global_step
+            if self.pruning is not None:
+                self.pruning.step()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take all hooks off the network."""
+        if self._handle is not None:
+            self._handle.remove()
+        if self.pruning is not None:
+            self.pruning.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        if self.pruning is None or self._network is None:
+            return {}
+        shapes = shapes_of(self._network, self.pruning)
+        return {"shapes": shapes, "pruning": self.pruning.state_dict(), "examples": self._examples}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep what a checkpoint holds until training begins."""
+        self._saved = state_dict or None
+
+    def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        watched = self.pruning is None or not self.pruning.curvature.is_paused
+        if module.training and torch.is_grad_enabled() and watched:
+            self._call = Call.of(args, kwargs, 0), output
+
+    def _begin(self, trainer: Trainer, examples: Any) -> None:
+        assert self._network is not None
+        self._examples = examples
+        args, kwargs = tree_map(lambda v: v.to(trainer.strategy.root_device) if isinstance(v, Tensor) else v, examples)
+        optimizers = trainer.optimizers
+        self.pruning = PruneWhileTraining(
+            self._network,
+            optimizers[0] if len(optimizers) == 1 else optimizers,
+            (tuple(args), kwargs),
+            target=self._target,
+            total_steps=int(trainer.estimated_stepping_batches),
+            accumulate=trainer.accumulate_grad_batches,
+            **self._arguments,
+        )
+        if self._saved is not None:
+            self.pruning.load_state_dict(self._saved["pruning"])
+        else:
+            self.pruning.pruner.step_count = self._steps
+
+
+def _first(value: Any) -> Any:
+    return value[:_EXAMPLES] if isinstance(value, Tensor) and value.dim() else value
+
+
+def _part(module: nn.Module, name: str | None) -> nn.Module:
+    if name is not None:
+        return module.get_submodule(name)
+    parts = [name for name, child in module.named_children() if any(True for _ in child.parameters())]
+    if len(parts) != 1:
+        raise InputError(f"PruningCallback: network is None and the module has {parts or 'no part'}; name the network")
+    return module.get_submodule(parts[0])
+
+
+def load_pruned(module: LightningModule, path: str | Path, network: str | None = None) -> LightningModule:
+    """Give a module of the full size the pruned network, and all other tensors, of a checkpoint.
+
+    Args:
+        module: built as it was for training; changed in place and returned, in evaluation mode.
+        path: the checkpoint, written with a `PruningCallback`.
+        network: as for `PruningCallback`.
+
+    Raises:
+        InputError: the checkpoint knows of no pruning, or is of another network.
+
+    Example:
+        >>> module = load_pruned(MyModule(), "checkpoints/last.ckpt", network="model")
+    """
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    found = [state for state in checkpoint.get("callbacks", {}).values() if "shapes" in state and "pruning" in state]
+    if not found:
+        raise InputError(f"{path}: no PruningCallback has written to this checkpoint")
+    take_shapes(_part(module, network), found[0]["shapes"], str(path))
+    module.load_state_dict(checkpoint["state_dict"])
+    return module.eval()

@@ -1,0 +1,42 @@
+"""What a network of the full size has to become before it can take the tensors of a pruned one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from flatprune.errors import InputError
+from flatprune.export.saved import take_tensors
+from flatprune.prune_while_training import PruneWhileTraining
+
+FORMAT = 1
+
+
+def shapes_of(model: nn.Module, pruning: PruneWhileTraining) -> dict[str, Any]:
+    """Shapes of all tensors, and the numbers in the model's code that pruning changed; plain values."""
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    return {"format": FORMAT, "shapes": shapes, "attributes": pruning.pruner.state_dict()["attributes"]}
+
+
+def take_shapes(model: nn.Module, saved: Mapping[str, Any], where: str) -> None:
+    """Give a network of the full size the shapes that `shapes_of` has noted; its tensors are zero then.
+
+    Args:
+        model: as it was built before pruning; changed in place.
+        saved: what was noted.
+        where: the file, for errors.
+
+    Raises:
+        InputError: of another format, or of another network.
+    """
+    if saved.get("format") != FORMAT:
+        raise InputError(f"{where}: format {saved.get('format')}, this version reads {FORMAT}")
+    own = model.state_dict()
+    zeros = {
+        name: torch.zeros(shape, dtype=own[name].dtype if name in own else None)
+        for name, shape in saved["shapes"].items()
+    }
+    take_tensors(model, zeros, attributes=saved["attributes"])
