@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from flatprune.criteria import CRITERIA, Criterion
     from flatprune.data import Normalization
     from flatprune.errors import DivergedError, InputError, Interrupted
-    from flatprune.export import load, take_tensors, update_config
+    from flatprune.export import load, save, take_tensors, update_config
     from flatprune.flatness.distortion import Disout, attach_disout
     from flatprune.flatness.hessian import hessian_eigenvalues
     from flatprune.flatness.sam import SAM, MomentumSAM
@@ -77,6 +77,7 @@ _HOMES = {
     "prune_sharded": "flatprune.pruning.sharded",
     "resume": "flatprune.runs",
     "run": "flatprune.runs",
+    "save": "flatprune.export",
     "take_tensors": "flatprune.export",
     "update_config": "flatprune.export",
 }
@@ -111,6 +112,7 @@ __all__ = [
     "prune_sharded",
     "resume",
     "run",
+    "save",
     "take_tensors",
     "update_config",
 ]

@@ -1,5 +1,6 @@
 """The pruned network as a file, and back: `model.pt` of a run, and what other programs read."""
 
+from flatprune.export.any_model import save
 from flatprune.export.exporting import (
     EXPORT_FILES,
     EXPORTS_FILE,
@@ -29,6 +30,7 @@ __all__ = [
     "read_exports",
     "read_saved",
     "rebuild",
+    "save",
     "save_model",
     "take_tensors",
     "update_config",

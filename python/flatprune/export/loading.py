@@ -12,21 +12,26 @@ from torch import nn
 
 from flatprune.errors import InputError
 from flatprune.export import safetensors_file
+from flatprune.export.any_model import load_into
 from flatprune.export.model_file import MODEL_FILE, read_model
 from flatprune.export.saved import SavedNetwork
 from flatprune.files.atomic import read_bytes
 from flatprune.files.finished import DIGESTS_FILE, SUMMARY_FILE, check_digest
 
 
-def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn.Module:
-    """The network of a finished run, in evaluation mode.
+def load(
+    path: str | os.PathLike[str], device: torch.device | str = "cpu", *, into: nn.Module | None = None
+) -> nn.Module:
+    """The network of a finished run, or one that `flatprune.save` wrote, in evaluation mode.
 
     Args:
-        path: folder of the run, a `model.pt`, or a `.safetensors` that `flatprune export` made.
+        path: folder of the run, a `model.pt`, or a `.safetensors` that `flatprune export` made; with `into` a file of
+            `flatprune.save`.
         device: where its tensors go.
+        into: a network of the class that was saved, built as it was before pruning; changed in place and returned.
 
     Returns:
-        An ordinary `nn.Module` in its pruned shapes. `model.normalization` maps images to its input,
+        An ordinary `nn.Module` in its pruned shapes. Of a run, `model.normalization` maps images to its input,
         `model.image_shape` is (channels, height, width) of that input, `model.classes` the number of its outputs.
 
     Raises:
@@ -37,6 +42,8 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn
         >>> model = flatprune.load("runs/demo")
         >>> classes = model(model.normalization(images)).argmax(1)  # uint8 images [n, height, width, channels]
     """
+    if into is not None:
+        return load_into(into, path).to(device)
     saved = read_saved(path)
     model = saved.network().to(device)
     model.normalization = saved.normalization  # type: ignore[assignment]
