@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 GROUPS := --group dev $(if $(filter ON 1,$(KFAC_CUDA)),$(if $(shell command -v nvcc),,--group cuda))
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h')
 
-.PHONY: setup build demo test lint format bench bench-quick bench-report bench-peers hard sanitize sanitize-address sanitize-thread zoo zoo-quick gpu-check gpu-bench cuda-report clean test-thorough wheel wheels
+.PHONY: setup build demo test lint format bench bench-quick bench-report bench-peers hard sanitize sanitize-address sanitize-thread zoo zoo-quick gpu-check gpu-bench cuda-report clean test-thorough wheel wheels docs
 
 setup: $(READY)
 
@@ -33,6 +33,11 @@ test: setup
 # more networks and larger sizes of the same, minutes
 test-thorough: setup
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m thorough
+
+# the site, with the API page from docstrings; warnings and broken links are errors -> build/site
+docs: setup
+	$(BIN)/pip install --quiet --group docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # the sdist, and for each of PYTHONS a wheel built from it in isolation, repaired for other machines, and tried where nothing
 # but it and torch is installed -> build/wheels

@@ -1,12 +1,15 @@
 """The house rules that a change could break without any other test noticing."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import flatprune.errors
 
 ROOT = Path(__file__).parents[1]
 PYTHON_FILES = [*ROOT.glob("kfac_ext/**/*.py"), *ROOT.glob("python/**/*.py")]
@@ -108,6 +111,14 @@ def test_names_of_tests_are_short():
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
     ]
     assert named and not [f"{path}: {name}" for path, name in named if len(name) >= 60]
+
+
+@pytest.mark.parametrize("package", ["flatprune", "kfac_ext"])
+def test_the_api_page_has_every_public_name(package):
+    pages = [path.read_text() for path in (ROOT / "docs/api").glob("*.md")]  # flatprune shows one of kfac_ext
+    shown = {line.rpartition(".")[2] for page in pages for line in page.splitlines() if line.startswith("::: ")}
+    names = set(importlib.import_module(package).__all__) - {"__version__", "reference"}
+    assert names - shown <= {name for name in names if hasattr(flatprune.errors, name)}
 
 
 def test_tests_mirror_packages():
