@@ -57,7 +57,7 @@ _NAMES = {
     "stride": ("stride", "padding"),
     "groups": ("groups", "out"),
     "bias": ("bias", "out"),
-    "reduce": ("reduce",),
+    "kernel_size": ("kernel_size", "vector"),  # None: the rows of x, whose vector is another
     "padding": ("padding", "kernel_size"),
     "dilation": ("dilation", "padding"),
     "Gs": ("Gs",),

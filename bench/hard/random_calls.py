@@ -299,7 +299,8 @@ def _check_pairs(
         size = float(torch.linalg.norm(product(vector))) + 1e-30
         yield from differs(f"eigenvalues[{i}]", result.eigenvalues[i], value, torch.tensor(_POWER[dtype] * size))
         yield from differs(f"eigenvectors[{i}]", result.eigenvectors[i], vector, torch.tensor(_POWER[dtype] * 10))
-        yield from differs(f"residuals[{i}]", result.residuals[i], residual, torch.tensor(_POWER[dtype] * 10))
+        worth = 10 * max(1.0, float(residual)) ** 2  # |A v| / |lambda|, by which an error of lambda is multiplied
+        yield from differs(f"residuals[{i}]", result.residuals[i], residual, torch.tensor(_POWER[dtype] * worth))
 
 
 _POWER = {torch.float32: 2e-4, torch.float64: 1e-10}  # after a few steps
