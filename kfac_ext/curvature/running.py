@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -95,6 +96,10 @@ class RunningFactors:
         if kept is not None and isinstance(finite, Tensor):
             self.factors.buffer.copy_(torch.where(finite, self.factors.buffer, kept))
         self._follow(seen)
+
+    def together(self) -> AbstractContextManager[None]:
+        """Around an update, for ranks that share the factors."""
+        return nullcontext()
 
     def note_padding(self) -> None:
         """That the loss has been found to leave out predictions, for ranks that share the factors."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -104,6 +105,20 @@ class SharedFactors(RunningFactors):
         finite, self._fault = self.guard.judged_output(tensors)
         return finite
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """An update inside that fails on this rank before it is told of, fails on all."""
+        self.finish()
+        try:
+            yield
+        except Exception:
+            if self._under_way is None:
+                factors = self.factors
+                with torch.no_grad():
+                    flat = self._packed(factors, set(), 0.0, [False, False, True, *self.guard.no_fault()], 0)
+                self.group.start_sum_(flat, "factors")()
+            raise
+
     def note_padding(self) -> None:
         """Have all ranks know, with the next update, that the loss leaves out predictions; then `pads` is true."""
         self._has_padding = True
@@ -115,7 +130,7 @@ class SharedFactors(RunningFactors):
         factors = self.factors
         kept = factors.buffer.clone()
         admitted, fault = self.guard.judged(capture, factor)
-        flags = [finite & admitted, self._has_padding, *(self._fault + fault)]
+        flags = [finite & admitted, self._has_padding, False, *(self._fault + fault)]
         seen = self._measure(capture, mode=mode, loss=loss, decay=decay, factor=factor)
         with torch.no_grad():
             flat = self._packed(factors, seen, decay, flags, capture.samples)
@@ -133,8 +148,8 @@ class SharedFactors(RunningFactors):
     ) -> Tensor:
         """The triangles of what this rank has measured, then what it says.
 
-        That is: flags (finite, padding, what is at fault), layers seen, and in places of each rank its samples and its
-        clock.
+        That is: flags (finite, padding, failed, what is at fault), layers seen, and in places of each rank its samples
+        and its clock.
         """
         buffer, layers, ranks = factors.buffer, len(self.layers), self.group.size
         said = buffer.new_tensor([*(name in seen for name in self.layers), *[0] * (2 * ranks)])
@@ -175,7 +190,7 @@ class SharedFactors(RunningFactors):
                 return
         else:
             self._unread.append(said.clone())
-        counts = dict(zip(self.layers, said[2 + len(self.layers) + 1 :]))
+        counts = dict(zip(self.layers, said[3 + len(self.layers) + 1 :]))
         for key, part in zip(factors, parts):
             name, _, kind = key.rpartition(".")
             matrix, count = factors[key], counts[name]
@@ -189,17 +204,19 @@ class SharedFactors(RunningFactors):
 
     def _faults(self, said: Tensor) -> Tensor:
         """Which layers, or the output last, are at fault on some rank."""
-        return (said[2 : 2 + len(self.layers) + 1] > 0).long()
+        return (said[3 : 3 + len(self.layers) + 1] > 0).long()
 
     def _read(self, said: Sequence[float]) -> tuple[bool, set[str]]:
         """Whether all was finite, and the layers seen; takes note of padding.
 
         Raises:
-            RanksError: ranks have seen different numbers of samples, or taken different numbers of steps.
+            RanksError: one has failed, or they have seen other numbers of samples, or taken other numbers of steps.
         """
-        finite, padding, *rest = said
+        finite, padding, failed, *rest = said
         rest = rest[len(self.layers) + 1 :]
         counts, numbers = rest[: len(self.layers)], [int(n) for n in rest[len(self.layers) :]]
+        if failed:
+            raise RanksError("Curvature: an update of the factors has failed on another rank, which says why")
         samples, clocks = numbers[: self.group.size], numbers[self.group.size :]
         if len(set(clocks)) > 1:
             raise RanksError(f"Curvature: ranks differ in step: {', '.join(map(str, clocks))} steps of the pruner")

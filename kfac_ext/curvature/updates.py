@@ -188,6 +188,10 @@ class FisherUpdates:
 
     def _draw(self, update: _Update) -> None:
         """The true Fisher: labels drawn from the prediction, one more partial backward."""
+        with update.running.together():
+            self._draw_and_blend(update)
+
+    def _draw_and_blend(self, update: _Update) -> None:
         capture, loss = update.capture, self.reading.loss
         finite = update.running.admits_output(capture.tensors)
         if finite is False:
@@ -211,6 +215,10 @@ class FisherUpdates:
 
     def _take(self, update: _Update, grad_scale: float | Tensor | None = None) -> None:
         """The empirical Fisher: what the user's own backward has shown."""
+        with update.running.together():
+            self._blend_shown(update, grad_scale)
+
+    def _blend_shown(self, update: _Update, grad_scale: float | Tensor | None) -> None:
         if grad_scale is None:
             grad_scale = self.grad_scale() if callable(self.grad_scale) else self.grad_scale
         capture, loss = update.capture, self.reading.loss

@@ -91,6 +91,23 @@ def other_sizes():
     return said(train), True
 
 
+def failing_update():
+    """An update that raises on rank 1 alone."""
+
+    def fail(*_):
+        raise MemoryError("no memory for labels")
+
+    loop = Loop(wrap=DistributedDataParallel, flat=False, target=None)
+    if dist.get_rank() == 1:
+        loop.curvature.draws.uniform = fail
+
+    def forward():
+        loop.parallel(own_part(loop.batch()[0]))
+        loop.curvature.spectral_radius()
+
+    return said(forward)
+
+
 def not_finite():
     """A batch of one rank that is not finite leaves the factors of all as they were."""
     curvature = Curvature(DistributedDataParallel(mlp()), factor_update_steps=1)

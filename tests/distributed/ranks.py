@@ -8,7 +8,7 @@ import tempfile
 import traceback
 import warnings
 
-START = 60.0  # seconds until all ranks have met
+START = 150.0  # seconds until all ranks have met
 
 
 class RanksFailedError(AssertionError):
@@ -21,7 +21,7 @@ class Ranks:
     def __init__(self, size, threads=None):
         self.size, self.threads, self._processes = size, threads or [1] * size, []
 
-    def run(self, function, *args, timeout=40.0):
+    def run(self, function, *args, timeout=150.0):
         """[function(*args) on rank 0, 1, ...]; raises RanksFailedError with what went wrong where."""
         if not self._processes:
             self._start()

@@ -65,7 +65,7 @@ def test_what_is_told_is_counted(whole):
     assert summary["ranks"] == 2
     assert traffic["gradients"]["calls"] == traffic["flags of steps"]["calls"] == summary["steps"]
     assert traffic["factors"]["calls"] == 2 * -(-summary["steps"] // 5)  # two parts a batch, an update every 5th
-    words = 2 + 3 + 2 * 2  # flags, layers, samples and clocks
+    words = 3 + 4 + 3 + 2 * 2  # flags, faults, layers, samples and clocks
     first = 4 * (sum(n * (n + 1) // 2 for n in sizes) + words)
     assert traffic["factors"]["bytes"] < first * traffic["factors"]["calls"]  # which shrink with the network
     assert traffic["factors"]["bytes"] > 0.3 * first * traffic["factors"]["calls"]

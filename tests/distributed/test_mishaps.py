@@ -31,6 +31,12 @@ def test_batches_of_different_sizes(two):
         assert text.startswith("RanksError: Curvature: batches of different sizes on ranks: 5, 6 samples"), text
 
 
+def test_an_update_that_fails_on_one_rank(two):
+    there, here = two.run(mishaps.failing_update, timeout=20.0)
+    assert there == "RanksError: Curvature: an update of the factors has failed on another rank, which says why"
+    assert here == "MemoryError: no memory for labels"
+
+
 def test_a_batch_that_is_not_finite_on_one_rank(two):
     for stayed, is_finite, warned in two.run(mishaps.not_finite):
         assert stayed and is_finite

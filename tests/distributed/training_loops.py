@@ -54,7 +54,7 @@ CURVATURE, OTHERS = {"fisher", "approx", "loss"}, {"mode", "flat", "sam", "preco
 def digest(tensors):
     found = hashlib.sha256()
     for tensor in tensors:
-        found.update(str(tuple(tensor.shape)).encode() + tensor.detach().contiguous().numpy().tobytes())
+        found.update(str(tuple(tensor.shape)).encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()
 
 
@@ -64,7 +64,8 @@ class Loop:
     def __init__(self, network="mlp", *, wrap=lambda model: model, steps=24, seed=0, parts=1, **options):
         torch.manual_seed(seed)
         dtype, optimizer = options.pop("dtype", torch.float64), options.pop("optimizer", "sgd")
-        self.dtype, self.model = dtype, NETWORKS[network]().to(dtype)
+        self.device = options.pop("device", "cpu")
+        self.dtype, self.model = dtype, NETWORKS[network]().to(self.device, dtype)
         self.parallel, self.parts, self.steps = wrap(self.model), parts, steps
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
         self._make_curvature(**{name: options.pop(name) for name in CURVATURE & options.keys()})
@@ -102,7 +103,7 @@ class Loop:
                 self.parallel,
                 self.optimizer,
                 self.curvature,
-                torch.zeros(2, *IMAGE, dtype=self.dtype),
+                torch.zeros(2, *IMAGE, dtype=self.dtype, device=self.device),
                 target=flatprune.Target(params=target),
                 total_steps=self.steps,
                 criterion=getattr(flatprune.criteria, criterion[0])(criterion[1]) if len(criterion) == 2 else criterion,
@@ -112,8 +113,9 @@ class Loop:
 
     def batch(self, size=24):
         generator = torch.Generator().manual_seed(100 + self.step_count)
-        x = torch.randn(size, *IMAGE, dtype=torch.float64, generator=generator).to(self.dtype)
-        return x, torch.randint(5, (size,), generator=generator)
+        x = torch.randn(size, *IMAGE, dtype=torch.float64, generator=generator)
+        y = torch.randint(5, (size,), generator=generator)
+        return x.to(self.device, self.dtype), y.to(self.device)
 
     def step(self, x, y):
         self.optimizer.zero_grad()
