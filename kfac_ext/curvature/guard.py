@@ -143,7 +143,9 @@ class UpdateGuard:
         self._total.fill_(state["total"])
         self._warned = state["warned"]
         history = state["history"]
-        if history is not None and history.shape == self._history.shape:
+        if self.outlier_factor is None:
+            self._seen = state["seen"]
+        elif history is not None and history.shape == self._history.shape:
             self._history.copy_(history)
             self._seen = state["seen"]
 
