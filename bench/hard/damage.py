@@ -223,10 +223,10 @@ def _case(
 
 
 def _is_allowed(command: Command, path: Path, how: str) -> bool:
-    """Whether what was done is no damage: other data are other data, and an export may be taken away."""
-    if command is _data:
+    """Whether what was done is no damage: other files are other files, and what nobody needs may be taken away."""
+    if command in (_data, _load_safetensors):
         return how == "swap"
-    return command is _check and how == "remove" and path.name in (*EXPORT_FILES, EXPORTS_FILE)
+    return command is _check and how == "remove" and path.name in (*EXPORT_FILES, EXPORTS_FILE, "checkpoint.pt")
 
 
 def _is_silent(command, found: Outcome, reference: Outcome, path: Path, before: bytes, after: bytes | None) -> bool:

@@ -14,7 +14,6 @@ from flatprune.files.finished import (
     DIGESTS_FILE,
     HISTORY_FILE,
     SUMMARY_FILE,
-    problems,
     read_digests,
     read_history,
     read_summary,
@@ -30,7 +29,7 @@ DIGESTED_FILES = (HISTORY_FILE, SETTINGS_FILE, MODEL_FILE, report.PLOT_FILE, rep
 RUN_FILES = (SUMMARY_FILE, DIGESTS_FILE, *DIGESTED_FILES, CHECKPOINT_FILE)  # in the order in which they are removed
 WHOLE = "whole"
 PUT_ASIDE, LEFT_BEHIND = "put aside", "left by a process that was killed"
-NOT_CHECKED = f"not checked, since {DIGESTS_FILE} cannot be read"
+NOT_CHECKED = "not checked, since its digest is not known"
 FINE = (WHOLE, PUT_ASIDE, LEFT_BEHIND, NOT_CHECKED)
 _FREE = ("data", "device", "threads", "architecture_of")  # where things are, and where they are computed
 
@@ -142,17 +141,29 @@ def _compared(folder: Path, found: dict[str, str]) -> dict[str, str]:
     """What files say of each other: digests of a finished run, and whether all are of one run."""
     wrong: dict[str, str] = {}
     if found.get(DIGESTS_FILE) == WHOLE and SUMMARY_FILE in found:
-        for problem in problems(folder):
-            name = next(name for name in read_digests(folder) if problem.startswith(f"{folder / name}: "))
-            wrong[name] = problem
+        wrong |= _by_digests(folder, DIGESTS_FILE, read_digests(folder))
     if found.get(EXPORTS_FILE) == WHOLE:
-        for name, digest in read_exports(folder).items():
-            if found.get(name) == WHOLE and sha256(read_bytes(folder / name)) != digest:
-                wrong[name] = f"{folder / name}: is not the export that was written (see {EXPORTS_FILE})"
+        there = {name: digest for name, digest in read_exports(folder).items() if found.get(name) == WHOLE}
+        wrong |= _by_digests(folder, EXPORTS_FILE, there)
     if found.get(CHECKPOINT_FILE) == WHOLE:
         state = load_checkpoint(folder / CHECKPOINT_FILE)
         if not same_run(folder, state):
             wrong[CHECKPOINT_FILE] = f"{folder / CHECKPOINT_FILE}: is of another run than {SETTINGS_FILE}"
+    return wrong
+
+
+def _by_digests(folder: Path, listing: str, digests: dict[str, str]) -> dict[str, str]:
+    """What is wrong with listed files; where all of them are another's, it is the list that is."""
+    wrong = {}
+    for name, digest in digests.items():
+        try:
+            if sha256(read_bytes(folder / name)) != digest:
+                wrong[name] = f"{folder / name}: is damaged, or of another run (its SHA-256 is not in {listing})"
+        except InputError as error:
+            wrong[name] = str(error)
+    if len(wrong) == len(digests) > 1:
+        others = dict.fromkeys(wrong, NOT_CHECKED)
+        return {**others, listing: f"{folder / listing}: is of another run, none of its digests is that of a file"}
     return wrong
 
 

@@ -1,7 +1,7 @@
 """Arrays from an .npz file that may come from anywhere: looked at before memory is taken for it; no code is run.
 
 An array may have as many bytes as its header says, no more than the machine has memory, no Python objects in it, and no
-more than 1,000 times as many bytes as its compressed ones where it is larger than 64 MB.
+more than 300 times as many bytes as its compressed ones where it is larger than 64 MB.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from flatprune.errors import InputError
 
-MAX_RATIO = 1000
+MAX_RATIO = 300
 LARGE = 64 << 20  # bytes
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 

@@ -16,8 +16,9 @@ from typing import Any
 
 from flatprune.errors import DamagedError, InputError
 from flatprune.files.atomic import read_bytes
-from flatprune.files.finished import HISTORY_FILE, SUMMARY_FILE, check_digest, read_summary
+from flatprune.files.finished import DIGESTS_FILE, HISTORY_FILE, SUMMARY_FILE, check_digest, read_summary
 from flatprune.files.records import Kind, read_record, write_record
+from flatprune.run_folder import CHECKPOINT_FILE
 from flatprune.settings import Settings
 from flatprune.study.grid import Candidate, Cell, Study
 
@@ -234,6 +235,8 @@ def _read_outcome(folder: Path) -> Outcome | None:
         except InputError as error:
             return Outcome(None, DAMAGED, f"{error}; --restart-damaged makes the run anew")
         return Outcome(summary)
+    if (folder / DIGESTS_FILE).is_file() and not (folder / CHECKPOINT_FILE).is_file():  # it was finished
+        return Outcome(None, DAMAGED, f"{folder / SUMMARY_FILE}: is missing; --restart-damaged makes the run anew")
     if (folder / FAILURE_FILE).is_file():
         try:
             failure = read_record(folder / FAILURE_FILE, FAILURE)

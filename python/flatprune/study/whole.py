@@ -12,7 +12,7 @@ from flatprune.files.finished import SUMMARY_FILE
 from flatprune.files.records import read_record
 from flatprune.run_folder import RUN_FILES, WHOLE, check_run
 from flatprune.study.plan import DATA, DATA_FILE, FAILURE, FAILURE_FILE, RUNS_FOLDER
-from flatprune.study.report import RESULTS, RESULTS_FILE, STUDY_FILE, open_study
+from flatprune.study.report import PAGE_FILE, RESULTS, RESULTS_FILE, RUNS_FILE, STUDY_FILE, open_study
 
 
 def check_folder(folder: Path) -> dict[str, str]:
@@ -31,7 +31,7 @@ def check_folder(folder: Path) -> dict[str, str]:
 def _check_study(folder: Path) -> dict[str, str]:
     found = {DATA_FILE: _state(lambda: read_record(folder / DATA_FILE, DATA))}
     found[STUDY_FILE] = _state(lambda: open_study(folder)) if found[DATA_FILE] == WHOLE else "not checked"
-    if (folder / RESULTS_FILE).exists():
+    if any((folder / name).exists() for name in (RESULTS_FILE, PAGE_FILE, RUNS_FILE)):
         found |= _check_report(folder)
     for run in sorted(path for path in (folder / RUNS_FOLDER).glob("*") if path.is_dir()):
         prefix = f"{RUNS_FOLDER}/{run.name}"
