@@ -35,8 +35,8 @@ def test_only_what_was_run_is_shown(tmp_path):
     assert not failed
     left_out = next(cell for cell in plan.study.cells if cell.variant == "left out")
     summary = tmp_path / name / RUNS_FOLDER / plan.key(left_out.settings) / "summary.json"
-    for name in ("summary.json", "digests.json"):
-        summary.with_name(name).unlink()
+    for file in ("summary.json", "digests.json"):
+        summary.with_name(file).unlink()
     assert main([str(tmp_path), "--page", str(page)]) == 0
     text = page.read_text()
     assert text.startswith("before") and text.endswith("after\n") and "old" not in text
