@@ -24,5 +24,5 @@ def test_nothing_of_it_is_imported(monkeypatch):
 
 def test_work_is_shared_by_cost():
     costs = [1.0, 8.0, 3.0, 3.0, 2.0]
-    assert shared_work(costs, 2) == [1, 0, 1, 1, 1]
+    assert shared_work(costs, 2) == [0, 0, 1, 1, 1]
     assert shared_work(costs, 1) == [0] * 5
