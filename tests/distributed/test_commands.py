@@ -183,10 +183,10 @@ sys.exit(main(sys.argv[1:]))
 
 def test_a_killed_rank_comes_again(whole, tmp_path):
     (tmp_path / "killed.py").write_text(KILLED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3"]
     arguments = [str(argument) for argument in (*PRUNED, "--out", tmp_path / "run")]
     done = subprocess.run(
         [*command, tmp_path / "killed.py", *arguments], env=environment(), capture_output=True, text=True, timeout=240
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, [line for line in done.stderr.splitlines() if "flatprune: " in line]
     assert same(load_checkpoint(whole[0] / "checkpoint.pt"), load_checkpoint(tmp_path / "run/checkpoint.pt"))
