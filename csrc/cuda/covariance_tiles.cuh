@@ -27,8 +27,9 @@ KFAC_DEVICE void load_stage(Block& block, const TileJob& job, const TileWork& wo
   }
 }
 
-// Cuts `value` into two tf32 numbers; their sum has 21 bits of mantissa and more. Four instructions: round_to_tf32 would
-// ask whether there is an exponent that carries must not reach, but what is not finite makes `low` NaN in any case.
+// Cuts `value` into two tf32 numbers; their sum has 21 bits of mantissa and more. Four instructions: round_to_tf32
+// would ask whether there is an exponent that carries must not reach, but what is not finite makes `low` NaN in any
+// case.
 KFAC_DEVICE void split(float value, uint32_t& high, uint32_t& low) {
   constexpr uint32_t kKept = ~0x1fffu;
   high = (float_bits(value) + 0x1000u) & kKept;  // the nearest

@@ -1,9 +1,10 @@
 """Calls from several Python threads and from forks, and which bits depend on the number of threads."""
 
-import os
-import pickle
+import subprocess
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,19 +91,27 @@ def test_plans_asked_for_by_several_threads():
         assert list(pool.map(sum_of, sizes)) == [alone[size] for size in sizes]
 
 
+FORKS = """
+import os, sys
+import torch
+from tests.ops.test_threads import CALLS, equal
+torch.set_num_threads(int(sys.argv[1]))
+names = [name for name in CALLS if name != "greedy_selection"]  # whose products in torch want torch's pool
+wanted = {name: CALLS[name]() for name in names}
+child = os.fork()
+if child == 0:
+    os._exit(not all(equal(CALLS[name](), wanted[name]) for name in names))
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
 def test_forks_after_use(threads):
-    names = [name for name in CALLS if name != "greedy_selection"]  # whose products in torch want torch's pool
-    wanted = {name: CALLS[name]() for name in names}
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.write(writer, pickle.dumps([equal(CALLS[name](), wanted[name]) for name in names]))
-        os._exit(0)
-    os.close(writer)
-    with open(reader, "rb") as stream:
-        data = stream.read()
-    assert os.waitpid(child, 0)[1] == 0
-    assert pickle.loads(data) == [True] * len(names)
+    """In a fresh process: children of one that has used torch's own threads must not use torch."""
+    root = Path(__file__).parents[2]
+    run = subprocess.run(
+        [sys.executable, "-c", FORKS, str(threads)], capture_output=True, text=True, timeout=120, cwd=root
+    )
+    assert run.returncode == 0, run.stderr
 
 
 def test_free_threaded_python_is_refused(monkeypatch):
