@@ -181,6 +181,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.thorough  # half a minute
 def test_a_killed_rank_comes_again(whole, tmp_path):
     (tmp_path / "killed.py").write_text(KILLED)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3"]

@@ -108,6 +108,7 @@ def test_any_content_is_a_study_or_one_line(tmp_path, content):
         assert str(path) in str(error)
 
 
+@pytest.mark.thorough
 def test_a_damaged_run_is_made_anew_when_asked(study_file, study, tmp_path, flatprune):
     """Checkpoint, summary and history of runs, each damaged, then the study; its folder has a name of two lines."""
     text = "base: {data: digits, epochs: 1, target_params: 0.5, widths: [8, 8], train_size: 200}\ngrid: {seed: [1, 2]}"

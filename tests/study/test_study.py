@@ -18,6 +18,7 @@ from flatprune.files.records import write_record
 from flatprune.run_folder import SETTINGS
 from flatprune.settings import Settings
 from flatprune.study.process import Worker
+from tests.conftest import thorough
 from tests.study.study_command import call, command
 
 
@@ -134,7 +135,7 @@ def test_report_only(finished, study):
     assert "no study was begun" in study("--report-only", out.parent).stderr
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", thorough([signal.SIGKILL, signal.SIGINT], but=[signal.SIGKILL]))
 def test_killed_and_continued(study_file, study, tmp_path, how):
     path = study_file(
         """
