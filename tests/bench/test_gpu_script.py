@@ -117,7 +117,7 @@ def test_no_step_may_take_the_time_of_all(tmp_path):
 def test_the_build_is_for_one_device_and_keeps_cores_free(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 64)
     environment = check.build("9.0").environment
-    assert environment["CMAKE_ARGS"] == "-DCMAKE_CUDA_ARCHITECTURES=90-real"
+    assert environment["KFAC_CUDA_ARCHITECTURES"] == "90-real"
     assert environment["CMAKE_BUILD_PARALLEL_LEVEL"] == "16"
 
 
@@ -131,7 +131,7 @@ def test_every_test_that_is_run_is_there():
 
 
 def test_every_program_that_is_sanitized_is_built():
-    sources = Path(runs.ROOT / "csrc/CMakeLists.txt").read_text()
+    sources = Path(runs.ROOT / "tests/native/CMakeLists.txt").read_text()
     assert all(f"    {program}" in sources for program in check.PROGRAMS)
 
 

@@ -237,7 +237,7 @@ POINTS = {
     "narrowing": (None, "narrowed"),
     "compensation": (saliency.kfac_ext, "compensate"),
     "greedy": (saliency.kfac_ext.GreedySelection, "remove_"),
-    "inverse": (saliency.kfac_ext, "damped_inverse_ex"),
+    "inverse": (saliency, "damped_inverses"),
     "scores": (saliency.kfac_ext, "obs_saliency"),
 }
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flatprune import runs
+from flatprune.checkpoint import CHECKPOINT_VERSION
 from flatprune.errors import DamagedError, InputError
 from flatprune.run_folder import RUN_FILES, WHOLE, check_run
 from flatprune.settings import Settings
@@ -204,5 +205,5 @@ def test_earlier_formats_are_refused_by_number(folder):
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     unfinish(folder)
     torch.save({**state, "version": 1}, folder / "checkpoint.pt")
-    with pytest.raises(InputError, match="flatprune-checkpoint version 1, this package reads 2"):
+    with pytest.raises(InputError, match=f"flatprune-checkpoint version 1, this package reads {CHECKPOINT_VERSION}"):
         runs.resume(folder)

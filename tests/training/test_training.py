@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flatprune.flatness.sam
 import flatprune.flatness.spectrum
-import kfac_ext.curvature.running
+import kfac_ext.curvature.guard
+import kfac_ext.curvature.shared
 from flatprune.data import load_dataset
 from flatprune.errors import DivergedError
 from flatprune.export import load
@@ -296,7 +297,8 @@ def as_on_a_gpu(monkeypatch):
         flatprune.training.state,
         flatprune.flatness.sam,
         flatprune.flatness.spectrum,
-        kfac_ext.curvature.running,
+        kfac_ext.curvature.guard,
+        kfac_ext.curvature.shared,
         kfac_ext.curvature.updates,
         kfac_ext.curvature.label_losses,
     ):
