@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from bench.published import PUBLISHED, STUDY, main
 from flatprune.study import read_study
 
@@ -10,6 +12,7 @@ def test_every_published_figure_has_its_network():
     assert set(PUBLISHED) <= set(read_study(STUDY).axes["network"])
 
 
+@pytest.mark.thorough
 def test_quick(capfd):
     assert main(["--quick", "--jobs", "1"]) == 0
     out = capfd.readouterr().out

@@ -14,6 +14,7 @@ from flatprune.cutting import surgery
 from flatprune.pruning.costs import ParameterCount
 from flatprune.pruning.limits import Limits
 from flatprune.pruning.selection import select
+from tests.conftest import thorough
 from tests.pruning.pruning_networks import masked
 from tests.pruning.shipped_networks import WIDTHS, arguments, build, image_batch
 
@@ -24,7 +25,10 @@ def test_every_model_is_tested():
     assert set(WIDTHS) == set(models.names())
 
 
-@pytest.mark.parametrize("name", [name for name in models.names() if name not in SAME_CODE])
+OF_OTHER_CODE = [name for name in models.names() if name not in SAME_CODE]
+
+
+@pytest.mark.parametrize("name", thorough(OF_OTHER_CODE, but=["mlp", "lenet5", "resnet20", "vit_tiny", "vgg11_bn"]))
 def test_pruned_to_thirty_percent(name, tmp_path):
     x, y = image_batch()
     model = build(name)

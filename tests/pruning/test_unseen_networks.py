@@ -169,6 +169,7 @@ def test_taylor_names_frozen_parameters():
     assert set(Pruner(model, None, Curvature(model), x, exclude=["first", "second"], **options).widths()) == {"third"}
 
 
+@pytest.mark.thorough
 def test_games_play_any_coalition_of_slices_of_a_group_norm():
     model, x, y = made("sequence norms")
     curvature, optimizer = Curvature(model), sgd(model, 0.02)

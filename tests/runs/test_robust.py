@@ -165,6 +165,7 @@ def run_in(tmp_path, *options, **streams):
     return subprocess.Popen(command, stderr=subprocess.PIPE, **streams)
 
 
+@pytest.mark.thorough
 def test_a_run_goes_on_without_its_pipe(tmp_path, whole):
     process = run_in(tmp_path, stdout=subprocess.PIPE)
     process.stdout.close()  # as `| head -0`

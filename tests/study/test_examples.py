@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
+@pytest.mark.thorough
 def test_own_data(tmp_path):
     file = tmp_path / "pruned.pt"
     done = subprocess.run([sys.executable, EXAMPLES / "own_data.py", file], capture_output=True, text=True, check=True)

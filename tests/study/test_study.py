@@ -18,7 +18,6 @@ from flatprune.files.records import write_record
 from flatprune.run_folder import SETTINGS
 from flatprune.settings import Settings
 from flatprune.study.process import Worker
-from tests.conftest import thorough
 from tests.study.study_command import call, command
 
 
@@ -135,7 +134,8 @@ def test_report_only(finished, study):
     assert "no study was begun" in study("--report-only", out.parent).stderr
 
 
-@pytest.mark.parametrize("how", thorough([signal.SIGKILL, signal.SIGINT], but=[signal.SIGKILL]))
+@pytest.mark.thorough
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_killed_and_continued(study_file, study, tmp_path, how):
     path = study_file(
         """
@@ -188,6 +188,7 @@ def test_an_impossible_entry_is_named_before_the_first_run(study_file, study, tm
     assert outcome.returncode == 2 and "none.npz" in outcome.stderr
 
 
+@pytest.mark.thorough
 def test_a_full_disk_stops_the_study(study_file, tmp_path):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))  # noqa: E731
     outcome = call(study_file(), "--out", tmp_path / "out", "--jobs", 1, preexec_fn=limit)
@@ -196,6 +197,7 @@ def test_a_full_disk_stops_the_study(study_file, tmp_path):
     assert not summaries(tmp_path / "out")
 
 
+@pytest.mark.thorough
 def test_runs_of_one_process_are_those_of_many(finished, study_file, tmp_path):
     """What a process did before does not matter: with the order turned round, every figure is the same."""
     path, out, _ = finished
@@ -210,6 +212,7 @@ def test_runs_of_one_process_are_those_of_many(finished, study_file, tmp_path):
     assert len(before.keys() & again.keys()) >= 8  # but for those from scratch, whose settings name a folder
 
 
+@pytest.mark.thorough
 def test_a_worker_that_was_killed_between_runs_is_replaced(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
