@@ -22,7 +22,7 @@ from kfac_ext.ops.inverse import damped_inverse_ex
 from kfac_ext.triangles import pack_, packed_size, unpacked
 
 WORTH_SHARING = 2e8  # operations, of matrices the sum of n^3: some ten milliseconds of a CPU
-_LISTED = 200  # characters of what a rank holds
+_LISTED = 300  # characters of what ranks hold
 
 
 class RanksError(RuntimeError):
@@ -205,9 +205,8 @@ class Group:
             values = [one.get(name) for one in found]
             if any(value != values[0] for value in values):
                 listed = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))
-                raise RanksError(
-                    f"{who}: ranks differ in {name}: {listed if len(listed) < 300 else listed[:300] + '...'}"
-                )
+                shown = listed if len(listed) <= _LISTED else f"{listed[:_LISTED]}..."
+                raise RanksError(f"{who}: ranks differ in {name}: {shown}")
 
     @contextmanager
     def raising_together(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kfac_ext.curvature.capture import Capture
-from kfac_ext.curvature.modes import reading_is_free
+from kfac_ext.curvature.modes import reading_is_free, sent
 
 OUTPUT = "output"
 """What `left_out` counts updates under whose model output was not finite; layers count under their names."""
@@ -179,7 +179,8 @@ def energies_of(
 def _square_sums(tensors: Sequence[Tensor], gradient_scale: Tensor | float, dtype: torch.dtype) -> Tensor:
     """Sums of squares of inputs and gradients by turns; infinite where the factors' dtype could not hold them."""
     norms = torch.stack(torch._foreach_norm(list(tensors), 2, dtype=dtype)).view(-1, 2)
-    positions = norms.new_tensor([g.numel() // max(1, len(g)) for g in tensors[1::2]])  # or more
+    counts = torch.tensor([g.numel() // max(1, len(g)) for g in tensors[1::2]], dtype=dtype)
+    positions = sent(counts, norms.device)  # or more
     norms[:, 1] *= gradient_scale
     squares = norms.square()
     bound = torch.stack([squares[:, 0], squares[:, 1] * positions], dim=1)

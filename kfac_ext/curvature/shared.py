@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kfac_ext.curvature.capture import Capture
 from kfac_ext.curvature.loss import Loss
-from kfac_ext.curvature.modes import reading_is_free
+from kfac_ext.curvature.modes import reading_is_free, sent
 from kfac_ext.curvature.running import RunningFactors
 from kfac_ext.distributed import Group, RanksError
 from kfac_ext.factors import FactorSet
@@ -115,7 +115,8 @@ class SharedFactors(RunningFactors):
             if self._under_way is None:
                 factors = self.factors
                 with torch.no_grad():
-                    flat = self._packed(factors, set(), 0.0, [False, False, True, *self.guard.no_fault()], 0)
+                    none = self.guard.no_fault()
+                    flat = self._packed(factors, set(), 0.0, torch.cat([none.new_tensor([0, 0, 1]), none]), 0)
                 self.group.start_sum_(flat, "factors")()
             raise
 
@@ -130,7 +131,8 @@ class SharedFactors(RunningFactors):
         factors = self.factors
         kept = factors.buffer.clone()
         admitted, fault = self.guard.judged(capture, factor)
-        flags = [finite & admitted, self._has_padding, False, *(self._fault + fault)]
+        padding, failed = fault.new_full((1,), self._has_padding), fault.new_zeros(1)
+        flags = torch.cat([(finite & admitted).view(1), padding, failed, self._fault + fault])
         seen = self._measure(capture, mode=mode, loss=loss, decay=decay, factor=factor)
         with torch.no_grad():
             flat = self._packed(factors, seen, decay, flags, capture.samples)
@@ -143,33 +145,27 @@ class SharedFactors(RunningFactors):
 
         self._under_way = finish
 
-    def _packed(
-        self, factors: FactorSet, seen: set[str], decay: float, flags: Sequence[Tensor | bool], samples: int
-    ) -> Tensor:
+    def _packed(self, factors: FactorSet, seen: set[str], decay: float, flags: Tensor, samples: int) -> Tensor:
         """The triangles of what this rank has measured, then what it says.
 
         That is: flags (finite, padding, failed, what is at fault), layers seen, and in places of each rank its samples
         and its clock.
         """
         buffer, layers, ranks = factors.buffer, len(self.layers), self.group.size
-        said = buffer.new_tensor([*(name in seen for name in self.layers), *[0] * (2 * ranks)])
+        said = torch.tensor([*(name in seen for name in self.layers), *[0] * (2 * ranks)], dtype=buffer.dtype)
         said[layers + self.group.rank] = samples
         said[layers + ranks + self.group.rank] = self.group.clock() % _CLOCK
         sizes = [packed_size(factors[key].shape) for key in factors]
         flat = buffer.new_empty(sum(sizes) + len(flags) + len(said))
         for key, part in zip(factors, flat.split([*sizes, len(flat) - sum(sizes)])):
             name, _, kind = key.rpartition(".")
-            if name in seen:
-                pack_(part, factors[key])
-            elif kind == "A":  # a mean over the ranks that have seen the layer
+            if name not in seen and kind == "A":  # a mean over the ranks that have seen the layer
                 part.zero_()
-            else:  # a mean over all samples, to which this rank's add nothing
-                pack_(part, factors[key])
+                continue
+            pack_(part, factors[key])
+            if name not in seen:  # a mean over all samples, to which this rank's add nothing
                 part.mul_(decay if name in self._started else 0.0)
-        flags_and_rest = flat[sum(sizes) :]
-        for place, flag in enumerate(flags):
-            flags_and_rest[place] = flag
-        flags_and_rest[len(flags) :] = said
+        flat[sum(sizes) :] = torch.cat([flags.to(flat.dtype), sent(said, flat.device)])
         return flat
 
     def _take(self, factors: FactorSet, flat: Tensor, kept: Tensor) -> None:
