@@ -9,7 +9,7 @@ from typing import Any
 from flatprune.checkpoint import load_checkpoint
 from flatprune.errors import InputError
 from flatprune.export import EXPORT_FILES, EXPORTS_FILE, MODEL_FILE, check_export, read_exports, read_saved
-from flatprune.files.atomic import DAMAGED_SUFFIX, TEMPORARY_SUFFIX, read_bytes, sha256
+from flatprune.files.atomic import DAMAGED_SUFFIX, TEMPORARY_SUFFIX
 from flatprune.files.finished import (
     DIGESTS_FILE,
     HISTORY_FILE,
@@ -17,6 +17,7 @@ from flatprune.files.finished import (
     read_digests,
     read_history,
     read_summary,
+    wrong_files,
 )
 from flatprune.files.records import Kind, read_record
 from flatprune.reporting import report
@@ -154,13 +155,7 @@ def _compared(folder: Path, found: dict[str, str]) -> dict[str, str]:
 
 def _by_digests(folder: Path, listing: str, digests: dict[str, str]) -> dict[str, str]:
     """What is wrong with listed files; where all of them are another's, it is the list that is."""
-    wrong = {}
-    for name, digest in digests.items():
-        try:
-            if sha256(read_bytes(folder / name)) != digest:
-                wrong[name] = f"{folder / name}: is damaged, or of another run (its SHA-256 is not in {listing})"
-        except InputError as error:
-            wrong[name] = str(error)
+    wrong = wrong_files(folder, listing, digests)
     if len(wrong) == len(digests) > 1:
         others = dict.fromkeys(wrong, NOT_CHECKED)
         return {**others, listing: f"{folder / listing}: is of another run, none of its digests is that of a file"}

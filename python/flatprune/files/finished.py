@@ -6,7 +6,7 @@ SHA-256 of every file that is made at the end, of `summary.json` too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,23 @@ def read_digests(folder: Path) -> dict[str, str]:
 def check_digest(folder: Path, name: str, content: bytes) -> None:
     """Raise DamagedError where a file of a finished run has not the content that `digests.json` tells of."""
     if read_digests(folder).get(name) != sha256(content):
-        raise DamagedError(f"{folder / name}: is damaged, or of another run (its SHA-256 is not in {DIGESTS_FILE})")
+        raise DamagedError(_other(folder, name, DIGESTS_FILE))
+
+
+def wrong_files(folder: Path, listing: str, digests: Mapping[str, str]) -> dict[str, str]:
+    """What is wrong with the files whose digests the file `listing` tells, a line each: name -> line."""
+    wrong = {}
+    for name, digest in digests.items():
+        try:
+            if sha256(read_bytes(folder / name)) != digest:
+                wrong[name] = _other(folder, name, listing)
+        except InputError as error:
+            wrong[name] = str(error)
+    return wrong
+
+
+def _other(folder: Path, name: str, listing: str) -> str:
+    return f"{folder / name}: is damaged, or of another run (its SHA-256 is not in {listing})"
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -74,11 +90,4 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 def problems(folder: Path) -> list[str]:
     """What is wrong with the files that `digests.json` of a finished run lists, a line each."""
-    found = []
-    for name, digest in read_digests(folder).items():
-        try:
-            if sha256(read_bytes(folder / name)) != digest:
-                found.append(f"{folder / name}: is damaged, or of another run (its SHA-256 is not in {DIGESTS_FILE})")
-        except InputError as error:
-            found.append(str(error))
-    return found
+    return list(wrong_files(folder, DIGESTS_FILE, read_digests(folder)).values())
