@@ -32,17 +32,21 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         >>> flatprune.save(model, "small.pt")
         >>> again = flatprune.load("small.pt", into=MyNetwork())
     """
-    attributes: dict[str, dict[str, Any]] = {}
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    content = {"class": kind, "tensors": model.state_dict(), "attributes": held_values(model)}
+    save_sealed(path, {"format": FORMAT, "version": VERSION, **content})
+
+
+def held_values(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Module -> attribute -> value, of what a fresh network needs beside the state dict of a pruned one."""
+    held: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
         own = {key: vars(module)[key] for key, _, _ in integers(module) if _is_plain(vars(module)[key])}
-        own |= {
-            key: module._buffers[key] for key in sorted(module._non_persistent_buffers_set & module._buffers.keys())
-        }
+        unsaved = module._non_persistent_buffers_set & module._buffers.keys()
+        own |= {key: module._buffers[key] for key in sorted(unsaved)}
         if own:
-            attributes[name] = own
-    kind = f"{type(model).__module__}.{type(model).__qualname__}"
-    content = {"class": kind, "tensors": model.state_dict(), "attributes": attributes}
-    save_sealed(path, {"format": FORMAT, "version": VERSION, **content})
+            held[name] = own
+    return held
 
 
 def load_into(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:

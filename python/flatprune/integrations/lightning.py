@@ -121,7 +121,7 @@ class PruningCallback(Callback):
         """For the checkpoint."""
         if self.pruning is None or self._network is None:
             return {}
-        shapes = shapes_of(self._network, self.pruning)
+        shapes = shapes_of(self._network)
         return {"shapes": shapes, "pruning": self.pruning.state_dict(), "examples": self._examples}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

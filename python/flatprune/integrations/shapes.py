@@ -9,16 +9,16 @@ import torch
 from torch import nn
 
 from flatprune.errors import InputError
+from flatprune.export.any_model import held_values
 from flatprune.export.saved import take_tensors
-from flatprune.prune_while_training import PruneWhileTraining
 
 FORMAT = 1
 
 
-def shapes_of(model: nn.Module, pruning: PruneWhileTraining) -> dict[str, Any]:
-    """Shapes of all tensors, and the numbers in the model's code that pruning changed; plain values."""
+def shapes_of(model: nn.Module) -> dict[str, Any]:
+    """Shapes of all tensors, and the numbers that its modules hold."""
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    return {"format": FORMAT, "shapes": shapes, "attributes": pruning.pruner.state_dict()["attributes"]}
+    return {"format": FORMAT, "shapes": shapes, "attributes": held_values(model)}
 
 
 def take_shapes(model: nn.Module, saved: Mapping[str, Any], where: str) -> None:

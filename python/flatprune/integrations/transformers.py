@@ -100,7 +100,7 @@ class PruningTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if self.pruning is not None and self.args.should_save:
             folder = Path(output_dir or self.args.output_dir or ".")
-            torch.save(shapes_of(self._network, self.pruning), folder / SHAPES_FILE)
+            torch.save(shapes_of(self._network), folder / SHAPES_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
