@@ -10,7 +10,8 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -208,45 +209,22 @@ def run_command(
     if (resume or restart_damaged) and overwrite:
         first = "--resume" if resume else "--restart-damaged"
         raise InputError(f"{first} and --overwrite: expected one of them")
+    from flatprune import runs
+
     if resume or restart_damaged:
-        _resume(out, _given(context, values), restart_damaged, rank_timeout)
+        work = partial(runs.resume, out, _given(context, values), restart_damaged=restart_damaged)
+        _shown(out, work, rank_timeout, done=runs.is_finished(out))
     else:
-        _run(out, Settings(**values), overwrite, rank_timeout)
+        _shown(out, partial(runs.run, Settings(**values), out, overwrite=overwrite), rank_timeout)
 
 
-def _run(out: Path, settings: Settings, overwrite: bool, rank_timeout: float | None) -> None:
-    from flatprune import runs
+def _shown(out: Path, work: Callable[..., dict[str, Any]], rank_timeout: float | None, *, done: bool = False) -> None:
+    """Do what gives a summary, shown as it goes on and at its end; `done`: the run was finished already."""
     from flatprune.reporting import progress
     from flatprune.training.ranks import is_follower
 
     console = progress.SteadyConsole()
-    summary = runs.run(
-        settings,
-        out,
-        overwrite=overwrite,
-        rank_timeout=rank_timeout,
-        observer=lambda title: progress.observer(console, title),
-    )
-    if is_follower():
-        return
-    with _dispensable():
-        progress.print_summary(console, summary, str(out))
-
-
-def _resume(out: Path, given: dict[str, Any], restart_damaged: bool, rank_timeout: float | None) -> None:
-    from flatprune import runs
-    from flatprune.reporting import progress
-    from flatprune.training.ranks import is_follower
-
-    console = progress.SteadyConsole()
-    done = runs.is_finished(out)
-    summary = runs.resume(
-        out,
-        given,
-        restart_damaged=restart_damaged,
-        rank_timeout=rank_timeout,
-        observer=lambda title: progress.observer(console, title),
-    )
+    summary = work(rank_timeout=rank_timeout, observer=lambda title: progress.observer(console, title))
     if is_follower():
         return
     with _dispensable():

@@ -21,8 +21,8 @@ from flatprune.errors import Interrupted
 from flatprune.reporting.progress import SteadyConsole, observer
 from flatprune.run_folder import FINE, check_run
 from flatprune.signals import stop_signals
-from flatprune.training.trainer import Observer
 from tests.runs.conftest import SMALL
+from tests.training.acting import At
 
 OPTIONS = [
     "--widths",
@@ -38,17 +38,6 @@ OPTIONS = [
     "--threads",
     "1",
 ]
-
-
-class At(Observer):
-    """Does something after a step."""
-
-    def __init__(self, step, action):
-        self.at, self.action = step, action
-
-    def step(self, trainer):
-        if trainer.progress.step == self.at:
-            self.action()
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from flatprune.errors import InputError, Interrupted
 from flatprune.settings import Settings
 from flatprune.training.trainer import Observer, Trainer
 from tests.conftest import thorough
+from tests.training.acting import At
 
 STEPS_PER_EPOCH = 6
 SETTINGS = {"epochs": 10, "batch_size": 16, "target_params": 0.3, "seed": 4, "label_noise": 0.1, "augment": True}
@@ -27,17 +28,6 @@ def settings_of(data, model="mlp", **changes):
 
 class Crash(Exception):  # noqa: N818
     pass
-
-
-class At(Observer):
-    """Does something after a step."""
-
-    def __init__(self, step, action):
-        self.at, self.action = step, action
-
-    def step(self, trainer):
-        if trainer.progress.step == self.at:
-            self.action()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -182,9 +182,8 @@ class Pruner:
             can_go = f"{100 * owned_fraction(model, self.groups):.0f} % of the parameters can go"
             warnings.warn(f"Pruner: {can_go}; not pruned: {'; '.join(loud)}", stacklevel=2)
         self.ties = find_ties(self.groups, tie_widths)
-        self._single: dict[
-            str, list[str]
-        ] = {}  # resumed: groups of one neuron, name -> tensors, see `_found_in_single`
+        # of a resumed run, groups of one neuron that are no longer seen as one: name -> tensors
+        self._single: dict[str, list[str]] = {}
         self.history: list[Removal] = []
         self.step_count = 0
         self.stopped = ""  # why pruning ended before its time
