@@ -1,5 +1,6 @@
 #include "kfac/covariance.h"
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -13,6 +14,7 @@ namespace {
 constexpr int64_t kShareBytes = 256 << 10;  // packed samples a thread works on alone: a part of its second-level cache
 constexpr int64_t kSharedBytes = 4 << 20;   // packed samples that all threads work on together
 constexpr int64_t kColumnBlock = 4;         // panels that a panel is multiplied with before the next region is begun
+constexpr int64_t kRunRows = 4096;          // of a running sum in the precision of the result
 constexpr int64_t kPrivateBytes = 768 << 10;  // sums small enough for every thread to have its own
 
 // Where the sums of all regions lie: first the channel sums that the bias row needs, then a tile [kPanel][kPanel] for
@@ -42,6 +44,38 @@ class SumLayout {
  private:
   int64_t panels_per_group_, size_ = 0;
   std::vector<int64_t> tiles_, stride_, columns_;
+};
+
+// Sums of many rows in two steps, a run of rows and then the runs: what rounding loses does not grow with all the rows.
+template <class T>
+class TwoLevelSums {
+ public:
+  TwoLevelSums(T* sums, int64_t size, int64_t rows)
+      : sums_(sums), size_(size), totals_(rows > 2 * kRunRows ? size : 0, T(0)) {}
+
+  // These rows have been added to the sums.
+  void add(int64_t rows) {
+    if (totals_.empty() || (rows_ += rows) < kRunRows) return;
+    end_run();
+  }
+
+  // Leaves all rows in the sums.
+  void finish() {
+    if (totals_.empty()) return;
+    end_run();
+    std::copy_n(totals_.data(), size_, sums_);
+  }
+
+ private:
+  void end_run() {
+    for (int64_t i = 0; i < size_; ++i) totals_[i] += std::exchange(sums_[i], T(0));
+    rows_ = 0;
+  }
+
+  T* const sums_;
+  const int64_t size_;
+  Buffer<T> totals_;
+  int64_t rows_ = 0;
 };
 
 template <class T>
@@ -85,6 +119,7 @@ class Covariance {
     const int64_t step = chunk(kShareBytes, end - first);
     Buffer<T> packed(source_.packed_size(step)), scratch(source_.scratch_size());
     T* sums = sums_.data() + share * layout_.size();
+    TwoLevelSums<T> levels(sums, layout_.size(), (end - first) * source_.order().pixels());
     for (; first < end; first += step) {
       const int64_t samples = std::min(step, end - first);
       for (int64_t p = 0; p < source_.panels(); ++p) {
@@ -95,7 +130,9 @@ class Covariance {
         check_interrupt();
         sum_task(task, packed.data(), samples, sums);
       }
+      levels.add(samples * source_.order().pixels());
     }
+    levels.finish();
   }
 
   // All threads pack the same samples, then each sums other tiles.
@@ -104,13 +141,16 @@ class Covariance {
     const int workers = int(std::min<int64_t>(threads_, source_.panels()));
     const size_t own = source_.scratch_size();
     Buffer<T> packed(source_.packed_size(step)), scratch(elements<T>(Checked(int64_t(own)) * workers));
+    TwoLevelSums<T> levels(sums_.data(), layout_.size(), shape_.samples * source_.order().pixels());
     for (int64_t first = 0; first < shape_.samples; first += step) {
       const int64_t samples = std::min(step, shape_.samples - first);
       parallel_for(source_.panels(), workers, [&](int64_t p, int worker) {
         source_.pack(first, samples, p, panel(packed.data(), p, samples), scratch.data() + worker * own);
       });
       parallel_for(tasks(), threads_, [&](int64_t task) { sum_task(task, packed.data(), samples, sums_.data()); });
+      levels.add(samples * source_.order().pixels());
     }
+    levels.finish();
   }
 
   void add_shares(int64_t shares) {

@@ -309,6 +309,16 @@ def test_bad_input_leaves_out_unchanged():
     assert bool((out == 7).all())
 
 
+def test_long_sums_lose_no_more_than_short_ones(threads):
+    value = float(torch.tensor(0.9))
+    rows = torch.full((1, 4), value).expand(3_000_000, 4)
+    images = torch.full((1, 1, 1, 1), value).expand(8, 3, 512, 512)
+    for A in (kfac_ext.linear_covariance(rows, bias=True), kfac_ext.conv2d_covariance(images, 3, bias=True)):
+        torch.testing.assert_close(
+            A[:-1, :-1].double(), torch.full_like(A[:-1, :-1], value**2).double(), rtol=8e-5, atol=0
+        )
+
+
 def test_works_in_a_forked_child():
     program = textwrap.dedent(
         """
