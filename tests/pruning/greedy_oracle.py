@@ -14,6 +14,7 @@ from flatprune.criteria.members import Reading, readings
 from flatprune.criteria.saliency import factor_blocks
 from flatprune.pruning.costs import CostModel
 from flatprune.pruning.limits import Limits, LossBudget
+from flatprune.pruning.selection import End
 from flatprune.pruning.ties import Tie
 
 
@@ -74,7 +75,7 @@ def select_directly(
     limits: Limits,
     *,
     ties: Sequence[Tie],
-    closely: float | None,
+    end: End,
     losses: LossBudget,
 ) -> dict[int, list[int]]:
     """As `flatprune.pruning.selection.select_greedily`, by a look at everything before each removal."""
@@ -91,7 +92,7 @@ def select_directly(
                 moves[tie] = (change / (price * sizes[tie][0] * len(tie)), change, neurons)
         best = min(moves, key=lambda tie: moves[tie][0])
         finishing = [tie for tie in moves if costs.cost_without(tie, sizes[tie][0]) <= budget]
-        if closely is not None and best in finishing:
+        if end.closely and best in finishing:
             best = min(finishing, key=lambda tie: moves[tie][1])
         if not losses.allows(joint.total + joint.change(moves[best][2])):
             break

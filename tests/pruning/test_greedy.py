@@ -12,7 +12,7 @@ from flatprune.criteria.joint import JointObd, JointObs
 from flatprune.criteria.members import lost_channels
 from flatprune.pruning.costs import ParameterCount
 from flatprune.pruning.limits import Limits, LossBudget
-from flatprune.pruning.selection import select, select_greedily
+from flatprune.pruning.selection import End, select, select_greedily
 from flatprune.pruning.ties import find_ties
 from tests.pruning.greedy_oracle import DirectObs, select_directly
 from tests.pruning.pruning_networks import Run, chain, digits, mlp
@@ -62,17 +62,17 @@ def test_the_first_scores_are_the_independent_ones(double_nets):
 @pytest.mark.parametrize(
     ("fraction", "limits", "closely", "share"),
     [
-        (0.6, Limits(1, 2, 0.5), None, None),
-        (0.4, Limits(1, 1, 1.0), 0.0, None),
-        (0.5, Limits(4, 2, 0.8), 0.0, None),
-        (0.3, Limits(2, 2, 1.0), None, 0.3),
+        (0.6, Limits(1, 2, 0.5), False, None),
+        (0.4, Limits(1, 1, 1.0), True, None),
+        (0.5, Limits(4, 2, 0.8), True, None),
+        (0.3, Limits(2, 2, 1.0), False, 0.3),
     ],
 )
 def test_the_direct_algorithm_chooses_the_same(double_nets, name, fraction, limits, closely, share):
     """With several consumers, slices, rounding, budgets and limits of the loss; the same weights come of it."""
     context = context_of(double_nets[name])
     model, groups = context.model, context.groups
-    options = {"ties": find_ties(groups, False), "closely": closely}
+    options = {"ties": find_ties(groups, False), "end": End(closely=closely)}
     budget = fraction * sum(parameter.numel() for parameter in model.parameters())
 
     def chosen(kind, way, limit):

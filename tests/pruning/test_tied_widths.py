@@ -15,7 +15,7 @@ from flatprune.criteria import ScoringContext
 from flatprune.criteria.joint import JointObs
 from flatprune.pruning.costs import ParameterCount, smallest_cost
 from flatprune.pruning.limits import Limits, LossBudget
-from flatprune.pruning.selection import select, select_greedily
+from flatprune.pruning.selection import End, select, select_greedily
 from flatprune.pruning.ties import find_ties, named_ties
 
 
@@ -138,7 +138,7 @@ def test_widths_are_rounded_together():
     assert set(loop.widths("fc1")) in ({8}, {16})
 
 
-@pytest.mark.parametrize("closely", [None, 0.0])
+@pytest.mark.parametrize("closely", [False, True])
 def test_a_bundle_is_the_lowest_of_every_tied_group(closely):
     model = transformer(20, 20, 20)
     groups = find_coupling(model, torch.zeros(2, 8, 8)).groups
@@ -150,7 +150,7 @@ def test_a_bundle_is_the_lowest_of_every_tied_group(closely):
         scores = [torch.rand(group.width, generator=generator) for group in groups]
         costs = ParameterCount(model, groups)
         budget = int(fraction * start)
-        pruned = select(costs, groups, scores, budget, Limits(1, 2, 0.9), ties=ties, closely=closely)
+        pruned = select(costs, groups, scores, budget, Limits(1, 2, 0.9), ties=ties, end=End(closely=closely))
         counts = {len(pruned.get(position, ())) for position in tie}
         assert len(counts) == 1
         assert costs.cost <= budget

@@ -25,7 +25,7 @@ from flatprune.pruning.prunable import choose_layers, refuse_unscored
 from flatprune.pruning.ranks import ranks_of
 from flatprune.pruning.removals import Removal, loss_budget_note, overshoot_note, removal_records, shortfall_note
 from flatprune.pruning.schedule import CubicSchedule
-from flatprune.pruning.selection import check_selection, choose
+from flatprune.pruning.selection import End, check_selection, choose
 from flatprune.pruning.targets import Target
 from flatprune.pruning.ties import find_ties, named_ties
 from kfac_ext.curvature import Curvature
@@ -322,8 +322,9 @@ class Pruner:
             self._ranks.share_latency(self._tracker)
 
     def _range(self, budget: float, last: bool) -> tuple[float, float]:
-        """The costs at which an event may end."""
-        return self.target.range(self.cost_start) if last else (0.0, budget)
+        """The costs at which an event may end; none goes below what meets the target, if that can be."""
+        least, most = self.target.range(self.cost_start)
+        return least, most if last else budget
 
     def _note(self, budget: float, last: bool, losses: LossBudget, *, nothing: bool) -> str:
         """What is out of the ordinary about an event; a warning too where the target is missed."""
@@ -338,7 +339,10 @@ class Pruner:
         elif last and self.cost < least and not nothing:
             return overshoot_note(self.target.unit, self.cost, budget)
         else:
-            note = "the limits let no group lose neurons" if missed else "the budget is met already"
+            stays = "the limits let no group lose neurons"
+            if self.reachable() < self.cost:
+                stays = "no neurons could go without ending below the target"
+            note = stays if missed else "the budget is met already"
             return f"nothing removed: {note}" if nothing else ""
         if last:
             warnings.warn(f"Pruner: {note}", stacklevel=4)
@@ -355,8 +359,8 @@ class Pruner:
         selection = self._selection_in_use(criterion, compensate)
         ties, ranks = self.ties, self._ranks
         least, most = self._range(budget, last)
-        closely = least if last else None
-        choice = choose(context, criterion, selection, paper, most, self.limits, losses, ties=ties, closely=closely)
+        end = End(least, closely=last)
+        choice = choose(context, criterion, selection, paper, most, self.limits, losses, ties=ties, end=end)
         choice = choice if ranks is None else ranks.choice(choice, losses)
         pruned = choice.pruned
         if not pruned:

@@ -53,6 +53,26 @@ class Choice(NamedTuple):
 
 
 @torch.no_grad()
+class End(NamedTuple):
+    """Where a choice may end.
+
+    Attributes:
+        least: the cost that is not to be gone below, if that can be.
+        closely: whether the choice is to end at the budget, or between `least` and that; else the lowest score decides
+            until the cost would fall below `least`, and what would do that stays.
+    """
+
+    least: float = 0.0
+    closely: bool = False
+
+    def is_near(self, after: float, budget: float) -> bool:
+        """Whether neurons that leave this cost are the last ones, and others may be better ones to end with."""
+        return after <= budget and (self.closely or after < self.least)
+
+
+ANYWHERE = End()
+
+
 def choose(
     context: ScoringContext,
     criterion: Criterion,
@@ -63,7 +83,7 @@ def choose(
     losses: LossBudget,
     *,
     ties: Sequence[Tie],
-    closely: float | None,
+    end: End,
 ) -> Choice:
     """Score all neurons and choose those that go; `losses` is charged with what they are predicted to cost.
 
@@ -76,13 +96,13 @@ def choose(
         limits: how many may go.
         losses: ends the choice where the loss is predicted to rise too much.
         ties: groups that keep one width.
-        closely: end at no less than this cost, if that can be.
+        end: where the choice may end.
 
     Raises:
         ValueError: scores are not finite.
     """
     costs = _shared(paper.neuron_costs(), ties)
-    options: dict[str, Any] = {"ties": ties, "closely": closely, "losses": losses}
+    options: dict[str, Any] = {"ties": ties, "end": end, "losses": losses}
     joint: JointScores | None = None
     if selection == "greedy":
         assert criterion.joint is not None
@@ -109,7 +129,7 @@ def select(
     limits: Limits,
     *,
     ties: Sequence[Tie] | None = None,
-    closely: float | None = None,
+    end: End = ANYWHERE,
     changes: Sequence[Tensor] | None = None,
     losses: LossBudget | None = None,
 ) -> dict[int, Tensor]:
@@ -122,9 +142,8 @@ def select(
         budget: cost to get down to.
         limits: how many may go; where they bind, more than `budget` is left.
         ties: groups that keep one width, see `flatprune.pruning.ties`; None: no two do.
-        closely: end between this cost and the budget: the last neurons are, of those that end there (see `_finish`),
-            the ones of least total score (score times cost), and neurons of high score stay after all where the budget
-            allows it. None: the lowest score decides to the end.
+        end: where the choice may end. Closely: the last neurons are the ones of least total score (score times cost) of
+            those that end there, and neurons of high score stay after all where the budget allows it.
         changes: predicted change of the loss by each neuron, one tensor [neurons] a group.
         losses: choosing stops at the first neuron whose change this budget does not allow any more.
 
@@ -135,14 +154,14 @@ def select(
     orders = [removal_order(group, score) for group, score in zip(groups, scores)]
     taken: list[_Bundle] = []
     change = 0.0
-    for bundle in _bundles_to_go(costs, _bundles(groups, scores, orders, limits, ties), budget, closely):
+    for bundle in _bundles_to_go(costs, _bundles(groups, scores, orders, limits, ties), budget, end):
         if losses is not None and changes is not None:
             change += sum(bundle.sum_of(changes[position][orders[position]]) for position in bundle.tie)
             if not losses.allows(change):
                 break
         costs.remove_from(bundle.tie, bundle.size)
         taken.append(bundle)
-    if closely is not None and costs.cost <= budget:
+    if end.closely and costs.cost <= budget:
         taken = _give_back(costs, taken, budget)
     ends: dict[int, int] = {}
     for bundle in taken:
@@ -159,7 +178,7 @@ def select_greedily(
     limits: Limits,
     *,
     ties: Sequence[Tie] | None = None,
-    closely: float | None = None,
+    end: End = ANYWHERE,
     losses: LossBudget | None = None,
 ) -> dict[int, Tensor]:
     """The neurons to remove, one by one: lowest joint score by cost first until the network costs `budget`.
@@ -175,7 +194,7 @@ def select_greedily(
         budget: cost to get down to.
         limits: how many may go; where they bind, more than `budget` is left.
         ties: groups that keep one width, see `flatprune.pruning.ties`; None: no two do.
-        closely: end between this cost and the budget, as `select` does.
+        end: where the choice may end, as for `select`.
         losses: choosing stops at the first neuron whose change of the loss this budget does not allow any more.
 
     Returns:
@@ -184,7 +203,7 @@ def select_greedily(
     ties = find_ties(groups, False) if ties is None else ties
     losses = LossBudget() if losses is None else losses
     moves = _Moves(groups, ties, joint, limits, _shared(costs.neuron_costs(), ties))
-    for move in _moves_to_go(costs, moves, budget, closely):
+    for move in _moves_to_go(costs, moves, budget, end):
         if losses.limit is not None and not losses.allows(joint.total + joint.change(move.neurons)):
             break
         costs.remove_from(move.tie, move.size)
@@ -199,20 +218,20 @@ class _Next(NamedTuple):
     change: float
 
 
-def _finish(costs: CostModel, nexts: Mapping[Tie, _Next], least: float, most: float) -> tuple[Tie, ...]:
+def _finish(costs: CostModel, nexts: Mapping[Tie, _Next], end: End, most: float) -> tuple[Tie, ...]:
     """The ties that lose the last neurons, where one of them brings the cost down to `most`.
 
-    Of single ones and, if there are none, of pairs that end between `least` and `most`, those of least change; where
-    none ends there, the single one of least change that ends below.
+    Of single ones and, if there are none, of pairs that end between `end.least` and `most`, those of least change.
+    Where none ends there, the single one of least change that ends below if the end is to be close, else none.
     """
     after = {tie: costs.cost_without(tie, found.size) for tie, found in nexts.items()}
-    ends: list[tuple[Tie, ...]] = [(tie,) for tie in nexts if least <= after[tie] <= most]
+    ends: list[tuple[Tie, ...]] = [(tie,) for tie in nexts if end.least <= after[tie] <= most]
     if not ends:
-        short = [tie for tie in nexts if after[tie] > most]
-        ends = [pair for pair in itertools.combinations(short, 2) if least <= _cost_after(costs, pair, nexts) <= most]
-    if not ends:
+        pairs = itertools.combinations([tie for tie in nexts if after[tie] > most], 2)
+        ends = [pair for pair in pairs if end.least <= _cost_after(costs, pair, nexts) <= most]
+    if not ends and end.closely:
         ends = [(tie,) for tie in nexts if after[tie] <= most]
-    return min(ends, key=lambda ties: sum(nexts[tie].change for tie in ties))
+    return min(ends, key=lambda ties: sum(nexts[tie].change for tie in ties), default=())
 
 
 def _cost_after(costs: CostModel, pair: tuple[Tie, Tie], nexts: Mapping[Tie, _Next]) -> float:
@@ -223,13 +242,13 @@ def _cost_after(costs: CostModel, pair: tuple[Tie, Tie], nexts: Mapping[Tie, _Ne
     return cost
 
 
-def _moves_to_go(costs: CostModel, moves: _Moves, budget: float, closely: float | None) -> Iterator[_Move]:
+def _moves_to_go(costs: CostModel, moves: _Moves, budget: float, end: End) -> Iterator[_Move]:
     """One after the other, each to be made before the next is asked for."""
     while costs.cost > budget and moves.nexts:
         move = moves.lowest()
-        if closely is not None and costs.cost_without(move.tie, move.size) <= budget:
+        if end.is_near(costs.cost_without(move.tie, move.size), budget):
             nexts = {tie: _Next(move.size, move.change) for tie, move in moves.nexts.items()}
-            yield from (moves.nexts[tie] for tie in _finish(costs, nexts, closely, budget))
+            yield from (moves.nexts[tie] for tie in _finish(costs, nexts, end, budget))
             return
         yield move
 
@@ -360,14 +379,12 @@ def _bundles(
     return sorted(bundles, key=lambda bundle: (bundle.score, bundle.tie, bundle.start))
 
 
-def _bundles_to_go(
-    costs: CostModel, bundles: Sequence[_Bundle], budget: float, closely: float | None
-) -> Iterator[_Bundle]:
+def _bundles_to_go(costs: CostModel, bundles: Sequence[_Bundle], budget: float, end: End) -> Iterator[_Bundle]:
     """One after the other, each to be taken from the costs before the next is asked for."""
     for number, bundle in enumerate(bundles):
         if costs.cost <= budget:
             return
-        if closely is not None and costs.cost_without(bundle.tie, bundle.size) <= budget:
+        if end.is_near(costs.cost_without(bundle.tie, bundle.size), budget):
             firsts: dict[Tie, _Bundle] = {}
             for other in bundles[number:]:
                 firsts.setdefault(other.tie, other)
@@ -375,7 +392,7 @@ def _bundles_to_go(
                 tie: _Next(first.size, first.score * (costs.cost - costs.cost_without(tie, first.size)))
                 for tie, first in firsts.items()
             }
-            yield from (firsts[tie] for tie in _finish(costs, nexts, closely, budget))
+            yield from (firsts[tie] for tie in _finish(costs, nexts, end, budget))
             return
         yield bundle
 
