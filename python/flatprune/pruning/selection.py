@@ -52,7 +52,6 @@ class Choice(NamedTuple):
     joint: JointScores | None
 
 
-@torch.no_grad()
 class End(NamedTuple):
     """Where a choice may end.
 
@@ -73,6 +72,7 @@ class End(NamedTuple):
 ANYWHERE = End()
 
 
+@torch.no_grad()
 def choose(
     context: ScoringContext,
     criterion: Criterion,
