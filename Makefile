@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 GROUPS := --group dev $(if $(filter ON 1,$(KFAC_CUDA)),$(if $(shell command -v nvcc),,--group cuda))
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h')
 
-.PHONY: setup build demo test lint format bench bench-quick bench-report bench-peers hard sanitize sanitize-address sanitize-thread zoo zoo-quick gpu-check gpu-bench cuda-report clean test-thorough wheel wheels docs
+.PHONY: setup build demo test lint format bench bench-quick bench-report bench-peers rivals hard sanitize sanitize-address sanitize-thread zoo zoo-quick gpu-check gpu-bench cuda-report clean test-thorough wheel wheels docs
 
 setup: $(READY)
 
@@ -87,6 +87,15 @@ bench-report: setup
 bench-peers: setup
 	$(BIN)/pip install --quiet --group bench
 	$(BIN)/pip uninstall --quiet --yes torchvision
+
+# the whole method against other whole methods, with images from the folder DATA: days on one core, goes on where it was
+# stopped -> build/rivals, docs/results.md; RIVALS="--tasks fashion --seeds 3 --minutes 60" for a part of it
+DATA ?= data
+RIVALS ?=
+rivals: setup
+	$(BIN)/pip install --quiet --group rivals
+	$(BIN)/python -m bench.rivals --data-dir $(DATA) $(RIVALS); status=$$?; test $$status -eq 0 -o $$status -eq 3
+	$(BIN)/python -m bench.rivals --report $(RIVALS)
 
 # random and hostile calls, damaged files, kills: one table of what came of them; HARD="--size full" for a night
 HARD ?=

@@ -1,0 +1,1 @@
+"""A file a method: its source, its authors' settings, and how a user calls it."""
