@@ -135,7 +135,7 @@ class Training:
             **{key.removeprefix("test_"): value for key, value in calibration(logits, data.y_test).items()},
             "params": parameter_count(model),
             "macs": multiply_accumulates(model, data.x_test[:1]),
-            "target": self.target_cost,
+            "target_cost": self.target_cost,
         }
         return found | {f"latency_{size}": latency(model, data.x_test[:size]) for size in LATENCY_BATCHES}
 

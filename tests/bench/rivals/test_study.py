@@ -1,6 +1,7 @@
 """Runs, folders that go on or are refused, divergence, tables."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 
@@ -29,10 +30,13 @@ def test_one_run(study, tmp_path):
     again, _ = outcome(RUN, data)
     assert found["status"] == "ended" and network == {}
     assert 0 < found["accuracy"] <= 100 and found["params"] == 64 * 8 + 8 + 8 * 10 + 10 and found["macs"] == 64 * 8 + 80
-    assert found["target"] == pytest.approx(0.05 * found["params"])
+    assert found["target_cost"] == pytest.approx(0.05 * found["params"])
     for key in ("accuracy", "nll", "ece", "train_accuracy"):
         assert found[key] == again[key]
     assert min(found[key] for key in ("seconds", "latency_1", "latency_128")) > 0
+    folder = Folder(tmp_path, STAMP)
+    folder.keep(RUN, found)
+    assert folder.outcome(RUN) == {**asdict(RUN), **found} and not found.keys() & asdict(RUN).keys()
     tuning = Run("tiny", "5", "ours", 1.0, 11, validation=True)
     held_out = task_of(tuning).data(tmp_path, 11, validation=True)
     assert len(held_out.x_test) == round(0.2 * 1347) and len(held_out.x_train) == len(data.x_train)
