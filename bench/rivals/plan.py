@@ -21,7 +21,7 @@ STAMP = "study.json"
 FIRST_SEED, FIRST_TUNING_SEED = 11, 101  # those that knobs are chosen on have no part in the tables
 WHOLE = "whole"  # the target of what does not depend on it
 SOURCES = ("kfac_ext", "python/flatprune", "bench/rivals")  # what figures depend on
-_ONLY_SHOW = ("report.py", "examples.py", "__main__.py", "__init__.py")
+_OTHERS = ("plan.py", "runner.py", "report.py", "examples.py", "__main__.py")  # of bench/rivals, that decide nothing
 DISTRIBUTIONS = ("torch", "numpy", "torch-pruning", "only-train-once", "kfac-ext")
 
 
@@ -70,10 +70,10 @@ class Folder:
 
     def __init__(self, path: Path, stamp: dict[str, Any] | None) -> None:
         self.path = path
-        path.mkdir(parents=True, exist_ok=True)
         file = path / STAMP
         if stamp is None and not file.is_file():
             raise InputError(f"{path}: no study is in this folder")
+        path.mkdir(parents=True, exist_ok=True)
         self.stamp: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
         if stamp is not None:
             here = json.loads(json.dumps(stamp))  # as it is read again
@@ -104,19 +104,19 @@ class Folder:
 
         A run that diverged or failed counts as accuracy 0; of equal values the recommended one wins.
         """
-        means = []
+        sums = []
         for value in method.knob.values:
             runs = runs_of(task, target, name, method, value, seeds, tuning=True)
             found = [self.outcome(run) for run in runs]
             if any(outcome is None for outcome in found):
                 return None
-            means.append(sum(outcome.get("accuracy", 0.0) for outcome in found if outcome is not None))
-        return method.knob.values[means.index(max(means))]
+            sums.append(sum(outcome.get("accuracy", 0.0) for outcome in found if outcome is not None))
+        return method.knob.values[sums.index(max(sums))]
 
 
 def _refuse_others(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
     for key in ("code", "settings", "versions", "cpu", "data"):
-        old, new = there[key], here[key]
+        old, new = there.get(key, {}), here[key]
         if key == "data":  # of other tasks
             old, new = ({name: of[name] for name in old.keys() & new.keys()} for of in (old, new))
         if old != new:
@@ -161,7 +161,7 @@ def code_digest(root: Path = ROOT) -> str:
 def _sources(root: Path) -> Iterator[Path]:
     for folder in SOURCES:
         for path in sorted((root / folder).rglob("*.py")):
-            if folder != "bench/rivals" or path.name not in _ONLY_SHOW:
+            if folder != "bench/rivals" or path.name not in _OTHERS:
                 yield path
 
 

@@ -77,10 +77,9 @@ def _rows(
             continue
         runs = runs_of(task, target, name, method, value, seeds, tuning=False)
         outcomes = {run.seed: folder.outcome(run) for run in runs}
-        absent = (
-            "" if is_installed(method) or any(outcomes.values()) else f"not run: {method.distribution} is not installed"
-        )
-        yield Row(method.title, f"{method.knob.name} {value}{word}", outcomes, absent)
+        absent = not is_installed(method) and not any(outcomes.values())
+        why = f"not run: {method.distribution} is not installed" if absent else ""
+        yield Row(method.title, f"{method.knob.name} {value}{word}", outcomes, why)
 
 
 def _references(rows: Sequence[Row], methods: dict[str, type[Method]]) -> tuple[Row | None, Row | None]:
@@ -96,10 +95,8 @@ def table(title: str, rows: Sequence[Row], recommended: Row | None, tuned: Row |
     cells = []
     for row in rows:
         reference = tuned if row.setting.endswith("tuned") else recommended
-        figures = [_figure(row, key) for key in others]
-        cells.append(
-            (row.title, row.setting, _count(row), _figure(row, accuracy), _difference(row, reference), *figures)
-        )
+        compared = (_figure(row, accuracy), _difference(row, reference))
+        cells.append((row.title, row.setting, _count(row), *compared, *(_figure(row, key) for key in others)))
     return Table(title, head, tuple(cells), left=2)
 
 
@@ -109,15 +106,11 @@ def _ended(row: Row) -> dict[int, Outcome]:
 
 def _count(row: Row) -> str:
     """How many runs the figures are of, and what became of all others."""
-    total, states = (
-        len(row.outcomes),
-        [outcome["status"] if outcome else "not run" for outcome in row.outcomes.values()],
-    )
     if row.missing:
         return row.missing
-    parts = [
-        f"{states.count(state)} of {total} {state}" for state in ("diverged", "failed", "not run") if state in states
-    ]
+    states = [outcome["status"] if outcome else "not run" for outcome in row.outcomes.values()]
+    others = [state for state in ("diverged", "failed", "not run") if state in states]
+    parts = [f"{states.count(state)} of {len(states)} {state}" for state in others]
     return "; ".join([str(states.count("ended")), *parts])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -115,6 +116,8 @@ def _start(run: Run, folder: Folder, data_dir: Path) -> subprocess.Popen[bytes]:
 def _close(run: Run, folder: Folder, code: int) -> None:
     if code == OTHER_CODE:
         raise InputError(f"{folder.path}: the code has changed since the first run; use another folder")
+    if code in (-signal.SIGINT, -signal.SIGTERM):  # somebody ends the study
+        raise KeyboardInterrupt
     if folder.outcome(run) is None:  # killed, say for its memory
         folder.keep(run, {"status": "failed", "reason": f"ended with exit code {code}"})
     found = folder.outcome(run) or {}

@@ -99,11 +99,13 @@ def test_knobs_are_chosen_on_seeds_of_their_own(fake, tmp_path):
 
 def test_a_killed_run_is_a_failed_one(fake, tmp_path, capsys):
     folder = Folder(tmp_path, STAMP)
-    for name in ("tiny-5-ours-1.0-test-13.log",):
-        (tmp_path / name).write_text("")
     assert go_on(Study(["tiny"], ["5"], fake, [13], []), folder, tmp_path, None, 1) == 0
     assert folder.outcome(Run("tiny", "5", "ours", 1.0, 13))["status"] == "failed"
     assert "tiny-5-ours-1.0-test-13: failed: ended with exit code -9" in capsys.readouterr().out
+    run = Run("tiny", "5", "ours", 1.0, 14)
+    with pytest.raises(KeyboardInterrupt):
+        runner._close(run, folder, -15)
+    assert folder.outcome(run) is None
 
 
 @pytest.mark.parametrize("key", ["code", "settings", "versions", "data"])
