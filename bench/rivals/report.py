@@ -138,7 +138,8 @@ def section(shown: Sequence[Table], folder: Folder, command: str, seeds: Sequenc
     """Command, versions, seeds and tables, Markdown."""
     stamp = folder.stamp
     versions = ", ".join(f"{name} {version}" for name, version in stamp["versions"].items() if version)
-    chosen = f"; knobs chosen on seeds {tuning[0]} to {tuning[-1]}" if tuning else "; nothing tuned yet"
+    tuned = any(row[1].endswith("tuned") for each in shown for row in each.rows)
+    chosen = f"; knobs chosen on seeds {tuning[0]} to {tuning[-1]}" if tuned else "; nothing tuned yet"
     lines = [
         f"    {command}",
         "",

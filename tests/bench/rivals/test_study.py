@@ -153,6 +153,8 @@ def test_the_page(study, fake, tmp_path):
     assert "| ours | strength 1.0 |" not in text  # the title of the made-up method is another
     assert "| halver | strength 2.0, tuned | 2 | 83.50 ± 0.71 |" in text
     assert "not run: no-such-package is not installed" in text and "knobs chosen on seeds 101 to 102" in text
+    (untuned,) = tables(folder, study, ["tiny"], ["5"], [11, 12], [])
+    assert "nothing tuned yet" in section([untuned], folder, "", [11, 12], [101, 102])
     page = tmp_path / "page.md"
     page.write_text(f"before\n<!-- {command.MARKER} -->\nold\n<!-- {command.MARKER} -->\n")
     assert command.main(["--report", "--out", str(tmp_path / "out"), "--page", str(page), "--seeds", "2"]) == 0
