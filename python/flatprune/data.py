@@ -16,7 +16,13 @@ from flatprune.extras import needed_by
 from flatprune.files.npz import read_npz
 from kfac_ext.curvature.modes import sent
 
+DIGITS = "digits"
 KEYS = ("x_train", "y_train", "x_test", "y_test")
+SOURCES = (
+    (DIGITS, "1,797 grey images of handwritten digits, 8x8, 10 classes", "scikit-learn"),
+    ("FILE.npz", "x_train, y_train, x_test, y_test: uint8 or float images [n, h, w, c], integer labels [n]", ""),
+)
+"""What `--data` takes, what that is, and the package that reads it."""
 _DIGITS_TEST_FRACTION = 0.25
 _DIGITS_SPLIT_SEED = 0  # fixed: the test set is the same for every --seed
 _VALIDATION_SEED = 1
@@ -120,7 +126,7 @@ def read_images(data: str, classes: int | None = None) -> Images:
     Raises:
         InputError: one line that names the file, the array and what is wrong with it.
     """
-    arrays = _digits() if data == "digits" else read_npz(data, KEYS)
+    arrays = _digits() if data == DIGITS else read_npz(data, KEYS)
     for split in ("train", "test"):
         x_key, y_key = f"x_{split}", f"y_{split}"
         arrays[x_key] = _checked_images(f"{data}: {x_key}", arrays[x_key])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """What was given cannot be used; the message is one line that names the culprit and what is wanted."""
@@ -29,3 +32,17 @@ class ExportError(RuntimeError):
 
 class RunsFailedError(RuntimeError):
     """Runs of a study ended by a failure that is not their own result, such as a killed process."""
+
+
+def did_you_mean(given: str, known: Iterable[str], *, at_most: int = 1) -> str:
+    """The rest of a message about a name that is not known: the names nearest to it, or all there are.
+
+    Example:
+        >>> did_you_mean("sdg", ["sgd", "adam"])
+        'did you mean sgd?'
+        >>> did_you_mean("?", ["sgd", "adam"])
+        'expected one of sgd, adam'
+    """
+    known = list(known)
+    near = difflib.get_close_matches(given.lower(), known, n=at_most, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(known)}"

@@ -10,6 +10,7 @@ from flatprune.errors import MissingPackageError
 EXTRAS = {
     "scipy": "prune",
     "filelock": "cli",
+    "pydantic": "cli",
     "typer": "cli",
     "rich": "cli",
     "yaml": "cli",

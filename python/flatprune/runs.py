@@ -50,7 +50,6 @@ import platform
 import shlex
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -362,7 +361,7 @@ def _resumed_settings(folder: Path, settings: Settings, given: dict[str, Any]) -
                 f"{folder}: the run to resume has {name} {getattr(settings, name)}, not {value}; "
                 "leave it out, or start a run in another folder"
             )
-    return replace(settings, **{name: value for name, value in given.items() if name in _MAY_CHANGE})
+    return settings.changed(**{name: value for name, value in given.items() if name in _MAY_CHANGE})
 
 
 def _go_on(trainer: Trainer, lock: FolderLock, observer: _NoteObserver, *, restart_damaged: bool) -> dict[str, Any]:

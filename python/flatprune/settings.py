@@ -1,206 +1,257 @@
-"""All settings of a run in one place: their defaults, their checks, the learning rate they imply."""
+"""All settings of a run in one place: declared once each, with their defaults, bounds and help, and what they imply."""
 
 from __future__ import annotations
 
-import difflib
-import math
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from functools import cache, partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from flatprune import models
 from flatprune.criteria import CRITERIA
+from flatprune.data import DIGITS
 from flatprune.errors import InputError
-from flatprune.flatness.spectrum import MODES as FLATNESS_MODES
+from flatprune.faults import first_fault
+from flatprune.flatness.spectrum import MODES
 from flatprune.pruning.learning_rate import LR_SCHEDULES, rate_factor
 from flatprune.pruning.selection import SELECTIONS
 from flatprune.pruning.targets import UNITS, Target
 
-FLATNESS = ("on", "off", "sam", "msam", "on+msam")
-OPTIMUM_SHIFT = ("off", "after_pruning")
-COMPENSATE = ("auto", "on", "off")
-OPTIMIZERS = ("sgd", "adam", "adamw")
-AMP = ("off", "bf16", "fp16")
 TARGETS = {f"target_{unit}": unit for unit in UNITS}
 NEED_PRUNING = ("max_predicted_loss", "stop_accuracy_drop")
-_CHOICES = {
-    "flatness": FLATNESS,
-    "flatness_mode": FLATNESS_MODES,
-    "optimum_shift": OPTIMUM_SHIFT,
-    "criterion": tuple(CRITERIA),
-    "selection": SELECTIONS,
-    "compensate": COMPENSATE,
-    "optimizer": OPTIMIZERS,
-    "amp": AMP,
-    "schedule": LR_SCHEDULES,
-}
-_AT_LEAST = {
-    "epochs": 1,
-    "batch_size": 2,
-    "accumulate": 1,
-    "seed": 0,
-    "image_size": 1,
-    "threads": 1,
-    "sam_every": 1,
-    "flatness_every": 1,
-    "latency_batch": 1,
-    "round_to": 1,
-    "min_width": 1,
-    "prune_every": 1,
-    "factor_update_steps": 1,
-    "test_every": 1,
-    "track_hessian": 1,
-}
-_AT_MOST = {"epochs": 10**7, "threads": 1024}
-_LARGEST = 2**31 - 1  # of other whole numbers, but for the seed
-_ABOVE_0 = ("lr", "sam_radius", "max_predicted_loss", "stop_accuracy_drop")
-_FROM_0 = ("flatness_strength", "flatness_fade_below", "weight_decay", "mixup")
-_FROM_0_BELOW_1 = ("disout", "momentum", "label_smoothing")
+DENSE = {**dict.fromkeys(TARGETS), "target_params": 1.0}
+"""Targets of a run that keeps its network as it is, whatever the target was given in."""
 _DEFAULT_TARGET_PARAMS = 0.1
 _WEIGHT_DECAY = {"sgd": 5e-4, "adam": 5e-4, "adamw": 0.01}
 _ADAM_RATE = 1e-3
 
+WHAT, SIZE, TRAINING, PRUNING = "What", "Size to reach", "Training", "Pruning"
+FLATNESS, MEASURES, FILES = "Curvature and flatness", "Measurements", "Files and processes"
 
-@dataclass(frozen=True)
-class Settings:
+
+def _checked_model(name: str) -> str:
+    models.check_name(name)
+    return name
+
+
+def _checked_size(size: float | None) -> float | None:
+    if size is None or 0.0 < size < 1.0:
+        return size
+    if size < 1.0 or not size.is_integer():
+        raise InputError(f"train_size is {size}, expected a whole number from 1 or a fraction between 0 and 1")
+    return int(size)
+
+
+Whole = Annotated[int, Field(le=2**31 - 1)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Text = InstanceOf[str]  # pydantic's own str refuses names of files that are not Unicode
+if TYPE_CHECKING:
+    Criterion = Mode = Schedule = Selection = str
+else:
+    Criterion, Mode, Schedule, Selection = (
+        Literal[tuple(known)] for known in (CRITERIA, MODES, LR_SCHEDULES, SELECTIONS)
+    )
+
+
+def _setting(panel: str, default: Any, help: str, *, unset: str = "", **bounds: Any) -> Any:
+    """Declare a field.
+
+    Args:
+        panel: of the command line's help.
+        default: what it is if nothing is given.
+        help: what it does, for the command line and the documentation.
+        unset: what None means.
+        bounds: ge, gt, le, lt; strict=False takes lists for tuples.
+    """
+    return Field(default, description=help, json_schema_extra={"panel": panel, "unset": unset}, **bounds)
+
+
+_what, _size, _training, _pruning, _flatness, _measured, _files = (
+    partial(_setting, panel) for panel in (WHAT, SIZE, TRAINING, PRUNING, FLATNESS, MEASURES, FILES)
+)
+
+
+class Settings(BaseModel):
     """What defines a run; together with the data it determines the result.
 
-    Attributes:
-        data: "digits" or the path of an .npz file.
-        model: name of a network, see `flatprune.models`.
-        widths: hidden widths of the network, or None for its usual ones.
-        image_size: average the images down to image_size x image_size, or None.
-        classes: number of classes, or None for the largest training label + 1.
-        target_params: fraction of the parameters left at the end, in (0, 1]; 1 trains without pruning. 0.1 unless
-            another target is given.
-        target_macs, target_neurons, target_latency: the same in multiply-accumulates, prunable neurons or measured
-            inference latency (see `flatprune.Target`); one of the four at most.
-        latency_batch: images in the forward whose latency counts.
-        round_to: widths become multiples of this.
-        min_width: neurons that stay in each group at least.
-        tie_widths: layers of one kind keep one width, see `flatprune.Pruner`.
-        max_predicted_loss: by how much the loss may be predicted to rise at one removal event, or None for any.
-        stop_accuracy_drop: percentage points by which the accuracy may fall below its best before pruning ends early,
-            or None. It is taken before each removal event on a tenth of the training images, which are not trained on.
-        epochs, batch_size, seed: as their names say.
-        optimizer: "sgd", "adam" or "adamw".
-        lr: learning rate before the schedule, or None: 0.1 with batch norm and 0.05 without for sgd, else 0.001.
-        momentum: of sgd; the first of the betas of adam and adamw.
-        weight_decay: of weights, not of biases and norms; None: 5e-4, for adamw (where it is decoupled) 0.01.
-        label_smoothing: fraction of each training label that is spread over all classes.
-        mixup: alpha of Beta(alpha, alpha), from which the fraction of the second image in each mixture is drawn (Zhang
-            et al. 2018, arXiv 1710.09412); 0 does not mix.
-        ema: decay of an exponential moving average of the weights, which is tested and saved; None: no average.
-        accumulate: parts that the images of a step are split into, one forward and backward after the other.
-        amp: forwards in mixed precision: "off", "bf16", or "fp16" with a scaled loss.
-        channels_last: keep images and convolutions in the memory format channels_last.
-        sync_batch_norm: of several processes on GPUs, batch norms see the whole batch.
-        compile: train through `torch.compile`, anew after each removal.
-        schedule: "flat_cosine" (constant until pruning ends, then a cosine to 0), "cosine" throughout, or one of the
-            classic pipeline's: a cosine to 0 until pruning ends and another after it, from the full learning rate
-            ("restart") or from a tenth of it ("finetune").
-        device: "cpu", "cuda" or "cuda:i".
-        threads: CPU threads; None: one for a network too small for a second to help, else PyTorch's default.
-        train_size: random subset of the training images, a number of them or (below 1) a fraction; None for all.
-        label_noise: fraction of the training labels drawn anew.
-        flatness: "on" penalises the spectral radius of the curvature, "off" does nothing, "sam" minimises the loss by
-            the gradients of `flatprune.SAM`, "msam" by those of `flatprune.MomentumSAM`, the rivals to compare with;
-            "on+msam" penalises at the point that momentum-SAM moves to.
-        flatness_mode, flatness_strength, flatness_every, flatness_fade_below: of `flatprune.Flatness`, for "on" and
-            "on+msam"; None: its defaults.
-        sam_radius: of `flatprune.SAM` and `flatprune.MomentumSAM`.
-        sam_every: of `flatprune.SAM`.
-        optimum_shift: "after_pruning" applies `flatprune.optimum_shift` on the last 256 images after the last removal,
-            "off" does not.
-        disout: what the probability of `flatprune.attach_disout` rises to over the training, in [0, 1); 0: none.
-        criterion: a name of `flatprune.criteria.CRITERIA`.
-        selection: "auto", "independent" or "greedy", see `flatprune.Pruner`.
-        compensate: whether survivors take over what removed neurons did: "auto", "on" or "off".
-        exclude: names of layers (or of modules around them) whose neurons stay.
-        augment: random shifts (and mirror images for colour).
-        compare_dense: first train the same network the same way without pruning.
-        prune_start, prune_end: fractions of the training between which neurons go; equal ones: all at once.
-        prune_every: steps between removals; None: 20, or as many as make about 25 removals.
-        factor_update_steps: steps between measurements of the curvature, or None for 5 (10 with convolutions).
-        test_every: epochs between tests; the last one is always tested.
-        validation: fraction of the training images that are held out and tested on instead of the test images.
-        architecture_of: folder of a finished run whose final network is trained from fresh weights, instead of `model`.
-        corruptions: test the final network on corrupted test images too (see `flatprune.training.corruptions`).
-        measure_latency: time inference before and after.
-        track_hessian: measure the largest Hessian eigenvalue, and K-FAC radii of both kinds, every so many epochs.
+    Each is an option of `flatprune run`, whose help describes them, and a key of its `--config`. They cannot be
+    changed; `changed` gives others. Equal ones are one key of a dict.
 
     Raises:
-        InputError: naming the first setting that cannot be used.
+        InputError: naming the first setting that cannot be used; also one that does not exist.
+
+    Example:
+        >>> settings = Settings(data="digits", target_macs=0.3, epochs=30)
+        >>> settings.changed(seed=1).seed
+        1
     """
 
-    data: str = "digits"
-    model: str = "mlp"
-    widths: tuple[int, ...] | None = None
-    image_size: int | None = None
-    classes: int | None = None
-    target_params: float | None = None
-    target_macs: float | None = None
-    target_neurons: float | None = None
-    target_latency: float | None = None
-    latency_batch: int = 64
-    round_to: int = 1
-    min_width: int = 2
-    tie_widths: bool = False
-    max_predicted_loss: float | None = None
-    stop_accuracy_drop: float | None = None
-    epochs: int = 60
-    batch_size: int = 128
-    seed: int = 0
-    optimizer: str = "sgd"
-    lr: float | None = None
-    momentum: float = 0.9
-    weight_decay: float | None = None
-    label_smoothing: float = 0.0
-    mixup: float = 0.0
-    ema: float | None = None
-    accumulate: int = 1
-    amp: str = "off"
-    channels_last: bool = False
-    compile: bool = False
-    sync_batch_norm: bool = False
-    schedule: str = "flat_cosine"
-    device: str = "cpu"
-    threads: int | None = None
-    train_size: float | None = None
-    label_noise: float = 0.0
-    flatness: str = "on"
-    flatness_mode: str = "forward"
-    flatness_strength: float | None = None
-    flatness_every: int | None = None
-    flatness_fade_below: float | None = None
-    sam_radius: float = 0.1
-    sam_every: int = 1
-    optimum_shift: str = "off"
-    disout: float = 0.0
-    criterion: str = "obs"
-    selection: str = "auto"
-    compensate: str = "auto"
-    exclude: tuple[str, ...] = ()
-    augment: bool = False
-    compare_dense: bool = False
-    prune_start: float = 0.1
-    prune_end: float = 0.4
-    prune_every: int | None = None
-    factor_update_steps: int | None = None
-    test_every: int = 1
-    validation: float | None = None
-    architecture_of: str | None = None
-    corruptions: bool = False
-    measure_latency: bool = False
-    track_hessian: int | None = None
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    def __post_init__(self) -> None:
-        if all(getattr(self, name) is None for name in TARGETS):
-            object.__setattr__(self, "target_params", _DEFAULT_TARGET_PARAMS)
-        _check(self)
-        if self.train_size is not None and self.train_size >= 1:
-            object.__setattr__(self, "train_size", int(self.train_size))
+    data: Text = _what(DIGITS, "digits, or an .npz with x_train, y_train, x_test, y_test")
+    model: Annotated[Text, AfterValidator(_checked_model)] = _what("mlp", "network, see `flatprune list models`")
+    widths: tuple[Count, ...] | None = _what(
+        None, "hidden widths of the network, as in 300,100", unset="its usual", strict=False
+    )
+    image_size: Count | None = _what(None, "average the images down to this height and width", unset="as they are")
+    classes: Whole | None = _what(None, "number of classes", unset="largest training label + 1", ge=2)
+    train_size: Annotated[float | None, AfterValidator(_checked_size)] = _what(
+        None, "train on a random subset: a number of images, or a fraction below 1", unset="all"
+    )
+    validation: float | None = _what(
+        None, "test on this fraction of the training images instead of on the test images", gt=0, lt=1
+    )
+    label_noise: float = _what(
+        0.0, "fraction of the training labels drawn anew, uniformly over the classes", ge=0, le=1
+    )
+    architecture_of: Text | None = _what(
+        None, "instead of a model: the final network of the run in this folder, from fresh weights"
+    )
+    seed: int = _what(0, "of initialisation, order, subset, noise", ge=0, lt=2**63)
+
+    target_params: float | None = _size(
+        None, "fraction of the parameters left at the end; 1 does not prune", unset="0.1", gt=0, le=1
+    )
+    target_macs: float | None = _size(None, "instead: fraction of the multiply-accumulates left", gt=0, le=1)
+    target_neurons: float | None = _size(None, "instead: fraction of the prunable neurons left", gt=0, le=1)
+    target_latency: float | None = _size(None, "instead: fraction of the measured inference latency left", gt=0, le=1)
+    latency_batch: Count = _size(64, "images in the forward that target_latency times")
+    round_to: Count = _size(1, "widths become multiples of this")
+    min_width: Count = _size(2, "neurons that every layer keeps at least")
+    tie_widths: bool = _size(False, "layers of one kind (the MLPs of all blocks, say) keep one width")
+    max_predicted_loss: float | None = _size(
+        None, "how far the loss may be predicted to rise at one removal event", unset="any", gt=0
+    )
+    stop_accuracy_drop: float | None = _size(
+        None,
+        "end pruning when the accuracy on a held-out tenth of the training images falls by more points than this",
+        unset="never",
+        gt=0,
+    )
+    exclude: tuple[Text, ...] = _size(
+        (), "layers (or modules around them) that keep their neurons: names as in 3,5", strict=False
+    )
+
+    epochs: Count = _training(60, "passes over the training images", le=10**7)
+    batch_size: Whole = _training(128, "images a step", ge=2)
+    optimizer: Literal["sgd", "adam", "adamw"] = _training("sgd", "sgd, adam or adamw; on a GPU the fused one")
+    lr: float | None = _training(
+        None,
+        "learning rate before the schedule",
+        unset="0.1 with batch norm, 0.05 without; 0.001 for adam, adamw",
+        gt=0,
+    )
+    schedule: Schedule = _training(
+        "flat_cosine",
+        "of the learning rate: flat_cosine (constant until pruning ends, then a cosine to 0), cosine throughout, or "
+        "two cosines, before and after the end of pruning, the second from the full rate (restart) or a tenth of it "
+        "(finetune)",
+    )
+    momentum: float = _training(0.9, "of sgd; the first of the betas of adam and adamw", ge=0, lt=1)
+    weight_decay: float | None = _training(
+        None, "of weights, not of biases and norms", unset="0.0005, adamw 0.01", ge=0
+    )
+    label_smoothing: float = _training(
+        0.0, "fraction of each training label that is spread over all classes", ge=0, lt=1
+    )
+    mixup: float = _training(
+        0.0, "alpha of the Beta distribution by which training images are mixed (arXiv 1710.09412); 0 does not", ge=0
+    )
+    augment: bool = _training(False, "random shifts, and mirror images for colour")
+    ema: float | None = _training(
+        None, "test and save an exponential moving average of the weights with this decay", gt=0, lt=1
+    )
+    accumulate: Count = _training(1, "parts that a step's images go through the network in, for less memory")
+    amp: Literal["off", "bf16", "fp16"] = _training(
+        "off", "mixed precision of the forwards: off, bf16, or fp16 with a scaled loss"
+    )
+    channels_last: bool = _training(False, "memory format of images and convolutions")
+    compile: bool = _training(False, "train through torch.compile, anew after each removal")
+    sync_batch_norm: bool = _training(False, "of several processes on GPUs, batch norms see the whole batch")
+    disout: float = _training(0.0, "distort feature maps with a probability that rises to this; 0 does not", ge=0, lt=1)
+
+    criterion: Criterion = _pruning("obs", "which neurons go, see `flatprune list criteria`")
+    selection: Selection = _pruning(
+        "auto", "whether a score knows which neurons went before: auto, independent or greedy (obs, obd)"
+    )
+    compensate: Literal["auto", "on", "off"] = _pruning(
+        "auto", "survivors take over what removed neurons did: auto, on or off"
+    )
+    prune_start: float = _pruning(0.1, "fraction of the training before pruning", ge=0, le=1)
+    prune_end: float = _pruning(
+        0.4, "fraction of the training at which pruning ends; as prune_start: all at once", ge=0, le=1
+    )
+    prune_every: Count | None = _pruning(
+        None, "steps between removals", unset="20, or as many as make about 25 removals"
+    )
+    optimum_shift: Literal["off", "after_pruning"] = _pruning(
+        "off", "off, or after_pruning: after the last removal, the smallest weights with the same outputs on 256 images"
+    )
+
+    flatness: Literal["on", "off", "sam", "msam", "on+msam"] = _flatness(
+        "on",
+        "on penalises the curvature's spectral radius, off does not; sam, msam and on+msam are SAM and momentum-SAM",
+    )
+    flatness_mode: Mode = _flatness("forward", "how the penalty's gradient is computed: forward or double_backward")
+    flatness_strength: float | None = _flatness(None, "weight of the penalty", unset="by mode and layers", ge=0)
+    flatness_every: Count | None = _flatness(
+        None, "the penalty acts on every so many steps", unset="4, with convolutions 8"
+    )
+    flatness_fade_below: float | None = _flatness(
+        None, "the penalty fades below this fraction of the parameters; 0 never", unset="0.05", ge=0
+    )
+    sam_radius: float = _flatness(0.1, "how far sam and msam move the parameters", gt=0)
+    sam_every: Count = _flatness(1, "sam acts on every so many steps")
+    factor_update_steps: Count | None = _flatness(
+        None, "steps between measurements of the curvature", unset="5, with convolutions 10"
+    )
+
+    test_every: Count = _measured(1, "epochs between tests; the last one is always tested")
+    compare_dense: bool = _measured(False, "first train the same network the same way without pruning")
+    corruptions: bool = _measured(False, "test the final network on corrupted test images too")
+    measure_latency: bool = _measured(False, "time inference before and after")
+    track_hessian: Count | None = _measured(
+        None, "measure the true largest Hessian eigenvalue every so many epochs", unset="at the end"
+    )
+
+    device: Text = _files("cpu", "cpu, cuda or cuda:INDEX")
+    threads: Count | None = _files(None, "CPU threads", unset="1 for small networks, else all cores", le=1024)
+
+    def __init__(self, **values: Any) -> None:
+        if all(values.get(name) is None for name in TARGETS):
+            values["target_params"] = _DEFAULT_TARGET_PARAMS
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise InputError(first_fault(error, type(self).model_fields)) from None
+
+    @model_validator(mode="after")
+    def _check_relations(self) -> Settings:
+        for check in (_check_target, _check_criterion, _check_training, _check_order_and_origin):
+            check(self)
+        return self
+
+    @classmethod
+    def value(cls, name: str, value: Any) -> Any:
+        """`value` as the setting `name` holds it, whatever the others are.
+
+        Raises:
+            InputError: there is no such setting, or it takes another type or range.
+        """
+        try:
+            return getattr(_alone(name)(**{name: value}), name)
+        except ValidationError as error:
+            raise InputError(first_fault(error, cls.model_fields)) from None
 
     @property
     def target(self) -> Target:
@@ -210,19 +261,20 @@ class Settings:
 
     def dense(self) -> Settings:
         """The same training without pruning."""
-        values = {**self.as_dict(), **dict.fromkeys([*TARGETS, *NEED_PRUNING]), "target_params": 1.0}
-        return Settings.from_dict({**values, "compare_dense": False})
+        return self.changed(**{**dict.fromkeys(NEED_PRUNING), **DENSE, "compare_dense": False})
+
+    def changed(self, **values: Any) -> Settings:
+        """These settings with others of these values."""
+        return Settings(**{**dict(self), **values})
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values (tuples become lists) for JSON and checkpoints."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in self}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Settings:
-        """The inverse of `as_dict`."""
-        known = {field.name for field in fields(cls)}
-        kept: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
-        return cls(**kept)
+        """The inverse of `as_dict`, for files: what other versions wrote beside is left out."""
+        return cls(**{name: value for name, value in values.items() if name in cls.model_fields})
 
     def torch_device(self) -> torch.device:
         """The device, once it is known to be there.
@@ -261,55 +313,20 @@ class Settings:
         return peak * rate_factor(self.schedule, step, total_steps, self.prune_end)
 
 
-def _check(settings: Settings) -> None:
-    """Raise InputError, naming setting, value and what is wanted, for the first that cannot be used."""
-    models.check_name(settings.model)
-    _check_target(settings)
-    _check_ranges(settings)
-    for name, choices in _CHOICES.items():
-        _check_choice(name, getattr(settings, name), choices)
-    _check_criterion(settings)
-    _check_training(settings)
-    _check_fractions(settings)
+@cache
+def _alone(name: str) -> type[BaseModel]:
+    """A model of one field of the settings, or of none for a name that they do not have."""
+    fields = {each: (field.annotation, field) for each, field in Settings.model_fields.items() if each == name}
+    return create_model("Setting", __config__=Settings.model_config, **fields)  # type: ignore[call-overload]
 
 
 def _check_target(settings: Settings) -> None:
     given = {name: getattr(settings, name) for name in TARGETS if getattr(settings, name) is not None}
     if len(given) > 1:
         raise InputError(f"{' and '.join(given)}: expected one of them")
-    for name, fraction in given.items():
-        if not 0.0 < fraction <= 1.0:
-            raise InputError(f"{name} is {fraction}, expected above 0 and at most 1")
-        if fraction == 1.0 and any(getattr(settings, other) is not None for other in NEED_PRUNING):
-            raise InputError(f"{name} is 1, which does not prune: {' and '.join(NEED_PRUNING)} need a smaller one")
-
-
-def _check_ranges(settings: Settings) -> None:
-    for name, least in _AT_LEAST.items():
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise InputError(f"{name} is {value}, expected {least} or more")
-        most = _AT_MOST.get(name, _LARGEST)
-        if value is not None and value > most and name != "seed":
-            raise InputError(f"{name} is {value}, expected {most} or less")
-    if settings.seed >= 2**63:
-        raise InputError(f"seed is {settings.seed}, expected less than 2^63")
-    for name in _ABOVE_0:
-        value = getattr(settings, name)
-        if value is not None and not (value > 0.0 and math.isfinite(value)):
-            raise InputError(f"{name} is {value}, expected a number above 0")
-    for name in _FROM_0:
-        value = getattr(settings, name)
-        if value is not None and not (value >= 0.0 and math.isfinite(value)):
-            raise InputError(f"{name} is {value}, expected a number of 0 or more")
-    for name in _FROM_0_BELOW_1:
-        value = getattr(settings, name)
-        if not 0.0 <= value < 1.0:
-            raise InputError(f"{name} is {value}, expected 0 or more and below 1")
-    if settings.ema is not None and not 0.0 < settings.ema < 1.0:
-        raise InputError(f"ema is {settings.ema}, expected a decay above 0 and below 1")
-    if not 0.0 <= settings.label_noise <= 1.0:
-        raise InputError(f"label_noise is {settings.label_noise}, expected 0 to 1")
+    (name, fraction), *_ = given.items()
+    if fraction == 1.0 and any(getattr(settings, other) is not None for other in NEED_PRUNING):
+        raise InputError(f"{name} is 1, which does not prune: {' and '.join(NEED_PRUNING)} need a smaller one")
 
 
 def _check_criterion(settings: Settings) -> None:
@@ -339,23 +356,10 @@ def _check_training(settings: Settings) -> None:
         )
 
 
-def _check_fractions(settings: Settings) -> None:
-    size = settings.train_size
-    if size is not None and not (0.0 < size < 1.0 or (size >= 1 and float(size).is_integer())):
-        raise InputError(f"train_size is {size}, expected a whole number from 1 or a fraction between 0 and 1")
-    if not 0.0 <= settings.prune_start <= settings.prune_end <= 1.0:
+def _check_order_and_origin(settings: Settings) -> None:
+    if settings.prune_start > settings.prune_end:
         raise InputError(
-            f"prune_start is {settings.prune_start} and prune_end {settings.prune_end}, expected 0 to 1, the end not "
-            "before"
+            f"prune_start is {settings.prune_start} and prune_end {settings.prune_end}, expected the end not before"
         )
-    if settings.validation is not None and not 0.0 < settings.validation < 1.0:
-        raise InputError(f"validation is {settings.validation}, expected a fraction between 0 and 1")
     if settings.architecture_of is not None and settings.widths is not None:
         raise InputError("architecture_of and widths: expected one of them")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        near = difflib.get_close_matches(value.lower(), choices, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(choices)}"
-        raise InputError(f"{name} is {value!r}; {hint}")

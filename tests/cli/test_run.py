@@ -148,7 +148,7 @@ def test_overwrite_replaces_the_run_and_nothing_else(flatprune, npz, tmp_path):
 )
 def test_convolutional_networks(flatprune, npz, tmp_path, model, widths):
     out = tmp_path / "out"
-    options = ("--epochs", 2, "--batch-size", 32, "--target-params", 0.5, "--label-noise", 0.1, "--augment", "on")
+    options = ("--epochs", 2, "--batch-size", 32, "--target-params", 0.5, "--label-noise", 0.1, "--augment")
     outcome = flatprune("run", "--data", npz(), "--model", model, "--widths", widths, "--out", out, *options)
     assert (outcome.code, outcome.err) == (0, "")
     summary = summary_of(out)

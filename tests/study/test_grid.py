@@ -65,7 +65,7 @@ def test_tuning_is_judged_on_held_out_images_with_its_own_seeds(study_file):
     [
         ("base: {epoch: 3}", ["base", "'epoch'", "did you mean epochs"]),
         ("base: {epochs: ten}", ["base", "epochs", "'ten'", "a whole number"]),
-        ("grid: {target_params: [0.1, 1.5]}", ["target_params is 1.5", "variant 'default'"]),
+        ("grid: {target_params: [0.1, 1.5]}", ["grid: target_params is 1.5", "at most 1"]),
         ("grid: {target_params: [0.1, 0.1]}", ["target_params has 0.1 twice"]),
         ("grid: {target_params: 0.1}", ["target_params is 0.1", "a list"]),
         ("variants: {a: {criterion: magic}}", ["variant 'a'", "criterion", "magic"]),

@@ -82,7 +82,7 @@ def test_a_study_from_a_pipe_is_read_once(study_file):
     assert study.text == study_file().read_bytes() and len(study.cells) == 2
 
 
-NAMES = st.sampled_from([*Settings.__dataclass_fields__, "only", "tune", "scratch_of", "prune_then_finetune", "a"])
+NAMES = st.sampled_from([*Settings.model_fields, "only", "tune", "scratch_of", "prune_then_finetune", "a"])
 LEAVES = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=4), st.dates(), st.binary(max_size=3),
     st.sampled_from(["on", "a", "mlp", "digits", "obs"]),

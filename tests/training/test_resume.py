@@ -154,7 +154,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, data, whole, monkeypatc
 
     monkeypatch.setattr(os, "fsync", fsync)
     options = ["--epochs", 10, "--batch-size", 16, "--target-params", 0.3, "--seed", 4, "--label-noise", 0.1]
-    outcome = flatprune("run", "--data", data, "--widths", "24,16", "--out", out, *options, "--augment", "on")
+    outcome = flatprune("run", "--data", data, "--widths", "24,16", "--out", out, *options, "--augment")
     assert outcome.code == 2
     assert outcome.err.count("\n") == 1 and "No space left" in outcome.err and "checkpoint.pt" in outcome.err
     assert torch.load(out / "checkpoint.pt", weights_only=True)["progress"]["epoch"] == 2
@@ -184,7 +184,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, data, whole, monkeypatc
 def test_every_way_to_train_resumes(tmp_path, data, whole, flatprune, options, model):
     given = [
         "run", "--data", data, "--model", model, "--widths", ",".join(map(str, WIDTHS[model])), "--epochs", 10,
-        "--batch-size", 16, "--target-params", 0.3, "--seed", 4, "--label-noise", 0.1, "--augment", "on",
+        "--batch-size", 16, "--target-params", 0.3, "--seed", 4, "--label-noise", 0.1, "--augment",
         *options, "--out",
     ]  # fmt: skip
     assert flatprune(*given, tmp_path / "whole").code == 0

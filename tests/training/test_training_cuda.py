@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 RUNS = [
     ("--amp", "bf16", "--channels-last"),
     ("--amp", "fp16", "--channels-last", "--optimizer", "adamw", "--ema", 0.9),
-    ("--mixup", 0.4, "--label-smoothing", 0.1, "--augment", "on", "--accumulate", 2),
+    ("--mixup", 0.4, "--label-smoothing", 0.1, "--augment", "--accumulate", 2),
     ("--flatness", "sam", "--disout", 0.1, "--amp", "fp16"),
     ("--flatness", "msam", "--optimizer", "adam", "--compile"),
 ]

@@ -38,6 +38,7 @@ def shapley(samples: int = 512) -> Criterion:
     _check_samples("shapley", samples)
 
     def score(context: ScoringContext) -> Scores:
+        """S_j = mean rise of D when j leaves, over random orders in which the others left before."""
         network = MaskedNetwork(context)
         players = _players(context)
         total = torch.zeros(len(players), dtype=torch.float64)
@@ -76,6 +77,7 @@ def banzhaf(samples: int = 512, keep: float = 0.9) -> Criterion:
         raise ValueError(f"banzhaf: keep is {keep}, expected above 0 and below 1")
 
     def score(context: ScoringContext) -> Scores:
+        """S_j = E[D(S without j) - D(S with j)], every other neuron in S with probability `keep`."""
         network = MaskedNetwork(context)
         shape = (samples, len(_players(context)))
         pruned = torch.rand(shape, generator=context.generator, dtype=torch.float64) >= keep

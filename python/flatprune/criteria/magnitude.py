@@ -31,6 +31,7 @@ def uniform(score: Callable[[ScoringContext], Scores]) -> Callable[[ScoringConte
     """The same order within each layer, but every layer loses the same fraction: rank / width."""
 
     def ranked(context: ScoringContext) -> Scores:
+        """S_j = rank / width by another score: its order, but every layer loses the same fraction."""
         return ranks(score(context))
 
     return ranked

@@ -6,13 +6,12 @@ Convolutions that batch norm follows have no bias.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from torch import nn
 
-from flatprune.errors import InputError
+from flatprune.errors import InputError, did_you_mean
 from flatprune.models.dense import densenet40
 from flatprune.models.measures import LAYERS, has_batch_norm, layer_widths, multiply_accumulates, parameter_count
 from flatprune.models.plain import VGG_WIDTHS, convnet, lenet5, mlp, vgg
@@ -52,9 +51,7 @@ def names() -> list[str]:
 def check_name(name: str) -> None:
     """Raise InputError, with near names, for a model that is not known."""
     if name not in names():
-        near = difflib.get_close_matches(name.lower(), names(), n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(names())}"
-        raise InputError(f"unknown model {name!r}; {hint}")
+        raise InputError(f"unknown model {name!r}; {did_you_mean(name, names(), at_most=3)}")
 
 
 def build(name: str, image_shape: tuple[int, int, int], classes: int, widths: Sequence[int] | None = None) -> nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from flatprune.data import Dataset
@@ -34,7 +33,7 @@ def check_study(study: Study, note: Callable[[str], None] = lambda text: None) -
     data: dict[Any, Dataset] = {}
     noted: set[str] = set()
     for name, settings in study.runs():
-        general = replace(settings, seed=0, device="cpu")
+        general = settings.changed(seed=0, device="cpu")
         try:
             settings.torch_device()
             if general not in steps:

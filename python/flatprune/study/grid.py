@@ -36,18 +36,19 @@ study has 10,000 runs at most, those of tuning included.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flatprune.errors import InputError
-from flatprune.settings import Settings
-from flatprune.study.values import field_value, field_values, label, shown
+from flatprune.data import DIGITS
+from flatprune.errors import InputError, did_you_mean
+from flatprune.faults import shown
+from flatprune.settings import DENSE, Settings
+from flatprune.study.values import field_value, field_values, label
 from flatprune.study.yaml_file import read_yaml
 
 _KEYS = ("title", "description", "base", "grid", "variants", "tune", "reference")
@@ -187,11 +188,7 @@ def _mapping(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]
 def _known(where: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            raise InputError(
-                f"{where}: unknown key {shown(key)}; "
-                + (f"did you mean {near[0]}?" if near else f"expected {', '.join(known)}")
-            )
+            raise InputError(f"{where}: unknown key {shown(key)}; {did_you_mean(str(key), known)}")
 
 
 def _axis(where: str, name: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
@@ -311,7 +308,7 @@ class _Reader:
         own = {key: value for key, value in (self.variants[name] or {}).items() if key not in _SPECIAL}
         values = {**self.base, **point, **_classic(special), **field_values(where, own)}
         if "scratch_of" in special:
-            values |= dense_target()
+            values |= DENSE
         spot = "".join(f", {axis} {value}" for axis, value in places.items())
         candidates = tuple(
             Candidate(
@@ -343,19 +340,13 @@ class _Reader:
             yield field_values(where, {**self.tuning, "seed": seed})
 
     def _settings(self, where: str, values: dict[str, Any]) -> Settings:
-        data = values.get("data", Settings.data)
-        if data != Settings.data and self.data_dir is not None:
+        data = values.get("data", DIGITS)
+        if data != DIGITS and self.data_dir is not None:
             values = {**values, "data": str(self.data_dir / data)}
         try:
             return Settings(**values)
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
-
-
-def dense_target() -> dict[str, Any]:
-    """Settings of a run that keeps its network as it is, whatever the target was given in."""
-    targets = [field.name for field in fields(Settings) if field.name.startswith("target_")]
-    return {**dict.fromkeys(targets), "target_params": 1.0}
 
 
 def _classic(special: dict[str, Any]) -> dict[str, Any]:

@@ -10,10 +10,11 @@ import hashlib
 import json
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flatprune.data import DIGITS
 from flatprune.errors import DamagedError, InputError
 from flatprune.files.atomic import read_bytes
 from flatprune.files.finished import DIGESTS_FILE, HISTORY_FILE, SUMMARY_FILE, check_digest, read_summary
@@ -196,7 +197,7 @@ class Plan:
         if not scores[best]:
             return Resolved(None, "", "no candidate of the tuning came to an end")
         candidate = cell.candidates[best]
-        return Resolved(replace(cell.settings, **dict(candidate.values)), candidate.label)
+        return Resolved(cell.settings.changed(**dict(candidate.values)), candidate.label)
 
     def _score(self, candidate: Candidate) -> float | None:
         """Mean accuracy on held-out images; 0 if a run of it did not end, None if one is still to come."""
@@ -220,7 +221,7 @@ class Plan:
         taken = self.resolve(source)
         assert taken is not None and taken.settings is not None and resolved.settings is not None
         folder = self.folder_of(self.key(taken.settings))
-        return Resolved(replace(resolved.settings, architecture_of=str(folder), widths=None), resolved.chosen)
+        return Resolved(resolved.settings.changed(architecture_of=str(folder), widths=None), resolved.chosen)
 
 
 def _place(cell: Cell) -> str:
@@ -252,7 +253,7 @@ def data_id(data: str) -> str:
     Raises:
         InputError: there is no such file, or it cannot be read.
     """
-    if data == Settings.data:
+    if data == DIGITS:
         return data
     digest = hashlib.sha256()
     if "\0" in data or not Path(data).is_file():

@@ -8,7 +8,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,7 @@ class _Executor:
         taken = {child.slot for child in self.children}
         slot = next(slot for slot in itertools.count() if slot not in taken)
         if settings.device == "cpu" and settings.threads is None:
-            settings = replace(settings, threads=1)
+            settings = settings.changed(threads=1)
         write_record(folder / SETTINGS_FILE, SETTINGS, settings.as_dict())
         return Child(key, name, settings, self._worker(_environment(settings, slot), slot, folder), slot)
 
@@ -252,7 +252,7 @@ def _kind(settings: Settings) -> Any:
 
 
 def _of_the_grid(settings: Settings) -> Settings:
-    return replace(settings, architecture_of=None)
+    return settings.changed(architecture_of=None)
 
 
 def _environment(settings: Settings, slot: int) -> dict[str, str]:

@@ -1,4 +1,6 @@
-"""YAML as a study means it: `on` and `off` are words, 1e-3 is a number, and a key that stands twice is an error.
+"""YAML as a study, or a file of settings, means it.
+
+`on` and `off` are words, 1e-3 is a number, and a key that stands twice is an error.
 
 A file may have 1 MB, 100 levels, 20,000 entries (each counted as often as aliases repeat it) and numbers of 100 digits.
 """
@@ -79,7 +81,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], bytes]:
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
         raise InputError(f"{path}: not YAML{where}: {problem}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path}: is {type(content).__name__}, expected a mapping with base, grid and variants")
+        raise InputError(f"{path}: is {type(content).__name__}, expected a mapping")
     return content, data
 
 

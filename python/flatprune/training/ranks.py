@@ -11,7 +11,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -149,7 +148,7 @@ class TrainingRanks:
 
     def settings(self, settings: Settings) -> Settings:
         """The settings with this rank's own device."""
-        return replace(settings, device=f"cuda:{self.local_rank}") if settings.device.startswith("cuda") else settings
+        return settings.changed(device=f"cuda:{self.local_rank}") if settings.device.startswith("cuda") else settings
 
     def seed_streams(self, seed: int) -> None:
         """Other masks of dropout on other ranks; those of rank 0 are one process's."""
