@@ -47,6 +47,7 @@ LAYERS = (
     {"prune_while_training"},
     {"integrations"},
     {"settings"},
+    {"values"},
     {"training"},
     {"reporting"},
     {"run_folder"},

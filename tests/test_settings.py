@@ -5,7 +5,7 @@ import yaml
 
 from flatprune.errors import InputError
 from flatprune.settings import Settings
-from flatprune.study.values import field_value
+from flatprune.values import field_value
 
 
 @pytest.mark.parametrize(

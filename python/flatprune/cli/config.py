@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 
 from flatprune.cli.options import panel_of
+from flatprune.files.yaml_file import read_yaml
 from flatprune.settings import TARGETS, Settings
-from flatprune.study.values import field_values
-from flatprune.study.yaml_file import read_yaml
+from flatprune.values import field_values
 
 
 def read_config(path: Path, instead: Collection[str] = ()) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from flatprune import models
 from flatprune.errors import InputError
 from flatprune.faults import choices
 from flatprune.settings import Settings
-from flatprune.study.values import label
+from flatprune.values import label
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _NAMES = re.compile(r"\b[a-z]+(?:_[a-z]+)+\b")

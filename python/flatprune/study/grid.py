@@ -47,9 +47,9 @@ from typing import Any
 from flatprune.data import DIGITS
 from flatprune.errors import InputError, did_you_mean
 from flatprune.faults import shown
+from flatprune.files.yaml_file import read_yaml
 from flatprune.settings import DENSE, Settings
-from flatprune.study.values import field_value, field_values, label
-from flatprune.study.yaml_file import read_yaml
+from flatprune.values import field_value, field_values, label
 
 _KEYS = ("title", "description", "base", "grid", "variants", "tune", "reference")
 _SPECIAL = ("only", "prune_then_finetune", "scratch_of", "tune")
