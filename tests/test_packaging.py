@@ -37,7 +37,7 @@ def test_kfac_ext_does_not_import_flatprune(path):
 # Each line may import what stands in the lines above it, and nothing else of `flatprune` but its own package.
 LAYERS = (
     {"distributed", "errors", "moved", "signals"},
-    {"extras", "faults"},
+    {"extras", "faults", "named"},
     {"files"},
     {"checkpoint", "data", "models"},
     {"coupling"},

@@ -16,6 +16,8 @@ EXTRAS = {
     "yaml": "cli",
     "matplotlib": "cli",
     "sklearn": "cli",
+    "PIL": "cli",
+    "datasets": "datasets",
     "safetensors": "export",
     "onnx": "export",
     "onnxscript": "export",

@@ -126,7 +126,7 @@ def _state(folder: Path, name: str) -> str:
         SETTINGS_FILE: lambda: read_settings(folder),
         EXPORTS_FILE: lambda: read_exports(folder),
         CHECKPOINT_FILE: lambda: load_checkpoint(folder / name),
-        MODEL_FILE: lambda: read_saved(folder / name).network(),
+        MODEL_FILE: lambda: _check_network(folder / name),
     }
     try:
         if name in EXPORT_FILES:
@@ -136,6 +136,13 @@ def _state(folder: Path, name: str) -> str:
     except InputError as error:
         return str(error)
     return WHOLE
+
+
+def _check_network(path: Path) -> None:
+    """Build the network, unless code of the user's own makes it, which checking does not run."""
+    saved = read_saved(path)
+    if not saved.is_own:
+        saved.network()
 
 
 def _compared(folder: Path, found: dict[str, str]) -> dict[str, str]:

@@ -9,6 +9,7 @@ knows is in its checkpoint: the others are made of it, again too, when it is res
 `summary.json`:
     format, version                        "flatprune-summary", 1
     data, model, seed, epochs, steps, train_images, test_images, image_shape, classes: what was done
+    class_names                            in the order of the outputs, null where the data have none
     target_params                          fraction of the parameters to reach, null for a target in another unit
     target_unit, target_fraction           params, macs, neurons or latency, and the fraction of it to reach
     held_out_images                        training images that only judged whether to go on pruning
@@ -55,13 +56,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
 
+from flatprune import named
 from flatprune.checkpoint import load_checkpoint
 from flatprune.data import Dataset, Images, load_dataset, read_images
 from flatprune.errors import DamagedError, DivergedError, InputError, Interrupted
-from flatprune.export import MODEL_FILE, save_model
-from flatprune.export import load as load_network
+from flatprune.export import MODEL_FILE, read_saved, save_model
+from flatprune.export.saved import SavedNetwork
 from flatprune.files.atomic import damaged, put_aside
 from flatprune.files.finished import (
     HISTORY,
@@ -153,6 +154,7 @@ def run(
         >>> summary["params_after"] / summary["params_before"] <= 0.2 * 1.01
         True
     """
+    named.allow(settings.model, settings.data)
     work = lambda: _run(settings, Path(out), overwrite, wait, observer)  # noqa: E731
     return _by_all_ranks(settings.device, rank_timeout, work)
 
@@ -186,7 +188,8 @@ def resume(
 
     Args:
         out: folder of the run.
-        given: settings that the user named again; they must be those of the run (data and device may differ).
+        given: settings that the user named again; they must be those of the run (data and device may differ). Functions
+            of one's own ("module:function") have to be: a file's word alone runs no code.
         restart_damaged: give a damaged checkpoint (or summary) the name `checkpoint.pt.damaged`, and make anew what was
             in it, from `settings.json`.
         wait: where another process works in `out`, wait for it instead of refusing.
@@ -200,6 +203,7 @@ def resume(
         InputError: there is no checkpoint, or `given` or the data are not those of the checkpoint.
         DamagedError: the checkpoint is not what was written; nothing has been changed.
     """
+    named.allow((given or {}).get("model"), (given or {}).get("data"))
     device = (given or {}).get("device", "cuda" if torch.cuda.is_available() else "cpu")
     work = lambda: _resume(Path(out), given or {}, restart_damaged, wait, observer)  # noqa: E731
     return _by_all_ranks(device, rank_timeout, work)
@@ -375,7 +379,9 @@ def _go_on(trainer: Trainer, lock: FolderLock, observer: _NoteObserver, *, resta
                     dense = _dense_summary(trainer, lock, observer, stop_requested, restart_damaged)
             return _train(trainer, folder, lock, observer("pruned"), stop_requested, dense)
     except Interrupted as error:
-        command = f"flatprune run --resume --out {shlex.quote(str(folder))}"
+        own = {name: getattr(trainer.settings, name) for name in ("model", "data")}
+        again = "".join(f" --{name} {value}" for name, value in own.items() if named.is_named(value))
+        command = f"flatprune run --resume --out {shlex.quote(str(folder))}{again}"
         raise Interrupted(f"{error}; to go on: {command}") from None
     except DivergedError as error:
         raise DivergedError(f"{error}; the last good checkpoint is kept in {folder}") from None
@@ -461,6 +467,7 @@ def _summary(trainer: Trainer, dense: dict[str, Any] | None) -> dict[str, Any]:
         "test_images": len(trainer.dataset.x_test),
         "image_shape": list(trainer.dataset.image_shape),
         "classes": trainer.dataset.classes,
+        "class_names": trainer.dataset.class_names and list(trainer.dataset.class_names),
         **results(trainer),
         **trainer.traffic(),
     }
@@ -475,39 +482,47 @@ def _summary(trainer: Trainer, dense: dict[str, Any] | None) -> dict[str, Any]:
     return summary
 
 
-def evaluate_saved(folder: Path, data: str | None, device: torch.device) -> tuple[float, float, int]:
+def evaluate_saved(
+    folder: Path, data: str | None, device: torch.device, model: str | None = None
+) -> tuple[float, float, int]:
     """Accuracy in percent, mean cross entropy, and number of the test images.
 
     Args:
         folder: of a finished run.
-        data: "digits" or the path of an .npz file; None: the data of the run.
+        data: see `flatprune.data.read_images`; None: the data of the run.
         device: where to compute.
+        model: "module:function" that made the network, where it is one of the user's own.
 
     Raises:
         InputError: there is no such folder or network, or the images do not fit it.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    network = load_network(folder, device)
-    if data is None:
-        summary = folder / SUMMARY_FILE
-        if not summary.is_file():
-            raise InputError(f"{folder}: has no {SUMMARY_FILE}; name the data with --data")
-        data = str(read_summary(folder)["data"])
-    x, y = _test_tensors(data, network, read_images(data))
+    named.allow(model, data)
+    saved = read_saved(folder)
+    network = saved.network().to(device)
+    summary = read_summary(folder) if (folder / SUMMARY_FILE).is_file() else {}
+    if data is None and not summary:
+        raise InputError(f"{folder}: has no {SUMMARY_FILE}; name the data with --data")
+    images = read_images(data or str(summary["data"]), image_size=saved.normalization.image_size)
+    _check_fits(images, saved, summary.get("class_names"))
+    x, y = saved.normalization(images.x_test), torch.from_numpy(images.y_test)
+    if tuple(x.shape[1:]) != saved.image_shape:
+        channels, height, width = saved.image_shape
+        shape = "x".join(str(side) for side in images.x_test.shape[1:])
+        raise InputError(f"{images.name}: x_test has images of {shape}, the network takes {height}x{width}x{channels}")
     return *evaluate(network, x.to(device), y.to(device)), len(y)
 
 
-def _test_tensors(data: str, network: nn.Module, images: Images) -> tuple[Tensor, Tensor]:
-    """The test images as the network takes them, and their labels, once both are known to fit it."""
-    channels, height, width = network.image_shape  # type: ignore[misc]
-    x = network.normalization(images.x_test)  # type: ignore[operator]
-    if tuple(x.shape[1:]) != (channels, height, width):
-        shape = "x".join(str(side) for side in images.x_test.shape[1:])
-        raise InputError(f"{data}: x_test has images of {shape}, the network takes {height}x{width}x{channels}")
-    if images.y_test.max() >= network.classes:  # type: ignore[operator]
-        raise InputError(f"{data}: y_test has label {images.y_test.max()}, the network knows {network.classes} classes")
-    return x, torch.from_numpy(images.y_test)
+def _check_fits(images: Images, saved: SavedNetwork, learned: list[str] | None) -> None:
+    """Raise InputError for classes other than those that the network knows."""
+    if learned and images.class_names and list(images.class_names) != learned:
+        raise InputError(
+            f"{images.name}: has the classes {', '.join(images.class_names)}, the network knows {', '.join(learned)}"
+        )
+    largest, classes = images.y_test.max(), saved.arguments["classes"]
+    if largest >= classes:
+        raise InputError(f"{images.name}: y_test has label {largest}, the network knows {classes} classes")
 
 
 def versions() -> dict[str, str]:

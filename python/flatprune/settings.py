@@ -98,12 +98,18 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    data: Text = _what(DIGITS, "digits, or an .npz with x_train, y_train, x_test, y_test")
-    model: Annotated[Text, AfterValidator(_checked_model)] = _what("mlp", "network, see `flatprune list models`")
+    data: Text = _what(
+        DIGITS, "digits, FILE.npz, FILE.csv, a folder of images or module:function, see `flatprune list data`"
+    )
+    model: Annotated[Text, AfterValidator(_checked_model)] = _what(
+        "mlp", "network, see `flatprune list models`, or module:function that makes one of your own"
+    )
     widths: tuple[Count, ...] | None = _what(
         None, "hidden widths of the network, as in 300,100", unset="its usual", strict=False
     )
-    image_size: Count | None = _what(None, "average the images down to this height and width", unset="as they are")
+    image_size: Count | None = _what(
+        None, "average the images down to this height and width; image files are scaled", unset="as they are"
+    )
     classes: Whole | None = _what(None, "number of classes", unset="largest training label + 1", ge=2)
     train_size: Annotated[float | None, AfterValidator(_checked_size)] = _what(
         None, "train on a random subset: a number of images, or a fraction below 1", unset="all"

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from flatprune import named
 from flatprune.errors import InputError
 from flatprune.export import FORMATS, INPUTS, export_run
 from flatprune.settings import Settings
@@ -16,13 +17,14 @@ _NAMED = 10  # files in a message
 
 def eval_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a finished run")],
-    data: Annotated[str | None, typer.Option(help="digits or an .npz; default the data of the run")] = None,
+    data: Annotated[str | None, typer.Option(help="see `flatprune list data`; default the data of the run")] = None,
+    model: Annotated[str | None, typer.Option(help="module:function of a network of your own")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:INDEX")] = "cpu",
 ) -> None:
     """Print the accuracy of the saved network on the test images."""
     from flatprune.runs import evaluate_saved
 
-    accuracy, loss, images = evaluate_saved(folder, data, Settings(device=device).torch_device())
+    accuracy, loss, images = evaluate_saved(folder, data, Settings(device=device).torch_device(), model)
     correct = round(accuracy * images / 100.0)
     print(f"test accuracy {accuracy!r} % ({correct} of {images}), loss {loss:.4f}")
 
@@ -38,12 +40,14 @@ def export_command(
             help=f"what the file takes: {', '.join(INPUTS)}; the last two are images as in the data, normalized inside",
         ),
     ] = INPUTS[0],
+    model: Annotated[str | None, typer.Option(help="module:function of a network of your own")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the file that is there")] = False,
 ) -> None:
     """Write the saved network in another format.
 
     Its outputs are compared with the network's first.
     """
+    named.allow(model)
     made = export_run(folder, to, out=out, input=takes, overwrite=overwrite)
     print(f"wrote {' and '.join(str(file) for file in reversed(made.files))}: {made.size:,} bytes")
     print(f"{made.params:,} parameters; takes {made.images}, any n")

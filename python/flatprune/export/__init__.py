@@ -13,7 +13,7 @@ from flatprune.export.exporting import (
 from flatprune.export.loading import fresh_network, load, read_saved
 from flatprune.export.model_file import MODEL_FILE, save_model
 from flatprune.export.pretrained import update_config
-from flatprune.export.saved import rebuild, take_tensors
+from flatprune.export.saved import take_tensors
 from flatprune.export.subject import INPUTS
 
 __all__ = [
@@ -29,7 +29,6 @@ __all__ = [
     "load",
     "read_exports",
     "read_saved",
-    "rebuild",
     "save",
     "save_model",
     "take_tensors",

@@ -28,7 +28,8 @@ def load(
         path: folder of the run, a `model.pt`, or a `.safetensors` that `flatprune export` made; with `into` a file of
             `flatprune.save`.
         device: where its tensors go.
-        into: a network of the class that was saved, built as it was before pruning; changed in place and returned.
+        into: a network of the class that was saved, built as it was before pruning; changed in place and returned. With
+            it the folder of a run of a network of one's own (`--model module:function`) is loaded, too.
 
     Returns:
         An ordinary `nn.Module` in its pruned shapes. Of a run, `model.normalization` maps images to its input,
@@ -42,13 +43,18 @@ def load(
         >>> model = flatprune.load("runs/demo")
         >>> classes = model(model.normalization(images)).argmax(1)  # uint8 images [n, height, width, channels]
     """
-    if into is not None:
+    if into is not None and not Path(path).is_dir():
         return load_into(into, path).to(device)
     saved = read_saved(path)
-    model = saved.network().to(device)
-    model.normalization = saved.normalization  # type: ignore[assignment]
-    model.image_shape = saved.image_shape  # type: ignore[assignment]
-    model.classes = saved.arguments["classes"]  # type: ignore[assignment]
+    model = (saved.network() if into is None else saved.fill(into).eval()).to(device)
+    told = {
+        "normalization": saved.normalization,
+        "image_shape": saved.image_shape,
+        "classes": saved.arguments["classes"],
+    }
+    for name, value in told.items():
+        if not hasattr(model, name):  # as a class of the user's may
+            setattr(model, name, value)
     return model
 
 

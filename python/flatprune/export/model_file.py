@@ -8,6 +8,7 @@ A dict of plain values and tensors (`torch.load(weights_only=True)` reads it), s
     widths          layer name -> output channels or features, after pruning
     normalization   mean, std [channels], image_size: what to do to images first
     state_dict      the tensors, in their pruned shapes
+    attributes      of a network of the user's own class alone: numbers that its modules hold (see `flatprune.save`)
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from typing import Any
 
 from torch import nn
 
-from flatprune import models
+from flatprune import models, named
 from flatprune.data import Normalization
+from flatprune.export.any_model import held_values
 from flatprune.export.saved import SavedNetwork, saved_network
 from flatprune.files.sealed import load_sealed, save_sealed
 
@@ -48,6 +50,8 @@ def save_model(
         "normalization": normalization.state_dict(),
         "state_dict": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
     }
+    if named.is_named(arguments["name"]):
+        state["attributes"] = held_values(model)
     save_sealed(path, state)
 
 

@@ -130,7 +130,7 @@ def network_source(subject: Subject, module: str) -> str:
     """The text of the module that is to be imported as `module`."""
     forwards = {type(part): _forward_source(type(part)) for part in subject.network.modules() if not _is_torchs(part)}
     classes = [
-        CLASS_TEMPLATE.format(name=kind.__name__, doc=(kind.__doc__ or "").splitlines()[0], forward=forward)
+        CLASS_TEMPLATE.format(name=kind.__name__, doc=(kind.__doc__ or kind.__name__).splitlines()[0], forward=forward)
         for kind, forward in forwards.items()
     ]
     uses_functional = any("F." in forward for forward in forwards.values())

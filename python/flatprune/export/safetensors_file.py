@@ -36,6 +36,11 @@ def write(subject: Subject, path: Path) -> list[Path]:
             f"input is {subject.input!r}: a safetensors file holds tensors and no computation, so it takes "
             f"{NORMALIZED!r} only; the normalization is in its metadata"
         )
+    if subject.saved.is_own:
+        raise InputError(
+            f"to safetensors: model {subject.saved.arguments['name']} is a class of your own, which a file of tensors "
+            "cannot be made to a network without; flatprune.load(DIR, into=...) gives the network"
+        )
     tensors = {name: tensor.contiguous() for name, tensor in subject.network.state_dict().items()}
     description = json.dumps(subject.description())
     metadata = {"format": "pt", DESCRIPTION_KEY: description, DIGEST_KEY: _digest(description, tensors)}

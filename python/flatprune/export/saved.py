@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flatprune import models
+from flatprune import models, named
 from flatprune.coupling.attention import make_prunable
 from flatprune.cutting.surgery import sync_attributes
 from flatprune.data import Normalization
@@ -24,6 +24,7 @@ class SavedNetwork(NamedTuple):
         arguments: name, image_shape, classes and widths that `flatprune.models.build` made it with.
         normalization: what its images go through first.
         tensors: its state dict, in the pruned shapes.
+        attributes: numbers that modules of a class of the user's own hold, see `flatprune.save`.
         widths: layer name -> output channels or features.
         path: of the file that holds all this.
     """
@@ -33,6 +34,7 @@ class SavedNetwork(NamedTuple):
     tensors: Mapping[str, Tensor]
     widths: Mapping[str, int]
     path: Path
+    attributes: Mapping[str, Mapping[str, Any]] = {}
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -40,17 +42,38 @@ class SavedNetwork(NamedTuple):
         channels, height, width = self.arguments["image_shape"]
         return channels, height, width
 
+    @property
+    def is_own(self) -> bool:
+        """Whether a function of the user's makes it."""
+        return named.is_named(str(self.arguments.get("name")))
+
     def network(self) -> nn.Module:
         """The network in evaluation mode; its tensors are copies.
 
         Raises:
+            InputError: a function of the user's makes it, which the user has not named, or it fails.
             DamagedError: the tensors are not those of such a network, or do not fit each other.
         """
+        own = _fresh(self.arguments) if self.is_own else None
         try:
-            model = rebuild(self.arguments, self.tensors).eval()
+            model = self.fill(own or _fresh(self.arguments)).eval()
             self._check(model)
         except (*_MISFITS, RuntimeError, MemoryError) as error:  # shapes that do not fit each other, or no memory
             raise damaged(self.path, error) from error
+        return model
+
+    def fill(self, model: nn.Module) -> nn.Module:
+        """Make a fresh network of this class the saved one; returns it.
+
+        Raises:
+            InputError: names or dtypes of tensors differ.
+        """
+        for name, own in model.state_dict().items():
+            if name in self.tensors and self.tensors[name].dtype != own.dtype:
+                raise InputError(
+                    f"tensor {name!r} is {self.tensors[name].dtype} in the file, {own.dtype} in the network"
+                )
+        take_tensors(model, self.tensors, self.attributes)
         return model
 
     @torch.no_grad()
@@ -85,25 +108,21 @@ def saved_network(
     """
     try:
         made = normalization(content["normalization"])
-        return SavedNetwork(dict(content["model"]), made, dict(tensors()), dict(content["widths"]), path)
+        attributes = dict(content.get("attributes", {}))
+        return SavedNetwork(dict(content["model"]), made, dict(tensors()), dict(content["widths"]), path, attributes)
     except _MISFITS as error:
         raise damaged(path, error) from error
 
 
-def rebuild(arguments: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Build a network and give it the tensors of a pruned one of the same kind.
-
-    Raises:
-        InputError: names or dtypes of tensors differ.
-    """
+def _fresh(arguments: Mapping[str, Any]) -> nn.Module:
+    """The network as it was before training; its values are thrown away, so they cost no random numbers."""
     rng = torch.get_rng_state()
-    model = models.build(arguments["name"], tuple(arguments["image_shape"]), arguments["classes"], arguments["widths"])
-    torch.set_rng_state(rng)  # the initial values are thrown away, so they must not cost random numbers
-    for name, own in model.state_dict().items():
-        if name in tensors and tensors[name].dtype != own.dtype:
-            raise InputError(f"tensor {name!r} is {tensors[name].dtype} in the file, {own.dtype} in the network")
-    take_tensors(model, tensors)
-    return model
+    try:
+        return models.build(
+            arguments["name"], tuple(arguments["image_shape"]), arguments["classes"], arguments["widths"]
+        )
+    finally:
+        torch.set_rng_state(rng)
 
 
 def take_tensors(

@@ -29,7 +29,9 @@ def read_npz(path: str, keys: Sequence[str]) -> dict[str, np.ndarray]:
         InputError: one line that names the file, the array and what is wrong with it.
     """
     if "\0" in path or not Path(path).exists():
-        hint = "" if Path(path).suffix else " (and the only data set known by name is 'digits')"
+        hint = (
+            "" if Path(path).suffix else " (`flatprune list data` names what there may be; by name alone only 'digits')"
+        )
         raise InputError(f"{path}: no such file{hint}".replace("\0", "\\0"))
     if not Path(path).is_file():
         raise InputError(f"{path}: cannot be read (it is no ordinary file)")

@@ -11,9 +11,11 @@ from functools import partial
 
 from torch import nn
 
+from flatprune import named
 from flatprune.errors import InputError, did_you_mean
 from flatprune.models.dense import densenet40
 from flatprune.models.measures import LAYERS, has_batch_norm, layer_widths, multiply_accumulates, parameter_count
+from flatprune.models.own import build_own
 from flatprune.models.plain import VGG_WIDTHS, convnet, lenet5, mlp, vgg
 from flatprune.models.residual import RESNETS, ResNet, mobilenetv2, resnet
 from flatprune.models.vit import vit_tiny
@@ -49,8 +51,8 @@ def names() -> list[str]:
 
 
 def check_name(name: str) -> None:
-    """Raise InputError, with near names, for a model that is not known."""
-    if name not in names():
+    """Raise InputError, with near names, for a model that is neither known nor a function of the user's own."""
+    if name not in names() and not named.is_named(name):
         raise InputError(f"unknown model {name!r}; {did_you_mean(name, names(), at_most=3)}")
 
 
@@ -58,7 +60,7 @@ def build(name: str, image_shape: tuple[int, int, int], classes: int, widths: Se
     """A freshly initialised network; its random numbers are torch's global ones.
 
     Args:
-        name: one of `names()`.
+        name: one of `names()`, or "module:function" of the user's own (see `flatprune.models.own`).
         image_shape: (channels, height, width).
         classes: number of outputs.
         widths: hidden widths, as documented at each network; default its usual ones.
@@ -67,6 +69,8 @@ def build(name: str, image_shape: tuple[int, int, int], classes: int, widths: Se
         InputError: the name is unknown, the images are too small, or there are too few or too many widths.
     """
     check_name(name)
+    if named.is_named(name):
+        return build_own(name, image_shape, classes, widths)
     if widths is not None and any(width < 1 for width in widths):
         raise InputError(f"widths of {name} are {tuple(widths)}, expected 1 or more each")
     return MODELS[name](image_shape, classes, widths)

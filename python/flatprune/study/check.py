@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from flatprune import named
 from flatprune.data import Dataset
 from flatprune.errors import InputError
 from flatprune.runs import load
@@ -34,6 +35,7 @@ def check_study(study: Study, note: Callable[[str], None] = lambda text: None) -
     noted: set[str] = set()
     for name, settings in study.runs():
         general = settings.changed(seed=0, device="cpu")
+        named.allow(settings.model, settings.data)  # the user has, in the file of the study
         try:
             settings.torch_device()
             if general not in steps:

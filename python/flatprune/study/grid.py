@@ -48,6 +48,7 @@ from flatprune.data import DIGITS
 from flatprune.errors import InputError, did_you_mean
 from flatprune.faults import shown
 from flatprune.files.yaml_file import read_yaml
+from flatprune.named import is_named
 from flatprune.settings import DENSE, Settings
 from flatprune.values import field_value, field_values, label
 
@@ -341,7 +342,7 @@ class _Reader:
 
     def _settings(self, where: str, values: dict[str, Any]) -> Settings:
         data = values.get("data", DIGITS)
-        if data != DIGITS and self.data_dir is not None:
+        if data != DIGITS and not is_named(data) and self.data_dir is not None:
             values = {**values, "data": str(self.data_dir / data)}
         try:
             return Settings(**values)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from flatprune.errors import DamagedError, InputError
 from flatprune.files.atomic import read_bytes
 from flatprune.files.finished import DIGESTS_FILE, HISTORY_FILE, SUMMARY_FILE, check_digest, read_summary
 from flatprune.files.records import Kind, read_record, write_record
+from flatprune.named import is_named
 from flatprune.run_folder import CHECKPOINT_FILE
 from flatprune.settings import Settings
 from flatprune.study.grid import Candidate, Cell, Study
@@ -248,20 +250,24 @@ def _read_outcome(folder: Path) -> Outcome | None:
 
 
 def data_id(data: str) -> str:
-    """What names the content of a data set: "digits", or the SHA-256 of the file.
+    """What names the content of a data set: "digits", the SHA-256 of the file or of all in the folder, "m:f" itself.
 
     Raises:
         InputError: there is no such file, or it cannot be read.
     """
-    if data == DIGITS:
+    if data == DIGITS or is_named(data):
         return data
-    digest = hashlib.sha256()
-    if "\0" in data or not Path(data).is_file():
+    if "\0" in data or not (Path(data).is_file() or Path(data).is_dir()):
         raise InputError(f"{data!r}: no such file" if "\0" in data else f"{data}: no such file")
+    digest = hashlib.sha256()
+    files = sorted(path for path in Path(data).rglob("*") if path.is_file()) if Path(data).is_dir() else [Path(data)]
     try:
-        with open(data, "rb") as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
-        return digest.hexdigest()
+        for path in files:
+            if len(files) > 1:
+                digest.update(os.fsencode(path.relative_to(data)))
+            with open(path, "rb") as file:
+                while block := file.read(_BLOCK):
+                    digest.update(block)
     except OSError as error:
         raise InputError(f"{data}: {error.strerror}") from error
+    return digest.hexdigest()

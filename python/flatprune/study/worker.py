@@ -100,7 +100,7 @@ def _run(folder: Path, restart_damaged: bool) -> None:
     settings = Settings.from_dict(read_settings(folder))
     warnings.simplefilter("ignore")  # the study has checked these settings and shown what they warn of
     if (folder / CHECKPOINT_FILE).is_file():
-        given = {"data": settings.data, "device": settings.device}
+        given = {name: getattr(settings, name) for name in ("data", "model", "device")}
         runs.resume(folder, given, restart_damaged=restart_damaged, wait=True, observer=lambda _: Steps())
     else:  # waits, as the worker of a killed study may still be saving
         runs.run(settings, folder, overwrite=True, wait=True, observer=lambda _: Steps())

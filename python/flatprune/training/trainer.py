@@ -56,6 +56,11 @@ class Observer:
         """Training ended, was stopped or failed."""
 
 
+def _attributes(state: dict[str, Any]) -> dict[str, Any]:
+    """Numbers that pruning changed in the code of a network, by module."""
+    return (state["pruner"] or {}).get("attributes", {})
+
+
 class Trainer:
     """Trains one network and prunes it on the way.
 
@@ -90,6 +95,8 @@ class Trainer:
         if settings.stop_accuracy_drop is not None:
             dataset, x, y = hold_out(dataset, settings.seed)
             self.guard = AccuracyGuard(x, y, settings.stop_accuracy_drop, evaluate)
+        if settings.augment and dataset.image_shape[1:] == (1, 1):
+            raise InputError(f"augment: images of {dataset.name} are one pixel, as rows of a table are; leave it out")
         self.dataset = dataset
         self.progress = Progress()
         self.history: list[dict[str, Any]] = []
@@ -123,7 +130,7 @@ class Trainer:
         if settings.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if state is not None:
-            take_tensors(self.model, state["model"])
+            take_tensors(self.model, state["model"], _attributes(state))
 
     def _build(self) -> None:
         """Everything that acts on the model."""
@@ -238,7 +245,7 @@ class Trainer:
             name = self.dataset.name
             raise InputError(f"{name}: not the data of the checkpoint; a run resumes only on the same data")
         if self.average is not None:
-            take_tensors(self.average.module, state["ema"])
+            take_tensors(self.average.module, state["ema"], _attributes(state))
         fused = builders.fused_optimizer(self.device)  # the device may be another one than before
         groups = [{**group, "fused": fused} for group in state["optimizer"]["param_groups"]]
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})

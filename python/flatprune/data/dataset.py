@@ -11,42 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flatprune.data.sources import Images, read_images
 from flatprune.errors import InputError
-from flatprune.extras import needed_by
-from flatprune.files.npz import read_npz
 from kfac_ext.curvature.modes import sent
 
-DIGITS = "digits"
-KEYS = ("x_train", "y_train", "x_test", "y_test")
-SOURCES = (
-    (DIGITS, "1,797 grey images of handwritten digits, 8x8, 10 classes", "scikit-learn"),
-    ("FILE.npz", "x_train, y_train, x_test, y_test: uint8 or float images [n, h, w, c], integer labels [n]", ""),
-)
-"""What `--data` takes, what that is, and the package that reads it."""
-_DIGITS_TEST_FRACTION = 0.25
-_DIGITS_SPLIT_SEED = 0  # fixed: the test set is the same for every --seed
 _VALIDATION_SEED = 1
-_STRAY_RATIO = 5
-MAX_CLASSES = 1_000_000
-
-
-@dataclass(frozen=True)
-class Images:
-    """Checked arrays as they were read.
-
-    Attributes:
-        name: "digits" or the path of the file.
-        x_train, x_test: uint8 or float images [n, height, width, channels].
-        y_train, y_test: int64 labels [n] in 0 .. classes - 1.
-        classes: number of classes.
-    """
-
-    name: str
-    x_train: np.ndarray
-    y_train: np.ndarray
-    x_test: np.ndarray
-    y_test: np.ndarray
-    classes: int
 
 
 @dataclass(frozen=True)
@@ -94,6 +63,7 @@ class Dataset:
     classes: int
     normalization: Normalization
     digest: str
+    class_names: tuple[str, ...] | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -114,42 +84,6 @@ def to_pixels(images: np.ndarray | Tensor, image_size: int | None = None) -> Ten
     return pixels
 
 
-def read_images(data: str, classes: int | None = None) -> Images:
-    """Read and check a data set.
-
-    Args:
-        data: "digits" (scikit-learn's 8x8 digits, a fixed stratified split) or the path of an .npz file that holds
-            x_train, y_train, x_test, y_test: uint8 (or finite float) images [n, height, width, channels] or
-            [n, height, width], and integer labels [n] from 0.
-        classes: number of classes; default the largest training label + 1.
-
-    Raises:
-        InputError: one line that names the file, the array and what is wrong with it.
-    """
-    arrays = _digits() if data == DIGITS else read_npz(data, KEYS)
-    for split in ("train", "test"):
-        x_key, y_key = f"x_{split}", f"y_{split}"
-        arrays[x_key] = _checked_images(f"{data}: {x_key}", arrays[x_key])
-        arrays[y_key] = _checked_labels(f"{data}: {y_key}", arrays[y_key])
-        if len(arrays[x_key]) != len(arrays[y_key]):
-            raise InputError(
-                f"{data}: {x_key} has {len(arrays[x_key])} images and {y_key} {len(arrays[y_key])} labels, "
-                "expected as many labels as images"
-            )
-    if arrays["x_train"].shape[1:] != arrays["x_test"].shape[1:]:
-        raise InputError(
-            f"{data}: x_test has images of shape {arrays['x_test'].shape[1:]}, "
-            f"x_train of {arrays['x_train'].shape[1:]}; expected the same"
-        )
-    if (arrays["x_train"].dtype == np.uint8) != (arrays["x_test"].dtype == np.uint8):  # only uint8 is divided by 255
-        raise InputError(
-            f"{data}: x_test has dtype {arrays['x_test'].dtype}, x_train {arrays['x_train'].dtype}; "
-            "expected uint8 in both or floating point in both"
-        )
-    count = _class_count(data, arrays["y_train"], arrays["y_test"], classes)
-    return Images(data, arrays["x_train"], arrays["y_train"], arrays["x_test"], arrays["y_test"], count)
-
-
 def load_dataset(
     data: str,
     *,
@@ -164,7 +98,7 @@ def load_dataset(
     """The data set named, ready for training.
 
     Args:
-        data: "digits" or the path of an .npz file, as in `read_images`.
+        data: what `read_images` reads.
         seed: draws the subset and the noise (not the digits' split).
         train_size: number of training images, or (below 1) a fraction of them, a random subset; default all.
         validation: fraction of the training images, the same for every seed, that takes the place of the test images;
@@ -178,7 +112,7 @@ def load_dataset(
     Raises:
         InputError: naming what cannot be used.
     """
-    images = read_images(data, classes)
+    images = read_images(data, classes, image_size)
     if validation is not None:
         images = _held_out(images, validation)
     height, width = images.x_train.shape[1:3]
@@ -209,6 +143,7 @@ def load_dataset(
         classes=images.classes,
         normalization=normalization,
         digest=_digest(x_train, y_train, x_test),
+        class_names=images.class_names,
     )
 
 
@@ -267,86 +202,6 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     sample = torch.arange(n, device=device).view(n, 1, 1, 1)
     channel = torch.arange(channels, device=device).view(1, channels, 1, 1)
     return padded[sample, channel, rows.view(n, 1, height, 1), columns.view(n, 1, 1, width)]
-
-
-def _digits() -> dict[str, np.ndarray]:
-    with needed_by("the data set 'digits'"):
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    images = (digits.images[..., None] / 16.0).astype(np.float32)  # grey levels 0 .. 16
-    x_train, x_test, y_train, y_test = train_test_split(
-        images,
-        digits.target.astype(np.int64),
-        test_size=_DIGITS_TEST_FRACTION,
-        random_state=_DIGITS_SPLIT_SEED,
-        stratify=digits.target,
-    )
-    return {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test}
-
-
-def _checked_images(name: str, images: np.ndarray) -> np.ndarray:
-    if images.ndim == 3:
-        images = images[..., None]
-    if images.ndim != 4:
-        raise InputError(f"{name} has shape {images.shape}, expected [n, height, width, channels]")
-    if 0 in images.shape:
-        raise InputError(f"{name} is empty (shape {images.shape})")
-    if images.shape[1] in (1, 3) and images.shape[2] == images.shape[3] > 4:
-        raise InputError(f"{name} has shape {images.shape}, channels first; expected [n, height, width, channels]")
-    if images.dtype == np.uint8:
-        return images
-    if not np.issubdtype(images.dtype, np.floating):
-        raise InputError(f"{name} has dtype {images.dtype}, expected uint8 or floating point")
-    with np.errstate(over="ignore"):  # float64 values beyond float32 become infinite
-        single = images.astype(np.float32)
-    if not np.isfinite(single).all():
-        first = np.unravel_index(int(np.argmin(np.isfinite(single))), images.shape)
-        raise InputError(f"{name} has a value that is not finite in float32 ({images[first]}) in image {first[0]}")
-    return single
-
-
-def _checked_labels(name: str, labels: np.ndarray) -> np.ndarray:
-    if labels.ndim != 1:
-        raise InputError(f"{name} has shape {labels.shape}, expected [n]")
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise InputError(f"{name} has dtype {labels.dtype}, expected integers")
-    if len(labels) and labels.min() < 0:
-        raise InputError(f"{name} has label {labels.min()} at index {int(labels.argmin())}, expected 0 or above")
-    if len(labels) and labels.max() > 2**31:
-        raise InputError(f"{name} has label {labels.max()} at index {int(labels.argmax())}: out of range")
-    return labels.astype(np.int64)
-
-
-def _class_count(data: str, y_train: np.ndarray, y_test: np.ndarray, classes: int | None) -> int:
-    """The number of classes, once every label is known to lie below it."""
-    if classes is not None and classes < 2:
-        raise InputError(f"classes is {classes}, expected 2 or more")
-    count = classes or _plausible_count(data, y_train, y_test)
-    for name, labels in (("y_train", y_train), ("y_test", y_test)):
-        if labels.max() >= count:
-            index = int(labels.argmax())
-            raise InputError(f"{data}: {name} has label {labels[index]} at index {index}, expected 0 to {count - 1}")
-    if count > MAX_CLASSES:
-        raise InputError(f"{data}: has {count:,} classes, expected {MAX_CLASSES:,} or fewer")
-    if count < 2:
-        raise InputError(f"{data}: y_train has only label {y_train[0]}, expected two classes or more")
-    return count
-
-
-def _plausible_count(data: str, y_train: np.ndarray, y_test: np.ndarray) -> int:
-    # One wrong label would otherwise silently make a class (or thousands of them) that no test image has.
-    values, counts = np.unique(y_train, return_counts=True)
-    top = int(values[-1])
-    others = counts[:-1]
-    rare = len(others) > 0 and (counts[-1] * _STRAY_RATIO < np.median(others) or top >= 2 * len(values))
-    if rare and y_test.max() < top:
-        raise InputError(
-            f"{data}: y_train has label {top} at index {int(y_train.argmax())}, out of range: only {counts[-1]} of "
-            f"{len(y_train)} training labels and no test label is as large (say --classes {top + 1} if it is meant)"
-        )
-    return top + 1
 
 
 def _subset(data: str, available: int, train_size: float | None, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,26 @@
+"""Image sets as tensors on the training device: what they are read from, and how they are made ready."""
+
+from flatprune.data.dataset import (
+    Dataset,
+    Normalization,
+    augmented,
+    batch_indices,
+    load_dataset,
+    noisy_labels,
+    to_pixels,
+)
+from flatprune.data.sources import DIGITS, SOURCES, Images, read_images
+
+__all__ = [
+    "DIGITS",
+    "SOURCES",
+    "Dataset",
+    "Images",
+    "Normalization",
+    "augmented",
+    "batch_indices",
+    "load_dataset",
+    "noisy_labels",
+    "read_images",
+    "to_pixels",
+]
