@@ -19,7 +19,7 @@ from pydantic import (
 
 from flatprune import models
 from flatprune.criteria import CRITERIA
-from flatprune.data import DIGITS
+from flatprune.data import DIGITS, MAX_CLASSES
 from flatprune.errors import InputError
 from flatprune.faults import first_fault
 from flatprune.flatness.spectrum import MODES
@@ -52,8 +52,8 @@ def _checked_size(size: float | None) -> float | None:
     return int(size)
 
 
-Whole = Annotated[int, Field(le=2**31 - 1)]
-Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+_LARGEST = 2**31 - 1
+Count = Annotated[int, Field(ge=1, le=_LARGEST)]
 Text = InstanceOf[str]  # pydantic's own str refuses names of files that are not Unicode
 if TYPE_CHECKING:
     Criterion = Mode = Schedule = Selection = str
@@ -110,7 +110,7 @@ class Settings(BaseModel):
     image_size: Count | None = _what(
         None, "average the images down to this height and width; image files are scaled", unset="as they are"
     )
-    classes: Whole | None = _what(None, "number of classes", unset="largest training label + 1", ge=2)
+    classes: int | None = _what(None, "number of classes", unset="largest training label + 1", ge=2, le=MAX_CLASSES)
     train_size: Annotated[float | None, AfterValidator(_checked_size)] = _what(
         None, "train on a random subset: a number of images, or a fraction below 1", unset="all"
     )
@@ -148,8 +148,8 @@ class Settings(BaseModel):
         (), "layers (or modules around them) that keep their neurons: names as in 3,5", strict=False
     )
 
-    epochs: Count = _training(60, "passes over the training images", le=10**7)
-    batch_size: Whole = _training(128, "images a step", ge=2)
+    epochs: int = _training(60, "passes over the training images", ge=1, le=10**7)
+    batch_size: int = _training(128, "images a step", ge=2, le=_LARGEST)
     optimizer: Literal["sgd", "adam", "adamw"] = _training("sgd", "sgd, adam or adamw; on a GPU the fused one")
     lr: float | None = _training(
         None,
@@ -231,7 +231,7 @@ class Settings(BaseModel):
     )
 
     device: Text = _files("cpu", "cpu, cuda or cuda:INDEX")
-    threads: Count | None = _files(None, "CPU threads", unset="1 for small networks, else all cores", le=1024)
+    threads: int | None = _files(None, "CPU threads", unset="1 for small networks, else all cores", ge=1, le=1024)
 
     def __init__(self, **values: Any) -> None:
         if all(values.get(name) is None for name in TARGETS):

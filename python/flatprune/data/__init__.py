@@ -1,5 +1,6 @@
 """Image sets as tensors on the training device: what they are read from, and how they are made ready."""
 
+from flatprune.data.arrays import MAX_CLASSES
 from flatprune.data.dataset import (
     Dataset,
     Normalization,
@@ -13,6 +14,7 @@ from flatprune.data.sources import DIGITS, SOURCES, Images, read_images
 
 __all__ = [
     "DIGITS",
+    "MAX_CLASSES",
     "SOURCES",
     "Dataset",
     "Images",
