@@ -151,7 +151,8 @@ def test_a_data_set_on_the_disk(tmp_path):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["no", "yes"])})
     rows = {"img": [Image.new("L", (4, 4), 9 * i) for i in range(10)], "label": [i % 2 for i in range(10)]}
-    whole = datasets.Dataset.from_dict(rows, features=features)
+    table = datasets.table.InMemoryTable.from_pydict(features.encode_batch(rows), schema=features.arrow_schema)
+    whole = datasets.Dataset(table, info=datasets.DatasetInfo(features=features), fingerprint="rows")
     whole.save_to_disk(str(tmp_path / "whole"))
     images = read_images(str(tmp_path / "whole"))
     assert images.x_train.shape == (8, 4, 4, 1) and images.class_names == ("no", "yes")

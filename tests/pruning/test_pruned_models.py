@@ -48,7 +48,8 @@ def test_pruned_to_thirty_percent(name, tmp_path):
     assert effect > 1e-3
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 * effect)
 
-    rebuilt = export.rebuild(arguments(name), model.state_dict()).eval()
+    rebuilt = models.build(**arguments(name)).eval()
+    export.take_tensors(rebuilt, model.state_dict())
     assert repr(rebuilt) == repr(model)
     with torch.no_grad():
         assert torch.equal(rebuilt(x), found)

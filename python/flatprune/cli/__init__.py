@@ -25,7 +25,7 @@ from kfac_ext import __version__
 EXIT_FAILED = 2
 EXIT_INTERRUPTED = 130
 
-app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
 for _command in (run_command, study_command, eval_command, export_command, check_command, list_command):
     app.command(_command.__name__.removesuffix("_command"), cls=PanelCommand if _command is run_command else None)(
         _command

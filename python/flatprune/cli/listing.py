@@ -19,7 +19,7 @@ _SHAPE, _CLASSES = (3, 32, 32), 10
 
 def list_command(
     what: Annotated[
-        str, typer.Argument(metavar="WHAT", help="models, criteria or data", autocompletion=lambda: _TABLES)
+        str, typer.Argument(metavar="models|criteria|data", help="which list", autocompletion=lambda: _TABLES)
     ],
 ) -> None:
     """Name the models, the criteria or the kinds of data there are."""

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from flatprune.cli.config import config_text, read_config
 from flatprune.cli.options import settings_of, with_settings
 from flatprune.cli.output import dispensable
 from flatprune.errors import InputError
@@ -44,6 +43,8 @@ def run_command(
 
     In brackets: what holds where an option is not given.
     """
+    from flatprune.cli.config import config_text, read_config  # which loads yaml
+
     values = settings_of(given)
     if config is not None:
         values = {**read_config(config, instead=values), **values}
