@@ -56,7 +56,10 @@ _LARGEST = 2**31 - 1
 Count = Annotated[int, Field(ge=1, le=_LARGEST)]
 Text = InstanceOf[str]  # pydantic's own str refuses names of files that are not Unicode
 if TYPE_CHECKING:
-    Criterion = Mode = Schedule = Selection = str
+    Criterion = str
+    Mode = str
+    Schedule = str
+    Selection = str
 else:
     Criterion, Mode, Schedule, Selection = (
         Literal[tuple(known)] for known in (CRITERIA, MODES, LR_SCHEDULES, SELECTIONS)

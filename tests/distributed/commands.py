@@ -43,9 +43,7 @@ def spoiled(arguments, other, rank):
     load = runs.load
 
     def loaded(settings):
-        from dataclasses import replace
-
-        return load(replace(settings, data=other) if int(os.environ["RANK"]) == rank else settings)
+        return load(settings.changed(data=other) if int(os.environ["RANK"]) == rank else settings)
 
     runs.load = loaded
     try:

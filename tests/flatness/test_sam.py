@@ -6,7 +6,6 @@ import copy
 import math
 import os
 import signal
-from dataclasses import replace
 
 import pytest
 import torch
@@ -223,7 +222,7 @@ def test_a_run_resumes_bit_for_bit(tmp_path, model, monkeypatch):
         runs.run(settings, tmp_path / "parts", observer=lambda _: Stop())
     torch.manual_seed(5)
     resumed = runs.resume(tmp_path / "parts")
-    runs.run(replace(settings, sam_every=4), tmp_path / "other")
+    runs.run(settings.changed(sam_every=4), tmp_path / "other")
     whole, parts, other = (
         torch.load(tmp_path / name / "model.pt", weights_only=True)["state_dict"]
         for name in ("whole", "parts", "other")

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -59,7 +58,7 @@ def test_epochs_that_are_not_tested(npz, tmp_path, terminal):
     assert some["test_accuracy_last"] == everything["test_accuracy_last"]
     assert f"{some['test_accuracy_last']:.2f} %" in console.file.getvalue()
     assert ("test not done" in console.file.getvalue()) != terminal
-    last_only = runs.run(replace(settings, test_every=9), tmp_path / "last")
+    last_only = runs.run(settings.changed(test_every=9), tmp_path / "last")
     assert last_only["test_accuracy_best"] == last_only["test_accuracy_last"] == some["test_accuracy_last"]
 
 

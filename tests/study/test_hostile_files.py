@@ -67,10 +67,13 @@ def test_aliases_and_bytes_marks_are_allowed(study_file):
     assert [cell.settings.epochs for cell in study.cells] == [3, 3]
 
 
-@pytest.mark.parametrize("data", ["", "a\\0b", "/dev/zero", "/", "-"])
-def test_data_that_is_no_file(study_file, study, tmp_path, data):
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [(name, "no such file") for name in ("", "a\\0b", "/dev/zero", "-")] + [("/", "holds no image")],
+)
+def test_data_that_is_no_file(study_file, study, tmp_path, data, word):
     outcome = study(study_file(f'base: {{data: "{data}"}}'), "--out", tmp_path / "out")
-    assert outcome.returncode == 2 and outcome.stderr.count("\n") == 1 and "no such file" in outcome.stderr
+    assert outcome.returncode == 2 and outcome.stderr.count("\n") == 1 and word in outcome.stderr
 
 
 def test_a_study_from_a_pipe_is_read_once(study_file):

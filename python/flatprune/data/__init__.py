@@ -10,7 +10,7 @@ from flatprune.data.dataset import (
     noisy_labels,
     to_pixels,
 )
-from flatprune.data.sources import DIGITS, SOURCES, Images, read_images
+from flatprune.data.sources import DIGITS, SOURCES, Images, content_files, read_images
 
 __all__ = [
     "DIGITS",
@@ -21,6 +21,7 @@ __all__ = [
     "Normalization",
     "augmented",
     "batch_indices",
+    "content_files",
     "load_dataset",
     "noisy_labels",
     "read_images",

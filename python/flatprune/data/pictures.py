@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,20 +51,26 @@ def read_folder(folder: Path, image_size: int | None) -> tuple[dict[str, np.ndar
     Raises:
         InputError: naming the picture or the folder.
     """
-    whole = not all((folder / part).is_dir() for part in PARTS)
-    lacking = [part for part in PARTS if not (folder / part).is_dir()]
-    if len(lacking) == 1:
-        raise InputError(f"{folder}: has no folder {lacking[0]} beside the other, expected train and test, or classes")
-    names = _classes(folder if whole else folder / "train")
-    parts = [folder] if whole else [folder / part for part in PARTS]
-    for part in parts[1:]:
-        if unknown := [name for name in _classes(part) if name not in names]:
-            raise InputError(f"{part}: has a class {unknown[0]!r} that {parts[0]} has not")
+    names, parts = _parts(folder)
     with needed_by(f"{folder}: a folder of images"):
         from PIL import Image
 
-    found = [list(_in_folder(part, names, Image.open)) for part in parts]
+    found = [
+        [_Picture(str(path), partial(Image.open, path), label) for label, path in _in_folder(part, names)]
+        for part in parts
+    ]
     return _arrays(str(folder), found, image_size), names
+
+
+def folder_files(folder: Path) -> list[Path]:
+    """The pictures that `read_folder` reads, in its order."""
+    names, parts = _parts(folder)
+    return [path for part in parts for _, path in _in_folder(part, names)]
+
+
+def dataset_files(folder: Path) -> list[Path]:
+    """The files of a data set that was saved to the disk."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def read_dataset(folder: Path, image_size: int | None) -> tuple[dict[str, np.ndarray], list[str] | None]:
@@ -95,6 +102,20 @@ def read_dataset(folder: Path, image_size: int | None) -> tuple[dict[str, np.nda
     return _arrays(str(folder), found, image_size), names
 
 
+def _parts(folder: Path) -> tuple[list[str], list[Path]]:
+    """Names of the classes, and the folders that hold one of each: to train and to test on, or one for both."""
+    whole = not all((folder / part).is_dir() for part in PARTS)
+    lacking = [part for part in PARTS if not (folder / part).is_dir()]
+    if len(lacking) == 1:
+        raise InputError(f"{folder}: has no folder {lacking[0]} beside the other, expected train and test, or classes")
+    names = _classes(folder if whole else folder / "train")
+    parts = [folder] if whole else [folder / part for part in PARTS]
+    for part in parts[1:]:
+        if unknown := [name for name in _classes(part) if name not in names]:
+            raise InputError(f"{part}: has a class {unknown[0]!r} that {parts[0]} has not")
+    return names, parts
+
+
 def _classes(folder: Path) -> list[str]:
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if len(names) < 2:
@@ -102,21 +123,25 @@ def _classes(folder: Path) -> list[str]:
     return names
 
 
-def _in_folder(folder: Path, names: Sequence[str], opened: Callable[[Path], Any]) -> Iterator[_Picture]:
+def _in_folder(folder: Path, names: Sequence[str]) -> Iterator[tuple[int, Path]]:
+    """(class, file) of the pictures."""
     for label, name in enumerate(names):
         inside = sorted((folder / name).iterdir()) if (folder / name).is_dir() else []
         files = [path for path in inside if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
         if not files and (folder / name).is_dir():
             raise InputError(f"{folder / name}: holds no image ({', '.join(SUFFIXES)})")
-        for path in files:
-            yield _Picture(str(path), lambda path=path: opened(path), label)  # type: ignore[misc]
+        yield from ((label, path) for path in files)
 
 
 def _in_dataset(name: str, rows: Any, image: str) -> Iterator[_Picture]:
     for place, label in enumerate(rows[_LABEL_COLUMN]):
         if not isinstance(label, int) or isinstance(label, bool):
             raise InputError(f"{name}: row {place} has the label {label!r}, expected a whole number")
-        yield _Picture(f"{name}: row {place}", lambda place=place: rows[place][image], label)  # type: ignore[misc]
+        yield _Picture(f"{name}: row {place}", partial(_row, rows, place, image), label)
+
+
+def _row(rows: Any, place: int, column: str) -> Any:
+    return rows[place][column]
 
 
 def _arrays(name: str, parts: list[list[_Picture]], image_size: int | None) -> dict[str, np.ndarray]:

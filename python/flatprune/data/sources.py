@@ -10,7 +10,7 @@ import numpy as np
 
 from flatprune import named
 from flatprune.data.arrays import checked_images, checked_labels, class_count
-from flatprune.data.pictures import is_dataset, read_dataset, read_folder
+from flatprune.data.pictures import dataset_files, folder_files, is_dataset, read_dataset, read_folder
 from flatprune.data.tables import read_csv
 from flatprune.errors import InputError
 from flatprune.extras import needed_by
@@ -88,7 +88,7 @@ def read_images(data: str, classes: int | None = None, image_size: int | None = 
         )
     named_classes = None if names is None else len(names)
     count = class_count(data, arrays["y_train"], arrays["y_test"], classes or named_classes)
-    return Images(data, *(arrays[key] for key in KEYS), count, None if names is None else tuple(names))
+    return Images(name=data, **arrays, classes=count, class_names=None if names is None else tuple(names))
 
 
 def _read(data: str, image_size: int | None) -> tuple[dict[str, np.ndarray], list[str] | None]:
@@ -97,11 +97,26 @@ def _read(data: str, image_size: int | None) -> tuple[dict[str, np.ndarray], lis
         return _digits(), None
     if named.is_named(data):
         return _from_function(data), None
-    if "\0" not in data and Path(data).is_dir():
+    if data and "\0" not in data and Path(data).is_dir():
         return (read_dataset if is_dataset(Path(data)) else read_folder)(Path(data), image_size)
     if data.lower().endswith(CSV):
         return read_csv(data)
     return read_npz(data, KEYS), None
+
+
+def content_files(data: str) -> list[Path]:
+    """The files that `data` is read from, in order: none for what has a name alone.
+
+    Raises:
+        InputError: there is no such file, or a folder is none of data.
+    """
+    if data == DIGITS or named.is_named(data):
+        return []
+    if data and "\0" not in data and Path(data).is_dir():
+        return dataset_files(Path(data)) if is_dataset(Path(data)) else folder_files(Path(data))
+    if not data or "\0" in data or not Path(data).is_file():
+        raise InputError(f"{data!r}: no such file" if not data or "\0" in data else f"{data}: no such file")
+    return [Path(data)]
 
 
 def _from_function(data: str) -> dict[str, np.ndarray]:

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flatprune.data import DIGITS
+from flatprune.data import content_files
 from flatprune.errors import DamagedError, InputError
 from flatprune.files.atomic import read_bytes
 from flatprune.files.finished import DIGESTS_FILE, HISTORY_FILE, SUMMARY_FILE, check_digest, read_summary
 from flatprune.files.records import Kind, read_record, write_record
-from flatprune.named import is_named
 from flatprune.run_folder import CHECKPOINT_FILE
 from flatprune.settings import Settings
 from flatprune.study.grid import Candidate, Cell, Study
@@ -255,19 +254,17 @@ def data_id(data: str) -> str:
     Raises:
         InputError: there is no such file, or it cannot be read.
     """
-    if data == DIGITS or is_named(data):
+    files = content_files(data)
+    if not files:
         return data
-    if "\0" in data or not (Path(data).is_file() or Path(data).is_dir()):
-        raise InputError(f"{data!r}: no such file" if "\0" in data else f"{data}: no such file")
     digest = hashlib.sha256()
-    files = sorted(path for path in Path(data).rglob("*") if path.is_file()) if Path(data).is_dir() else [Path(data)]
     try:
         for path in files:
-            if len(files) > 1:
+            if Path(data).is_dir():
                 digest.update(os.fsencode(path.relative_to(data)))
             with open(path, "rb") as file:
                 while block := file.read(_BLOCK):
                     digest.update(block)
     except OSError as error:
-        raise InputError(f"{data}: {error.strerror}") from error
+        raise InputError(f"{path}: {error.strerror}") from error
     return digest.hexdigest()
