@@ -21,6 +21,9 @@ EXTRAS = {
     "safetensors": "export",
     "onnx": "export",
     "onnxscript": "export",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
 }
 """Module -> the extra of kfac-ext that brings it."""
 

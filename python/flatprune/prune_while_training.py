@@ -14,6 +14,7 @@ from flatprune.flatness.spectrum import Flatness
 from flatprune.pruning.learning_rate import PruningLR
 from flatprune.pruning.pruner import Pruner
 from flatprune.pruning.removals import Removal
+from flatprune.pruning.scalars import Logger, event_scalars, state_scalars
 from flatprune.pruning.schedule import CubicSchedule
 from flatprune.pruning.targets import UNITS, Target, amount
 from kfac_ext.curvature import Curvature
@@ -38,6 +39,9 @@ class PruneWhileTraining:
         accumulate: calls of `loss` for each step of the optimizer, where gradients of several batches are added up.
         lr_schedule: None: learning rates are the loop's own business; "flat_cosine" and others: those of `PruningLR`.
         curvature: arguments of `Curvature`, such as {"loss": "mse"}, or a Curvature of this model.
+        logger: told at the first step and at each event what `scalars` gives, with the neurons that went and the
+            predicted and measured change of the loss (`flatprune.pruning.scalars.event_scalars`), such as a
+            `flatprune.integrations.loggers.TensorBoardLogger`. It is yours to close.
         pruner_arguments: more arguments of `Pruner`, such as `criterion`, `exclude`, `forward` or `schedule`.
 
     Attributes:
@@ -70,6 +74,7 @@ class PruneWhileTraining:
         accumulate: int = 1,
         lr_schedule: str | None = None,
         curvature: Curvature | Mapping[str, Any] | None = None,
+        logger: Logger | None = None,
         **pruner_arguments: Any,
     ) -> None:
         if not isinstance(target, Target):
@@ -94,6 +99,7 @@ class PruneWhileTraining:
                 self.curvature.remove()
             raise
         self._widths_start = self.pruner.widths()
+        self._logger, self._has_told = logger, False
 
     def loss(self, inputs: Any, outputs: Any, loss: Tensor) -> Tensor:
         """The loss to call `backward()` on: `loss` plus the flatness term of this batch.
@@ -123,9 +129,14 @@ class PruneWhileTraining:
         Raises:
             ValueError, RuntimeError: from `Pruner.step`; all is as before then.
         """
+        if self._logger is not None and not self._has_told:
+            self._logger.log(self.pruner.step_count, self.scalars())
+            self._has_told = True
         removals = self.pruner.step()
         if removals:
             logger.info(self._line(removals))
+        if removals and self._logger is not None:
+            self._logger.log(self.pruner.step_count, {**self.scalars(), **event_scalars(removals)})
         if self.lr_scheduler is not None:
             with warnings.catch_warnings():  # a GradScaler may have left out the first step
                 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
@@ -136,6 +147,13 @@ class PruneWhileTraining:
     def finished(self) -> bool:
         """Whether all neurons that go are gone."""
         return bool(self.pruner.stopped) or self.pruner.step_count >= self.pruner.schedule.events[-1]
+
+    def scalars(self) -> dict[str, float]:
+        """Parameters, multiply-accumulates, widths and spectral radius now, for a logger of one's own at any time.
+
+        Their names says `flatprune.pruning.scalars.state_scalars`.
+        """
+        return state_scalars(self.pruner, self.curvature)
 
     def summary(self) -> str:
         """What became of the network so far: sizes, target, and the width of each group before and after."""

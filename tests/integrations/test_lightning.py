@@ -1,5 +1,7 @@
 """Lightning's Trainer with the pruning callback: targets, precision, accumulation, checkpoints that go on and load."""
 
+import csv
+from collections import Counter
 from importlib.util import find_spec
 
 import pytest
@@ -57,7 +59,7 @@ def trained(folder, manual=False, ckpt_path=None, epochs=EPOCHS, **options):
     steps = EPOCHS * BATCHES // options.get("accumulate_grad_batches", 1)
     made = {"schedule": flatprune.CubicSchedule(steps, 0.3, 0.7, every=2)}
     callback = PruningCallback(0.4, pruning={**made, "curvature": {"generator": torch.Generator().manual_seed(0)}})
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
     trainer = lightning.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -65,7 +67,7 @@ def trained(folder, manual=False, ckpt_path=None, epochs=EPOCHS, **options):
         default_root_dir=folder,
         enable_checkpointing=False,
         **quiet,
-        **options,
+        **{"logger": False, **options},
     )
     trainer.fit(module, batches(), ckpt_path=ckpt_path)
     return module, callback, trainer
@@ -79,6 +81,22 @@ def test_the_target_is_reached(tmp_path, options):
     assert callback.pruning.finished and callback.pruning.pruner.step_count == trainer.global_step
     assert callback.pruning.flatness.floors is not None
     assert not module.model._forward_hooks
+
+
+def test_its_loggers_are_told(tmp_path):
+    from lightning.pytorch.loggers import CSVLogger
+
+    _, callback, trainer = trained(tmp_path, logger=CSVLogger(tmp_path, flush_logs_every_n_steps=1))
+    with open(f"{trainer.logger.log_dir}/metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    events = {int(row["step"]): row for row in rows if row["event/removed"]}
+    removed = Counter()
+    for record in callback.pruning.pruner.history:
+        removed[record.step] += record.removed
+    assert {step: float(row["event/removed"]) for step, row in events.items()} == removed and len(removed) > 1
+    now = callback.pruning.scalars()
+    assert {name: float(trainer.callback_metrics[name]) for name in now} == pytest.approx(now)
+    assert {name: float(rows[-1][name]) for name in now} == pytest.approx(now)
 
 
 def test_a_checkpoint_goes_on_and_loads(tmp_path):

@@ -66,6 +66,14 @@ def test_the_target_is_reached(tmp_path, options):
     run = trainer(tmp_path, **options)
     before = sum(p.numel() for p in run.model.parameters())
     run.train()
+    events = {entry["step"]: entry for entry in run.state.log_history if "event/removed" in entry}
+    history = run.pruning.pruner.history
+    assert list(events) == sorted({record.step for record in history})
+    assert sum(entry["event/removed"] for entry in events.values()) == sum(record.removed for record in history)
+    epoch, now = run.state.log_history[-2], run.pruning.scalars()  # the last one is the Trainer's summary
+    assert now.items() <= epoch.items() and now["curvature/spectral_radius"] > 0.0
+    widths = {name: value for name, value in now.items() if name.startswith("width/")}
+    assert widths and widths.items() <= events[history[-1].step].items()
     assert sum(p.numel() for p in run.model.parameters()) <= 1.01 * 0.5 * before
     assert run.pruning.pruner.step_count == STEPS and run.pruning.finished
     assert run.pruning.flatness.floors is not None  # its warm-up is over

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flatprune.cli.options import settings_of, with_settings
 from flatprune.cli.output import dispensable
 from flatprune.errors import InputError
+from flatprune.integrations.loggers import LOGGERS, check_logger
 from flatprune.settings import FILES, Settings
+
+if TYPE_CHECKING:
+    from flatprune.training.trainer import Observer
 
 _option = partial(typer.Option, rich_help_panel=FILES)
 
@@ -33,6 +37,14 @@ def run_command(
         bool, _option("--restart-damaged", help="as --resume; a damaged checkpoint is put aside, the run made anew")
     ] = False,
     overwrite: Annotated[bool, _option("--overwrite", help="replace the run that is in --out")] = False,
+    log: Annotated[
+        str | None,
+        _option(
+            help="who is told of events and epochs: tensorboard (in --out/tensorboard), wandb or mlflow",
+            metavar="NAME",
+            autocompletion=lambda: list(LOGGERS),
+        ),
+    ] = None,
     rank_timeout: Annotated[
         float | None,
         _option(help="seconds to wait for one of torchrun's processes that does not come [1800]", metavar="NUM"),
@@ -54,22 +66,33 @@ def run_command(
     if (resume or restart_damaged) and overwrite:
         first = "--resume" if resume else "--restart-damaged"
         raise InputError(f"{first} and --overwrite: expected one of them")
+    if log is not None:
+        check_logger(log)
     from flatprune import runs
 
     if resume or restart_damaged:
         work = partial(runs.resume, out, values, restart_damaged=restart_damaged)
-        _shown(out, work, rank_timeout, done=runs.is_finished(out))
+        _shown(out, work, rank_timeout, log, done=runs.is_finished(out))
     else:
-        _shown(out, partial(runs.run, Settings(**values), out, overwrite=overwrite), rank_timeout)
+        _shown(out, partial(runs.run, Settings(**values), out, overwrite=overwrite), rank_timeout, log)
 
 
-def _shown(out: Path, work: Callable[..., dict[str, Any]], rank_timeout: float | None, *, done: bool = False) -> None:
+def _shown(
+    out: Path, work: Callable[..., dict[str, Any]], rank_timeout: float | None, log: str | None, *, done: bool = False
+) -> None:
     """Do what gives a summary, shown as it goes on and at its end; `done`: the run was finished already."""
-    from flatprune.reporting import progress
+    from flatprune.reporting import logged, progress
     from flatprune.training.ranks import is_follower
 
     console = progress.SteadyConsole()
-    summary = work(rank_timeout=rank_timeout, observer=lambda title: progress.observer(console, title))
+
+    def observer(title: str) -> Observer:
+        display = progress.observer(console, title)
+        if log is None:
+            return display
+        return logged.Observers(logged.LoggedRun(log, partial(LOGGERS[log], out, title)), display)
+
+    summary = work(rank_timeout=rank_timeout, observer=observer)
     if is_follower():
         return
     with dispensable():

@@ -1,1 +1,1 @@
-"""Trainers of other libraries that prune while they train; each module needs its library."""
+"""Trainers of other libraries that prune while they train, and loggers that are told; each needs its library."""

@@ -25,6 +25,7 @@ class PruningCallback(Callback):
 
     The first batch shows how the network is called; from the second on its curvature is followed. Checkpoints hold all
     that pruning needs: `trainer.fit(module, ckpt_path=...)` goes on with the pruned network; so does `load_pruned`.
+    The Trainer's loggers are told of each event, and after each epoch of sizes, widths and spectral radius.
 
     Args:
         target: a `flatprune.Target`, or the fraction of the parameters that shall be left.
@@ -110,6 +111,11 @@ class PruningCallback(Callback):
             if self.pruning is not None:
                 self.pruning.step()
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what the network is, by `log_dict`: for loggers, the progress bar's callbacks and early stopping."""
+        if self.pruning is not None:
+            pl_module.log_dict(self.pruning.scalars())
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take all hooks off the network."""
         if self._handle is not None:
@@ -145,12 +151,24 @@ class PruningCallback(Callback):
             target=self._target,
             total_steps=int(trainer.estimated_stepping_batches),
             accumulate=trainer.accumulate_grad_batches,
-            **self._arguments,
+            **{"logger": _TrainersLoggers(trainer), **self._arguments},
         )
         if self._saved is not None:
             self.pruning.load_state_dict(self._saved["pruning"])
         else:
             self.pruning.pruner.step_count = self._steps
+
+
+class _TrainersLoggers:
+    """Tells the loggers of a Trainer of each event; `log_dict` would leave out most, as it does every step's values."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """At the step's number."""
+        for logger in self._trainer.loggers:
+            logger.log_metrics(dict(scalars), step)
 
 
 def _first(value: Any) -> Any:

@@ -24,8 +24,8 @@ _EXAMPLES = 2
 class PruningTrainer(Trainer):
     """`transformers.Trainer` with neurons, heads and residual streams going while it trains.
 
-    Everything else is the Trainer's: precision, accumulation, schedulers, logging, evaluation. Checkpoints resume a
-    pruned network, and `load_pruned` makes one again from a saved folder.
+    Everything else is the Trainer's: precision, accumulation, schedulers, logging (of events and epochs too), evaluation.
+    Checkpoints resume a pruned network, and `load_pruned` makes one again from a saved folder.
 
     Args:
         target: a `flatprune.Target`, or the fraction of the parameters that shall be left.
@@ -90,7 +90,7 @@ class PruningTrainer(Trainer):
             target=self._target,
             total_steps=self.state.max_steps,
             accumulate=self.args.gradient_accumulation_steps,
-            **self._arguments,
+            **{"logger": _TrainerLog(self), **self._arguments},
         )
         if self._resumed_from is not None:
             self.pruning.load_state_dict(torch.load(self._resumed_from / STATE_FILE, weights_only=True))
@@ -110,6 +110,15 @@ class PruningTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
+class _TrainerLog:
+    def __init__(self, trainer: PruningTrainer) -> None:
+        self._trainer = trainer
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """At the step that the Trainer is at, which is the pruner's."""
+        self._trainer.log(dict(scalars))
+
+
 class _Events(TrainerCallback):
     def __init__(self, trainer: PruningTrainer) -> None:
         self._trainer = trainer
@@ -117,6 +126,12 @@ class _Events(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_given: Any) -> None:
         assert self._trainer.pruning is not None
         self._trainer.pruning.step()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_given: Any
+    ) -> None:
+        if self._trainer.pruning is not None:
+            self._trainer.log(self._trainer.pruning.scalars())
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_given: Any) -> None:
         if self._trainer.pruning is not None and args.should_save:
