@@ -44,7 +44,7 @@ LAYERS = (
     {"cutting"},
     {"criteria", "export", "flatness"},
     {"pruning"},
-    {"prune_while_training"},
+    {"inspection", "prune_while_training"},
     {"integrations"},
     {"settings"},
     {"values"},

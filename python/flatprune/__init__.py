@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from flatprune.flatness.sam import SAM, MomentumSAM
     from flatprune.flatness.shifting import optimum_shift
     from flatprune.flatness.spectrum import Flatness, hessian_lambda_max
+    from flatprune.inspection import sensitivity, summary
     from flatprune.prune_while_training import PruneWhileTraining
     from flatprune.pruning.learning_rate import PruningLR
     from flatprune.pruning.pruner import Pruner
@@ -78,6 +79,8 @@ _HOMES = {
     "resume": "flatprune.runs",
     "run": "flatprune.runs",
     "save": "flatprune.export",
+    "sensitivity": "flatprune.inspection",
+    "summary": "flatprune.inspection",
     "take_tensors": "flatprune.export",
     "update_config": "flatprune.export",
 }
@@ -113,6 +116,8 @@ __all__ = [
     "resume",
     "run",
     "save",
+    "sensitivity",
+    "summary",
     "take_tensors",
     "update_config",
 ]

@@ -164,26 +164,36 @@ def test_steps_on_which_it_acts():
     assert [v.item() != 0 for v in penalties(by_hand, model, x, 5)] == [True, False, False, False, True]
 
 
-def test_weight_is_every_times_the_capped_mean_loss():
+def test_the_scale_is_the_loss_at_the_end_of_warm_up():
     model, x = curvature_nets.make("mlp")
     flatness = Flatness(Curvature(model), start=2, every=3, strength=0.1, fade_below=0)
-    losses = [1.0, 2.0, 10.0, 0.0, 0.0]
-    mean = cap = None
+    losses, mean = [1.0, 2.0, 10.0, 0.0, 0.0], None
     for step, value in enumerate(losses):
         flatness.penalty(x, model(x), torch.tensor(value))
-        mean = value if mean is None else 0.98 * mean + 0.02 * value
-        cap = mean if step <= 2 else cap
-        assert float(flatness._weight()) == pytest.approx(0.1 * 3 * min(mean, cap), rel=1e-5)
+        if step <= 2:
+            mean = value if mean is None else 0.98 * mean + 0.02 * value
+    assert float(flatness._weight()) == pytest.approx(0.1 * 3 * mean, rel=1e-5)
+
+
+def test_a_warm_up_ended_before_any_loss_takes_the_first():
+    model, x = curvature_nets.make("mlp")
+    curvature = Curvature(model)
+    penalties(Flatness(curvature, start=9), model, x, 1)
+    flatness = Flatness(curvature, start=9, every=1, strength=0.1, fade_below=0)
+    flatness.end_warmup()
+    for value in (3.0, 5.0):
+        flatness.penalty(x, model(x), torch.tensor(value))
+        assert float(flatness._weight()) == pytest.approx(0.3)
 
 
 def test_defaults_differ_for_convolutions():
-    for name, *expected in (("mlp", 0.06, 0.5, 4, 0.2), ("conv_grouped", 0.003, 0.0, 8, 0.004)):
+    for name, *expected in (("mlp", 0.06, 4, 0.2), ("conv_grouped", 0.003, 8, 0.004)):
         model, x = curvature_nets.make(name)
         curvature = Curvature(model)
         curvature.trace(x)
         flatness = Flatness(curvature, start=0)
         double = Flatness(curvature, start=0, mode="double_backward").strength
-        assert [flatness.strength, flatness.kappa, flatness.every, double] == expected
+        assert [flatness.strength, flatness.every, double] == expected
     assert Flatness(curvature, start=0, strength=0.3).strength == 0.3
 
 
@@ -195,8 +205,7 @@ def test_blocks_below_their_floor_are_left_alone():
     flatness.floors["2"] /= 100
     assert [block.layer.name for block in flatness._blocks()] == ["2"]
     assert penalties(flatness, model, x, 1)[0].item() > 0
-    assert float(Flatness(curvature, start=0, kappa=0.0).kappa) == 0
-    never = Flatness(curvature, start=0, kappa=0.0)
+    never = Flatness(curvature, start=0)
     never.end_warmup()
     assert all(float(floor) > 0 for floor in never.floors.values())  # a dead block is not pressed on
 

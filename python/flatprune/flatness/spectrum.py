@@ -1,8 +1,8 @@
 """The flatness term: the gradient of the blocks' spectral radii, added to the loss.
 
-J = L + strength Lbar (1/B) sum over the B layers of max(0, log(rho_l / K_l)), rho_l = lambda_1(A_l) lambda_1(G_l).
-After Sandler, Klabjan, Luo (arXiv 2102.11210: f + mu max(0, rho - K), gradient v^T (dH) v with the eigenvector held);
-the logarithm, the sum over blocks, the scale by the loss and the one-forward estimate are this package's.
+J = L + strength L_w (1/B) sum over the B layers of max(0, log(rho_l / K_l)), rho_l = lambda_1(A_l) lambda_1(G_l), L_w
+the loss at the end of warm-up. After Sandler, Klabjan, Luo (arXiv 2102.11210: f + mu max(0, rho - K), gradient
+v^T (dH) v with the eigenvector held); the logarithm, the sum over blocks, the scale and the estimate are ours.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ class Flatness:
     """Penalises the spectral radii of the curvature blocks while the model trains.
 
     With c_l = 1/(B rho_l) for blocks above their floor, u_l and s_l the top eigenvectors of A_l and G_l, the gradient
-    is that of sum over l of c_l lambda(G_l) mean (u.a)^2 + c_l lambda(A_l) mean (s.g)^2, times strength Lbar, Lbar the
-    running mean of the loss (0.98) capped at its value at the end of warm-up. The second part is computed by
+    is that of sum over l of c_l lambda(G_l) mean (u.a)^2 + c_l lambda(A_l) mean (s.g)^2, times strength L_w, L_w the
+    running mean of the loss (0.98) at the end of warm-up: a fixed scale, since the loss itself vanishes where a network
+    fits its training set, and a term in proportion to it would with it. The second part is computed by
 
     - "forward" (default): one more forward with every z_l moved by eps r sqrt(c_l lambda(A_l)) s_l, r = +-1 drawn per
       sample and block; t = (change of the output) / eps; mean[sum p t^2 - (sum p t)^2], p the softmax. Its mean over r
@@ -66,7 +67,7 @@ class Flatness:
         curvature: of the model that is trained.
         total_steps: calls of `penalty` in the whole training.
         strength: alpha; None: forward 0.06 without convolutions, 0.003 with; double_backward 0.2 and 0.004.
-        kappa: floor as a part of the radius after warm-up; None: 0.5 without convolutions, 0 with.
+        kappa: floor as a part of the radius after warm-up.
         every: the penalty is computed on every so many calls, with so many times the weight; None: 4 without
             convolutions, 8 with.
         start: warm-up, a part (< 1) of `total_steps` or a number of calls (int).
@@ -89,7 +90,7 @@ class Flatness:
         *,
         total_steps: int | None = None,
         strength: float | None = None,
-        kappa: float | None = None,
+        kappa: float = 0.0,
         every: int | None = None,
         start: float | int = 0.1,
         mode: str = "forward",
@@ -105,14 +106,14 @@ class Flatness:
         if not curvature.loss.needs_output:
             raise ValueError("Flatness: the curvature's loss is 'other', of which nothing is known; name the loss")
         self.curvature, self.mode, self.fade_below = curvature, mode, fade_below
-        self._strength, self._kappa, self._every = strength, kappa, every
+        self.kappa, self._strength, self._every = kappa, strength, every
         self.warmup_steps = _warmup_steps(start, total_steps)
         self.step_count = 0
         self.floors: dict[str, Tensor] | None = None  # K_l, from the end of warm-up on
         self._start_step = 0
         self._mean_loss: Tensor | None = None
         self._new_loss: Callable[[], Tensor] | None = None  # of all ranks, on its way
-        self._cap: Tensor | None = None
+        self._scale: Tensor | None = None  # the mean loss at the end of warm-up
         self._full_size = self._size()
         self._ask_for_record()
 
@@ -122,13 +123,6 @@ class Flatness:
         if self._strength is not None:
             return self._strength
         return _STRENGTHS[self.mode][self.curvature.has_convolutions]
-
-    @property
-    def kappa(self) -> float:
-        """K_l = kappa rho_l(end of warm-up)."""
-        if self._kappa is not None:
-            return self._kappa
-        return 0.0 if self.curvature.has_convolutions else 0.5
 
     @property
     def every(self) -> int:
@@ -161,14 +155,14 @@ class Flatness:
         return loss.new_zeros(()) if value is None else value.to(loss.dtype)
 
     def end_warmup(self) -> None:
-        """Fix the floors K_l and the cap of the running mean of the loss as they stand; the next step is penalised.
+        """Fix the floors K_l and the scale, the running mean of the loss, as they stand; the next step is penalised.
 
         Raises:
             RuntimeError: before the first factors.
         """
         kappa = max(self.kappa, _LEAST_KAPPA)
         self.floors = {name: kappa * rho for name, rho in self.curvature.spectral_radii().items()}
-        self._cap = self._running_loss()
+        self._scale = self._running_loss()
         self._start_step = self.step_count
         self._ask_for_record()
 
@@ -180,7 +174,7 @@ class Flatness:
             "full_size": self._full_size,
             "floors": None if self.floors is None else {name: k.clone() for name, k in self.floors.items()},
             "mean_loss": self._running_loss(),
-            "cap": self._cap,
+            "scale": self._scale,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -189,7 +183,9 @@ class Flatness:
         floors = state["floors"]
         self.floors = None if floors is None else {name: k.to(device) for name, k in floors.items()}
         self._new_loss = None
-        self._mean_loss, self._cap = (None if t is None else t.to(device) for t in (state["mean_loss"], state["cap"]))
+        self._mean_loss, self._scale = (
+            None if t is None else t.to(device) for t in (state["mean_loss"], state["scale"])
+        )
         self.step_count, self._start_step = state["step_count"], state["start_step"]
         self._full_size = state["full_size"]
         self._ask_for_record()
@@ -203,6 +199,8 @@ class Flatness:
         return self.floors is not None and (self.step_count - self._start_step) % self.every == 0
 
     def _follow_loss(self, loss: Tensor) -> None:
+        if self._scale is not None:
+            return
         self._running_loss()
         if self.curvature.group is not None:
             self._new_loss = self.curvature.group.start_mean(loss, "loss")
@@ -218,11 +216,11 @@ class Flatness:
         return self._mean_loss
 
     def _weight(self) -> Tensor:
-        """strength Lbar every, faded."""
-        loss = self._running_loss()
-        assert loss is not None
-        mean = loss if self._cap is None else torch.minimum(loss, self._cap)
-        return self.strength * self.every * self._fade() * mean
+        """strength L_w every, faded; of a warm-up ended before any loss was seen, L_w is the first loss after it."""
+        if self._scale is None:
+            self._scale = self._running_loss()
+        assert self._scale is not None
+        return self.strength * self.every * self._fade() * self._scale
 
     def _fade(self) -> float:
         """1 down to `fade_below` of the parameters, 0 from half of that on."""

@@ -14,7 +14,14 @@ from torch import nn
 from flatprune import named
 from flatprune.errors import InputError, did_you_mean
 from flatprune.models.dense import densenet40
-from flatprune.models.measures import LAYERS, has_batch_norm, layer_widths, multiply_accumulates, parameter_count
+from flatprune.models.measures import (
+    LAYERS,
+    has_batch_norm,
+    layer_widths,
+    module_macs,
+    multiply_accumulates,
+    parameter_count,
+)
 from flatprune.models.own import build_own
 from flatprune.models.plain import VGG_WIDTHS, convnet, lenet5, mlp, vgg
 from flatprune.models.residual import RESNETS, ResNet, mobilenetv2, resnet
@@ -28,6 +35,7 @@ __all__ = [
     "check_name",
     "has_batch_norm",
     "layer_widths",
+    "module_macs",
     "multiply_accumulates",
     "names",
     "parameter_count",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -51,10 +53,47 @@ def multiply_accumulates(model: nn.Module, *args: Any, **kwargs: Any) -> int:
         >>> multiply_accumulates(nn.Linear(4, 8), torch.zeros(1, 4))
         32
     """
-    evaluating = module_modes(dict.fromkeys(model.modules(), False))
-    with evaluating, plain_kernels(), FlopCounterMode(display=False, custom_mapping=_MORE) as counter:
+    with _counting(model) as counter:
         model(*args, **kwargs)
     return counter.get_total_flops() // 2
+
+
+@torch.no_grad()
+def module_macs(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, int]:
+    """Name -> the multiply-accumulates that each module makes itself, without those of modules that it calls.
+
+    Example:
+        >>> module_macs(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), torch.zeros(1, 4))
+        {'0': 32}
+    """
+    made: dict[str, int] = {}
+    inside = [0]  # FLOPs of what the module in hand has called, and of those around it
+
+    with _counting(model) as counter, contextlib.ExitStack() as hooks:
+        begun: list[int] = []
+
+        def enter(*_: Any) -> None:
+            begun.append(counter.get_total_flops())
+            inside.append(0)
+
+        def leave(name: str, *_: Any) -> None:
+            whole, called = counter.get_total_flops() - begun.pop(), inside.pop()
+            inside[-1] += whole
+            if whole > called:
+                made[name] = made.get(name, 0) + (whole - called) // 2
+
+        for name, module in model.named_modules():
+            hooks.callback(module.register_forward_pre_hook(enter).remove)
+            hooks.callback(module.register_forward_hook(functools.partial(leave, name)).remove)
+        model(*args, **kwargs)
+    return made
+
+
+@contextlib.contextmanager
+def _counting(model: nn.Module) -> Iterator[FlopCounterMode]:
+    evaluating = module_modes(dict.fromkeys(model.modules(), False))
+    with evaluating, plain_kernels(), FlopCounterMode(display=False, custom_mapping=_MORE) as counter:
+        yield counter
 
 
 def _flops_by_vector(*shapes: Sequence[int], **_options: Any) -> int:

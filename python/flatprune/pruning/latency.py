@@ -95,13 +95,13 @@ def measure_table(
     return LatencyTable({name: _ascending(curve) for name, curve in points.items()})
 
 
-def measure(model: nn.Module, inputs: tuple[Any, ...]) -> float:
+def measure(model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any] | None = None) -> float:
     """Seconds of one forward in evaluation mode without gradients: the median over repeats, after a warm-up."""
     device = device_of(model)
 
     def once() -> float:
         start = _now(device)
-        model(*inputs)
+        model(*inputs, **(keywords or {}))
         return _now(device) - start
 
     with _inference(model):

@@ -1,0 +1,114 @@
+"""What a network is made of, layer by layer, before and after pruning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from flatprune.coupling.example_inputs import example_calls
+from flatprune.inspection.columns import aligned
+from flatprune.models import module_macs
+from flatprune.pruning.latency import measure
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """One module's own part of a network.
+
+    Attributes:
+        name: qualified; "" for the network itself.
+        kind: name of its class.
+        width: size of its weight's first dimension: output channels or features; None without a weight.
+        params: trainable scalars that it holds itself; one shared with an earlier module counts there.
+        macs: multiply-accumulates that it makes itself for the example inputs.
+    """
+
+    name: str
+    kind: str
+    width: int | None
+    params: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A network, layer by layer; `print` shows the table.
+
+    Attributes:
+        layers: modules that hold parameters or multiply, in the order of `named_modules`.
+        params, macs: sums over them.
+        latency: milliseconds of a forward in evaluation mode, the median over repeats.
+        before: the same of another network, shown beside it.
+    """
+
+    layers: tuple[LayerSize, ...]
+    latency: float
+    before: Summary | None = field(default=None, repr=False)
+
+    @property
+    def params(self) -> int:
+        """Trainable scalars."""
+        return sum(layer.params for layer in self.layers)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of a call."""
+        return sum(layer.macs for layer in self.layers)
+
+    def __str__(self) -> str:
+        old = {} if self.before is None else {layer.name: layer for layer in self.before.layers}
+        rows = [("layer", "kind", "width", "parameters", "multiply-accumulates")]
+        for layer in self.layers:
+            was = old.get(layer.name)
+            rows.append(
+                (
+                    layer.name or "(itself)",
+                    layer.kind,
+                    _change(was and was.width, layer.width),
+                    _change(was and was.params, layer.params),
+                    _change(was and was.macs, layer.macs),
+                )
+            )
+        was = self.before
+        rows.append(("all", "", "", _change(was and was.params, self.params), _change(was and was.macs, self.macs)))
+        last = f"latency {self.latency:.3g} ms" + ("" if was is None else f", {was.latency:.3g} before")
+        return f"{aligned(rows)}\n{last}"
+
+
+def summary(model: nn.Module, example_inputs: Any, *, before: Summary | None = None) -> Summary:
+    """Layers, widths, parameters, multiply-accumulates and latency of any network that runs eagerly.
+
+    Args:
+        model: stays as it is.
+        example_inputs: as for `flatprune.Pruner`; what is counted and timed is one call with them.
+        before: of the network before it was pruned, to be shown beside this one.
+
+    Raises:
+        TypeError, ValueError: `example_inputs` are none, see `flatprune.coupling.example_inputs`.
+
+    Example:
+        >>> dense = flatprune.summary(model, x)
+        >>> ...  # training, with pruning
+        >>> print(flatprune.summary(model, x, before=dense))
+    """
+    call = example_calls(model, example_inputs)[0]
+    macs = module_macs(model, *call.args, **call.kwargs)
+    layers, seen = [], set()
+    for name, module in model.named_modules():
+        own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
+        seen |= {id(p) for p in own}
+        params, made = sum(p.numel() for p in own), macs.get(name, 0)
+        if params or made:
+            weight = getattr(module, "weight", None)
+            width = len(weight) if isinstance(weight, Tensor) and weight.dim() else None
+            layers.append(LayerSize(name, type(module).__name__, width, params, made))
+    seconds = measure(model, call.args, call.kwargs)
+    return Summary(tuple(layers), 1000 * seconds, before)
+
+
+def _change(before: int | None, now: int | None) -> str:
+    if now is None:
+        return ""
+    return f"{now:,}" if before is None or before == now else f"{before:,} -> {now:,}"
