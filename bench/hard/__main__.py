@@ -16,7 +16,7 @@ from rich.table import Table
 
 from bench.hard.tally import FAULTS, Tally
 
-FAMILIES: tuple[str, ...] = ("valid", "hostile", "geometry", "memory", "damage", "kills", "long_run")
+FAMILIES: tuple[str, ...] = ("valid", "hostile", "geometry", "memory", "damage", "kills", "rank_kills", "long_run")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -39,10 +39,10 @@ def without_report() -> None:
 
 
 def result(folder: Path) -> str:
-    """The digest of what a finished run found: its network, bit by bit, history and summary, but for the seconds."""
+    """The digest of what a finished run found: its network, bit by bit, history and summary, but for seconds and traffic."""
     parts = [read_summary(folder), *read_history(folder / HISTORY_FILE)]
     for record in parts:
-        for name in ("seconds", "dense_seconds"):
+        for name in ("seconds", "dense_seconds", "traffic"):
             record.pop(name, None)
     state = torch.load(folder / "model.pt", weights_only=True)["state_dict"]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())

@@ -184,7 +184,7 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.thorough  # half a minute
 def test_a_killed_rank_comes_again(whole, tmp_path):
     (tmp_path / "killed.py").write_text(KILLED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     arguments = [str(argument) for argument in (*PRUNED, "--out", tmp_path / "run")]
     done = subprocess.run(
         [*command, tmp_path / "killed.py", *arguments], env=environment(), capture_output=True, text=True, timeout=240

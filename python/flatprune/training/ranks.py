@@ -302,8 +302,12 @@ def _initialise(device: str, timeout: float | None) -> None:
             raise InputError(f"rank {rank} wants cuda:{local}, but there are {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
+    limits = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
     try:
-        dist.init_process_group(backend, timeout=None if timeout is None else timedelta(seconds=timeout))
+        # torchrun's store outlives a restart, and with it the addresses of processes that are gone
+        store, rank, size = next(dist.rendezvous("env://", rank, size, **limits))
+        store = dist.PrefixStore(f"flatprune/{launch()[1]}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, **limits)
     except (RuntimeError, ValueError) as error:
         waited = "half an hour" if timeout is None else f"{timeout:g} s"
         reason = str(error).strip().splitlines()[0]
