@@ -39,7 +39,7 @@ def without_report() -> None:
 
 
 def result(folder: Path) -> str:
-    """The digest of what a finished run found: its network, bit by bit, history and summary, but for seconds and traffic."""
+    """The digest of what a finished run found: network, bit by bit, history and summary without seconds and traffic."""
     parts = [read_summary(folder), *read_history(folder / HISTORY_FILE)]
     for record in parts:
         for name in ("seconds", "dense_seconds", "traffic"):
