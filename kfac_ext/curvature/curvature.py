@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -440,14 +440,33 @@ class Curvature:
             return
         if is_transformed((*args, *kwargs.values())):
             return
+        call = Call.of(args, kwargs, self.reading.batch_dim)
+        if call.samples == 0:
+            self._skip_empty()
+            return
         if self._running is None:
             self.trace(*args, **kwargs)
-        self._recent.add(Call.of(args, kwargs, self.reading.batch_dim))
+        self._recent.add(call)
         update, observe = self._updates_next(), self.observes_next
         self._updates.next_forward(update)
         self.step_count += 1
         if observe:
             self._observe_forward(update, isinstance(kwargs.get("labels"), Tensor))
+
+    def _skip_empty(self) -> None:
+        """Have a batch without samples count for nothing, but among ranks, which must all see as many.
+
+        Raises:
+            ValueError: this rank has no samples where ranks make an update; the others raise a RanksError then.
+        """
+        if self.group is None:
+            return
+        if self._running is None or self._updates_next():
+            with nullcontext() if self._running is None else self._running.together():
+                raise ValueError(
+                    f"Curvature: the batch of rank {self.group.rank} has no samples; ranks share a batch in equal parts"
+                )
+        self.step_count += 1
 
     def _updates_next(self) -> bool:
         return self.step_count % self._update_steps() == 0

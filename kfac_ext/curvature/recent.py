@@ -126,7 +126,7 @@ class RecentCalls:
 def _samples(leaves: Any, batch_dim: int) -> int:
     for leaf in leaves:
         if isinstance(leaf, Tensor) and leaf.dim() > batch_dim:
-            return max(leaf.shape[batch_dim], 1)
+            return leaf.shape[batch_dim]
     return 1
 
 

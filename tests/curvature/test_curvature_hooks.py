@@ -350,3 +350,24 @@ def test_patterns_of_no_layer_are_named():
         Curvature(model, layer_batch_dims={"head": 1}).trace(x)
     with pytest.warns(UserWarning, match="skip_layers: 'head' matches no layer"):
         Curvature(model, skip_layers=["^0", "head"]).trace(x)
+
+
+@pytest.mark.parametrize("fisher", ["true", "empirical"])
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_batch_without_samples_counts_for_nothing(fisher, at):
+    found = []
+    for empty in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
+        curvature = Curvature(model, factor_update_steps=1, fisher_type=fisher)
+        flatness = Flatness(curvature, start=0, every=1)
+        x = torch.randn(4, 5, 1, 4, 4)
+        for step, batch in enumerate(x):
+            for part in (batch[:0], batch) if empty and step == at else (batch,):
+                output = model(part)
+                loss = F.cross_entropy(output, torch.zeros(len(part), dtype=torch.int64))
+                (loss + flatness.penalty(part, output, loss)).backward()
+        curvature.finish_update()
+        found.append(curvature.factors.buffer.clone())
+    assert torch.equal(*found)
+    assert float(flatness._weight()) > 0

@@ -91,6 +91,20 @@ def other_sizes():
     return said(train), True
 
 
+def no_samples():
+    """A part of a batch that is empty on rank 1; its process would end then, here it lives on."""
+    loop = Loop(wrap=DistributedDataParallel, flat=False, target=None)
+    x = loop.batch(4)[0]
+    loop.parallel(x)
+
+    def forwards():
+        for _ in range(10):
+            loop.parallel(x[: 0 if dist.get_rank() else 4])
+        loop.curvature.spectral_radius()
+
+    return said(forwards)
+
+
 def failing_update():
     """An update that raises on rank 1 alone."""
 

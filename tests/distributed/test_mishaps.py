@@ -31,6 +31,12 @@ def test_batches_of_different_sizes(two):
         assert text.startswith("RanksError: Curvature: batches of different sizes on ranks: 5, 6 samples"), text
 
 
+def test_a_rank_without_samples(two):
+    there, here = two.run(mishaps.no_samples, timeout=20.0)
+    assert there == "RanksError: Curvature: an update of the factors has failed on another rank, which says why"
+    assert here.startswith("ValueError: Curvature: the batch of rank 1 has no samples")
+
+
 def test_an_update_that_fails_on_one_rank(two):
     there, here = two.run(mishaps.failing_update, timeout=20.0)
     assert there == "RanksError: Curvature: an update of the factors has failed on another rank, which says why"

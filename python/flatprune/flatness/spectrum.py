@@ -149,7 +149,7 @@ class Flatness:
         self._follow_loss(loss)
         if self.floors is None and self.step_count >= self.warmup_steps and self.curvature.is_updated:
             self.end_warmup()
-        value = self._value(x, logits) if self._acts() else None
+        value = self._value(x, logits) if self._acts() and len(logits) else None
         self.step_count += 1
         self._ask_for_record()
         return loss.new_zeros(()) if value is None else value.to(loss.dtype)
@@ -212,7 +212,10 @@ class Flatness:
         """Lbar with all losses seen; ranks wait for the last one only when it is asked for."""
         if self._new_loss is not None:
             value, self._new_loss, mean = self._new_loss(), None, self._mean_loss
-            self._mean_loss = value if mean is None else _LOSS_DECAY * mean + (1 - _LOSS_DECAY) * value
+            if mean is not None:  # a loss that is not finite, of an empty batch say, says nothing
+                blend = torch.where(mean.isfinite(), _LOSS_DECAY * mean + (1 - _LOSS_DECAY) * value, value)
+                value = torch.where(value.isfinite(), blend, mean)
+            self._mean_loss = value
         return self._mean_loss
 
     def _weight(self) -> Tensor:
