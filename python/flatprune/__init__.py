@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from flatprune.errors import DivergedError, InputError, Interrupted
     from flatprune.export import load, save, take_tensors, update_config
     from flatprune.flatness.distortion import Disout, attach_disout
-    from flatprune.flatness.hessian import hessian_eigenvalues
+    from flatprune.flatness.hessian import hessian_eigenvalues, loss_along_top_eigenvector
     from flatprune.flatness.sam import SAM, MomentumSAM
     from flatprune.flatness.shifting import optimum_shift
     from flatprune.flatness.spectrum import Flatness, hessian_lambda_max
@@ -74,6 +74,7 @@ _HOMES = {
     "hessian_eigenvalues": "flatprune.flatness.hessian",
     "hessian_lambda_max": "flatprune.flatness.spectrum",
     "load": "flatprune.export",
+    "loss_along_top_eigenvector": "flatprune.flatness.hessian",
     "optimum_shift": "flatprune.flatness.shifting",
     "prune_sharded": "flatprune.pruning.sharded",
     "resume": "flatprune.runs",
@@ -111,6 +112,7 @@ __all__ = [
     "hessian_eigenvalues",
     "hessian_lambda_max",
     "load",
+    "loss_along_top_eigenvector",
     "optimum_shift",
     "prune_sharded",
     "resume",

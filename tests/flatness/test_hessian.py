@@ -12,7 +12,13 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatprune import models
-from flatprune.flatness.hessian import _lanczos, _power, hessian_eigenvalues, hessian_lambda_max
+from flatprune.flatness.hessian import (
+    _lanczos,
+    _power,
+    hessian_eigenvalues,
+    hessian_lambda_max,
+    loss_along_top_eigenvector,
+)
 from tests.curvature import curvature_nets, curvature_oracles
 
 EXACT = {"iterations": 300, "tol": 1e-9}
@@ -77,7 +83,7 @@ def test_the_largest_eigenvalues_equal_the_dense_hessians(name):
 def test_no_eigenvalue_is_found_twice():
     diagonal = torch.logspace(-6, 6, 200, dtype=torch.float64)
     start = torch.ones(200, dtype=torch.float64)
-    found = _lanczos(lambda v: diagonal * v, start, 20, 200, 1e-9)
+    found = _lanczos(lambda v: diagonal * v, start, 20, 200, 1e-9)[0]
     assert found == pytest.approx(diagonal.flip(0)[:20].tolist(), rel=1e-6)
 
 
@@ -135,8 +141,8 @@ def test_batch_norm_without_an_affine_map():
 def test_algebraic_maximum_and_early_end():
     diagonal = torch.tensor([-5.0, 1.0, 2.0], dtype=torch.float64)
     start = torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64)
-    assert _lanczos(lambda v: diagonal * v, start, 1, 10, 1e-12) == pytest.approx([2.0])
-    assert _lanczos(lambda v: 0 * v, start, 1, 10, 1e-12) == [0]
+    assert _lanczos(lambda v: diagonal * v, start, 1, 10, 1e-12)[0] == pytest.approx([2.0])
+    assert _lanczos(lambda v: 0 * v, start, 1, 10, 1e-12)[0] == [0]
     assert _power(lambda v: diagonal * v, start, 200, 1e-12) == pytest.approx(2.0)  # -5 dominates, and is shifted away
     assert _power(lambda v: 0 * v, start, 10, 1e-12) == 0
     assert _power(lambda v: -diagonal * v, start, 3, 1e-12) < 5.0  # cut short: less, never more
@@ -228,3 +234,27 @@ def test_a_norm_that_serves_two_layers_is_not_folded():
     model(x)
     expected = dense_lambda_max(copy.deepcopy(model).eval(), x, y)
     assert hessian_lambda_max(model, x, y, F.cross_entropy, **EXACT) == pytest.approx(expected, rel=1e-7)
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv_grouped"])
+def test_the_loss_along_the_top_eigenvector(name):
+    model, x = curvature_nets.make(name)
+    y = torch.tensor([0, 1, 2, 0, 1])
+    before = copy.deepcopy(model.state_dict())
+    step = 1e-3
+    valley = loss_along_top_eigenvector(
+        model, x, y, F.cross_entropy, reach=step, points=3, batch_size=2, iterations=300, tol=1e-9
+    )
+    assert valley.distances == [-step, 0.0, step]
+    assert valley.curvature == pytest.approx(dense_lambda_max(copy.deepcopy(model).eval(), x, y), rel=1e-6)
+    left, middle, right = valley.losses
+    assert middle == pytest.approx(float(F.cross_entropy(copy.deepcopy(model).eval()(x), y)), rel=1e-12)
+    assert (left - 2 * middle + right) / step**2 == pytest.approx(valley.curvature, rel=1e-3)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("options", [{"reach": 0.0}, {"points": 2}])
+def test_a_line_that_cannot_be_drawn(options):
+    model, x = curvature_nets.make("mlp")
+    with pytest.raises(ValueError, match="expected above 0 and at least 3"):
+        loss_along_top_eigenvector(model, x, torch.zeros(5, dtype=torch.int64), F.cross_entropy, **options)

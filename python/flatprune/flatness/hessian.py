@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from kfac_ext.layers import Layer
 Criterion = Callable[[Any, Tensor], Tensor]
 Product = Callable[[Tensor], Tensor]
 _METHODS = ("lanczos", "power")
-_Answer = TypeVar("_Answer")
 
 
 def hessian_lambda_max(
@@ -71,7 +70,7 @@ def hessian_lambda_max(
     def solve(product: Product, start: Tensor) -> float:
         if method == "power":
             return _power(product, start, iterations, tol)
-        return _lanczos(product, start, 1, iterations, tol)[0]
+        return _lanczos(product, start, 1, iterations, tol)[0][0]
 
     return _with_product("hessian_lambda_max", model, x, y, criterion, batch_size, generator, solve)
 
@@ -118,12 +117,82 @@ def hessian_eigenvalues(
         raise ValueError(f"hessian_eigenvalues: k is {k}, expected 1 to {iterations} (iterations)")
 
     def solve(product: Product, start: Tensor) -> list[float]:
-        return _lanczos(product, start, k, iterations, tol)
+        return _lanczos(product, start, k, iterations, tol)[0]
 
     values = _with_product("hessian_eigenvalues", model, x, y, criterion, batch_size, generator, solve)
     if len(values) < k:
         raise ValueError(f"hessian_eigenvalues: k is {k}, but only {len(values)} distinct eigenvalues can be found")
     return values
+
+
+class Valley(NamedTuple):
+    """The loss along a line through the parameters.
+
+    Attributes:
+        distances: from the parameters, in their own (folded) units.
+        losses: mean loss at each.
+        curvature: the second derivative at 0, lambda_max.
+    """
+
+    distances: list[float]
+    losses: list[float]
+    curvature: float
+
+
+def loss_along_top_eigenvector(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    criterion: Criterion,
+    *,
+    reach: float = 1.0,
+    points: int = 41,
+    iterations: int = 50,
+    generator: torch.Generator | None = None,
+    tol: float = 1e-3,
+    batch_size: int = 1024,
+) -> Valley:
+    """The mean loss of (x, y) at V + t v, |t| <= reach, v the unit eigenvector of the Hessian's largest eigenvalue.
+
+    V are the folded weights of `hessian_lambda_max`, so that networks that compute the same give the same line. Near
+    t = 0 it is L + lambda_max t^2 / 2 plus what is left of the gradient.
+
+    Args:
+        model: unchanged, also its modes, buffers and gradients.
+        x: inputs [N, ...].
+        y: targets [N, ...].
+        criterion: mean loss of (output, target), twice differentiable.
+        reach: the largest distance.
+        points: how many distances, evenly from -reach to reach.
+        iterations, generator, tol, batch_size: as for `hessian_lambda_max`.
+
+    Raises:
+        ValueError: as `hessian_lambda_max`; `reach` is not above 0, or there are fewer than 3 points.
+
+    Example:
+        >>> valley = loss_along_top_eigenvector(model, x, y, nn.functional.cross_entropy)
+        >>> plt.plot(valley.distances, valley.losses)
+    """
+    if not reach > 0 or points < 3:
+        raise ValueError(
+            f"loss_along_top_eigenvector: reach is {reach}, points {points}, expected above 0 and at least 3"
+        )
+    distances = torch.linspace(-reach, reach, points, dtype=torch.float64).tolist()
+
+    def solve(product: Product, start: Tensor) -> tuple[float, Tensor]:
+        (value,), vector = _lanczos(product, start, 1, iterations, tol, keep=True)
+        assert vector is not None
+        return value, vector
+
+    def losses(fixed: dict[str, Tensor], leaves: dict[str, Tensor], found: tuple[float, Tensor]) -> Valley:
+        parts = dict(zip(leaves, found[1].split([p.numel() for p in leaves.values()])))
+        lost = []
+        for distance in distances:
+            moved = {name: p + distance * parts[name].view_as(p).to(p.dtype) for name, p in leaves.items()}
+            lost.append(_mean_loss(model, {**fixed, **moved}, x, y, criterion, batch_size))
+        return Valley(distances, lost, found[0])
+
+    return _with_product("loss_along_top_eigenvector", model, x, y, criterion, batch_size, generator, solve, losses)
 
 
 def _with_product(
@@ -134,9 +203,13 @@ def _with_product(
     criterion: Criterion,
     batch_size: int,
     generator: torch.Generator | None,
-    solve: Callable[[Product, Tensor], _Answer],
-) -> _Answer:
-    """`solve` of v -> H v and a start vector; the model is in eval mode while it iterates, and untouched after."""
+    solve: Callable[[Product, Tensor], Any],
+    then: Callable[[dict[str, Tensor], dict[str, Tensor], Any], Any] = lambda fixed, leaves, answer: answer,
+) -> Any:
+    """`solve` of v -> H v and a start vector, `then` of what it gives; the model is in eval mode meanwhile.
+
+    It is untouched after.
+    """
     refuse_wrapped(model, caller)
     if len(x) == 0 or len(x) != len(y):
         raise ValueError(f"{caller}: {len(x)} inputs and {len(y)} targets, expected equally many, at least 1")
@@ -149,7 +222,7 @@ def _with_product(
         def product(vector: Tensor) -> Tensor:
             return _hessian_product(model, fixed, leaves, x, y, criterion, batch_size, vector)
 
-        return solve(product, _start_vector(leaves, generator))
+        return then(fixed, leaves, solve(product, _start_vector(leaves, generator)))
 
 
 def _folded_parameters(model: nn.Module, example: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -232,6 +305,16 @@ def _hessian_product(
     return total
 
 
+@torch.no_grad()
+def _mean_loss(
+    model: nn.Module, values: dict[str, Tensor], x: Tensor, y: Tensor, criterion: Criterion, batch_size: int
+) -> float:
+    total = 0.0
+    for inputs, targets in zip(x.split(batch_size), y.split(batch_size)):
+        total += float(criterion(functional_call(model, values, (inputs,)), targets)) * len(inputs)
+    return total / len(x)
+
+
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([t.detach().flatten() for t in tensors])
 
@@ -263,22 +346,30 @@ def _dominant(product: Product, start: Tensor, iterations: int, tol: float) -> f
     return value
 
 
-def _lanczos(product: Product, start: Tensor, k: int, iterations: int, tol: float) -> list[float]:
-    """The k largest Ritz values; k = 1 keeps no basis (lost orthogonality repeats Ritz values, it moves none)."""
+def _lanczos(
+    product: Product, start: Tensor, k: int, iterations: int, tol: float, *, keep: bool = False
+) -> tuple[list[float], Tensor | None]:
+    """The k largest Ritz values, and the unit vector of the largest where a basis is kept.
+
+    It is for several, and where `keep` asks for it; one value needs none (lost orthogonality repeats Ritz values, it
+    moves none).
+    """
+    keep = keep or k > 1
     current, previous = start / start.norm(), torch.zeros_like(start)
     basis: list[Tensor] = []
     alphas: list[float] = []
     betas: list[float] = []
     largest: list[float] = []
-    for _ in range(min(iterations, len(start)) if k > 1 else iterations):
+    vector: Tensor | None = None
+    for _ in range(min(iterations, len(start)) if keep else iterations):
         image = product(current)
         alpha = float(current @ image)
         size = float(image.norm())
         image = image - alpha * current - (betas[-1] if betas else 0.0) * previous
-        if k > 1:
+        if keep:
             basis.append(current)
-            for vector in [*basis, *basis]:
-                image = image - (vector @ image) * vector
+            for earlier in [*basis, *basis]:
+                image = image - (earlier @ image) * earlier
         beta = float(image.norm())
         alphas.append(alpha)
         tridiagonal = torch.diag(torch.tensor(alphas, dtype=torch.float64))
@@ -293,4 +384,7 @@ def _lanczos(product: Product, start: Tensor, k: int, iterations: int, tol: floa
             break
         previous, current = current, image / beta
         betas.append(beta)
-    return largest
+    if keep:
+        vector = sum((w * v for w, v in zip(vectors[:, -1].tolist(), basis)), start=torch.zeros_like(start))
+        vector = vector / vector.norm()
+    return largest, vector

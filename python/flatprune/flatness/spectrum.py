@@ -199,8 +199,6 @@ class Flatness:
         return self.floors is not None and (self.step_count - self._start_step) % self.every == 0
 
     def _follow_loss(self, loss: Tensor) -> None:
-        if self._scale is not None:
-            return
         self._running_loss()
         if self.curvature.group is not None:
             self._new_loss = self.curvature.group.start_mean(loss, "loss")
@@ -219,11 +217,13 @@ class Flatness:
         return self._mean_loss
 
     def _weight(self) -> Tensor:
-        """strength L_w every, faded; of a warm-up ended before any loss was seen, L_w is the first loss after it."""
+        """strength (L_w - L) every, faded; where warm-up ended before any loss was seen, L_w is the first after it."""
+        loss = self._running_loss()
+        assert loss is not None
         if self._scale is None:
-            self._scale = self._running_loss()
-        assert self._scale is not None
-        return self.strength * self.every * self._fade() * self._scale
+            self._scale = loss
+        gain = (self._scale - loss).clamp_min(0.0)
+        return self.strength * self.every * self._fade() * gain
 
     def _fade(self) -> float:
         """1 down to `fade_below` of the parameters, 0 from half of that on."""
