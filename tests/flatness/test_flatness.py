@@ -187,7 +187,7 @@ def test_a_warm_up_ended_before_any_loss_takes_the_first():
 
 
 def test_defaults_differ_for_convolutions():
-    for name, *expected in (("mlp", 0.06, 4, 0.2), ("conv_grouped", 0.003, 8, 0.004)):
+    for name, *expected in (("mlp", 0.06, 4, 0.2), ("conv_grouped", 0.006, 8, 0.008)):
         model, x = curvature_nets.make(name)
         curvature = Curvature(model)
         curvature.trace(x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,16 @@ from torch import Tensor, nn
 from flatprune.criteria.loss_change import LossChange, divergence
 from flatprune.cutting.surgery import plan
 from flatprune.pruning.limits import LossBudget
-from flatprune.pruning.predicted_vs_measured import Cut, cuts, in_words, pearson, predicted_vs_measured, ranks
+from flatprune.pruning.predicted_vs_measured import (
+    Cut,
+    calibration,
+    cuts,
+    in_words,
+    pearson,
+    predicted_vs_measured,
+    ranks,
+)
+from flatprune.pruning.removals import Removal
 from flatprune.pruning.schedule import CubicSchedule
 from flatprune.pruning.targets import Target
 from kfac_ext.curvature.losses import loss_of
@@ -43,6 +53,35 @@ def test_correlation_by_hand():
 def test_ranks_share_ties():
     assert ranks([0.3, -1.0, 7.0, 0.3]) == [2.5, 1.0, 4.0, 2.5]
     assert ranks([5.0, 5.0, 5.0]) == [2.0, 2.0, 2.0]
+
+
+def record(predicted, measured, step=1, compensated=True, factor=1.0):
+    found = Removal.nothing(step, 10, 5.0, "params", 10.0, "", "removal")
+    return replace(
+        found, predicted_change=predicted, measured_change=measured, compensated=compensated, calibration=factor
+    )
+
+
+def test_cuts_so_far_calibrate_the_next():
+    first, other = record(0.1, 0.3), record(0.6, 0.2, step=2, factor=3.0)
+    assert calibration([], True) == 1.0
+    assert calibration([first, first], True) == pytest.approx(3.0)  # two groups of one cut
+    assert calibration([first, other], True) == pytest.approx((0.5 * 0.3 + 0.2) / (0.5 * 0.1 + 0.2))
+    assert calibration([first], False) == 1.0  # another kind of prediction
+    assert calibration([first, record(None, None, step=2), record(0.1, -0.2, step=3)], True) == pytest.approx(3.0)
+    assert (calibration([record(1e-9, 1.0)], True), calibration([record(1.0, 1e-9)], True)) == (10.0, 0.1)
+
+
+def test_records_tell_the_calibration():
+    torch.manual_seed(0)
+    run = Run(chain()).prune(400, params=0.2, criterion="obd", compensate=False)
+    records = run.train(200)
+    assert len({record.step for record in records}) > 2 and records[0].calibration == 1.0
+    cuts = [record for record in records if record.kind == "removal"]
+    for record in cuts:
+        before = [other for other in records if other.step < record.step]
+        assert record.calibration == calibration(before, False)
+    assert cuts[-1].calibration != 1.0
 
 
 def test_predicted_vs_measured_counts_each_cut_once():

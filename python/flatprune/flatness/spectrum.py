@@ -29,7 +29,7 @@ from kfac_ext.layers import Layer
 __all__ = ["Flatness", "hessian_lambda_max"]
 
 MODES = ("forward", "double_backward")
-_STRENGTHS = {"forward": (0.06, 0.003), "double_backward": (0.2, 0.004)}  # without convolutions and with
+_STRENGTHS = {"forward": (0.06, 0.006), "double_backward": (0.2, 0.008)}  # without convolutions and with
 _LOSS_DECAY = 0.98
 _STEP_SIZE = 0.1  # length of the largest shift of a z in mode "forward", as a part of the root mean square of |z|
 _LEAST_KAPPA = 1e-4  # no block is pressed below this part of its radius, also with kappa 0: rho -> 0 is a dead network
@@ -66,7 +66,7 @@ class Flatness:
     Args:
         curvature: of the model that is trained.
         total_steps: calls of `penalty` in the whole training.
-        strength: alpha; None: forward 0.06 without convolutions, 0.003 with; double_backward 0.2 and 0.004.
+        strength: alpha; None: forward 0.06 without convolutions, 0.006 with; double_backward 0.2 and 0.008.
         kappa: floor as a part of the radius after warm-up.
         every: the penalty is computed on every so many calls, with so many times the weight; None: 4 without
             convolutions, 8 with.
@@ -199,6 +199,8 @@ class Flatness:
         return self.floors is not None and (self.step_count - self._start_step) % self.every == 0
 
     def _follow_loss(self, loss: Tensor) -> None:
+        if self._scale is not None:
+            return
         self._running_loss()
         if self.curvature.group is not None:
             self._new_loss = self.curvature.group.start_mean(loss, "loss")
@@ -217,13 +219,11 @@ class Flatness:
         return self._mean_loss
 
     def _weight(self) -> Tensor:
-        """strength (L_w - L) every, faded; where warm-up ended before any loss was seen, L_w is the first after it."""
-        loss = self._running_loss()
-        assert loss is not None
+        """strength L_w every, faded; where warm-up ended before any loss was seen, L_w is the first loss after it."""
         if self._scale is None:
-            self._scale = loss
-        gain = (self._scale - loss).clamp_min(0.0)
-        return self.strength * self.every * self._fade() * gain
+            self._scale = self._running_loss()
+        assert self._scale is not None
+        return self.strength * self.every * self._fade() * self._scale
 
     def _fade(self) -> float:
         """1 down to `fade_below` of the parameters, 0 from half of that on."""

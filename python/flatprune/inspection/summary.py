@@ -58,22 +58,15 @@ class Summary:
         return sum(layer.macs for layer in self.layers)
 
     def __str__(self) -> str:
-        old = {} if self.before is None else {layer.name: layer for layer in self.before.layers}
+        before = self.before
+        old = {} if before is None else {layer.name: layer for layer in before.layers}
         rows = [("layer", "kind", "width", "parameters", "multiply-accumulates")]
-        for layer in self.layers:
-            was = old.get(layer.name)
-            rows.append(
-                (
-                    layer.name or "(itself)",
-                    layer.kind,
-                    _change(was and was.width, layer.width),
-                    _change(was and was.params, layer.params),
-                    _change(was and was.macs, layer.macs),
-                )
-            )
-        was = self.before
-        rows.append(("all", "", "", _change(was and was.params, self.params), _change(was and was.macs, self.macs)))
-        last = f"latency {self.latency:.3g} ms" + ("" if was is None else f", {was.latency:.3g} before")
+        rows += [_row(layer, old.get(layer.name)) for layer in self.layers]
+        sums = [(None, self.params), (None, self.macs)]
+        if before is not None:
+            sums = [(before.params, self.params), (before.macs, self.macs)]
+        rows.append(("all", "", "", _change(*sums[0]), _change(*sums[1])))
+        last = f"latency {self.latency:.3g} ms" + ("" if before is None else f", {before.latency:.3g} before")
         return f"{aligned(rows)}\n{last}"
 
 
@@ -106,6 +99,13 @@ def summary(model: nn.Module, example_inputs: Any, *, before: Summary | None = N
             layers.append(LayerSize(name, type(module).__name__, width, params, made))
     seconds = measure(model, call.args, call.kwargs)
     return Summary(tuple(layers), 1000 * seconds, before)
+
+
+def _row(layer: LayerSize, was: LayerSize | None) -> tuple[str, str, str, str, str]:
+    old = layer if was is None else was
+    sizes = ((old.width, layer.width), (old.params, layer.params), (old.macs, layer.macs))
+    width, params, macs = (_change(*pair) for pair in sizes)
+    return layer.name or "(itself)", layer.kind, width, params, macs
 
 
 def _change(before: int | None, now: int | None) -> str:

@@ -53,27 +53,32 @@ def checked_limits(round_to: int, min_width: int, max_layer_fraction: float) -> 
 
 
 class LossBudget:
-    """How much the loss may rise at one event, by the scores' own prediction.
+    """How much the loss may rise at one event, by the scores' prediction.
 
     Args:
         limit: sum of the predicted changes that is allowed, or None for any.
+        calibration: what predictions are multiplied by, see `flatprune.pruning.predicted_vs_measured.calibration`.
 
     Attributes:
-        spent: predicted changes of what has been removed so far.
+        spent: predicted changes of what has been removed so far, calibrated.
         exceeded: whether a neuron had to stay for it.
     """
 
-    def __init__(self, limit: float | None = None) -> None:
-        self.limit = limit
+    def __init__(self, limit: float | None = None, calibration: float = 1.0) -> None:
+        self.limit, self.calibration = limit, calibration
         self.spent = 0.0
         self.exceeded = False
 
     def allows(self, change: float) -> bool:
-        """Whether `change` may be added to what is spent; a refusal is noted."""
-        if self.limit is None or self.spent + change <= self.limit:
+        """Whether a predicted `change` may be added to what is spent; a refusal is noted."""
+        if self.limit is None or self.spent + self.calibration * change <= self.limit:
             return True
         self.exceeded = True
         return False
+
+    def charge(self, change: float) -> None:
+        """Add a predicted change to what is spent."""
+        self.spent += self.calibration * change
 
 
 def check_loss_budget(limit: float | None, criterion: Criterion) -> None:

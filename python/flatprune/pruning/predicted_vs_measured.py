@@ -6,7 +6,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from flatprune.pruning.removals import Removal
+
 _LEAST_CUTS = 3  # two points always lie on a line
+_DECAY = 0.5  # of what earlier cuts say
+_MOST = 10.0  # a factor beyond this, or below its inverse, is an accident
 
 
 class Cut(NamedTuple):
@@ -25,6 +29,28 @@ def cuts(history: Iterable[Mapping[str, Any]]) -> list[Cut]:
         if predicted is not None and measured is not None and math.isfinite(predicted - measured):
             found[record["step"], record["round"]] = Cut(record["step"], predicted, measured)
     return list(found.values())
+
+
+def calibration(history: Sequence[Removal], compensated: bool) -> float:
+    """What predictions of the next cut are to be multiplied by: measured over predicted change of the cuts so far.
+
+    Single scores are added up as if neurons did not meet, and a run's own cuts tell by how much that is off. Both are
+    sums over cuts, in which a large cut says more than a small one and each counts half as much as the next. 1 before
+    there is a cut of which both changes are known and positive.
+
+    Args:
+        history: of a run so far.
+        compensated: whether survivors of the next cut are; cuts of the other kind tell nothing.
+    """
+    predicted = measured = 0.0
+    seen: set[tuple[int, int]] = set()
+    for record in history:
+        p, m = record.predicted_change or 0.0, record.measured_change or 0.0
+        is_alike = record.compensated == compensated and (record.step, record.round) not in seen
+        if p > 0 and m > 0 and is_alike:
+            seen.add((record.step, record.round))
+            predicted, measured = _DECAY * predicted + p / record.calibration, _DECAY * measured + m
+    return min(max(measured / predicted, 1 / _MOST), _MOST) if predicted > 0 else 1.0
 
 
 def predicted_vs_measured(history: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

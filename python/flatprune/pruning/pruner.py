@@ -21,6 +21,7 @@ from flatprune.cutting.surgery import plan
 from flatprune.pruning.costs import CostTracker, ParameterCount, smallest_cost
 from flatprune.pruning.held_states import HeldStates
 from flatprune.pruning.limits import LossBudget, check_loss_budget, checked_limits
+from flatprune.pruning.predicted_vs_measured import calibration
 from flatprune.pruning.prunable import choose_layers, refuse_unscored
 from flatprune.pruning.ranks import ranks_of
 from flatprune.pruning.removals import Removal, loss_budget_note, overshoot_note, removal_records, shortfall_note
@@ -81,8 +82,8 @@ class Pruner:
             as ["*.mlp.fc1", "*.attn.qkv"]: the groups that match the same one. See `flatprune.pruning.ties`; layers
             that stay (`exclude`, `layers`, refused ones) bind no other.
         max_predicted_loss: at an event, neurons go only as long as the change of the loss that is predicted of them
-            (greedy: together; independent: the sum of theirs) does not exceed this; the record says where it bound.
-            None: no such limit.
+            (greedy: together; independent: the sum of theirs; calibrated by the cuts so far) does not exceed this; the
+            record says where it bound. None: no such limit.
         measure: take down what each cut made of the loss beside what was predicted (`flatprune.criteria.loss_change`),
             for one or two forwards on 64 samples, or a batch more, an event.
         exclude: layers whose outputs stay: names of modules, or types.
@@ -298,7 +299,7 @@ class Pruner:
 
     def _event(self, step: int, budget: float) -> list[Removal]:
         last = self.schedule.is_last(step)
-        losses = LossBudget(self.max_predicted_loss)
+        losses = LossBudget(self.max_predicted_loss, calibration(self.history, self._compensates(budget)))
         removals: list[Removal] = []
         if self._ranks is not None:
             self._ranks.prepare(self._agreement())
@@ -402,6 +403,7 @@ class Pruner:
             cost_after=self.cost,
             predicted_change=choice.predicted_change,
             measured_change=None if loss_change is None else loss_change.measure(),
+            calibration=losses.calibration,
         )
 
     @property

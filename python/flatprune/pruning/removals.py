@@ -36,9 +36,10 @@ class Removal:
         lowest_removed, highest_removed, lowest_kept: scores as they were ranked, of this group's neurons.
         predicted_change: the change of the loss that the whole cut was to make, the sum of its neurons' scores before
             they were divided by their cost. Of the "obs" score that is the change after the survivors have been
-            compensated, of the "obd" score without; single changes are added up as if they did not meet. None where
-            the score predicts no loss.
+            compensated, of the "obd" score without; single changes are added up as if they did not meet, and the sum
+            is multiplied by `calibration`. None where the score predicts no loss.
         measured_change: what the whole cut made of it, see `flatprune.criteria.loss_change`; None if not measured.
+        calibration: see `flatprune.pruning.predicted_vs_measured.calibration`.
     """
 
     step: int
@@ -63,6 +64,7 @@ class Removal:
     lowest_kept: float | None = None
     predicted_change: float | None = None
     measured_change: float | None = None
+    calibration: float = 1.0
 
     @classmethod
     def nothing(cls, step: int, params: int, budget: float, unit: str, cost: float, note: str, kind: str) -> Removal:

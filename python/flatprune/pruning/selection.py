@@ -41,7 +41,7 @@ class Choice(NamedTuple):
         pruned: position of a group -> int64 [m] neurons that go, ascending.
         scores: what they were ranked by, one tensor [neurons] a group; of a greedy selection, before the first went.
         costs: what goes with a neuron of each group.
-        predicted_change: of the loss, in total; None if the criterion predicts none.
+        predicted_change: of the loss, in total, calibrated; None if the criterion predicts none.
         joint: what a greedy selection was made by, or None.
     """
 
@@ -117,7 +117,9 @@ def choose(
         known = changes if criterion.predicts_loss else None
         pruned = select(paper, context.groups, scores, budget, limits, changes=known, **options)
         predicted = None if known is None else sum(float(known[p][neurons].sum()) for p, neurons in pruned.items())
-    losses.spent += predicted or 0.0
+    if predicted is not None:
+        losses.charge(predicted)
+        predicted *= losses.calibration
     return Choice(pruned, scores, costs, predicted, joint)
 
 

@@ -302,7 +302,7 @@ def _initialise(device: str, timeout: float | None) -> None:
             raise InputError(f"rank {rank} wants cuda:{local}, but there are {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
-    limits = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
+    limits: dict[str, Any] = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
     try:
         # torchrun's store outlives a restart, and with it the addresses of processes that are gone
         store, rank, size = next(dist.rendezvous("env://", rank, size, **limits))
