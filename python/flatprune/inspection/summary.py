@@ -62,10 +62,8 @@ class Summary:
         old = {} if before is None else {layer.name: layer for layer in before.layers}
         rows = [("layer", "kind", "width", "parameters", "multiply-accumulates")]
         rows += [_row(layer, old.get(layer.name)) for layer in self.layers]
-        sums = [(None, self.params), (None, self.macs)]
-        if before is not None:
-            sums = [(before.params, self.params), (before.macs, self.macs)]
-        rows.append(("all", "", "", _change(*sums[0]), _change(*sums[1])))
+        first = before or self
+        rows.append(("all", "", "", _change(first.params, self.params), _change(first.macs, self.macs)))
         last = f"latency {self.latency:.3g} ms" + ("" if before is None else f", {before.latency:.3g} before")
         return f"{aligned(rows)}\n{last}"
 
