@@ -24,7 +24,7 @@ build: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/*-cpython-*/ --target _C
 
 demo: setup
-	$(BIN)/flatprune run --data digits --model mlp --target-params 0.1 --epochs 200 --compare-dense --out runs/demo --overwrite
+	$(BIN)/flatprune run --data digits --model mlp --target-params 0.1 --epochs 200 --compare-dense --compare-no-flatness --measure-latency --out runs/demo --overwrite
 
 # a process for each core; a file of tests stays in one, with what its tests share
 test: setup

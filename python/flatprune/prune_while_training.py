@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatprune.flatness.spectrum import Flatness
+from flatprune.flatness.spectrum import STRENGTH, Flatness
 from flatprune.pruning.learning_rate import PruningLR
 from flatprune.pruning.pruner import Pruner
 from flatprune.pruning.removals import Removal
@@ -220,7 +220,7 @@ def _flatness(curvature: Curvature, total_steps: int, asked: bool | float | Mapp
         return None
     if isinstance(asked, Mapping):
         return Flatness(curvature, total_steps=total_steps, **asked)
-    return Flatness(curvature, total_steps=total_steps, strength=None if asked is True else float(asked))
+    return Flatness(curvature, total_steps=total_steps, strength=STRENGTH if asked is True else float(asked))
 
 
 def _lr_scheduler(optimizer: Any, total_steps: int, asked: str | None, schedule: CubicSchedule) -> PruningLR | None:

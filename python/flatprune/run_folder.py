@@ -25,8 +25,8 @@ from flatprune.reporting import report
 CHECKPOINT_FILE = "checkpoint.pt"
 SETTINGS_FILE = "settings.json"
 SETTINGS = Kind("flatprune-settings", 1)
-DENSE_FOLDER = "dense"
-DIGESTED_FILES = (HISTORY_FILE, SETTINGS_FILE, MODEL_FILE, report.PLOT_FILE, report.REPORT_FILE)
+COMPARED_FOLDERS = {"dense": "dense", "no_flatness": "no-flatness"}  # of `flatprune.settings.Settings.compared`
+DIGESTED_FILES = (HISTORY_FILE, SETTINGS_FILE, MODEL_FILE, report.PLOT_FILE, report.VALLEYS_FILE, report.REPORT_FILE)
 RUN_FILES = (SUMMARY_FILE, DIGESTS_FILE, *DIGESTED_FILES, CHECKPOINT_FILE)  # in the order in which they are removed
 WHOLE = "whole"
 PUT_ASIDE, LEFT_BEHIND = "put aside", "left by a process that was killed"
@@ -65,7 +65,7 @@ def remove_run(folder: Path) -> None:
 
 def _run_files() -> list[str]:
     names = (*EXPORT_FILES, EXPORTS_FILE, *RUN_FILES)  # exports of another run's network must not outlive it
-    return [*names, *(f"{DENSE_FOLDER}/{name}" for name in names)]
+    return [*names, *(f"{folder}/{name}" for folder in COMPARED_FOLDERS.values() for name in names)]
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -98,9 +98,9 @@ def check_run(folder: Path) -> dict[str, str]:
     for path in sorted(folder.iterdir()):
         if path.suffix in (DAMAGED_SUFFIX, TEMPORARY_SUFFIX):
             found[path.name] = PUT_ASIDE if path.suffix == DAMAGED_SUFFIX else LEFT_BEHIND
-    if (folder / DENSE_FOLDER).is_dir():
-        dense = check_run(folder / DENSE_FOLDER)
-        found |= {f"{DENSE_FOLDER}/{name}": state for name, state in dense.items()}
+    for inside in COMPARED_FOLDERS.values():
+        if (folder / inside).is_dir():
+            found |= {f"{inside}/{name}": state for name, state in check_run(folder / inside).items()}
     return found
 
 

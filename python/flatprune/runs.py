@@ -29,7 +29,10 @@ knows is in its checkpoint: the others are made of it, again too, when it is res
     seconds                                of training and testing, without start-up
     ranks                                  of several processes: how many
     traffic                                by purpose: calls, bytes the first of these gave, seconds it waited
-    dense_*                                the same of the network trained without pruning, where that was wanted
+    dense_*, no_flatness_*                 the same of the network trained without pruning, or without the flatness
+                                           term, where that was wanted
+    valleys                                distances, and the loss at these along the Hessian's top eigenvector, of
+                                           each of the networks compared (see `flatprune.loss_along_top_eigenvector`)
     settings, versions                     everything needed to do it again
 
 With the setting `ema`, accuracies, calibration, Hessian and `model.pt` are those of the averaged weights; K-FAC's
@@ -50,7 +53,7 @@ import os
 import platform
 import shlex
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -79,7 +82,7 @@ from flatprune.files.sealed import save_sealed
 from flatprune.reporting import report
 from flatprune.run_folder import (
     CHECKPOINT_FILE,
-    DENSE_FOLDER,
+    COMPARED_FOLDERS,
     DIGESTED_FILES,
     RUN_FILES,
     SETTINGS,
@@ -95,11 +98,12 @@ from flatprune.settings import Settings
 from flatprune.signals import stop_signals
 from flatprune.training.evaluation import evaluate
 from flatprune.training.figures import results
+from flatprune.training.measurements import valleys
 from flatprune.training.ranks import TrainingRanks, current_ranks, follow, joined, launch
 from flatprune.training.trainer import Observer, Trainer
 from kfac_ext.curvature.modes import RngState
 
-_DENSE_KEYS = (
+_COMPARED_KEYS = (
     "params_after",
     "macs_after",
     "test_accuracy_last",
@@ -107,6 +111,7 @@ _DENSE_KEYS = (
     "train_accuracy_last",
     "spectral_radius_kfac",
     "hessian_lambda_max",
+    "latency_after_1",
     "seconds",
 )
 _MAY_CHANGE = ("data", "device")  # on resuming: the data are known by their digest, the device is free
@@ -372,12 +377,14 @@ def _go_on(trainer: Trainer, lock: FolderLock, observer: _NoteObserver, *, resta
     folder = lock.folder
     try:
         with stop_signals() as stop_requested, _threads(trainer):
-            dense = None
-            if trainer.settings.compare_dense:
-                devices = [trainer.device] if trainer.device.type == "cuda" else []
+            compared = {}
+            devices = [trainer.device] if trainer.device.type == "cuda" else []
+            for name, settings in trainer.settings.compared().items():
                 with torch.random.fork_rng(devices):  # the comparison must not change what is compared
-                    dense = _dense_summary(trainer, lock, observer, stop_requested, restart_damaged)
-            return _train(trainer, folder, lock, observer("pruned"), stop_requested, dense)
+                    compared[name] = _compared_summary(
+                        trainer, name, settings, lock, observer, stop_requested, restart_damaged
+                    )
+            return _train(trainer, folder, lock, observer("pruned"), stop_requested, compared)
     except Interrupted as error:
         own = {name: getattr(trainer.settings, name) for name in ("model", "data")}
         again = "".join(f" --{name} {value}" for name, value in own.items() if named.is_named(value))
@@ -387,22 +394,24 @@ def _go_on(trainer: Trainer, lock: FolderLock, observer: _NoteObserver, *, resta
         raise DivergedError(f"{error}; the last good checkpoint is kept in {folder}") from None
 
 
-def _dense_summary(
+def _compared_summary(
     pruned: Trainer,
+    name: str,
+    settings: Settings,
     lock: FolderLock,
     observer: _NoteObserver,
     stop_requested: Callable[[], bool],
     restart_damaged: bool,
 ) -> dict[str, Any]:
-    folder = lock.folder / DENSE_FOLDER
+    folder = lock.folder / COMPARED_FOLDERS[name]
     aside: list[Path] | None = [] if restart_damaged else None
     summary = _finished(folder, aside)
     if summary is not None:
         return summary
     state = _checkpoint(folder, aside) if (folder / CHECKPOINT_FILE).is_file() else None
     _put_aside(aside)
-    trainer = _trainer(pruned.settings.dense(), lambda _: pruned.dataset, state, folder)
-    return _train(trainer, folder, lock, observer("dense"), stop_requested, None)
+    trainer = _trainer(settings, lambda _: pruned.dataset, state, folder)
+    return _train(trainer, folder, lock, observer(COMPARED_FOLDERS[name].replace("-", " ")), stop_requested, {})
 
 
 def _train(
@@ -411,16 +420,18 @@ def _train(
     lock: FolderLock,
     observer: Observer,
     stop_requested: Callable[[], bool],
-    dense: dict[str, Any] | None,
+    compared: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
     trainer.train(observer, lambda: _save(trainer, folder, lock), stop_requested)
-    summary = _summary(trainer, dense)
+    summary = _summary(trainer, compared)
+    if compared:
+        summary["valleys"] = _valleys(trainer, folder, compared)
     lock.hold()
     folder.mkdir(parents=True, exist_ok=True)
     _write_known(trainer, folder)
     (folder / SUMMARY_FILE).unlink(missing_ok=True)  # of a finished run that lacked something
     save_model(folder / MODEL_FILE, trainer.result, trainer.arguments, trainer.dataset.normalization)
-    dense_history = read_history(folder / DENSE_FOLDER / HISTORY_FILE) if dense else []
+    dense_history = read_history(folder / COMPARED_FOLDERS["dense"] / HISTORY_FILE) if "dense" in compared else []
     _write_report(folder, summary, trainer.history, dense_history)
     finish(folder, summary, [name for name in DIGESTED_FILES if (folder / name).is_file()])
     return summary
@@ -433,7 +444,7 @@ def _write_report(folder: Path, summary: dict[str, Any], *histories: list[dict[s
     except Exception as error:
         if isinstance(error, OSError) and Path(error.filename or "").parent == folder:
             raise
-        for name in (report.PLOT_FILE, report.REPORT_FILE):
+        for name in (report.PLOT_FILE, report.VALLEYS_FILE, report.REPORT_FILE):
             (folder / name).unlink(missing_ok=True)
         warnings.warn(f"{folder}: the report could not be made ({error!r})", stacklevel=2)
 
@@ -453,7 +464,13 @@ def _write_known(trainer: Trainer, folder: Path) -> None:
     write_json_lines(folder / HISTORY_FILE, trainer.history, HISTORY)
 
 
-def _summary(trainer: Trainer, dense: dict[str, Any] | None) -> dict[str, Any]:
+def _valleys(trainer: Trainer, folder: Path, compared: Iterable[str]) -> dict[str, Any]:
+    """The loss along the Hessian's top eigenvector, of this network and of those that it is compared with."""
+    networks = {name: read_saved(folder / COMPARED_FOLDERS[name]).network().to(trainer.device) for name in compared}
+    return valleys({**networks, "pruned": trainer.result}, trainer.dataset, trainer.settings.seed)
+
+
+def _summary(trainer: Trainer, compared: dict[str, dict[str, Any]]) -> dict[str, Any]:
     settings = trainer.settings
     summary = {
         "data": settings.data,
@@ -471,8 +488,10 @@ def _summary(trainer: Trainer, dense: dict[str, Any] | None) -> dict[str, Any]:
         **results(trainer),
         **trainer.traffic(),
     }
-    for key in _DENSE_KEYS if dense else ():
-        summary[f"dense_{key.removesuffix('_after')}"] = dense[key]  # type: ignore[index]
+    for name, other in compared.items():
+        for key in _COMPARED_KEYS:
+            if key in other:
+                summary[f"{name}_{key.replace('_after', '')}"] = other[key]
     summary["settings"] = {
         **settings.as_dict(),
         "lr": trainer.peak_lr,

@@ -22,13 +22,14 @@ from flatprune.criteria import CRITERIA
 from flatprune.data import DIGITS, MAX_CLASSES
 from flatprune.errors import InputError
 from flatprune.faults import first_fault
-from flatprune.flatness.spectrum import MODES
+from flatprune.flatness.spectrum import MODES, STRENGTH
 from flatprune.pruning.learning_rate import LR_SCHEDULES, rate_factor
 from flatprune.pruning.selection import SELECTIONS
 from flatprune.pruning.targets import UNITS, Target
 
 TARGETS = {f"target_{unit}": unit for unit in UNITS}
 NEED_PRUNING = ("max_predicted_loss", "stop_accuracy_drop")
+COMPARED = ("compare_dense", "compare_no_flatness")
 DENSE = {**dict.fromkeys(TARGETS), "target_params": 1.0}
 """Targets of a run that keeps its network as it is, whatever the target was given in."""
 _DEFAULT_TARGET_PARAMS = 0.1
@@ -212,7 +213,7 @@ class Settings(BaseModel):
         "on penalises the curvature's spectral radius, off does not; sam, msam and on+msam are SAM and momentum-SAM",
     )
     flatness_mode: Mode = _flatness("forward", "how the penalty's gradient is computed: forward or double_backward")
-    flatness_strength: float | None = _flatness(None, "weight of the penalty", unset="by mode and layers", ge=0)
+    flatness_strength: float = _flatness(STRENGTH, "weight of the penalty, as a part of the first loss", ge=0)
     flatness_every: Count | None = _flatness(
         None, "the penalty acts on every so many steps", unset="4, with convolutions 8"
     )
@@ -227,6 +228,7 @@ class Settings(BaseModel):
 
     test_every: Count = _measured(1, "epochs between tests; the last one is always tested")
     compare_dense: bool = _measured(False, "first train the same network the same way without pruning")
+    compare_no_flatness: bool = _measured(False, "first train and prune it without the flatness term")
     corruptions: bool = _measured(False, "test the final network on corrupted test images too")
     measure_latency: bool = _measured(False, "time inference before and after")
     track_hessian: Count | None = _measured(
@@ -270,7 +272,14 @@ class Settings(BaseModel):
 
     def dense(self) -> Settings:
         """The same training without pruning."""
-        return self.changed(**{**dict.fromkeys(NEED_PRUNING), **DENSE, "compare_dense": False})
+        return self.changed(**{**dict.fromkeys(NEED_PRUNING), **DENSE, **dict.fromkeys(COMPARED, False)})
+
+    def compared(self) -> dict[str, Settings]:
+        """What is trained for a comparison first: its name -> its settings."""
+        found = {"dense": self.dense()} if self.compare_dense else {}
+        if self.compare_no_flatness:
+            found["no_flatness"] = self.changed(flatness="off", **dict.fromkeys(COMPARED, False))
+        return found
 
     def changed(self, **values: Any) -> Settings:
         """These settings with others of these values."""

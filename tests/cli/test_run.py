@@ -16,6 +16,7 @@ import flatprune as package
 from flatprune import runs
 from flatprune.files.lock import LOCK_FILE
 from flatprune.models import layer_widths, multiply_accumulates, parameter_count
+from flatprune.reporting.report import VALLEYS_FILE
 from flatprune.run_folder import RUN_FILES
 from tests.cli.small_images import image_arrays
 
@@ -28,14 +29,12 @@ REQUIRED = [
 
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory):
-    """Two epochs on the digits, with the dense network beside; returns the folder."""
+    """Two epochs on the digits, beside the dense network and one without the flatness term; returns the folder."""
     from flatprune.cli import main
 
     folder = tmp_path_factory.mktemp("run") / "out"
-    code = main(
-        ["run", "--epochs", "2", "--target-params", "0.3", "--seed", "3", "--compare-dense", "--out", str(folder)]
-    )
-    assert code == 0
+    options = ["--epochs", "2", "--target-params", "0.3", "--seed", "3", "--measure-latency"]
+    assert main(["run", *options, "--compare-dense", "--compare-no-flatness", "--out", str(folder)]) == 0
     return folder
 
 
@@ -44,8 +43,9 @@ def summary_of(folder):
 
 
 def test_files(digits_run):
-    assert {path.name for path in digits_run.iterdir()} == {*RUN_FILES, LOCK_FILE, "dense"}
-    assert {path.name for path in (digits_run / "dense").iterdir()} == set(RUN_FILES)
+    assert {path.name for path in digits_run.iterdir()} == {*RUN_FILES, LOCK_FILE, "dense", "no-flatness"}
+    for inside in ("dense", "no-flatness"):
+        assert {path.name for path in (digits_run / inside).iterdir()} == {*RUN_FILES} - {VALLEYS_FILE}
     assert (digits_run / "progress.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -61,6 +61,21 @@ def test_summary(digits_run):
     assert list(summary["widths_before"].values()) == [128, 64, 10]
     assert list(summary["widths_after"].values())[-1] == 10
     assert summary["versions"]["torch"] == torch.__version__
+
+
+def test_no_flatness_beside(digits_run):
+    summary, other = summary_of(digits_run), summary_of(digits_run / "no-flatness")
+    assert other["settings"] == {
+        **summary["settings"], "flatness": "off", "compare_dense": False, "compare_no_flatness": False
+    }  # fmt: skip
+    for key in ("test_accuracy_last", "hessian_lambda_max", "params_after", "latency_after_1"):
+        assert summary[f"no_flatness_{key.replace('_after', '')}"] == other[key]
+    valleys = summary["valleys"]
+    middle = len(valleys["distances"]) // 2
+    assert valleys["distances"][middle] == 0.0
+    for name in ("dense", "no_flatness", "pruned"):
+        losses = valleys[name]
+        assert len(losses) == len(valleys["distances"]) and min(losses[0], losses[-1]) > losses[middle]
 
 
 def test_dense_beside(digits_run):

@@ -12,6 +12,7 @@ import torch
 from flatprune import runs
 from flatprune.checkpoint import CHECKPOINT_VERSION
 from flatprune.errors import DamagedError, InputError
+from flatprune.reporting.report import VALLEYS_FILE
 from flatprune.run_folder import RUN_FILES, WHOLE, check_run
 from flatprune.settings import Settings
 
@@ -153,6 +154,9 @@ def test_check_finds_each_file(flatprune, folder, name):
     flip(folder / name)
     refused(flatprune("check", folder), str(folder), name)
     dense = folder / "dense" / name
+    if name == VALLEYS_FILE:  # where networks are compared alone
+        assert not dense.exists()
+        return
     shutil.copy(dense.with_name("history.jsonl"), folder / "history.jsonl")
     flip(dense)
     assert f"dense/{name}: " in flatprune("check", folder).out

@@ -177,7 +177,7 @@ def loss_along_top_eigenvector(
         raise ValueError(
             f"loss_along_top_eigenvector: reach is {reach}, points {points}, expected above 0 and at least 3"
         )
-    distances = torch.linspace(-reach, reach, points, dtype=torch.float64).tolist()
+    distances = [reach * (2 * i / (points - 1) - 1) for i in range(points)]
 
     def solve(product: Product, start: Tensor) -> tuple[float, Tensor]:
         (value,), vector = _lanczos(product, start, 1, iterations, tol, keep=True)

@@ -1,13 +1,13 @@
 """The flatness term: the gradient of the blocks' spectral radii, added to the loss.
 
-J = L + strength L_w (1/B) sum over the B layers of max(0, log(rho_l / K_l)), rho_l = lambda_1(A_l) lambda_1(G_l), L_w
-the loss at the end of warm-up. After Sandler, Klabjan, Luo (arXiv 2102.11210: f + mu max(0, rho - K), gradient
+J = L + strength L_0 (1/B) sum over the B layers of max(0, log(rho_l / K_l)), rho_l = lambda_1(A_l) lambda_1(G_l), L_0
+the loss that training began with. After Sandler, Klabjan, Luo (arXiv 2102.11210: f + mu max(0, rho - K), gradient
 v^T (dH) v with the eigenvector held); the logarithm, the sum over blocks, the scale and the estimate are ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -29,8 +29,7 @@ from kfac_ext.layers import Layer
 __all__ = ["Flatness", "hessian_lambda_max"]
 
 MODES = ("forward", "double_backward")
-_STRENGTHS = {"forward": (0.06, 0.006), "double_backward": (0.2, 0.008)}  # without convolutions and with
-_LOSS_DECAY = 0.98
+STRENGTH = 0.003
 _STEP_SIZE = 0.1  # length of the largest shift of a z in mode "forward", as a part of the root mean square of |z|
 _LEAST_KAPPA = 1e-4  # no block is pressed below this part of its radius, also with kappa 0: rho -> 0 is a dead network
 
@@ -49,9 +48,9 @@ class Flatness:
     """Penalises the spectral radii of the curvature blocks while the model trains.
 
     With c_l = 1/(B rho_l) for blocks above their floor, u_l and s_l the top eigenvectors of A_l and G_l, the gradient
-    is that of sum over l of c_l lambda(G_l) mean (u.a)^2 + c_l lambda(A_l) mean (s.g)^2, times strength L_w, L_w the
-    running mean of the loss (0.98) at the end of warm-up: a fixed scale, since the loss itself vanishes where a network
-    fits its training set, and a term in proportion to it would with it. The second part is computed by
+    is that of sum over l of c_l lambda(G_l) mean (u.a)^2 + c_l lambda(A_l) mean (s.g)^2, times strength L_0, L_0 the
+    first loss: a scale that has the loss's units and stays, since the loss itself vanishes where a network fits its
+    training set, and a term in proportion to it would vanish with it. The second part is computed by
 
     - "forward" (default): one more forward with every z_l moved by eps r sqrt(c_l lambda(A_l)) s_l, r = +-1 drawn per
       sample and block; t = (change of the output) / eps; mean[sum p t^2 - (sum p t)^2], p the softmax. Its mean over r
@@ -66,7 +65,7 @@ class Flatness:
     Args:
         curvature: of the model that is trained.
         total_steps: calls of `penalty` in the whole training.
-        strength: alpha; None: forward 0.06 without convolutions, 0.006 with; double_backward 0.2 and 0.008.
+        strength: alpha.
         kappa: floor as a part of the radius after warm-up.
         every: the penalty is computed on every so many calls, with so many times the weight; None: 4 without
             convolutions, 8 with.
@@ -89,7 +88,7 @@ class Flatness:
         curvature: Curvature,
         *,
         total_steps: int | None = None,
-        strength: float | None = None,
+        strength: float = STRENGTH,
         kappa: float = 0.0,
         every: int | None = None,
         start: float | int = 0.1,
@@ -106,23 +105,14 @@ class Flatness:
         if not curvature.loss.needs_output:
             raise ValueError("Flatness: the curvature's loss is 'other', of which nothing is known; name the loss")
         self.curvature, self.mode, self.fade_below = curvature, mode, fade_below
-        self.kappa, self._strength, self._every = kappa, strength, every
+        self.strength, self.kappa, self._every = strength, kappa, every
         self.warmup_steps = _warmup_steps(start, total_steps)
         self.step_count = 0
         self.floors: dict[str, Tensor] | None = None  # K_l, from the end of warm-up on
         self._start_step = 0
-        self._mean_loss: Tensor | None = None
-        self._new_loss: Callable[[], Tensor] | None = None  # of all ranks, on its way
-        self._scale: Tensor | None = None  # the mean loss at the end of warm-up
+        self._scale: Tensor | None = None  # the first loss
         self._full_size = self._size()
         self._ask_for_record()
-
-    @property
-    def strength(self) -> float:
-        """alpha."""
-        if self._strength is not None:
-            return self._strength
-        return _STRENGTHS[self.mode][self.curvature.has_convolutions]
 
     @property
     def every(self) -> int:
@@ -134,7 +124,7 @@ class Flatness:
     def penalty(self, x: Any, logits: Tensor, loss: Tensor) -> Tensor:
         """A 0-d tensor to add to the loss before `backward()`: 0 in warm-up and between the steps it acts on.
 
-        Its gradient is what counts: it is that of strength Lbar (1/B) sum log rho_l; its value is not that sum's.
+        Its gradient is what counts: it is that of strength L_0 (1/B) sum log rho_l; its value is not that sum's.
         Under gradient accumulation call it for every batch with the batch's mean loss, and divide the sum of both.
         If `logits` is not the very tensor the model returned (or the forward ran in autocast, or in mode
         "double_backward" through a fused attention, which has no second derivative), the forward is repeated.
@@ -146,23 +136,22 @@ class Flatness:
             loss: the mean loss of these, with its graph.
         """
         self.curvature.settle(loss)
-        self._follow_loss(loss)
+        self._take_scale(loss)
         if self.floors is None and self.step_count >= self.warmup_steps and self.curvature.is_updated:
             self.end_warmup()
-        value = self._value(x, logits) if self._acts() and len(logits) else None
+        value = self._value(x, logits) if self._acts() and len(logits) and self._scale is not None else None
         self.step_count += 1
         self._ask_for_record()
         return loss.new_zeros(()) if value is None else value.to(loss.dtype)
 
     def end_warmup(self) -> None:
-        """Fix the floors K_l and the scale, the running mean of the loss, as they stand; the next step is penalised.
+        """Fix the floors K_l as they stand; the next step is penalised.
 
         Raises:
             RuntimeError: before the first factors.
         """
         kappa = max(self.kappa, _LEAST_KAPPA)
         self.floors = {name: kappa * rho for name, rho in self.curvature.spectral_radii().items()}
-        self._scale = self._running_loss()
         self._start_step = self.step_count
         self._ask_for_record()
 
@@ -173,7 +162,6 @@ class Flatness:
             "start_step": self._start_step,
             "full_size": self._full_size,
             "floors": None if self.floors is None else {name: k.clone() for name, k in self.floors.items()},
-            "mean_loss": self._running_loss(),
             "scale": self._scale,
         }
 
@@ -182,10 +170,7 @@ class Flatness:
         device = device_of(self.curvature.model)
         floors = state["floors"]
         self.floors = None if floors is None else {name: k.to(device) for name, k in floors.items()}
-        self._new_loss = None
-        self._mean_loss, self._scale = (
-            None if t is None else t.to(device) for t in (state["mean_loss"], state["scale"])
-        )
+        self._scale = None if state["scale"] is None else state["scale"].to(device)
         self.step_count, self._start_step = state["step_count"], state["start_step"]
         self._full_size = state["full_size"]
         self._ask_for_record()
@@ -198,30 +183,15 @@ class Flatness:
     def _acts(self) -> bool:
         return self.floors is not None and (self.step_count - self._start_step) % self.every == 0
 
-    def _follow_loss(self, loss: Tensor) -> None:
-        if self._scale is not None:
-            return
-        self._running_loss()
-        if self.curvature.group is not None:
-            self._new_loss = self.curvature.group.start_mean(loss, "loss")
-            return
-        value = loss.detach().clone()
-        self._new_loss = lambda: value
-
-    def _running_loss(self) -> Tensor | None:
-        """Lbar with all losses seen; ranks wait for the last one only when it is asked for."""
-        if self._new_loss is not None:
-            value, self._new_loss, mean = self._new_loss(), None, self._mean_loss
-            if mean is not None:  # a loss that is not finite, of an empty batch say, says nothing
-                blend = torch.where(mean.isfinite(), _LOSS_DECAY * mean + (1 - _LOSS_DECAY) * value, value)
-                value = torch.where(value.isfinite(), blend, mean)
-            self._mean_loss = value
-        return self._mean_loss
+    def _take_scale(self, loss: Tensor) -> None:
+        """Take the first loss that is finite, of the whole batch where ranks share it."""
+        if self._scale is None:
+            group = self.curvature.group
+            first = loss.detach().clone() if group is None else group.start_mean(loss, "loss")()
+            self._scale = first if bool(first.isfinite()) else None
 
     def _weight(self) -> Tensor:
-        """strength L_w every, faded; where warm-up ended before any loss was seen, L_w is the first loss after it."""
-        if self._scale is None:
-            self._scale = self._running_loss()
+        """strength L_0 every, faded."""
         assert self._scale is not None
         return self.strength * self.every * self._fade() * self._scale
 

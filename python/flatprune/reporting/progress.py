@@ -24,6 +24,7 @@ _SPARK_LENGTH = 48
 _REFRESH_SECONDS = 0.1
 _DEVICE_REFRESH_SECONDS = 1.0  # where the figures have to come from a GPU, which has to finish what is queued first
 _FIGURE_STYLE = "bold"
+_COMPARED = {"dense": "dense", "no_flatness": "no flatness term"}  # name in `summary.json` -> column
 
 
 def observer(console: Console, title: str) -> Observer:
@@ -273,16 +274,17 @@ def duration(seconds: float) -> str:
 
 
 def print_summary(console: Console, summary: dict[str, Any], folder: str) -> None:
-    """The result as a table (with a column for the dense network where there is one), and where the files are."""
-    has_dense = "dense_test_accuracy_last" in summary
+    """The result as a table (with a column for each network that it is compared with), and where the files are."""
+    compared = [name for name in _COMPARED if f"{name}_test_accuracy_last" in summary]
     pruned = summary["target_fraction"] < 1.0
+    columns = compared if "dense" in compared or not pruned else ["before", *compared]
     table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
     table.add_column("")
-    if has_dense or pruned:
-        table.add_column("dense" if has_dense else "before", justify="right")
+    for name in columns:
+        table.add_column(_COMPARED.get(name, name), justify="right")
     table.add_column("pruned" if pruned else "result", justify="right", style=_FIGURE_STYLE)
-    for name, before, after in _summary_rows(summary):
-        table.add_row(name, *([before] if has_dense or pruned else []), after)
+    for name, cells, after in _summary_rows(summary):
+        table.add_row(name, *(cells.get(column, "") for column in columns), after)
     console.print()
     console.print(table)
     console.print()
@@ -316,30 +318,46 @@ def remarks(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _summary_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
-    def pair(name: str, key: str, form: str, unit: str = "") -> tuple[str, str, str]:
-        before = summary.get(f"dense_{key}")
-        return (name, "" if before is None else f"{before:{form}}{unit}", f"{summary[key]:{form}}{unit}")
+def _summary_rows(summary: dict[str, Any]) -> list[tuple[str, dict[str, str], str]]:
+    """Name of a figure, column -> what it was there, what it is."""
 
-    def change(name: str, key: str) -> tuple[str, str, str]:
+    def row(name: str, key: str, form: str, unit: str = "") -> tuple[str, dict[str, str], str]:
+        keys = {other: f"{other}_{key}" for other in _COMPARED if f"{other}_{key}" in summary}
+        return (
+            name,
+            {other: f"{summary[k]:{form}}{unit}" for other, k in keys.items()},
+            f"{summary[key]:{form}}{unit}",
+        )
+
+    def change(name: str, key: str) -> tuple[str, dict[str, str], str]:
         before, after = summary[f"{key}_before"], summary[f"{key}_after"]
-        return (name, f"{before:,}", f"{after:,} ({100.0 * after / before:.1f} %)")
+        cells = {"before": f"{before:,}", "dense": f"{before:,}"}
+        if f"no_flatness_{key}" in summary:
+            cells["no_flatness"] = f"{summary[f'no_flatness_{key}']:,}"
+        return (name, cells, f"{after:,} ({100.0 * after / before:.1f} %)")
 
     unit = summary["target_unit"]
-    target = []
+    more = []
     if unit in ("neurons", "latency") and summary["cost_before"] is not None:
-        before, after = summary["cost_before"], summary["cost_after"]
-        target = [(UNITS[unit], amount(unit, before), f"{amount(unit, after)} ({100.0 * after / before:.1f} %)")]
+        before, after = (amount(unit, summary[f"cost_{when}"]) for when in ("before", "after"))
+        left = 100.0 * summary["cost_after"] / summary["cost_before"]
+        more = [(UNITS[unit], {"before": before, "dense": before}, f"{after} ({left:.1f} %)")]
+    if "latency_after_1" in summary:
+        before = f"{summary['latency_before_1']:.3g} ms"
+        cells = {"before": before, "dense": before}
+        if "no_flatness_latency_1" in summary:
+            cells["no_flatness"] = f"{summary['no_flatness_latency_1']:.3g} ms"
+        more.append(("latency of one image", cells, f"{summary['latency_after_1']:.3g} ms"))
     return [
-        pair("test accuracy, last epoch", "test_accuracy_last", ".2f", " %"),
-        pair("test accuracy, best epoch", "test_accuracy_best", ".2f", " %"),
-        pair("training accuracy", "train_accuracy_last", ".2f", " %"),
+        row("test accuracy, last epoch", "test_accuracy_last", ".2f", " %"),
+        row("test accuracy, best epoch", "test_accuracy_best", ".2f", " %"),
+        row("training accuracy", "train_accuracy_last", ".2f", " %"),
         change("parameters", "params"),
         change("multiply-accumulates", "macs"),
-        *target,
-        pair("largest Hessian eigenvalue", "hessian_lambda_max", ".3g"),
-        pair("spectral radius, K-FAC", "spectral_radius_kfac", ".3g"),
-        pair("training time", "seconds", ".1f", " s"),
+        *more,
+        row("largest Hessian eigenvalue", "hessian_lambda_max", ".3g"),
+        row("spectral radius, K-FAC", "spectral_radius_kfac", ".3g"),
+        row("training time", "seconds", ".1f", " s"),
     ]
 
 

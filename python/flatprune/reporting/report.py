@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PLOT_FILE = "progress.png"
+VALLEYS_FILE = "valleys.png"
 REPORT_FILE = "report.html"
+_COMPARED = {"dense": ("dense", INK), "no_flatness": ("pruned, no flatness term", ROSE), "pruned": ("pruned", BLUE)}
 
 
 def write_report(
@@ -26,7 +28,7 @@ def write_report(
     history: list[dict[str, Any]],
     dense_history: list[dict[str, Any]] | None = None,
 ) -> None:
-    """Write `progress.png` and `report.html` into `folder`.
+    """Write `progress.png` and `report.html` into `folder`, and `valleys.png` where networks are compared.
 
     Args:
         folder: of the run.
@@ -36,6 +38,8 @@ def write_report(
     """
     image = png(figure(summary, history, dense_history or []))
     write_atomically(folder / PLOT_FILE, image)
+    if "valleys" in summary:
+        write_atomically(folder / VALLEYS_FILE, png(valleys_figure(summary)))
     write_atomically(folder / REPORT_FILE, page(summary, history, image))
 
 
@@ -60,6 +64,28 @@ def figure(summary: dict[str, Any], history: list[dict[str, Any]], dense_history
     size = min(14.0, 14.0 * 64 / len(title))
     plot.text(0.03, 0.957, plain(title), color=INK, fontsize=size, fontweight="bold")
     plot.text(0.03, 0.928, plain(subline(summary)), color=GREY, fontsize=10)
+    return plot
+
+
+def valleys_figure(summary: dict[str, Any]) -> Figure:
+    """The loss along the Hessian's top eigenvector of each network, above its value where training ended."""
+    from matplotlib.figure import Figure
+
+    plot = Figure(figsize=(8.4, 4.2), facecolor="white")
+    axis = plot.subplots()
+    plot.subplots_adjust(left=0.075, right=0.74, top=0.86, bottom=0.13)
+    valleys = summary["valleys"]
+    labels = []
+    for name, (title, color) in _COMPARED.items():
+        if name in valleys:
+            losses = valleys[name]
+            rise = [loss - losses[len(losses) // 2] for loss in losses]
+            axis.plot(valleys["distances"], rise, color=color, linewidth=2.0 if name == "pruned" else 1.4)
+            key = "hessian_lambda_max" if name == "pruned" else f"{name}_hessian_lambda_max"
+            labels.append((rise[-1], f"{title}\nλmax {number(summary[key])}", color))
+    style_axis(axis, "rise of the loss along the top eigenvector of the Hessian")
+    axis.set_xlabel("distance from the trained weights (batch norms folded in)", color=INK, fontsize=10)
+    label_right(axis, labels)
     return plot
 
 
@@ -167,13 +193,19 @@ def page(summary: dict[str, Any], history: list[dict[str, Any]], image: bytes) -
     """The HTML page, with the figure inside it."""
     body = _BODY.format(
         cards="".join(card(*entry) for entry in _cards(summary)),
-        figure=figure_of(image, "accuracy, parameters and spectral radius over the epochs"),
+        figure=figure_of(image, "accuracy, parameters and spectral radius over the epochs") + _valleys_section(summary),
         events=predicted_vs_measured_section(summary, history) + events_section(summary, history),
         layers=_layer_rows(summary),
         settings=value_rows(summary["settings"]),
         versions=value_rows(summary["versions"]),
     )
     return document(headline(summary), subline(summary), body)
+
+
+def _valleys_section(summary: dict[str, Any]) -> str:
+    if "valleys" not in summary:
+        return ""
+    return figure_of(png(valleys_figure(summary)), "the loss along the top eigenvector of the Hessian")
 
 
 def _cards(summary: dict[str, Any]) -> list[tuple[str, str, str]]:

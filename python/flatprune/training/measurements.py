@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flatprune.data import Dataset
-from flatprune.flatness.spectrum import hessian_lambda_max
+from flatprune.flatness.hessian import hessian_lambda_max, loss_along_top_eigenvector
 from flatprune.pruning.latency import batch_of, measure
 from kfac_ext.curvature import Curvature
 from kfac_ext.curvature.modes import module_modes, undisturbed
@@ -42,6 +45,26 @@ def hessian_radius(model: nn.Module, dataset: Dataset, seed: int) -> float:
     generator = torch.Generator(x.device).manual_seed(seed)
     criterion = nn.CrossEntropyLoss()
     return float(hessian_lambda_max(model, x, y, criterion, iterations=_HESSIAN_ITERATIONS, generator=generator))
+
+
+def valleys(networks: Mapping[str, nn.Module], dataset: Dataset, seed: int) -> dict[str, Any]:
+    """The mean cross entropy along the top eigenvector of each network's Hessian, at the same distances for all.
+
+    The farthest is where the loss of the sharpest network rises by about 1: L + lambda_max t^2 / 2.
+
+    Returns:
+        `distances`, and name -> losses; over the first 1,024 training images.
+    """
+    x, y = dataset.x_train[:_HESSIAN_SAMPLES], dataset.y_train[:_HESSIAN_SAMPLES]
+    sharpest = max(hessian_radius(network, dataset, seed) for network in networks.values())
+    found: dict[str, Any] = {}
+    for name, network in networks.items():
+        generator = torch.Generator(x.device).manual_seed(seed)
+        valley = loss_along_top_eigenvector(
+            network, x, y, nn.CrossEntropyLoss(), reach=math.sqrt(2.0 / sharpest), generator=generator
+        )
+        found |= {"distances": valley.distances, name: valley.losses}
+    return found
 
 
 def radii_of_both_kinds(model: nn.Module, curvature: Curvature, x: Tensor, seed: int) -> dict[str, float]:
