@@ -24,7 +24,7 @@ _EXAMPLES = 2
 class PruningTrainer(Trainer):
     """`transformers.Trainer` with neurons, heads and residual streams going while it trains.
 
-    Everything else is the Trainer's: precision, accumulation, schedulers, logging (of events and epochs too), evaluation.
+    Everything else is the Trainer's: precision, accumulation, schedulers, logging (events and epochs too), evaluation.
     Checkpoints resume a pruned network, and `load_pruned` makes one again from a saved folder.
 
     Args:
