@@ -184,10 +184,10 @@ def test_what_is_missing_is_said_with_its_install_line(monkeypatch, tmp_path, ki
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingPackageError, match=rf"pip install 'kfac-ext\[{package}\]'"):
         kind(**({"folder": tmp_path} if kind is TensorBoardLogger else {}))
-    with pytest.raises(MissingPackageError, match=f"--log {package} needs {package}"):
+    with pytest.raises(MissingPackageError, match=f"--logger {package} needs {package}"):
         check_logger(package)
 
 
 def test_an_unknown_logger_is_answered():
-    with pytest.raises(InputError, match="log is 'tensorbord', did you mean tensorboard"):
+    with pytest.raises(InputError, match="logger is 'tensorbord', did you mean tensorboard"):
         check_logger("tensorbord")

@@ -37,7 +37,7 @@ def run_command(
         bool, _option("--restart-damaged", help="as --resume; a damaged checkpoint is put aside, the run made anew")
     ] = False,
     overwrite: Annotated[bool, _option("--overwrite", help="replace the run that is in --out")] = False,
-    log: Annotated[
+    logger: Annotated[
         str | None,
         _option(
             help="who is told of events and epochs: tensorboard (in --out/tensorboard), wandb or mlflow",
@@ -66,19 +66,24 @@ def run_command(
     if (resume or restart_damaged) and overwrite:
         first = "--resume" if resume else "--restart-damaged"
         raise InputError(f"{first} and --overwrite: expected one of them")
-    if log is not None:
-        check_logger(log)
+    if logger is not None:
+        check_logger(logger)
     from flatprune import runs
 
     if resume or restart_damaged:
         work = partial(runs.resume, out, values, restart_damaged=restart_damaged)
-        _shown(out, work, rank_timeout, log, done=runs.is_finished(out))
+        _shown(out, work, rank_timeout, logger, done=runs.is_finished(out))
     else:
-        _shown(out, partial(runs.run, Settings(**values), out, overwrite=overwrite), rank_timeout, log)
+        _shown(out, partial(runs.run, Settings(**values), out, overwrite=overwrite), rank_timeout, logger)
 
 
 def _shown(
-    out: Path, work: Callable[..., dict[str, Any]], rank_timeout: float | None, log: str | None, *, done: bool = False
+    out: Path,
+    work: Callable[..., dict[str, Any]],
+    rank_timeout: float | None,
+    logger: str | None,
+    *,
+    done: bool = False,
 ) -> None:
     """Do what gives a summary, shown as it goes on and at its end; `done`: the run was finished already."""
     from flatprune.reporting import logged, progress
@@ -88,9 +93,9 @@ def _shown(
 
     def observer(title: str) -> Observer:
         display = progress.observer(console, title)
-        if log is None:
+        if logger is None:
             return display
-        return logged.Observers(logged.LoggedRun(log, partial(LOGGERS[log], out, title)), display)
+        return logged.Observers(logged.LoggedRun(logger, partial(LOGGERS[logger], out, title)), display)
 
     summary = work(rank_timeout=rank_timeout, observer=observer)
     if is_follower():

@@ -113,12 +113,12 @@ LOGGERS: dict[str, Callable[[Path, str, Mapping[str, Any], int], Any]] = {
     "wandb": _wandb,
     "mlflow": _mlflow,
 }
-"""Name for `flatprune run --log` -> what makes it for a part ("pruned", "dense") of the run in a folder, at a step."""
+"""Name, of `flatprune run --logger` -> what makes it for a part ("pruned", "dense") of a run in a folder, at a step."""
 
 
 def check_logger(name: str) -> None:
     """Raise InputError for a name that is none of LOGGERS, or whose package is missing."""
     if name not in LOGGERS:
-        raise InputError(f"log is {name!r}, {did_you_mean(name, LOGGERS)}")
-    with needed_by(f"--log {name}"):
+        raise InputError(f"logger is {name!r}, {did_you_mean(name, LOGGERS)}")
+    with needed_by(f"--logger {name}"):
         __import__("torch.utils.tensorboard" if name == "tensorboard" else name)

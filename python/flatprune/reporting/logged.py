@@ -54,7 +54,7 @@ class LoggedRun(Observer):
         try:
             self._logger = self._make(trainer.settings.as_dict(), step)
         except Exception as error:  # whatever a service far away may say
-            raise InputError(f"--log {self._name}: {error}") from error
+            raise InputError(f"--logger {self._name}: {error}") from error
         if step == 0 and trainer.pruner is not None:
             self._log(0, state_scalars(trainer.pruner, trainer.curvature))
 
@@ -90,7 +90,7 @@ class LoggedRun(Observer):
             tell(self._logger)
         except Exception as error:  # a run of hours does not end with the connection of its logger
             self._logger = None
-            warnings.warn(f"--log {self._name}: {error!r}; no more is logged", stacklevel=2)
+            warnings.warn(f"--logger {self._name}: {error!r}; no more is logged", stacklevel=2)
 
 
 class Observers(Observer):
