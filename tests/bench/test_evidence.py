@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from bench.evidence import PAGE, STUDIES, main
@@ -26,6 +27,7 @@ def test_every_study_has_a_grid_and_a_place_on_the_page():
         assert PAGE.read_text().count(f"<!-- {name} -->") == 2
 
 
+@pytest.mark.thorough
 def test_only_what_was_run_is_shown(tmp_path):
     name = "q1_size_digits"
     path, page = tmp_path / "study.yaml", tmp_path / "page.md"

@@ -35,6 +35,7 @@ def run(tmp_path, monkeypatch):
     return Run(tmp_path, "gpu-test", minutes=1)
 
 
+@pytest.mark.thorough
 def test_a_family_that_fails_and_one_that_hangs(run):
     """What comes after them is measured, and the JSON says of each how it ended."""
     hangs = "import torch, time; print('begun', flush=True); time.sleep(60)"

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 for needed in ("laplace", "curvlinops"):
     pytest.importorskip(needed)
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore")]  # laplace takes seconds to import
 
 
 @pytest.fixture(scope="module")

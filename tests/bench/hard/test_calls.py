@@ -13,6 +13,8 @@ import kfac_ext
 from bench.hard import __main__ as hard
 from bench.hard import batches, hostile, random_calls, valid
 
+pytestmark = pytest.mark.thorough  # forks and runs by the dozen
+
 FAMILIES = ("valid", "hostile", "geometry", "memory")
 
 

@@ -15,6 +15,8 @@ from flatprune import runs
 from flatprune.study import report as study_report
 from flatprune.study import whole
 
+pytestmark = pytest.mark.thorough  # forks and runs by the dozen
+
 COMMANDS = (damage._eval, damage._load, damage._resume, damage._resume_stopped, damage._check)
 
 
