@@ -37,9 +37,7 @@ def transformers():
     prepare()
 
 
-@pytest.mark.parametrize(
-    "name", thorough(COULD_GO, but=["hf_bert", "hf_llama_gqa", "hf_vit", "hf_swin", "hf_convnextv2", "hf_wav2vec2"])
-)
+@pytest.mark.parametrize("name", thorough(COULD_GO, but=["hf_bert", "hf_llama_gqa", "hf_swin", "hf_wav2vec2"]))
 def test_nearly_everything_can_go_and_a_cut_is_what_masking_is(name):
     network = BUILDERS[name]()
     coupling, record = find(network)
@@ -50,8 +48,8 @@ def test_nearly_everything_can_go_and_a_cut_is_what_masking_is(name):
         assert outcome(found)["effect"] > 0
 
 
-@pytest.mark.parametrize("name", ["hf_bert", "hf_llama_gqa", "hf_convnextv2"])
-@pytest.mark.parametrize("criterion", ["l1", "obs"])
+@pytest.mark.parametrize("name", thorough(["hf_bert", "hf_llama_gqa", "hf_convnextv2"], but=["hf_llama_gqa"]))
+@pytest.mark.parametrize("criterion", thorough(["l1", "obs"], but=["obs"]))
 def test_training_goes_on_after_half_the_parameters_went(name, criterion):
     torch.manual_seed(0)
     record = train(BUILDERS[name](), criterion)
