@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -67,12 +68,11 @@ def hessian_lambda_max(
     if method not in _METHODS:
         raise ValueError(f"hessian_lambda_max: method is {method!r}, expected 'lanczos' or 'power'")
 
-    def solve(product: Product, start: Tensor) -> float:
+    with _folded("hessian_lambda_max", model, x, y, criterion, batch_size) as point:
+        start = point.start(generator)
         if method == "power":
-            return _power(product, start, iterations, tol)
-        return _lanczos(product, start, 1, iterations, tol)[0][0]
-
-    return _with_product("hessian_lambda_max", model, x, y, criterion, batch_size, generator, solve)
+            return _power(point.product, start, iterations, tol)
+        return _lanczos(point.product, start, 1, iterations, tol)[0][0]
 
 
 def hessian_eigenvalues(
@@ -116,10 +116,8 @@ def hessian_eigenvalues(
     if not 1 <= k <= iterations:
         raise ValueError(f"hessian_eigenvalues: k is {k}, expected 1 to {iterations} (iterations)")
 
-    def solve(product: Product, start: Tensor) -> list[float]:
-        return _lanczos(product, start, k, iterations, tol)[0]
-
-    values = _with_product("hessian_eigenvalues", model, x, y, criterion, batch_size, generator, solve)
+    with _folded("hessian_eigenvalues", model, x, y, criterion, batch_size) as point:
+        values, _ = _lanczos(point.product, point.start(generator), k, iterations, tol)
     if len(values) < k:
         raise ValueError(f"hessian_eigenvalues: k is {k}, but only {len(values)} distinct eigenvalues can be found")
     return values
@@ -178,37 +176,75 @@ def loss_along_top_eigenvector(
             f"loss_along_top_eigenvector: reach is {reach}, points {points}, expected above 0 and at least 3"
         )
     distances = [reach * (2 * i / (points - 1) - 1) for i in range(points)]
-
-    def solve(product: Product, start: Tensor) -> tuple[float, Tensor]:
-        (value,), vector = _lanczos(product, start, 1, iterations, tol, keep=True)
+    with _folded("loss_along_top_eigenvector", model, x, y, criterion, batch_size) as point:
+        (value,), vector = _lanczos(point.product, point.start(generator), 1, iterations, tol, keep=True)
         assert vector is not None
-        return value, vector
-
-    def losses(fixed: dict[str, Tensor], leaves: dict[str, Tensor], found: tuple[float, Tensor]) -> Valley:
-        parts = dict(zip(leaves, found[1].split([p.numel() for p in leaves.values()])))
-        lost = []
-        for distance in distances:
-            moved = {name: p + distance * parts[name].view_as(p).to(p.dtype) for name, p in leaves.items()}
-            lost.append(_mean_loss(model, {**fixed, **moved}, x, y, criterion, batch_size))
-        return Valley(distances, lost, found[0])
-
-    return _with_product("loss_along_top_eigenvector", model, x, y, criterion, batch_size, generator, solve, losses)
+        return Valley(distances, [point.loss(distance * vector) for distance in distances], value)
 
 
-def _with_product(
-    caller: str,
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    criterion: Criterion,
-    batch_size: int,
-    generator: torch.Generator | None,
-    solve: Callable[[Product, Tensor], Any],
-    then: Callable[[dict[str, Tensor], dict[str, Tensor], Any], Any] = lambda fixed, leaves, answer: answer,
-) -> Any:
-    """`solve` of v -> H v and a start vector, `then` of what it gives; the model is in eval mode meanwhile.
+class _Folded(NamedTuple):
+    """The mean loss of samples as a function of the folded weights, around their values."""
 
-    It is untouched after.
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    criterion: Criterion
+    batch_size: int
+    fixed: dict[str, Tensor]
+    leaves: dict[str, Tensor]
+
+    def product(self, vector: Tensor) -> Tensor:
+        """H v of the loss; v and the result are flat, in float64 for the recurrence."""
+        parameters = list(self.leaves.values())
+        parts = self._parts(vector)
+        total = torch.zeros_like(vector)
+        for inputs, targets in self._batches():
+            with sdpa_kernel(SDPBackend.MATH):  # PyTorch's fused attentions have no second derivative
+                loss = self.criterion(functional_call(self.model, {**self.fixed, **self.leaves}, (inputs,)), targets)
+            grads = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+            pairs = [(g, v) for g, v in zip(grads, parts) if g is not None and g.requires_grad]
+            directional = sum(((g * v).sum() for g, v in pairs), start=loss.new_zeros(()))
+            if not directional.requires_grad:  # the loss is linear here
+                continue
+            products = torch.autograd.grad(directional, parameters, allow_unused=True, materialize_grads=True)
+            flat = torch.cat([t.detach().flatten() for t in products])
+            total += flat.to(total.dtype) * (len(inputs) / len(self.x))
+        return total
+
+    @torch.no_grad()
+    def loss(self, vector: Tensor) -> float:
+        """The loss with the weights moved by v."""
+        moved = {name: p + v for (name, p), v in zip(self.leaves.items(), self._parts(vector))}
+        total = 0.0
+        for inputs, targets in self._batches():
+            outputs = functional_call(self.model, {**self.fixed, **moved}, (inputs,))
+            total += float(self.criterion(outputs, targets)) * len(inputs)
+        return total / len(self.x)
+
+    def start(self, generator: torch.Generator | None) -> Tensor:
+        """A random vector for iterations to begin with; without a generator always the same."""
+        size = sum(p.numel() for p in self.leaves.values())
+        generator = generator or torch.Generator().manual_seed(0)
+        vector = torch.randn(size, generator=generator, device=generator.device, dtype=torch.float64)
+        return vector.to(next(iter(self.leaves.values())).device)
+
+    def _parts(self, vector: Tensor) -> list[Tensor]:
+        parameters = list(self.leaves.values())
+        split = vector.split([p.numel() for p in parameters])
+        return [v.view_as(p).to(p.dtype) for v, p in zip(split, parameters)]
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(self.x.split(self.batch_size), self.y.split(self.batch_size))
+
+
+@contextmanager
+def _folded(
+    caller: str, model: nn.Module, x: Tensor, y: Tensor, criterion: Criterion, batch_size: int
+) -> Iterator[_Folded]:
+    """The loss in the folded weights; the model is in eval mode meanwhile, and untouched after.
+
+    Raises:
+        ValueError: see `hessian_lambda_max`.
     """
     refuse_wrapped(model, caller)
     if len(x) == 0 or len(x) != len(y):
@@ -218,11 +254,7 @@ def _with_product(
         fixed, leaves = _folded_parameters(model, x[:1])
         if not leaves:
             raise ValueError(f"{caller}: no parameter requires a gradient")
-
-        def product(vector: Tensor) -> Tensor:
-            return _hessian_product(model, fixed, leaves, x, y, criterion, batch_size, vector)
-
-        return then(fixed, leaves, solve(product, _start_vector(leaves, generator)))
+        yield _Folded(model, x, y, criterion, batch_size, fixed, leaves)
 
 
 def _folded_parameters(model: nn.Module, example: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -275,55 +307,6 @@ def _folded_layer(layer: Layer) -> Iterator[tuple[str, Tensor, bool]]:
     if norm.bias is not None:
         yield f"{layer.norm_name}.bias", zero if in_bias else constant, not in_bias
     yield f"{layer.norm_name}.running_mean", zero if in_bias or in_norm else -constant, False
-
-
-def _hessian_product(
-    model: nn.Module,
-    fixed: dict[str, Tensor],
-    leaves: dict[str, Tensor],
-    x: Tensor,
-    y: Tensor,
-    criterion: Criterion,
-    batch_size: int,
-    vector: Tensor,
-) -> Tensor:
-    """H v of the mean loss of all samples; v and the result are flat, in float64 for the recurrence."""
-    parameters = list(leaves.values())
-    parts = [v.view_as(p).to(p.dtype) for v, p in zip(vector.split([p.numel() for p in parameters]), parameters)]
-    total = torch.zeros_like(vector)
-    for first in range(0, len(x), batch_size):
-        inputs, targets = x[first : first + batch_size], y[first : first + batch_size]
-        with sdpa_kernel(SDPBackend.MATH):  # PyTorch's fused attentions have no second derivative
-            loss = criterion(functional_call(model, {**fixed, **leaves}, (inputs,)), targets)
-        grads = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-        pairs = [(g, v) for g, v in zip(grads, parts) if g is not None and g.requires_grad]
-        directional = sum(((g * v).sum() for g, v in pairs), start=loss.new_zeros(()))
-        if not directional.requires_grad:  # the loss is linear here
-            continue
-        products = torch.autograd.grad(directional, parameters, allow_unused=True, materialize_grads=True)
-        total += _flat(products).to(total.dtype) * (len(inputs) / len(x))
-    return total
-
-
-@torch.no_grad()
-def _mean_loss(
-    model: nn.Module, values: dict[str, Tensor], x: Tensor, y: Tensor, criterion: Criterion, batch_size: int
-) -> float:
-    total = 0.0
-    for inputs, targets in zip(x.split(batch_size), y.split(batch_size)):
-        total += float(criterion(functional_call(model, values, (inputs,)), targets)) * len(inputs)
-    return total / len(x)
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([t.detach().flatten() for t in tensors])
-
-
-def _start_vector(leaves: dict[str, Tensor], generator: torch.Generator | None) -> Tensor:
-    size = sum(p.numel() for p in leaves.values())
-    generator = generator or torch.Generator().manual_seed(0)
-    vector = torch.randn(size, generator=generator, device=generator.device, dtype=torch.float64)
-    return vector.to(next(iter(leaves.values())).device)
 
 
 def _power(product: Product, start: Tensor, iterations: int, tol: float) -> float:
