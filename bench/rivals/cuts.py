@@ -21,6 +21,32 @@ def outputs_of(model: nn.Module, classes: int) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, nn.Linear) and module.out_features == classes]
 
 
+def maker(run: Training, pruner: str, importance: Any, **options: Any) -> MakePruner:
+    """Makes pruners of a class of the library, which rank over all layers and leave the classifier.
+
+    Args:
+        run: whose example inputs and classes count.
+        pruner: name of the class in `torch_pruning.pruner`.
+        importance: its criterion.
+        options: more of the class.
+    """
+    import torch_pruning as tp
+
+    def make(model: nn.Module, ratio: float, steps: int) -> Any:
+        return getattr(tp.pruner, pruner)(
+            model,
+            run.goal.example,
+            importance=importance,
+            global_pruning=True,
+            pruning_ratio=ratio,
+            iterative_steps=steps,
+            ignored_layers=outputs_of(model, run.data.classes),
+            **options,
+        )
+
+    return make
+
+
 def cut_to_goal(run: Training, make: MakePruner) -> None:
     """Prune in small steps until the size is reached (`progressive_pruning` of its reproduce/main.py); a new optimizer.
 

@@ -12,7 +12,7 @@ from flatprune.export import fresh_network
 from flatprune.settings import Settings
 from flatprune.training.corruptions import KINDS, corrupted
 from flatprune.training.evaluation import calibration
-from flatprune.training.measurements import latency, radii_of_both_kinds
+from flatprune.training.measurements import hessian_radius, latency, radii_of_both_kinds, valleys
 from kfac_ext.curvature import Curvature
 
 PLAIN = Normalization(torch.tensor([0.25]), torch.tensor([0.5]))
@@ -65,6 +65,19 @@ def test_radii_differ_with_positions_and_leave_the_model_alone():
     linear = nn.Sequential(nn.Linear(64, 5))
     same = radii_of_both_kinds(linear, Curvature(linear), torch.randn(32, 64), seed=0)
     assert same["radius_expand"] == pytest.approx(same["radius_reduce"], rel=1e-4)
+
+
+@pytest.mark.parametrize("sharpest, reach", [(8.0, 0.5), (0.0, 1.0), (-3.0, 1.0), (float("nan"), 1.0)])
+def test_valleys_reach_as_far_as_the_sharpest_allows(sharpest, reach):
+    dataset = load_dataset("digits", train_size=60)
+    networks = {name: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)) for name in ("dense", "pruned")}
+    found = valleys(networks, sharpest, dataset, seed=0)
+    distances = found.pop("distances")
+    assert (distances[0], distances[-1]) == (-reach, reach) and found.keys() == networks.keys()
+    for name, losses in found.items():
+        middle, step = len(losses) // 2, distances[-1] / (len(losses) // 2)
+        curvature = (losses[middle - 1] - 2 * losses[middle] + losses[middle + 1]) / step**2
+        assert curvature == pytest.approx(hessian_radius(networks[name], dataset, 0), rel=0.02)
 
 
 def test_latency_is_an_image_s(monkeypatch):

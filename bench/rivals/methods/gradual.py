@@ -8,38 +8,23 @@ norm.
 
 from __future__ import annotations
 
-import flatprune
-from bench.rivals.method import Knob, Method
+from typing import Any
+
+from bench.rivals.method import Knob
+from bench.rivals.methods.ours import OursWithoutFlatness
 from bench.rivals.training import Training
 
 
-class Gradual(Method):
+class Gradual(OursWithoutFlatness):
     """L1 norms, the same fraction of each layer (Li et al. 2017, arXiv 1608.08710), or ranked over all layers."""
 
     title = "gradual magnitude"
     source = "Zhu & Gupta 2017, arXiv 1710.01878"
     knob = Knob("norm", "l1_uniform", ("l1", "l2"))
 
-    def begin(self, run: Training) -> None:
-        """A pruner without curvature of any use to it."""
-        self.pruning = flatprune.PruneWhileTraining(
-            run.model,
-            run.optimizer,
-            run.goal.example,
-            target=flatprune.Target(**{run.goal.unit: run.goal.fraction}),
-            total_steps=run.total_steps,
-            flatness=False,
-            criterion=str(self.value),
-            seed=run.seed,
-        )
-
-    def after_step(self, run: Training) -> None:
-        """Channels go now and then."""
-        self.pruning.step()
-
-    def finish(self, run: Training) -> None:
-        """Take the hooks off."""
-        self.pruning.close()
+    def options(self, run: Training) -> dict[str, Any]:
+        """Norms in the place of our score."""
+        return {**super().options(run), "criterion": str(self.value)}
 
 
 METHODS = {"gradual": Gradual}

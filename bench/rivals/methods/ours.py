@@ -5,7 +5,7 @@ Source: docs/method.md. The defaults prune from 10 to 40 % of the training; the 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,11 @@ class Ours(Method):
     source = "flatprune, docs/method.md"
     flatness: ClassVar[bool] = True
 
+    def options(self, run: Training) -> dict[str, Any]:
+        """What is not a default."""
+        generator = torch.Generator().manual_seed(run.seed)
+        return {"flatness": self.flatness, "curvature": {"generator": generator}}
+
     def begin(self, run: Training) -> None:
         """Around the model and optimizer that are there."""
         self.pruning = flatprune.PruneWhileTraining(
@@ -30,9 +35,8 @@ class Ours(Method):
             run.goal.example,
             target=flatprune.Target(**{run.goal.unit: run.goal.fraction}),
             total_steps=run.total_steps,
-            flatness=self.flatness,
-            curvature={"generator": torch.Generator().manual_seed(run.seed)},
             seed=run.seed,
+            **self.options(run),
         )
 
     def loss(self, run: Training, x: Tensor, outputs: Tensor, loss: Tensor) -> Tensor:

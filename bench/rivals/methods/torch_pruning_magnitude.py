@@ -11,11 +11,8 @@ linearly, from 10 to 40 % of the training. The library leaves the optimizer to t
 from __future__ import annotations
 
 import copy
-from typing import Any
 
-from torch import nn
-
-from bench.rivals.cuts import cut_by, cut_to_goal, outputs_of
+from bench.rivals.cuts import MakePruner, cut_by, cut_to_goal, maker
 from bench.rivals.method import Knob, Method, two_cosines
 from bench.rivals.sizes import bisected
 from bench.rivals.training import Training
@@ -73,21 +70,10 @@ class Progressive(Method):
         run.renew_optimizer()
 
 
-def _maker(run: Training) -> Any:
+def _maker(run: Training) -> MakePruner:
     import torch_pruning as tp
 
-    def make(model: nn.Module, ratio: float, steps: int) -> Any:
-        return tp.pruner.MagnitudePruner(
-            model,
-            run.goal.example,
-            importance=tp.importance.GroupMagnitudeImportance(p=2),
-            global_pruning=True,
-            pruning_ratio=ratio,
-            iterative_steps=steps,
-            ignored_layers=outputs_of(model, run.data.classes),
-        )
-
-    return make
+    return maker(run, "MagnitudePruner", tp.importance.GroupMagnitudeImportance(p=2))
 
 
 METHODS = {"tp-one-shot": OneShot, "tp-progressive": Progressive}

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import nn
-
-from bench.rivals.cuts import cut_to_goal, outputs_of
+from bench.rivals.cuts import MakePruner, cut_to_goal, maker
 from bench.rivals.method import Knob, Method, two_cosines
 from bench.rivals.training import Training
 
@@ -50,22 +48,10 @@ class Sparse(Method):
         if run.step == self.cut_at:
             cut_to_goal(run, self._make(run))
 
-    def _make(self, run: Training) -> Any:
+    def _make(self, run: Training) -> MakePruner:
         import torch_pruning as tp
 
-        def make(model: nn.Module, ratio: float, steps: int) -> Any:
-            return getattr(tp.pruner, self.pruner)(
-                model,
-                run.goal.example,
-                importance=self.importance(tp),
-                reg=float(self.value),
-                global_pruning=True,
-                pruning_ratio=ratio,
-                iterative_steps=steps,
-                ignored_layers=outputs_of(model, run.data.classes),
-            )
-
-        return make
+        return maker(run, self.pruner, self.importance(tp), reg=float(self.value))
 
 
 class GroupNorm(Sparse):

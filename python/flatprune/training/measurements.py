@@ -47,22 +47,25 @@ def hessian_radius(model: nn.Module, dataset: Dataset, seed: int) -> float:
     return float(hessian_lambda_max(model, x, y, criterion, iterations=_HESSIAN_ITERATIONS, generator=generator))
 
 
-def valleys(networks: Mapping[str, nn.Module], dataset: Dataset, seed: int) -> dict[str, Any]:
+def valleys(networks: Mapping[str, nn.Module], sharpest: float, dataset: Dataset, seed: int) -> dict[str, Any]:
     """The mean cross entropy along the top eigenvector of each network's Hessian, at the same distances for all.
 
-    The farthest is where the loss of the sharpest network rises by about 1: L + lambda_max t^2 / 2.
+    Args:
+        networks: name -> network.
+        sharpest: the largest of their `hessian_radius`. The farthest distance is where the loss of that network rises
+            by about 1, L + lambda_max t^2 / 2; 1 where no network curves upwards.
+        dataset: of whose training images the first 1,024 count.
+        seed: of the start vectors.
 
     Returns:
-        `distances`, and name -> losses; over the first 1,024 training images.
+        `distances`, and name -> losses.
     """
     x, y = dataset.x_train[:_HESSIAN_SAMPLES], dataset.y_train[:_HESSIAN_SAMPLES]
-    sharpest = max(hessian_radius(network, dataset, seed) for network in networks.values())
+    reach = math.sqrt(2.0 / sharpest) if sharpest > 0.0 else 1.0
     found: dict[str, Any] = {}
     for name, network in networks.items():
         generator = torch.Generator(x.device).manual_seed(seed)
-        valley = loss_along_top_eigenvector(
-            network, x, y, nn.CrossEntropyLoss(), reach=math.sqrt(2.0 / sharpest), generator=generator
-        )
+        valley = loss_along_top_eigenvector(network, x, y, nn.CrossEntropyLoss(), reach=reach, generator=generator)
         found |= {"distances": valley.distances, name: valley.losses}
     return found
 
