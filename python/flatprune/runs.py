@@ -53,7 +53,7 @@ import os
 import platform
 import shlex
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,10 +62,9 @@ import torch
 
 from flatprune import named
 from flatprune.checkpoint import load_checkpoint
-from flatprune.data import Dataset, Images, load_dataset, read_images
+from flatprune.data import Dataset, load_dataset
 from flatprune.errors import DamagedError, DivergedError, InputError, Interrupted
 from flatprune.export import MODEL_FILE, read_saved, save_model
-from flatprune.export.saved import SavedNetwork
 from flatprune.files.atomic import damaged, put_aside
 from flatprune.files.finished import (
     HISTORY,
@@ -96,7 +95,6 @@ from flatprune.run_folder import (
 )
 from flatprune.settings import Settings
 from flatprune.signals import stop_signals
-from flatprune.training.evaluation import evaluate
 from flatprune.training.figures import results
 from flatprune.training.measurements import valleys
 from flatprune.training.ranks import TrainingRanks, current_ranks, follow, joined, launch
@@ -425,7 +423,7 @@ def _train(
     trainer.train(observer, lambda: _save(trainer, folder, lock), stop_requested)
     summary = _summary(trainer, compared)
     if compared:
-        summary["valleys"] = _valleys(trainer, folder, compared)
+        summary["valleys"] = _valleys(trainer, folder, {**compared, "pruned": summary})
     lock.hold()
     folder.mkdir(parents=True, exist_ok=True)
     _write_known(trainer, folder)
@@ -464,10 +462,16 @@ def _write_known(trainer: Trainer, folder: Path) -> None:
     write_json_lines(folder / HISTORY_FILE, trainer.history, HISTORY)
 
 
-def _valleys(trainer: Trainer, folder: Path, compared: Iterable[str]) -> dict[str, Any]:
+def _valleys(trainer: Trainer, folder: Path, summaries: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The loss along the Hessian's top eigenvector, of this network and of those that it is compared with."""
-    networks = {name: read_saved(folder / COMPARED_FOLDERS[name]).network().to(trainer.device) for name in compared}
-    return valleys({**networks, "pruned": trainer.result}, trainer.dataset, trainer.settings.seed)
+    networks = {
+        name: read_saved(folder / COMPARED_FOLDERS[name]).network().to(trainer.device)
+        if name in COMPARED_FOLDERS
+        else trainer.result
+        for name in summaries
+    }
+    sharpest = max(summary["hessian_lambda_max"] for summary in summaries.values())
+    return valleys(networks, sharpest, trainer.dataset, trainer.settings.seed)
 
 
 def _summary(trainer: Trainer, compared: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -499,49 +503,6 @@ def _summary(trainer: Trainer, compared: dict[str, dict[str, Any]]) -> dict[str,
     }
     summary["versions"] = versions()
     return summary
-
-
-def evaluate_saved(
-    folder: Path, data: str | None, device: torch.device, model: str | None = None
-) -> tuple[float, float, int]:
-    """Accuracy in percent, mean cross entropy, and number of the test images.
-
-    Args:
-        folder: of a finished run.
-        data: see `flatprune.data.read_images`; None: the data of the run.
-        device: where to compute.
-        model: "module:function" that made the network, where it is one of the user's own.
-
-    Raises:
-        InputError: there is no such folder or network, or the images do not fit it.
-    """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
-    named.allow(model, data)
-    saved = read_saved(folder)
-    network = saved.network().to(device)
-    summary = read_summary(folder) if (folder / SUMMARY_FILE).is_file() else {}
-    if data is None and not summary:
-        raise InputError(f"{folder}: has no {SUMMARY_FILE}; name the data with --data")
-    images = read_images(data or str(summary["data"]), image_size=saved.normalization.image_size)
-    _check_fits(images, saved, summary.get("class_names"))
-    x, y = saved.normalization(images.x_test), torch.from_numpy(images.y_test)
-    if tuple(x.shape[1:]) != saved.image_shape:
-        channels, height, width = saved.image_shape
-        shape = "x".join(str(side) for side in images.x_test.shape[1:])
-        raise InputError(f"{images.name}: x_test has images of {shape}, the network takes {height}x{width}x{channels}")
-    return *evaluate(network, x.to(device), y.to(device)), len(y)
-
-
-def _check_fits(images: Images, saved: SavedNetwork, learned: list[str] | None) -> None:
-    """Raise InputError for classes other than those that the network knows."""
-    if learned and images.class_names and list(images.class_names) != learned:
-        raise InputError(
-            f"{images.name}: has the classes {', '.join(images.class_names)}, the network knows {', '.join(learned)}"
-        )
-    largest, classes = images.y_test.max(), saved.arguments["classes"]
-    if largest >= classes:
-        raise InputError(f"{images.name}: y_test has label {largest}, the network knows {classes} classes")
 
 
 def versions() -> dict[str, str]:

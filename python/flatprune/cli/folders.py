@@ -12,7 +12,7 @@ from flatprune.errors import InputError
 from flatprune.export import FORMATS, INPUTS, export_run
 from flatprune.settings import Settings
 
-_NAMED = 10  # files in a message
+_LISTED = 10  # files in a message
 
 
 def eval_command(
@@ -22,7 +22,7 @@ def eval_command(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:INDEX")] = "cpu",
 ) -> None:
     """Print the accuracy of the saved network on the test images."""
-    from flatprune.runs import evaluate_saved
+    from flatprune.training.evaluation import evaluate_saved
 
     accuracy, loss, images = evaluate_saved(folder, data, Settings(device=device).torch_device(), model)
     correct = round(accuracy * images / 100.0)
@@ -69,5 +69,5 @@ def check_command(
         print(f"{name}: {state.removeprefix(f'{folder / name}: ')}")
     wrong = [name for name, state in found.items() if state not in FINE]
     if wrong:
-        named = ", ".join([*wrong[:_NAMED], *(["..."] if len(wrong) > _NAMED else [])])
-        raise InputError(f"{folder}: {len(wrong)} of {len(found)} files are not whole: {named}")
+        listed = ", ".join([*wrong[:_LISTED], *(["..."] if len(wrong) > _LISTED else [])])
+        raise InputError(f"{folder}: {len(wrong)} of {len(found)} files are not whole: {listed}")

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 INK, GREY, PALE = "#1f2430", "#7a8194", "#e6e8ef"
 BLUE, TEAL, ROSE = "#2f5bea", "#0f9b8e", "#d6456b"
 _DPI = 200
+_LINE = 0.15  # inches of a line of text
 
 
 def plain(text: str) -> str:
@@ -33,7 +34,7 @@ def label_right(axis: Axes, labels: list[tuple[float, str, str]]) -> None:
     ordered = sorted(labels, key=lambda label: label[0])
     low, high = axis.transScale.transform([(1, bound) for bound in axis.get_ylim()])[:, 1]
     wanted = [(axis.transScale.transform((1, label[0]))[1] - low) / (high - low) for label in ordered]
-    line = 0.15 / axis.get_position().height / 8.4  # the height of a line of text as a fraction of this panel
+    line = _LINE * axis.figure.dpi / axis.bbox.height  # the height of a line of text as a fraction of this panel
     half = [line * (0.5 + 0.5 * label[1].count("\n")) * 1.25 for label in ordered]
     for height, (_, text, color) in zip(spread(wanted, half), ordered):
         axis.text(1.02, height, text, transform=axis.transAxes, color=color, fontsize=9.5, va="center")

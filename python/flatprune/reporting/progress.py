@@ -322,38 +322,34 @@ def _summary_rows(summary: dict[str, Any]) -> list[tuple[str, dict[str, str], st
     """Name of a figure, column -> what it was there, what it is."""
 
     def row(name: str, key: str, form: str, unit: str = "") -> tuple[str, dict[str, str], str]:
-        keys = {other: f"{other}_{key}" for other in _COMPARED if f"{other}_{key}" in summary}
-        return (
-            name,
-            {other: f"{summary[k]:{form}}{unit}" for other, k in keys.items()},
-            f"{summary[key]:{form}}{unit}",
-        )
+        return (name, beside(key, form, unit), f"{summary[key]:{form}}{unit}")
 
-    def change(name: str, key: str) -> tuple[str, dict[str, str], str]:
+    def beside(key: str, form: str, unit: str = "") -> dict[str, str]:
+        keys = {other: f"{other}_{key}" for other in _COMPARED}
+        return {other: f"{summary[k]:{form}}{unit}" for other, k in keys.items() if k in summary}
+
+    def change(name: str, before: str, after: str, others: dict[str, str]) -> tuple[str, dict[str, str], str]:
+        return (name, {**others, "before": before, "dense": before}, after)
+
+    def size(name: str, key: str) -> tuple[str, dict[str, str], str]:
         before, after = summary[f"{key}_before"], summary[f"{key}_after"]
-        cells = {"before": f"{before:,}", "dense": f"{before:,}"}
-        if f"no_flatness_{key}" in summary:
-            cells["no_flatness"] = f"{summary[f'no_flatness_{key}']:,}"
-        return (name, cells, f"{after:,} ({100.0 * after / before:.1f} %)")
+        return change(name, f"{before:,}", f"{after:,} ({100.0 * after / before:.1f} %)", beside(key, ","))
 
     unit = summary["target_unit"]
     more = []
     if unit in ("neurons", "latency") and summary["cost_before"] is not None:
         before, after = (amount(unit, summary[f"cost_{when}"]) for when in ("before", "after"))
         left = 100.0 * summary["cost_after"] / summary["cost_before"]
-        more = [(UNITS[unit], {"before": before, "dense": before}, f"{after} ({left:.1f} %)")]
+        more.append(change(UNITS[unit], before, f"{after} ({left:.1f} %)", {}))
     if "latency_after_1" in summary:
-        before = f"{summary['latency_before_1']:.3g} ms"
-        cells = {"before": before, "dense": before}
-        if "no_flatness_latency_1" in summary:
-            cells["no_flatness"] = f"{summary['no_flatness_latency_1']:.3g} ms"
-        more.append(("latency of one image", cells, f"{summary['latency_after_1']:.3g} ms"))
+        before, after = (f"{summary[f'latency_{when}_1']:.3g} ms" for when in ("before", "after"))
+        more.append(change("latency of one image", before, after, beside("latency_1", ".3g", " ms")))
     return [
         row("test accuracy, last epoch", "test_accuracy_last", ".2f", " %"),
         row("test accuracy, best epoch", "test_accuracy_best", ".2f", " %"),
         row("training accuracy", "train_accuracy_last", ".2f", " %"),
-        change("parameters", "params"),
-        change("multiply-accumulates", "macs"),
+        size("parameters", "params"),
+        size("multiply-accumulates", "macs"),
         *more,
         row("largest Hessian eigenvalue", "hessian_lambda_max", ".3g"),
         row("spectral radius, K-FAC", "spectral_radius_kfac", ".3g"),

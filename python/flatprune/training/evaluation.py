@@ -1,15 +1,21 @@
-"""What a network gets right: accuracy, loss, calibration, and accuracy on corrupted images."""
+"""What a network gets right: accuracy, loss, calibration, and accuracy on corrupted images; also a saved one."""
 
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flatprune.data import Dataset
+from flatprune import named
+from flatprune.data import Dataset, Images, read_images
+from flatprune.errors import InputError
+from flatprune.export import read_saved
+from flatprune.export.saved import SavedNetwork
+from flatprune.files.finished import SUMMARY_FILE, read_summary
 from flatprune.training.corruptions import KINDS, STRENGTHS, corrupted
 from kfac_ext.curvature.modes import module_modes
 
@@ -85,3 +91,46 @@ def corruption_accuracies(model: nn.Module, dataset: Dataset) -> dict[str, Any]:
     }
     mean = statistics.fmean(value for values in found.values() for value in values)
     return {"corrupted_accuracy": found, "corrupted_accuracy_mean": mean}
+
+
+def evaluate_saved(
+    folder: Path, data: str | None, device: torch.device, model: str | None = None
+) -> tuple[float, float, int]:
+    """Accuracy in percent, mean cross entropy, and number of the test images.
+
+    Args:
+        folder: of a finished run.
+        data: see `flatprune.data.read_images`; None: the data of the run.
+        device: where to compute.
+        model: "module:function" that made the network, where it is one of the user's own.
+
+    Raises:
+        InputError: there is no such folder or network, or the images do not fit it.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    named.allow(model, data)
+    saved = read_saved(folder)
+    network = saved.network().to(device)
+    summary = read_summary(folder) if (folder / SUMMARY_FILE).is_file() else {}
+    if data is None and not summary:
+        raise InputError(f"{folder}: has no {SUMMARY_FILE}; name the data with --data")
+    images = read_images(data or str(summary["data"]), image_size=saved.normalization.image_size)
+    _check_fits(images, saved, summary.get("class_names"))
+    x, y = saved.normalization(images.x_test), torch.from_numpy(images.y_test)
+    if tuple(x.shape[1:]) != saved.image_shape:
+        channels, height, width = saved.image_shape
+        shape = "x".join(str(side) for side in images.x_test.shape[1:])
+        raise InputError(f"{images.name}: x_test has images of {shape}, the network takes {height}x{width}x{channels}")
+    return *evaluate(network, x.to(device), y.to(device)), len(y)
+
+
+def _check_fits(images: Images, saved: SavedNetwork, learned: list[str] | None) -> None:
+    """Raise InputError for classes other than those that the network knows."""
+    if learned and images.class_names and list(images.class_names) != learned:
+        raise InputError(
+            f"{images.name}: has the classes {', '.join(images.class_names)}, the network knows {', '.join(learned)}"
+        )
+    largest, classes = images.y_test.max(), saved.arguments["classes"]
+    if largest >= classes:
+        raise InputError(f"{images.name}: y_test has label {largest}, the network knows {classes} classes")
