@@ -117,6 +117,14 @@ def test_without_flatness_the_loss_stays_the_loss():
     assert torch.equal(pruning.loss(x[:8], outputs, loss), loss)
 
 
+def test_a_logger_that_cannot_be_told_is_refused():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="logger is 'runs', expected one with a method log"):
+        flatprune.PruneWhileTraining(model, optimizer, torch.randn(2, 4), target=0.5, total_steps=9, logger="runs")
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 def test_what_is_closed_or_refused_leaves_no_hook():
     model, _, pruning = made(mlp)
     pruning.close()

@@ -23,6 +23,10 @@ from flatprune.values import field_value
         ({"epochs": 2.0}, "epochs is 2.0, expected a whole number"),
         ({"lr": "0.1"}, "lr is '0.1', expected a number or nothing"),
         ({"lr": False}, "lr is False, expected a number or nothing"),
+        (
+            {"flatness": "off", "compare_no_flatness": True},
+            "compare_no_flatness and flatness off: expected one of them",
+        ),
         ({"augment": 1}, "augment is 1, expected true or false"),
         ({"data": 3}, "data is 3, expected a word"),
         ({"widths": [8, 0]}, "widths has 0, expected 1 or more"),

@@ -79,6 +79,8 @@ class PruneWhileTraining:
     ) -> None:
         if not isinstance(target, Target):
             target = Target(params=target)
+        if logger is not None and not callable(getattr(logger, "log", None)):
+            raise TypeError(f"PruneWhileTraining: logger is {logger!r}, expected one with a method log(step, scalars)")
         schedule = pruner_arguments.setdefault("schedule", CubicSchedule(total_steps))
         given = isinstance(curvature, Curvature)
         self.curvature = curvature if isinstance(curvature, Curvature) else Curvature(model, **(curvature or {}))

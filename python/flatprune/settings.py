@@ -364,6 +364,8 @@ def _check_training(settings: Settings) -> None:
         raise InputError(f"sam_every is {settings.sam_every}, but msam costs nothing and acts on every step")
     if momentum_sam and settings.momentum == 0.0:
         raise InputError(f"momentum is 0.0, but flatness {settings.flatness} moves along it, expected above 0")
+    if settings.compare_no_flatness and settings.flatness == "off":
+        raise InputError("compare_no_flatness and flatness off: expected one of them")
     if settings.compile and (settings.disout > 0.0 or settings.flatness == "sam"):
         other = "flatness sam" if settings.flatness == "sam" else f"disout {settings.disout:g}"
         raise InputError(f"compile and {other}: expected one of them, compiled code would draw other masks")

@@ -315,6 +315,8 @@ def test_bad_arguments_name_the_argument():
         ({"mode": "exact"}, "mode"),
         ({"every": 0, "start": 0}, "every"),
         ({"strength": -1.0}, "strength"),
+        ({"strength": None}, "strength is None"),
+        ({"strength": float("nan")}, "strength is nan"),
         ({"kappa": -1.0}, "kappa"),
         ({}, "total_steps"),
         ({"total_steps": 10, "start": 1.5}, "start"),

@@ -253,8 +253,10 @@ def test_the_loss_along_the_top_eigenvector(name):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("options", [{"reach": 0.0}, {"points": 2}])
+@pytest.mark.parametrize(
+    "options", [{"reach": 0.0}, {"reach": float("inf")}, {"reach": float("nan")}, {"points": 2}, {"points": 3.5}]
+)
 def test_a_line_that_cannot_be_drawn(options):
     model, x = curvature_nets.make("mlp")
-    with pytest.raises(ValueError, match="expected above 0 and at least 3"):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} is {next(iter(options.values()))}"):
         loss_along_top_eigenvector(model, x, torch.zeros(5, dtype=torch.int64), F.cross_entropy, **options)

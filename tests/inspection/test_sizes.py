@@ -57,3 +57,10 @@ def test_keywords_and_bad_inputs():
     assert flatprune.summary(model, {"input": torch.randn(4, 3)}).macs == 24
     with pytest.raises(TypeError, match="example_inputs"):
         flatprune.summary(model, None)
+    with pytest.raises(TypeError, match="before is 3"):
+        flatprune.summary(model, torch.randn(4, 3), before=3)
+
+
+def test_the_width_of_a_transposed_convolution_is_what_it_makes():
+    (layer,) = flatprune.summary(nn.ConvTranspose2d(3, 8, 2), torch.randn(1, 3, 4, 4)).layers
+    assert layer.width == 8

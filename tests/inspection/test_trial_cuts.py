@@ -55,6 +55,16 @@ def test_with_factors_the_curvature_judges(tmp_path):
     assert (tmp_path / "picture.png").stat().st_size > 1000
 
 
+def test_what_evaluates_is_a_function_to_a_number():
+    model, x = network(), torch.randn(2, 6, dtype=torch.float64)
+    with pytest.raises(TypeError, match="evaluate is 3"):
+        flatprune.sensitivity(model, x, 3)
+    with pytest.raises(TypeError, match="evaluate returned NoneType, expected a number"):
+        flatprune.sensitivity(model, x, lambda net: None)
+    with pytest.raises(ValueError, match="the curvature belongs to another model"):
+        flatprune.sensitivity(model, x, lambda net: 0.0, curvature=flatprune.Curvature(network()))
+
+
 @pytest.mark.parametrize(
     "options, words",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -165,16 +166,16 @@ def loss_along_top_eigenvector(
         iterations, generator, tol, batch_size: as for `hessian_lambda_max`.
 
     Raises:
-        ValueError: as `hessian_lambda_max`; `reach` is not above 0, or there are fewer than 3 points.
+        ValueError: as `hessian_lambda_max`; `reach` or `points` out of range.
 
     Example:
         >>> valley = loss_along_top_eigenvector(model, x, y, nn.functional.cross_entropy)
         >>> plt.plot(valley.distances, valley.losses)
     """
-    if not reach > 0 or points < 3:
-        raise ValueError(
-            f"loss_along_top_eigenvector: reach is {reach}, points {points}, expected above 0 and at least 3"
-        )
+    if not 0 < reach < math.inf:
+        raise ValueError(f"loss_along_top_eigenvector: reach is {reach}, expected a number above 0")
+    if not isinstance(points, int) or points < 3:
+        raise ValueError(f"loss_along_top_eigenvector: points is {points}, expected a whole number from 3")
     distances = [reach * (2 * i / (points - 1) - 1) for i in range(points)]
     with _folded("loss_along_top_eigenvector", model, x, y, criterion, batch_size) as point:
         (value,), vector = _lanczos(point.product, point.start(generator), 1, iterations, tol, keep=True)

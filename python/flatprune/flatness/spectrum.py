@@ -7,6 +7,7 @@ v^T (dH) v with the eigenvector held); the logarithm, the sum over blocks, the s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -100,8 +101,8 @@ class Flatness:
         if every is not None and every < 1:
             raise ValueError(f"Flatness: every is {every}, expected >= 1")
         for name, value in (("strength", strength), ("kappa", kappa), ("fade_below", fade_below), ("start", start)):
-            if value is not None and value < 0:
-                raise ValueError(f"Flatness: {name} is {value}, expected >= 0")
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ValueError(f"Flatness: {name} is {value!r}, expected a number >= 0")
         if not curvature.loss.needs_output:
             raise ValueError("Flatness: the curvature's loss is 'other', of which nothing is known; name the loss")
         self.curvature, self.mode, self.fade_below = curvature, mode, fade_below

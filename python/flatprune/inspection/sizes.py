@@ -20,7 +20,7 @@ class LayerSize:
     Attributes:
         name: qualified; "" for the network itself.
         kind: name of its class.
-        width: size of its weight's first dimension: output channels or features; None without a weight.
+        width: output channels or features, of other weights the size of the first dimension; None without a weight.
         params: trainable scalars that it holds itself; one shared with an earlier module counts there.
         macs: multiply-accumulates that it makes itself for the example inputs.
     """
@@ -77,13 +77,15 @@ def summary(model: nn.Module, example_inputs: Any, *, before: Summary | None = N
         before: of the network before it was pruned, to be shown beside this one.
 
     Raises:
-        TypeError, ValueError: `example_inputs` are none, see `flatprune.coupling.example_inputs`.
+        TypeError, ValueError: `example_inputs` are none, see `flatprune.coupling.example_inputs`; `before` is no summary.
 
     Example:
         >>> dense = flatprune.summary(model, x)
         >>> ...  # training, with pruning
         >>> print(flatprune.summary(model, x, before=dense))
     """
+    if before is not None and not isinstance(before, Summary):
+        raise TypeError(f"summary: before is {before!r}, expected what `flatprune.summary` gave, or None")
     call = example_calls(model, example_inputs)[0]
     macs = module_macs(model, *call.args, **call.kwargs)
     layers, seen = [], set()
@@ -92,11 +94,17 @@ def summary(model: nn.Module, example_inputs: Any, *, before: Summary | None = N
         seen |= {id(p) for p in own}
         params, made = sum(p.numel() for p in own), macs.get(name, 0)
         if params or made:
-            weight = getattr(module, "weight", None)
-            width = len(weight) if isinstance(weight, Tensor) and weight.dim() else None
-            layers.append(LayerSize(name, type(module).__name__, width, params, made))
+            layers.append(LayerSize(name, type(module).__name__, _width(module), params, made))
     seconds = measure(model, call.args, call.kwargs)
     return Summary(tuple(layers), 1000 * seconds, before)
+
+
+def _width(module: nn.Module) -> int | None:
+    for name in ("out_channels", "out_features"):  # of a transposed convolution the weight's first dimension is another
+        if isinstance(size := getattr(module, name, None), int):
+            return size
+    weight = getattr(module, "weight", None)
+    return len(weight) if isinstance(weight, Tensor) and weight.dim() else None
 
 
 def _row(layer: LayerSize, was: LayerSize | None) -> tuple[str, str, str, str, str]:

@@ -82,8 +82,9 @@ def sensitivity(
         exclude: as for `flatprune.Pruner`.
 
     Raises:
-        ValueError: a fraction out of range; the criterion needs factors or gradients, and no curvature is given; no
-            layer can be pruned.
+        TypeError: `evaluate` is no function, or gives no number.
+        ValueError: a fraction out of range; the criterion needs factors or gradients, and no curvature is given; it is
+            another model's; no layer can be pruned.
 
     Example:
         >>> print(flatprune.sensitivity(model, x[:2], lambda network: accuracy(network, held_out)))
@@ -91,6 +92,10 @@ def sensitivity(
     for fraction in fractions:
         if not 0.0 < fraction < 1.0:
             raise ValueError(f"sensitivity: a fraction is {fraction}, expected above 0 and below 1")
+    if not callable(evaluate):
+        raise TypeError(f"sensitivity: evaluate is {evaluate!r}, expected a function of the model")
+    if curvature is not None and curvature.model is not model:
+        raise ValueError("sensitivity: the curvature belongs to another model")
     judge = as_criterion(criterion)
     if curvature is None and judge.needs:
         free = ", ".join(name for name, other in CRITERIA.items() if not other.needs)
@@ -105,13 +110,20 @@ def sensitivity(
     scores = _scores(model, coupling, judge, curvature, calls[0])
     values: dict[str, dict[float, float]] = {group.name: {} for group in coupling.groups}
     with undisturbed(model):
-        whole = float(evaluate(model))
+        whole = _number(evaluate(model))
         for position, group in enumerate(coupling.groups):
             for fraction in sorted(fractions):
                 cut = _without_lowest(model, coupling, position, scores[position], fraction)
                 if cut is not None:
-                    values[group.name][fraction] = float(evaluate(cut))
+                    values[group.name][fraction] = _number(evaluate(cut))
     return Sensitivity(whole, values, {group.name: group.width for group in coupling.groups})
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"sensitivity: evaluate returned {type(value).__name__}, expected a number") from error
 
 
 def _scores(model: nn.Module, coupling: Coupling, judge: Criterion, curvature: Curvature | None, call: Call) -> Scores:
