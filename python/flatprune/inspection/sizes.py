@@ -77,7 +77,8 @@ def summary(model: nn.Module, example_inputs: Any, *, before: Summary | None = N
         before: of the network before it was pruned, to be shown beside this one.
 
     Raises:
-        TypeError, ValueError: `example_inputs` are none, see `flatprune.coupling.example_inputs`; `before` is no summary.
+        TypeError, ValueError: `example_inputs` are none, see `flatprune.coupling.example_inputs`; `before` is no
+            summary.
 
     Example:
         >>> dense = flatprune.summary(model, x)
