@@ -22,11 +22,13 @@ TESTS = (
     *(f"tests/ops/test_{name}.py" for name in ("covariance", "inverse", "power", "saliency", "greedy")),
     *(f"tests/ops/test_{name}.py" for name in ("covariance_group", "covariance_inputs", "autocast")),
     "tests/training/test_training_cuda.py",
+    "tests/pruning/test_pruner.py",
+    "tests/distributed/test_gpus.py",
 )
 # initcheck would report copies of padding back to the host
 SANITIZERS = {"memcheck": 45.0, "synccheck": 25.0, "racecheck": 40.0, "initcheck": 25.0}  # seconds
 AT_ONCE = 4  # nothing is timed: processes share the device
-_PYTEST = ("-m", "pytest", "-o", "addopts=", "-v", "-rs", "--tb=short", "-p", "no:cacheprovider", "-k", "cuda")
+_PYTEST = ("-m", "pytest", "-o", "addopts=", "-v", "-rs", "--tb=short", "-p", "no:cacheprovider", "-k", "cuda or gpus")
 
 
 def build(capability: str) -> Step:
