@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
+from typing import NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 import torch
 
@@ -13,6 +14,24 @@ _MOST_PIXELS = 2**39  # of an axis with its padding: what kernels count with fit
 MOST_NUMBERS = 2**53
 """Of an input, and of positions of all samples: as many as float64 counts."""
 _MOST_ENTRIES = 2**28 - 1, 2**40  # of a patch, and of those of all groups
+
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def remembered(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Layers see the same shapes at every step: what follows from them is found once; for symbolic sizes each time."""
+    cached = lru_cache(maxsize=4096)(function)
+
+    @wraps(function)
+    def found(*arguments: _Arguments.args, **named: _Arguments.kwargs) -> _Result:
+        try:
+            return cached(*arguments, **named)
+        except TypeError:  # sizes of a graph that torch.compile traces have no hash
+            return function(*arguments, **named)
+
+    return found
 
 
 class ConvGeometry(NamedTuple):
@@ -33,6 +52,8 @@ class ConvGeometry(NamedTuple):
 
 def pair(value: Pair, name: str) -> tuple[int, int]:
     """`value` as two ints; raises ValueError naming `name`."""
+    if type(value) is int:  # by far the most frequent, and asked for every layer of every step
+        return value, value
     items = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
     if len(items) != 2 or not all(is_int(item) for item in items):
         raise ValueError(f"{name} is {value!r}, expected an int or two ints")
@@ -54,27 +75,35 @@ def conv_geometry(
     """
     if len(shape) != 4:
         raise ValueError(f"input has {len(shape)} dimensions {tuple(shape)}, expected 4: [N, C, H, W]")
-    kernel = pair(kernel_size, "kernel_size")
-    step, spread = pair(stride, "stride"), pair(dilation, "dilation")
+    if not is_int(groups):
+        raise ValueError(f"groups is {groups!r}, expected a divisor of the {shape[1]} input channels")
+    pairs = pair(kernel_size, "kernel_size"), pair(stride, "stride"), pair(dilation, "dilation")
+    return _resolved(tuple(shape), *pairs, padding if isinstance(padding, str) else pair(padding, "padding"), groups)
+
+
+@remembered
+def _resolved(
+    shape: tuple[int, int, int, int],
+    kernel: tuple[int, int],
+    step: tuple[int, int],
+    spread: tuple[int, int],
+    padding: tuple[int, int] | str,
+    groups: int,
+) -> ConvGeometry:
     for name, values in (("kernel_size", kernel), ("stride", step), ("dilation", spread)):
         if min(values) < 1:
             raise ValueError(f"{name} is {values}, expected values >= 1")
-    if not is_int(groups) or groups < 1 or shape[1] % groups:
+    if groups < 1 or shape[1] % groups:
         raise ValueError(f"groups is {groups!r}, expected a divisor of the {shape[1]} input channels")
     reach = tuple((k - 1) * d for k, d in zip(kernel, spread))
-    if isinstance(padding, str):
-        before, after = _named_padding(padding, reach, step)
-    else:
-        before = after = pair(padding, "padding")
-        if min(before) < 0:
-            raise ValueError(f"padding is {before}, expected values >= 0")
+    before, after = _named_padding(padding, reach, step) if isinstance(padding, str) else (padding, padding)
+    if min(before) < 0:
+        raise ValueError(f"padding is {before}, expected values >= 0")
     if max(size + b + a for size, b, a in zip(shape[2:], before, after)) > _MOST_PIXELS:
         raise ValueError(f"padding is {padding!r}, expected at most {_MOST_PIXELS} pixels in height and width")
     output = tuple((size + b + a - r - 1) // s + 1 for size, b, a, r, s in zip(shape[2:], before, after, reach, step))
     if min(output) < 1:
-        raise ValueError(
-            f"kernel_size {kernel} with dilation {spread} exceeds the padded input of {tuple(shape[2:])} pixels"
-        )
+        raise ValueError(f"kernel_size {kernel} with dilation {spread} exceeds the padded input of {shape[2:]} pixels")
     _check_counts(shape, kernel, output, groups)
     # a stride beyond the last pixel leaves one output, dilation means nothing to one kernel position: small numbers do
     rooms = [size + b + a - r for size, b, a, r in zip(shape[2:], before, after, reach)]

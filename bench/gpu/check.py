@@ -17,18 +17,19 @@ PROGRAMS = {  # program of tests/native -> its small cases
     "power_iteration_covariance_emulation": ("failing", "kinds"),
     "saliency_emulation": ("failing", "sizes"),
 }
-TESTS = (
+TESTS = (  # the longest first
+    "tests/training/test_training_cuda.py",
+    "tests/distributed/test_gpus.py",
     *(f"tests/ops/test_{name}.py" for name in ("factors_cuda", "covariance_cuda", "refusals_cuda")),
     *(f"tests/ops/test_{name}.py" for name in ("covariance", "inverse", "power", "saliency", "greedy")),
     *(f"tests/ops/test_{name}.py" for name in ("covariance_group", "covariance_inputs", "autocast")),
-    "tests/training/test_training_cuda.py",
     "tests/pruning/test_pruner.py",
-    "tests/distributed/test_gpus.py",
 )
 # initcheck would report copies of padding back to the host
 SANITIZERS = {"memcheck": 45.0, "synccheck": 25.0, "racecheck": 40.0, "initcheck": 25.0}  # seconds
 AT_ONCE = 4  # nothing is timed: processes share the device
-_PYTEST = ("-m", "pytest", "-o", "addopts=", "-v", "-rs", "--tb=short", "-p", "no:cacheprovider", "-k", "cuda or gpus")
+_OPTIONS = ("-o", "addopts=", "-o", "faulthandler_timeout=60", "-v", "-rs", "--tb=short", "-k", "cuda or gpus")
+_PLUGINS = ("-p", "no:cacheprovider", "-p", "bench.gpu.tell")
 
 
 def build(capability: str) -> Step:
@@ -94,7 +95,7 @@ def alone(folder: Path, dry: bool) -> list[Step]:
 def tests(dry: bool) -> list[Step]:
     """The CUDA half of the tests, a process a file; a dry run finds out that they can be collected."""
     needs = ("pytest", "hypothesis")
-    pytest = (sys.executable, *_PYTEST, "-o", "faulthandler_timeout=25", *(("--collect-only",) if dry else ()))
+    pytest = (sys.executable, "-m", "pytest", *_OPTIONS, *_PLUGINS, *(("--collect-only",) if dry else ()))
     threads = {"OMP_NUM_THREADS": "2"}
     return [Step(name, (*pytest, name), 75, needs=needs, environment=threads) for name in TESTS]
 

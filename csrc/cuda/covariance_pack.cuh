@@ -5,48 +5,88 @@
 
 namespace kfac {
 
-// What a column's kernel position meets at output (y, x) of its channel; 0 in the padding.
-KFAC_DEVICE float patch_value(const PackJob& job, const void* image, int32_t sample, PackedColumn column, int32_t y,
-                              int32_t x) {
+// The bits of what a column's kernel position meets at output (y, x) of its channel; 0 in the padding.
+KFAC_DEVICE uint32_t patch_bits(const PackJob& job, const void* image, int32_t sample, PackedColumn column, int32_t y,
+                                int32_t x) {
   const int32_t row = y * job.conv_stride_h + column.tap_y * job.dilation_h - job.pad_top;
   const int32_t col = x * job.conv_stride_w + column.tap_x * job.dilation_w - job.pad_left;
-  if (row < 0 || row >= job.height || col < 0 || col >= job.width) return 0.0f;
-  return load_element(image, job.dtype,
-                      sample * job.stride_n + column.channel * job.stride_c + row * job.stride_h + col * job.stride_w);
+  if (row < 0 || row >= job.height || col < 0 || col >= job.width) return 0;
+  return load_bits(image, job.dtype,
+                   sample * job.stride_n + column.channel * job.stride_c + row * job.stride_h + col * job.stride_w);
+}
+
+KFAC_DEVICE float patch_value(const PackJob& job, const void* image, int32_t sample, PackedColumn column, int32_t y,
+                              int32_t x) {
+  return element_of(patch_bits(job, image, sample, column, y, x), job.dtype);
 }
 
 KFAC_DEVICE float stored(const PackJob& job, float value) {
   return job.round_to_tf32 ? bits_float(round_to_tf32(value)) : value;
 }
 
-// One tile of 32 positions (sample by sample, as they lie in memory) and 32 columns, turned in shared memory so that
-// both reads and writes run along memory.
+// A tile of positions (sample by sample, as they lie in memory) and columns; each thread has kPackSteps of its entries.
+constexpr int kPackLines = kBlockThreads / 32, kPackSteps = 32 / kPackLines;
+
+struct PackTile {
+  int32_t first, positions, column;  // the first position, how many are left from there on, the first column
+};
+
+// Entries (lane, line + k kPackLines): columns of one position where those lie side by side in memory, else positions
+// of one column; what a lane's entries have in common is found once.
 template <class Block>
-KFAC_DEVICE void pack_tile(Block& block, const PackJob& job, const void* image, int32_t tile, float* workspace) {
-  constexpr int kPitch = kPackColumns + 1;
-  float* const values = block.shared();  // [position][column]
-  const int32_t line_of_tiles = job.column_tiles.quotient(tile), rows = packed_rows(job);
-  const int32_t first = line_of_tiles * kPackPositions;
-  const int32_t column_start = (tile - line_of_tiles * int32_t(job.column_tiles.divisor)) * kPackColumns;
+KFAC_DEVICE void read_tile(Block& block, const PackJob& job, const void* image, const PackTile& tile,
+                           uint32_t (&bits)[kPackSteps]) {
   const int32_t lane = block.thread() % 32, line = block.thread() / 32;
-  block.sync();
-  for (int32_t step = line; step < 32; step += kBlockThreads / 32) {
-    const int32_t at = job.lanes_along_columns ? step : lane, entry = job.lanes_along_columns ? lane : step;
-    const PackedColumn column = packed_column(job, column_start + entry);
-    float value = 0.0f;
-    if (column.valid && at < rows - first) {
-      const PackedPosition position = packed_position(job, first + at);
-      value = patch_value(job, image, position.sample, column, position.y, position.x);
+  if (job.lanes_along_columns) {
+    const PackedColumn column = packed_column(job, tile.column + lane);
+    KFAC_UNROLL
+    for (int k = 0; k < kPackSteps; ++k) {
+      const int32_t at = line + k * kPackLines;
+      const PackedPosition position = packed_position(job, tile.first + at);
+      const bool inside = column.valid && at < tile.positions;
+      bits[k] = inside ? patch_bits(job, image, position.sample, column, position.y, position.x) : 0;
     }
-    values[at * kPitch + entry] = stored(job, value);
+    return;
+  }
+  const PackedPosition position = packed_position(job, tile.first + lane);
+  KFAC_UNROLL
+  for (int k = 0; k < kPackSteps; ++k) {
+    const PackedColumn column = packed_column(job, tile.column + line + k * kPackLines);
+    const bool inside = column.valid && lane < tile.positions;
+    bits[k] = inside ? patch_bits(job, image, position.sample, column, position.y, position.x) : 0;
+  }
+}
+
+// One tile, turned in shared memory so that both reads and writes run along memory.
+template <class Block>
+KFAC_DEVICE void pack_tile(Block& block, const PackJob& job, const void* image, int32_t number, float* workspace) {
+  constexpr int kPitch = kPackColumns + 1;
+  float* const values = block.shared();                                                  // [position][column]
+  uint32_t* const rows = reinterpret_cast<uint32_t*>(values + kPackPositions * kPitch);  // where positions go
+  const int32_t line_of_tiles = job.column_tiles.quotient(number), first = line_of_tiles * kPackPositions;
+  const PackTile tile{first, packed_rows(job) - first,
+                      (number - line_of_tiles * int32_t(job.column_tiles.divisor)) * kPackColumns};
+  const int32_t lane = block.thread() % 32, line = block.thread() / 32;
+  uint32_t bits[kPackSteps];
+  read_tile(block, job, image, tile, bits);
+  block.sync();  // the tile before may still be read
+  KFAC_UNROLL
+  for (int k = 0; k < kPackSteps; ++k) {
+    const int32_t step = line + k * kPackLines;
+    const int32_t at = job.lanes_along_columns ? step : lane, entry = job.lanes_along_columns ? lane : step;
+    values[at * kPitch + entry] = stored(job, element_of(bits[k], job.dtype));
+  }
+  if (line == 0) {
+    const PackedPosition position = packed_position(job, tile.first + lane);
+    rows[lane] = packed_row(job, position.sample, position.pixel);
   }
   block.sync();
-  float* const packed = workspace + job.packed;
-  for (int32_t at = line; at < kPackPositions; at += kBlockThreads / 32) {
-    if (at >= rows - first || column_start + lane >= job.row_pitch) continue;
-    const PackedPosition position = packed_position(job, first + at);
-    packed[packed_row(job, position.sample, position.pixel) * job.row_pitch + column_start + lane] =
-        values[at * kPitch + lane];
+  float* const packed = workspace + job.packed + tile.column + lane;
+  if (tile.column + lane >= job.row_pitch) return;
+  KFAC_UNROLL
+  for (int k = 0; k < kPackSteps; ++k) {
+    const int32_t at = line + k * kPackLines;
+    if (at < tile.positions) packed[int64_t(rows[at]) * job.row_pitch] = values[at * kPitch + lane];
   }
 }
 

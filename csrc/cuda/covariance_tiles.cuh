@@ -27,26 +27,32 @@ KFAC_DEVICE void load_stage(Block& block, const TileJob& job, const TileWork& wo
   }
 }
 
-// Cuts `value` into two tf32 numbers; their sum has 21 bits of mantissa and more. Adding half a unit to the bits would
-// be shorter by two instructions and lose the NaN that a GPU makes, all of whose bits but one are ones; a `low` cut off
-// instead of rounded doubles the error of inverses of nearly singular matrices.
+// Cuts `value` into two tf32 numbers; their sum has 22 bits of mantissa. `high` is the nearest one, found by additions
+// (Veltkamp 1968), which keep NaN and are twice as fast as operations on integers; beyond 2^114 it is NaN, and so would
+// any square be. `low` is rounded by its bits: cut off, it would double the error of inverses of nearly singular
+// matrices.
 KFAC_DEVICE void split(float value, uint32_t& high, uint32_t& low) {
-  high = round_to_tf32(value);
-  low = round_to_tf32(value - bits_float(high));
+  constexpr uint32_t kUnit = 1u << 13;  // bits of a float beyond tf32
+  const float scaled = rounded_product(value, float(kUnit + 1)), nearest = scaled + (value - scaled);
+  high = float_bits(nearest);
+  low = (float_bits(value - nearest) + kUnit / 2) & ~(kUnit - 1);
 }
 
 // sum += A B for one instruction's worth of 8 rows, in the way of the mode.
 template <MmaMode kMode, class Block>
 KFAC_DEVICE void multiply(Block& block, const uint32_t (&a)[2][4], const uint32_t (&b)[2][2], float (&sum)[4]) {
   if constexpr (kMode == MmaMode::kTf32) {
-    block.mma(sum, a[0], b[0]);
+    block.mma(sum, a[0], b[0], sum);
   } else {
-    float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    float part[4];
     if constexpr (kMode == MmaMode::kSplit) {
-      block.mma(part, a[0], b[1]);
-      block.mma(part, a[1], b[0]);
+      block.mma(part, a[0], b[1], zero);
+      block.mma(part, a[1], b[0], part);
+      block.mma(part, a[0], b[0], part);
+    } else {
+      block.mma(part, a[0], b[0], zero);
     }
-    block.mma(part, a[0], b[0]);
     KFAC_UNROLL
     for (int e = 0; e < 4; ++e) sum[e] += part[e];
   }

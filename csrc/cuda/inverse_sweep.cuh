@@ -29,6 +29,16 @@ struct FactorInverse {
 // many digits as the square root of that.
 constexpr float kMostSpread = 4096.0f;
 
+// 1 / sqrt(p), to a unit in the last place; on a GPU in five instructions, as all warps wait for it.
+KFAC_DEVICE float inverse_root(float p) {
+#ifdef __CUDA_ARCH__
+  const float root = rsqrtf(p);
+  return root * (1.5f - 0.5f * (p * root) * root);
+#else
+  return 1.0f / sqrtf(p);
+#endif
+}
+
 // Sweeps the first n pivots; 0, or 1 + the first that is not positive or not finite, at which it stops. Both factors of
 // an update are scaled by 1 / sqrt(p), so that entries (i, j) and (j, i) keep the same bits. `rows`: shared memory for
 // two rows of the matrix, one written while the other is read.
@@ -40,6 +50,10 @@ KFAC_DEVICE int32_t sweep(Block& block, float* rows, int32_t n, SweepTile<kPer>&
                           const FactorInverse& factor = {}) {
   const int32_t y = block.thread() / kSweepSide, x = block.thread() % kSweepSide;
   float largest = 0.0f, smallest = 0.0f;
+  FactorInverse to;  // entries of this thread's column
+  if (factor.rows) {
+    to = {factor.rows + block.thread(), factor.columns + block.thread() * kInverseEdge, factor.lower + block.thread()};
+  }
   KFAC_UNROLL
   for (int major = 0; major < kPer; ++major) {  // unrolled: registers have no run-time index
     for (int32_t minor = 0; minor < kSweepSide; ++minor) {
@@ -55,7 +69,7 @@ KFAC_DEVICE int32_t sweep(Block& block, float* rows, int32_t n, SweepTile<kPer>&
       if (!(p > 0.0f && p - p == 0.0f)) return pivot + 1;  // the same for all threads
       largest = pivot && p < largest ? largest : p;
       smallest = pivot && p > smallest ? smallest : p;
-      const float scale = 1.0f / sqrtf(p);
+      const float scale = inverse_root(p);
       float left[kPer], right[kPer];
       KFAC_UNROLL
       for (int i = 0; i < kPer; ++i) {
@@ -69,20 +83,20 @@ KFAC_DEVICE int32_t sweep(Block& block, float* rows, int32_t n, SweepTile<kPer>&
       }
       if (y == minor) {
         KFAC_UNROLL
-        for (int j = 0; j < kPer; ++j) {
-          tile.a[major][j] = right[j] * scale;
-          if (!factor.rows) continue;
-          const int32_t column = x + j * kSweepSide;
-          const float entry = column < pivot ? -right[j] : column == pivot ? scale : 0.0f;
-          factor.rows[pivot * kInverseEdge + column] = factor.columns[column * kInverseEdge + pivot] = entry;
-          factor.lower[pivot * kInverseEdge + column] = column > pivot ? right[j] : column == pivot ? p * scale : 0.0f;
-        }
+        for (int j = 0; j < kPer; ++j) tile.a[major][j] = right[j] * scale;
       }
       if (x == minor) {
         KFAC_UNROLL
         for (int i = 0; i < kPer; ++i) tile.a[i][major] = left[i] * scale;
       }
-      if (y == minor && x == minor) tile.a[major][major] = -1.0f / p;
+      if (y == minor && x == minor) tile.a[major][major] = -scale * scale;
+      if (factor.rows && block.thread() < kInverseEdge) {  // each a column, so that no warp is waited for
+        const int32_t column = block.thread();
+        const float value = row[column] * scale;
+        *to.rows = *to.columns = column < pivot ? -value : column == pivot ? scale : 0.0f;
+        *to.lower = column > pivot ? value : column == pivot ? p * scale : 0.0f;
+        to = {to.rows + kInverseEdge, to.columns + 1, to.lower + kInverseEdge};
+      }
     }
   }
   if (factor.refines && block.thread() == 0) *factor.refines = largest > kMostSpread * smallest;
@@ -113,7 +127,7 @@ KFAC_DEVICE void load_tile(Block& block, const InverseJob& job, const float* mat
     KFAC_UNROLL
     for (int j = 0; j < kPer; ++j) {
       const int32_t row = sweep_row(block.thread(), i), column = sweep_column(block.thread(), j);
-      const bool lower = row >= column;
+      const bool lower = i == j ? row >= column : i > j;
       float value = row == column ? 1.0f : 0.0f;
       if (row < job.n && column < job.n) {
         value = matrix[(lower ? row : column) * job.stride + (lower ? column : row)];

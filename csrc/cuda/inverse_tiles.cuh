@@ -136,13 +136,13 @@ KFAC_DEVICE void gather_panel(Block& block, const InverseJob& job, int32_t level
 template <class Block>
 KFAC_DEVICE void inverse_pivot(Block& block, const JobList<InverseJob>& list, int32_t level,
                                const InversePointers& pointers, const InverseArguments& arguments, float* workspace) {
-  for_each_tile(block, list, [&](const InverseJob& job, int32_t tile) {
+  for_each_tile(block, list, [&](const InverseJob& job, int32_t number) {
     const InversePanels panels = inverse_panels(job, workspace);
     float* const out = pointers.inverse[job.place];
-    if (tile == level) {
+    if (number == 0) {  // it takes longest, so it comes first
       sweep_pivot(block, job, level, out, panels.factor, arguments.info + job.place);
     } else {
-      gather_panel(block, job, level, tile, out, panels);
+      gather_panel(block, job, level, number - (number <= level), out, panels);
     }
   });
 }
@@ -262,43 +262,115 @@ KFAC_DEVICE void inverse_panel(Block& block, const JobList<InverseJob>& list, in
   });
 }
 
-// Subtracts the tile in shared memory from rows and columns of a matrix [n, n], at and below the diagonal.
-template <class Block>
-KFAC_DEVICE void subtract_product(Block& block, int32_t n, int32_t rows, int32_t columns, float* out) {
-  constexpr int kLines = kInverseThreads / kInverseEdge;  // that the block's threads cover
-  constexpr int kAtOnce = 16;                             // entries that a thread waits for together
-  const int32_t line = block.thread() / kInverseEdge, own = block.thread() % kInverseEdge, column = columns + own;
-  const float* const product = block.shared() + own;
-  float* const entries = out + column;
-  KFAC_UNROLL_BY(1)
-  for (int32_t first = line; first < kInverseEdge; first += kLines * kAtOnce) {
-    float old[kAtOnce] = {};
+// A_ij, from its place (rows, columns) on, and the panels whose product it loses.
+struct UpdateTile {
+  const float *left, *right;
+  int32_t pitch, n, rows, columns;
+  float* out;
+};
+
+// The entries of a tile that a thread holds, from the first of half `i`: body(number, row, column, k-th of those).
+template <class Body>
+KFAC_DEVICE void for_own_entries(int32_t thread, int half, const Body& body) {
+  using Shape = InverseShape128;
+  const WarpPlace<Shape> place = warp_place<Shape>(thread / 32);
+  const MmaLane lane = mma_lane(thread % 32);
+  KFAC_UNROLL
+  for (int i = 0; i < Shape::kMmaM / 2; ++i) {
     KFAC_UNROLL
-    for (int k = 0; k < kAtOnce; ++k) {
-      const int32_t row = rows + first + k * kLines;
-      if (row < n && column <= row) old[k] = entries[int64_t(row) * n];
-    }
-    KFAC_UNROLL
-    for (int k = 0; k < kAtOnce; ++k) {
-      const int32_t i = first + k * kLines, row = rows + i;
-      if (row < n && column <= row) entries[int64_t(row) * n] = old[k] - product[i * InverseShape128::kPitch];
+    for (int j = 0; j < Shape::kMmaN; ++j) {
+      KFAC_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        const int m = half * (Shape::kMmaM / 2) + i;
+        body(m, j, e, place.row + m * 16 + mma_d_row(lane, e), place.column + j * 8 + mma_d_column(lane, e));
+      }
     }
   }
 }
 
-// A_ij <- A_ij - Y_i Y_j^T
+using TileSums = float[InverseShape128::kMmaM][InverseShape128::kMmaN][4];
+constexpr int kHalf = InverseShape128::kMmaM * InverseShape128::kMmaN * 2;  // of a thread's entries of a tile
+
+// Half of a thread's entries of a tile, at and below the diagonal: old <- A_ij.
+template <class Block>
+KFAC_DEVICE void load_half(Block& block, const UpdateTile& tile, int half, float (&old)[kHalf]) {
+  const float* const corner = tile.out + int64_t(tile.rows) * tile.n + tile.columns;
+  int k = 0;
+  for_own_entries(block.thread(), half, [&](int, int, int, int32_t row, int32_t column) {
+    const bool inside = tile.rows + row < tile.n && tile.columns + column <= tile.rows + row;
+    old[k++] = inside ? corner[int64_t(row) * tile.n + column] : 0.0f;
+  });
+}
+
+// A_ij <- old - sums, likewise.
+template <class Block>
+KFAC_DEVICE void store_half(Block& block, const UpdateTile& tile, int half, const float (&old)[kHalf],
+                            const TileSums& sums) {
+  float* const corner = tile.out + int64_t(tile.rows) * tile.n + tile.columns;
+  int k = 0;
+  for_own_entries(block.thread(), half, [&](int i, int j, int e, int32_t row, int32_t column) {
+    const float value = old[k++] - sums[i][j][e];
+    const bool inside = tile.rows + row < tile.n && tile.columns + column <= tile.rows + row;
+    if (inside) corner[int64_t(row) * tile.n + column] = value;
+  });
+}
+
+// A_ij <- A_ij - Y_i Y_j^T. The copies of one tile begin while the products of the one before are not done yet, and
+// what a tile holds is asked for before it is needed.
 template <class Block>
 KFAC_DEVICE void inverse_update(Block& block, const JobList<InverseJob>& list, int32_t level,
                                 const InversePointers& pointers, const InverseArguments& arguments, float* workspace) {
-  for_each_tile(block, list, [&](const InverseJob& job, int32_t number) {
-    if (arguments.info[job.place] != 0) return;
-    const TilePair pair = tile_pair(number, job.tiles - 1, true);
-    const int32_t rows = (pair.i + (pair.i >= level)) * kInverseEdge;
-    const int32_t columns = (pair.j + (pair.j >= level)) * kInverseEdge;
-    const InversePanels panels = inverse_panels(job, workspace);
-    multiply_tile(block, panels.Y + rows, panels.pitch, panels.Y + columns, panels.pitch);
-    subtract_product(block, job.n, rows, columns, pointers.inverse[job.place]);
-  });
+  using Shape = InverseShape128;
+  constexpr int kAll = kInverseEdge / Shape::kStageRows, kAhead = Shape::kStages - 1;
+  static_assert(kAll % Shape::kStages == 0, "stages are numbered through, from tile to tile");
+  int32_t number = 0, at = block.index();
+  const auto find = [&](UpdateTile& found) {  // the next tile that falls to this block; whether there is one
+    for (; at < list.tiles; at += block.count()) {
+      number = job_of_tile(list.first, number, at);
+      const InverseJob job = list.jobs[number];
+      if (arguments.info[job.place] != 0) continue;
+      const TilePair pair = tile_pair(at - list.first[number], job.tiles - 1, true);
+      const int32_t rows = (pair.i + (pair.i >= level)) * kInverseEdge;
+      const int32_t columns = (pair.j + (pair.j >= level)) * kInverseEdge;
+      const InversePanels panels = inverse_panels(job, workspace);
+      found = {panels.Y + rows, panels.Y + columns, panels.pitch, job.n, rows, columns, pointers.inverse[job.place]};
+      at += block.count();
+      return true;
+    }
+    return false;
+  };
+  const auto load = [&](const UpdateTile& tile, int stage) {
+    float* const to = block.shared() + stage % Shape::kStages * Shape::kStageFloats;
+    load_product_stage(block, tile.left, tile.pitch, tile.right, tile.pitch, stage, to);
+  };
+  UpdateTile tile, next;
+  bool more = find(tile);
+  for (int stage = 0; more && stage < kAhead; ++stage) {
+    load(tile, stage);
+    block.commit();
+  }
+  while (more) {
+    next = tile;
+    more = find(next);
+    TileSums sums = {};
+    float old[kHalf] = {};
+    KFAC_UNROLL_BY(1)
+    for (int stage = 0; stage < kAll; ++stage) {
+      block.template wait<Shape::kStages - 2>();
+      block.sync();  // everyone's copies are here, and everyone is done with the stage before
+      const bool own = stage + kAhead < kAll;
+      if (own || more) load(own ? tile : next, (stage + kAhead) % kAll);
+      block.commit();
+      if (stage == kAll - 1) load_half(block, tile, 0, old);
+      multiply_stage<MmaMode::kSplit, Shape>(block, block.shared() + stage % Shape::kStages * Shape::kStageFloats,
+                                             sums);
+    }
+    store_half(block, tile, 0, old, sums);
+    load_half(block, tile, 1, old);
+    store_half(block, tile, 1, old, sums);
+    tile = next;
+  }
+  block.template wait<0>();
 }
 
 // ---- finish --------------------------------------------------------------------------------------------------------

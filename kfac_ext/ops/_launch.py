@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -45,14 +45,21 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def descriptors_on(device: torch.device, operation: str, descriptors: bytes) -> Tensor:
-    """A copy of a schedule's plain data for kernels to read; made once for each list of shapes, it waits for the copy.
+    """A copy of a schedule's plain data for kernels to read, made once for each list of shapes.
+
+    It does not wait for the device, but where no memory can be pinned.
 
     Raises:
-        RuntimeError: while a CUDA graph is captured, which must not wait.
+        RuntimeError: while a CUDA graph is captured, which would copy at every replay.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    data = torch.frombuffer(bytearray(descriptors), dtype=torch.uint8)
+    if device.type != "cuda":
+        return data
+    if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"{operation}: these shapes are new, call it once with them before capturing a CUDA graph")
-    return torch.frombuffer(bytearray(descriptors), dtype=torch.uint8).to(device)
+    with suppress(RuntimeError):
+        data = data.pin_memory()  # which PyTorch keeps until it has been read
+    return data.to(device, non_blocking=True)
 
 
 def workspace_on(device: torch.device, size: int) -> Tensor:

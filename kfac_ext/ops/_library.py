@@ -191,6 +191,8 @@ def check_output(operation: str, out: Tensor, shape: tuple[int, ...], dtype: tor
 
 def check_weights(operation: str, decay: float, scale: float) -> None:
     """Raise unless both weights of a blend are finite numbers."""
+    if type(decay) is float and type(scale) is float and math.isfinite(decay + scale):
+        return
     for name, value in (("decay", decay), ("scale", scale)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{operation}: {name} is {value!r}, expected a number")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kfac_ext.geometry import ConvGeometry, Pair, padded_geometry
+from kfac_ext.geometry import ConvGeometry, Pair, padded_geometry, remembered
 from kfac_ext.ops import covariance as single
 from kfac_ext.ops._covariance_kernels import (
     Launch,
@@ -63,6 +63,14 @@ class _Call(NamedTuple):
 _CALL_INTS = len(_Call(_LINEAR).to_ints())
 
 
+@remembered
+def _ints_of(kind: int, geometry: ConvGeometry | None, groups: int, bias: bool, reduce: bool) -> tuple[int, ...]:
+    g = geometry
+    place = {} if g is None else {"kernel_size": g.kernel_size, "stride": g.stride, "padding": g.padding}
+    call = _Call(kind, **place, dilation=(1, 1) if g is None else g.dilation, groups=groups, bias=bias, reduce=reduce)
+    return tuple(call.to_ints())
+
+
 class CovarianceUpdate(NamedTuple):
     """One covariance to be blended into a factor: out <- decay out + scale covariance(x).
 
@@ -88,7 +96,7 @@ class CovarianceUpdate(NamedTuple):
         check_floating(_OPERATION, "x", x)
         check_flag(_OPERATION, "bias", bias)
         check_weights(_OPERATION, decay, scale)
-        return CovarianceUpdate(key, x, tuple(_Call(_LINEAR, bias=bias).to_ints()), decay, scale)
+        return CovarianceUpdate(key, x, _ints_of(_LINEAR, None, 1, bias, False), decay, scale)
 
     @staticmethod
     def conv2d(
@@ -110,8 +118,7 @@ class CovarianceUpdate(NamedTuple):
         check_flag(_OPERATION, "bias", bias)
         check_weights(_OPERATION, decay, scale)
         g = single._geometry(x, kernel_size, stride, padding, dilation, groups)
-        call = _Call(_CONV, g.kernel_size, g.stride, g.padding, g.dilation, groups, bias, reduce)
-        return CovarianceUpdate(key, x, tuple(call.to_ints()), decay, scale)
+        return CovarianceUpdate(key, x, _ints_of(_CONV, g, groups, bias, reduce), decay, scale)
 
     @staticmethod
     def gradient(
@@ -121,8 +128,8 @@ class CovarianceUpdate(NamedTuple):
         check_floating(_OPERATION, "g", g)
         single._gradient_size(g, groups)
         check_weights(_OPERATION, decay, scale)
-        call = _Call(_GRADIENT, groups=groups, reduce=single._reduces(_OPERATION, mode))
-        return CovarianceUpdate(key, g, tuple(call.to_ints()), decay, scale)
+        reduce = single._reduces(_OPERATION, mode)
+        return CovarianceUpdate(key, g, _ints_of(_GRADIENT, None, groups, False, reduce), decay, scale)
 
 
 class _Entry(NamedTuple):

@@ -7,6 +7,7 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "emulation.h"
@@ -45,6 +46,7 @@ std::vector<float> positive(int64_t n, std::mt19937& random) {
 }
 
 Layer make(int64_t outputs, int64_t neurons, int64_t block, int64_t bias) {
+  if (block == 1) neurons += std::exchange(bias, 0);  // a column as any other
   std::mt19937 random(unsigned(outputs + 7 * neurons + 31 * block));
   Layer layer{outputs, neurons, block, bias, {}, {}, {}};
   std::normal_distribution<float> normal(0.0f, 1.0f);

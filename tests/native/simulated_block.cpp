@@ -283,7 +283,8 @@ void Block::land(int pending) {
   }
 }
 
-void Block::mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+void Block::mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
+  if (&d[0] != &c[0]) memcpy(d, c, sizeof d);
   simulation_->warp_mma({d, a, b});
 }
 

@@ -44,8 +44,8 @@ class Block {
   void wait() {
     land(kPending);
   }
-  // d += a b: mma.sync.m16n8k8 on tf32
-  void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+  // d = c + a b: mma.sync.m16n8k8 on tf32
+  void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]);
   float shuffle_xor(float value, int mask);
   double shuffle_xor(double value, int mask);
   // only where blocks run together

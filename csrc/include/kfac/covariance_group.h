@@ -69,10 +69,10 @@ KFAC_HD int32_t packed_rows(const PackJob& job) {
 // How to gather every patch of a problem as a row, whichever way CovarianceGroup chooses.
 PackJob patch_job(const CovarianceProblem& problem);
 
-constexpr int kPackPositions = 32, kPackColumns = 32;  // a tile of pack
-constexpr int kPackSharedBytes = 4 * kPackPositions * (kPackColumns + 1);
-constexpr int kMeansPerTile = kBlockThreads / 32;    // a warp each
-constexpr int kLineSharedBytes = 4 * kBlockThreads;  // of means and of lanes: one float a thread
+constexpr int kPackPositions = 32, kPackColumns = 32;                      // a tile of pack
+constexpr int kPackSharedBytes = 4 * kPackPositions * (kPackColumns + 2);  // a column for the rows' numbers
+constexpr int kMeansPerTile = kBlockThreads / 32;                          // a warp each
+constexpr int kLineSharedBytes = 4 * kBlockThreads;                        // of means and of lanes: one float a thread
 
 KFAC_HD int64_t pack_tiles(const PackJob& job) {
   if (job.kind == PackKind::kMeans) return divide_up(int64_t(job.samples) * job.row_pitch, kMeansPerTile);
@@ -105,8 +105,8 @@ KFAC_HD PackedPosition packed_position(const PackJob& job, int32_t position) {
 }
 
 // Rows are ordered by pixel, then sample: a shift by pixels is a shift by rows, the same for every sample.
-KFAC_HD int64_t packed_row(const PackJob& job, int32_t sample, int32_t pixel) {
-  return int64_t(pixel) * job.samples + sample;
+KFAC_HD uint32_t packed_row(const PackJob& job, int32_t sample, int32_t pixel) {
+  return uint32_t(pixel) * uint32_t(job.samples) + uint32_t(sample);
 }
 
 // ---- rows of a region ----------------------------------------------------------------------------------------------

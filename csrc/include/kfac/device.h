@@ -56,6 +56,15 @@ KFAC_HD uint32_t round_to_tf32(float value) {
 #endif
 }
 
+// a b, never fused with an addition that follows.
+KFAC_HD float rounded_product(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
 KFAC_HD float bfloat16_to_float(uint16_t value) {
   return bits_float(uint32_t(value) << 16);
 }
@@ -73,11 +82,15 @@ KFAC_HD float half_to_float(uint16_t value) {
 #endif
 }
 
-// Element `at` of an array of `dtype`, as a float.
-KFAC_HD float load_element(const void* data, DType dtype, int64_t at) {
-  if (dtype == DType::kFloat32) return static_cast<const float*>(data)[at];
-  const uint16_t bits = static_cast<const uint16_t*>(data)[at];
-  return dtype == DType::kBFloat16 ? bfloat16_to_float(bits) : half_to_float(bits);
+// Element `at` of an array of `dtype`, as its bits; and the float that these are. Apart, so that many are asked for
+// before the first is there.
+KFAC_HD uint32_t load_bits(const void* data, DType dtype, int64_t at) {
+  return dtype == DType::kFloat32 ? static_cast<const uint32_t*>(data)[at] : static_cast<const uint16_t*>(data)[at];
+}
+
+KFAC_HD float element_of(uint32_t bits, DType dtype) {
+  if (dtype == DType::kFloat32) return bits_float(bits);
+  return dtype == DType::kBFloat16 ? bfloat16_to_float(uint16_t(bits)) : half_to_float(uint16_t(bits));
 }
 
 // 16 bytes at once, from a multiple of 16.
