@@ -1,8 +1,8 @@
 """`python -m bench.hard [FAMILY ...]`: run the families, print one table, end with 1 where one is not sound.
 
 Each family is a module of this package with `SIZES`, the number of cases of each size, and
-`run(cases, seed, seconds) -> Tally`, which ends early when the seconds are over; cases that depend
-on nothing but seed and number begin at its `first`.
+`run(cases, seed, seconds, first) -> Tally`, which begins with the case of number `first` and ends early
+when the seconds are over; `long_run`, whose cases are steps of one run, has no `first`.
 """
 
 import argparse
@@ -28,19 +28,42 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="the one case of this number, as examples name it")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="limit of each family")
-    parser.add_argument("--json", type=Path, help="file for the counts and examples")
+    parser.add_argument("--json", type=Path, help="file for counts and examples; what it has of them is gone on with")
     asked = parser.parse_args(arguments)
-    tallies = []
+    if asked.json and asked.only is not None:
+        parser.error("--only is of one case, --json of all up to some number")
+    try:
+        tallies = read(asked.json)
+    except (ValueError, TypeError) as error:
+        parser.error(f"--json {asked.json}: holds no tallies: {error}")
     for name in asked.families or FAMILIES:
-        module = importlib.import_module(f"bench.hard.{name}")
-        if asked.only is None:
-            tallies.append(module.run(asked.cases or module.SIZES[asked.size], asked.seed, asked.seconds))
-        else:
-            tallies.append(module.run(1, asked.seed, asked.seconds, first=asked.only))
-    show(tallies)
-    if asked.json:
-        asked.json.write_text(json.dumps([tally.as_dict() for tally in tallies], indent=1) + "\n")
-    return 0 if all(tally.sound for tally in tallies) else 1
+        tallies[name, asked.seed] = _run(name, asked, tallies.get((name, asked.seed)))
+        if asked.json:
+            text = json.dumps([tally.as_dict() for tally in tallies.values()], indent=1)
+            asked.json.write_text(text + "\n")
+    show(list(tallies.values()))
+    return 0 if all(tally.sound for tally in tallies.values()) else 1
+
+
+def _run(name: str, asked: argparse.Namespace, before: Tally | None) -> Tally:
+    """The family's cases that are asked for, those done before among them."""
+    module = importlib.import_module(f"bench.hard.{name}")
+    if asked.only is not None:
+        return module.run(1, asked.seed, asked.seconds, first=asked.only)
+    cases = asked.cases or module.SIZES[asked.size]
+    if before is None or before.next is None:
+        return module.run(cases, asked.seed, asked.seconds)
+    if before.next >= cases:
+        return before
+    return before.followed_by(module.run(cases - before.next, asked.seed, asked.seconds, first=before.next))
+
+
+def read(path: Path | None) -> dict[tuple[str, int], Tally]:
+    """The tallies of an earlier call by family and seed; none where there is no such file."""
+    if path is None or not path.exists():
+        return {}
+    tallies = [Tally(**entry) for entry in json.loads(path.read_text())]
+    return {(tally.family, tally.seed): tally for tally in tallies}
 
 
 def show(tallies: list[Tally]) -> None:

@@ -43,7 +43,7 @@ def run_forked(
             tally.fault("crashed", f"--seed {seed} --only {place}: {death}")
             place += 1
         tally.tried += done + bool(death)
-    tally.seconds = time.monotonic() - began
+    tally.next, tally.seconds = place, time.monotonic() - began
     return tally
 
 

@@ -55,21 +55,23 @@ def run(
     seconds: float,
     commands: Collection[Command] | None = None,
     exports: Collection[str] = tuple(FORMATS),
+    first: int = 0,
 ) -> Tally:
-    """Damage `cases` files, which these commands read, beside these exports."""
+    """Damage `cases` files, beginning with case `first`, which these commands read, beside these exports."""
     chosen = list(COMMANDS if commands is None else commands)
-    tally = Tally("damage", seed)
+    tally = Tally("damage", seed, next=first)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         for number, name in enumerate(("whole", "other")):
             _prepare(folder / name, number, chosen, exports)
         references: dict[str, Outcome] = {}
-        for case in range(cases):
+        for case in range(first, first + cases):
             if time.monotonic() - begin > seconds:
                 break
             rng = random.Random(f"{seed} {case}")
-            _case(tally, folder, rng, rng.choice(chosen), f"case {case}", references)
+            _case(tally, folder, rng, rng.choice(chosen), f"--seed {seed} --only {case}", references)
+            tally.next = case + 1
     tally.seconds = time.monotonic() - begin
     return tally
 
@@ -212,7 +214,7 @@ def _case(
         return
     tally.tried += 1
     ended = forked(lambda: _outcome(command, place))
-    where = f"--seed {tally.seed} {name}: {path.relative_to(place)} {how}, {command.__name__.strip('_')}"
+    where = f"{name}: {path.relative_to(place)} {how}, {command.__name__.strip('_')}"
     if ended.value is None:
         tally.fault("crashed", f"{where}: {'hung' if ended.hung else f'signal {ended.signal}'}")
     elif ended.value.code == 0:

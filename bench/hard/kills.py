@@ -28,9 +28,9 @@ _CALLS = ("open", "fsync", "replace", "unlink", "mkdir")  # of the module os; ea
 _MOST_KILLS = 3
 
 
-def run(cases: int, seed: int, seconds: float) -> Tally:
-    """Kill `cases` runs."""
-    tally = Tally("kills", seed)
+def run(cases: int, seed: int, seconds: float, first: int = 0) -> Tally:
+    """Kill `cases` runs, beginning with the one of number `first`."""
+    tally = Tally("kills", seed, next=first)
     begin = time.monotonic()
     without_report()
     with tempfile.TemporaryDirectory() as place:
@@ -40,18 +40,12 @@ def run(cases: int, seed: int, seconds: float) -> Tally:
         calls = forked(lambda: _count(lambda: _make(folder / "counted"))).value
         duration = time.monotonic() - start
         wanted = result(folder / "whole")
-        for case in range(cases):
+        for case in range(first, first + cases):
             if time.monotonic() - begin > seconds:
                 break
-            _case(
-                tally,
-                folder / "run",
-                random.Random(f"{seed} {case}"),
-                f"--seed {seed} case {case}",
-                calls,
-                duration,
-                wanted,
-            )
+            rng, name = random.Random(f"{seed} {case}"), f"--seed {seed} --only {case}"
+            _case(tally, folder / "run", rng, name, calls, duration, wanted)
+            tally.next = case + 1
     tally.seconds = time.monotonic() - begin
     return tally
 

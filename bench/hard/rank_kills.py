@@ -35,7 +35,7 @@ runs.run(settings(epochs=6), Path(sys.argv[1]))
 
 def run(cases: int, seed: int, seconds: float, first: int = 0) -> Tally:
     """Kill ranks of `cases` runs, beginning with the one of number `first`."""
-    tally = Tally("rank_kills", seed)
+    tally = Tally("rank_kills", seed, next=first)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -50,6 +50,7 @@ def run(cases: int, seed: int, seconds: float, first: int = 0) -> Tally:
             moments = sorted(rng.uniform(0.1, 1.0) * duration for _ in range(rng.randint(1, _MOST_KILLS)))
             shutil.rmtree(folder / "run", ignore_errors=True)
             _judge(tally, folder, f"--seed {seed} --only {case}", moments, wanted)
+            tally.next = case + 1
     tally.seconds = time.monotonic() - begin
     return tally
 

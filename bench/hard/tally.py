@@ -1,6 +1,8 @@
 """What came of many cases of one family."""
 
-from dataclasses import asdict, dataclass, field
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
 
 FAULTS = ("crashed", "wrong", "silent", "lost", "unclear")
 
@@ -11,7 +13,8 @@ class Tally:
 
     A case is *crashed* where the process died or hung, *wrong* where a result differs from its oracle, *silent* where
     something damaged was accepted without a word, *lost* where what was saved is not there again, *unclear* where an
-    error names neither the argument nor the file that is at fault.
+    error names neither the argument nor the file that is at fault. `next` is the number of the case to go on with; it
+    is None where a family cannot go on.
     """
 
     family: str
@@ -23,6 +26,7 @@ class Tally:
     lost: int = 0
     unclear: int = 0
     seconds: float = 0.0
+    next: int | None = None
     examples: list[str] = field(default_factory=list)
 
     def fault(self, kind: str, example: str, keep: int = 5) -> None:
@@ -30,6 +34,11 @@ class Tally:
         setattr(self, kind, getattr(self, kind) + 1)
         if sum(text.startswith(f"{kind}: ") for text in self.examples) < keep:
             self.examples.append(f"{kind}: {example}")
+
+    def followed_by(self, part: Tally) -> Tally:
+        """Both together: of the same family and seed, `part` of the cases from `self.next` on."""
+        sums = {name: getattr(self, name) + getattr(part, name) for name in ("tried", *FAULTS, "seconds")}
+        return replace(part, **sums, examples=self.examples + part.examples)
 
     @property
     def sound(self) -> bool:

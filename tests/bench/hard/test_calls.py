@@ -88,3 +88,24 @@ def test_the_limit_of_seconds_ends_in_order():
 def test_one_case_alone(alone, capsys):
     assert hard.main(["valid", "--seed", "4", "--only", "17"]) == 0
     assert "valid" in capsys.readouterr().out
+
+
+def test_parts_add_up_to_the_whole(alone, tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(valid, "_case", lambda seed, index: [("unclear", "no name")] if index in (3, 6) else [])
+    for cases in (4, 4, 9):
+        hard.main(["valid", "--cases", str(cases), "--json", str(tmp_path / "tallies.json")])
+        (tally,) = json.loads((tmp_path / "tallies.json").read_text())
+        seen.append((tally["tried"], tally["next"], tally["unclear"]))
+    assert seen == [(4, 4, 1), (4, 4, 1), (9, 9, 2)]
+    assert [text.split(":")[1] for text in tally["examples"]] == [" --seed 0 --only 3", " --seed 0 --only 6"]
+    hard.main(["valid", "--cases", "2", "--seed", "5", "--json", str(tmp_path / "tallies.json")])
+    assert [tally["seed"] for tally in json.loads((tmp_path / "tallies.json").read_text())] == [0, 5]
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '[{"family": "valid"}]'])
+def test_a_file_that_holds_no_tallies_is_named(text, tmp_path, capsys):
+    (tmp_path / "tallies.json").write_text(text)
+    with pytest.raises(SystemExit):
+        hard.main(["valid", "--json", str(tmp_path / "tallies.json")])
+    assert "tallies.json: holds no tallies" in capsys.readouterr().err
