@@ -81,13 +81,18 @@ def kept_settings(folder: Path) -> dict[str, Any] | None:
         return None
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether there are files of a run in a folder."""
+    return any((folder / name).exists() for name in RUN_FILES)
+
+
 def check_run(folder: Path) -> dict[str, str]:
     """File -> "whole", or what is wrong with it, of all files of a run that are there or ought to be.
 
     Raises:
         InputError: there is no run in `folder`.
     """
-    if not any((folder / name).exists() for name in RUN_FILES):
+    if not holds_run(folder):
         raise InputError(f"{folder}: holds no run (none of {', '.join(RUN_FILES)})")
     names = (*RUN_FILES, *EXPORT_FILES, EXPORTS_FILE)
     found = {name: _state(folder, name) for name in names if (folder / name).exists()}
@@ -99,7 +104,7 @@ def check_run(folder: Path) -> dict[str, str]:
         if path.suffix in (DAMAGED_SUFFIX, TEMPORARY_SUFFIX):
             found[path.name] = PUT_ASIDE if path.suffix == DAMAGED_SUFFIX else LEFT_BEHIND
     for inside in COMPARED_FOLDERS.values():
-        if (folder / inside).is_dir():
+        if holds_run(folder / inside):
             found |= {f"{inside}/{name}": state for name, state in check_run(folder / inside).items()}
     return found
 
@@ -155,7 +160,7 @@ def _compared(folder: Path, found: dict[str, str]) -> dict[str, str]:
         wrong |= _by_digests(folder, EXPORTS_FILE, there)
     if found.get(CHECKPOINT_FILE) == WHOLE:
         state = load_checkpoint(folder / CHECKPOINT_FILE)
-        if not same_run(folder, state):
+        if not same_run(folder, state.get("settings", {})):
             wrong[CHECKPOINT_FILE] = f"{folder / CHECKPOINT_FILE}: is of another run than {SETTINGS_FILE}"
     return wrong
 
@@ -169,7 +174,7 @@ def _by_digests(folder: Path, listing: str, digests: dict[str, str]) -> dict[str
     return wrong
 
 
-def same_run(folder: Path, state: dict[str, Any]) -> bool:
-    """Whether a checkpoint has the settings in `settings.json`, but for those that do not make another run."""
-    kept, own = kept_settings(folder), state.get("settings", {})
-    return kept is None or all(own.get(name) == value for name, value in kept.items() if name not in _FREE)
+def same_run(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether these are the settings in `settings.json`, but for those that do not make another run."""
+    kept = kept_settings(folder)
+    return kept is None or all(settings.get(name) == value for name, value in kept.items() if name not in _FREE)

@@ -83,10 +83,10 @@ from flatprune.run_folder import (
     CHECKPOINT_FILE,
     COMPARED_FOLDERS,
     DIGESTED_FILES,
-    RUN_FILES,
     SETTINGS,
     SETTINGS_FILE,
     check_free,
+    holds_run,
     kept_settings,
     make_folder,
     read_settings,
@@ -173,9 +173,17 @@ def _run(settings: Settings, folder: Path, overwrite: bool, wait: bool, observer
             make_folder(folder)
             lock = held.enter_context(locked(folder, wait=wait))
             check_free(folder, overwrite)  # another run may have begun meanwhile
+        _take_compared(lock, settings, wait)
         remove_run(folder)
         _save(trainer, folder, lock)
         return _go_on(trainer, lock, observer, restart_damaged=False)
+
+
+def _take_compared(lock: FolderLock, settings: Settings, wait: bool) -> None:
+    """Hold the folders of the networks that this run is compared with, and those that one before it has left."""
+    compared = settings.compared()
+    names = {inside for name, inside in COMPARED_FOLDERS.items() if name in compared or (lock.folder / inside).is_dir()}
+    lock.take(sorted(names), wait=wait)
 
 
 def resume(
@@ -215,7 +223,7 @@ def resume(
 def _resume(
     folder: Path, given: dict[str, Any], restart_damaged: bool, wait: bool, observer: _NoteObserver
 ) -> dict[str, Any]:
-    if not any((folder / name).is_file() for name in RUN_FILES):
+    if not holds_run(folder):
         raise InputError(f"{folder}: no {CHECKPOINT_FILE} to resume from")
     with locked(folder, wait=wait) as lock:
         aside: list[Path] | None = [] if restart_damaged else None
@@ -224,6 +232,7 @@ def _resume(
             _resumed_settings(folder, Settings.from_dict(read_settings(folder)), given or {})
             return summary
         trainer = _resumed(folder, given or {}, aside)
+        _take_compared(lock, trainer.settings, wait)
         _put_aside(aside)
         if not (folder / CHECKPOINT_FILE).is_file():
             _save(trainer, folder, lock)
@@ -329,7 +338,7 @@ def _checkpoint(folder: Path, aside: list[Path] | None) -> dict[str, Any] | None
             return None
         raise InputError(f"{folder}: no {CHECKPOINT_FILE} to resume from; --restart-damaged makes the run anew")
     state = _whole(path, lambda: load_checkpoint(path), aside)
-    if state is not None and not same_run(folder, state):
+    if state is not None and not same_run(folder, state["settings"]):
         raise InputError(f"{path}: is of another run than {SETTINGS_FILE}, whose settings differ")
     return state
 
@@ -402,6 +411,8 @@ def _compared_summary(
     restart_damaged: bool,
 ) -> dict[str, Any]:
     folder = lock.folder / COMPARED_FOLDERS[name]
+    if not same_run(folder, settings.as_dict()):
+        raise InputError(f"{folder}: holds another run than the one to compare with, whose settings differ; remove it")
     aside: list[Path] | None = [] if restart_damaged else None
     summary = _finished(folder, aside)
     if summary is not None:

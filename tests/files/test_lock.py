@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -66,3 +68,32 @@ def test_a_removed_folder_is_made_again_with_its_lock(tmp_path):
         folder.mkdir()
         with locked(folder), pytest.raises(InputError, match="in use"):  # somebody else has begun there
             lock.hold()
+
+
+def test_a_full_disk_leaves_the_lock_without_a_name(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with locked(tmp_path), pytest.raises(InputError, match="in use by another process"), locked(tmp_path):
+        pass
+
+
+def test_folders_that_are_taken_too(tmp_path):
+    with locked(tmp_path) as lock:
+        for _ in range(2):
+            lock.take(["a", "b"])
+        shutil.rmtree(tmp_path / "b")
+        lock.hold()
+        for name in "ab":
+            with pytest.raises(InputError, match=f"{name}: in use"), locked(tmp_path / name):
+                pass
+    for name in "ab":
+        with locked(tmp_path / name):
+            pass
+
+
+def test_a_folder_that_cannot_be_taken_too(tmp_path):
+    (tmp_path / "a").mkdir()
+    with locked(tmp_path / "a"), locked(tmp_path) as lock, pytest.raises(InputError, match="a: in use"):
+        lock.take(["a"])

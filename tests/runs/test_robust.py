@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import pty
 import shutil
@@ -18,9 +19,11 @@ import torch
 from flatprune import runs
 from flatprune.cli import main
 from flatprune.errors import Interrupted
+from flatprune.files import atomic
 from flatprune.reporting.progress import SteadyConsole, observer
 from flatprune.run_folder import FINE, check_run
 from flatprune.signals import stop_signals
+from flatprune.training.trainer import Observer
 from tests.runs.conftest import SMALL
 from tests.training.acting import At
 
@@ -136,6 +139,90 @@ def test_a_disk_that_is_full_at_any_write(tmp_path, whole, call, monkeypatch):
         else:
             runs.run(SMALL, folder)
         assert_whole(folder, whole)
+
+
+class Full(io.FileIO):
+    """A file on a disk that has room for half of what is written."""
+
+    def write(self, data):
+        super().write(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+FILES = ("checkpoint.pt", "history.jsonl", "model.pt", "digests.json", "summary.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_full_disk_keeps_what_was_there(tmp_path, whole, name, monkeypatch, flatprune):
+    folder = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        runs.run(SMALL, folder, observer=lambda _: At(4, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(path, mode):
+        return (Full if os.path.basename(path) == f"{name}.tmp" else open)(path, mode)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(atomic, "open", full, raising=False)
+        outcome = flatprune("run", "--resume", "--out", folder)
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
+    assert f"{folder / name}: cannot be saved (No space left on device)" in outcome.err
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert after.get(name) == before.get(name) and f"{name}.tmp" not in after
+    assert flatprune("run", "--resume", "--out", folder).code == 0
+    assert_whole(folder, whole)
+
+
+def test_no_room_for_the_first_checkpoint(tmp_path, whole, monkeypatch, flatprune):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(atomic, "open", Full, raising=False)
+        outcome = flatprune("run", *OPTIONS, "--out", folder)
+    assert outcome.code == 2 and outcome.err.count("\n") == 1 and f"{folder / 'checkpoint.pt'}: cannot" in outcome.err
+    assert flatprune("run", *OPTIONS, "--out", folder).code == 0
+    assert_whole(folder, whole)
+
+
+@pytest.mark.parametrize("part", ["dense", "pruned"])
+def test_the_dense_folder_of_a_run_is_in_use(tmp_path, part, flatprune):
+    folder, outcomes = tmp_path / "run", []
+
+    def begin_there():
+        outcomes.append(flatprune("run", *OPTIONS, "--out", folder / "dense", "--overwrite"))
+
+    settings = SMALL.changed(compare_dense=True)
+    runs.run(settings, folder, observer=lambda title: At(2, begin_there) if title == part else Observer())
+    (outcome,) = outcomes
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
+    assert f"{folder / 'dense'}: in use by process {os.getpid()}" in outcome.err
+    assert set(check_run(folder).values()) <= set(FINE)
+
+
+def test_a_run_in_the_dense_folder_is_not_replaced(tmp_path, flatprune):
+    folder, outcomes = tmp_path / "run", []
+
+    def begin_above():
+        for more in ((), ("--compare-dense",)):
+            outcomes.append(flatprune("run", *OPTIONS, "--out", folder, "--overwrite", *more))
+
+    runs.run(SMALL, folder / "dense", observer=lambda _: At(4, begin_above))
+    assert [(outcome.code, "dense: in use by process" in outcome.err) for outcome in outcomes] == [(2, True)] * 2
+    assert not (folder / "checkpoint.pt").exists()
+    assert set(check_run(folder / "dense").values()) <= set(FINE)
+
+
+def test_another_run_in_the_dense_folder_is_no_comparison(tmp_path, flatprune):
+    folder = tmp_path / "run"
+    ask = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    with pytest.raises(Interrupted):
+        runs.run(SMALL.changed(compare_dense=True), folder, observer=lambda _: At(1, ask))
+    runs.run(SMALL, folder / "dense", overwrite=True)
+    outcome = flatprune("run", "--resume", "--out", folder)
+    assert outcome.code == 2 and f"{folder / 'dense'}: holds another run" in outcome.err
+    shutil.rmtree(folder / "dense")
+    (folder / "dense").mkdir()  # as a run does first
+    assert set(check_run(folder).values()) == {"whole"}
+    assert flatprune("run", "--resume", "--out", folder).code == 0
 
 
 def test_a_report_that_cannot_be_drawn_is_no_loss(tmp_path, whole, monkeypatch):

@@ -10,7 +10,7 @@ from flatprune.errors import InputError
 from flatprune.files.atomic import read_bytes, sha256
 from flatprune.files.finished import SUMMARY_FILE
 from flatprune.files.records import read_record
-from flatprune.run_folder import RUN_FILES, WHOLE, check_run
+from flatprune.run_folder import WHOLE, check_run, holds_run
 from flatprune.study.plan import DATA, DATA_FILE, FAILURE, FAILURE_FILE, RUNS_FOLDER
 from flatprune.study.report import PAGE_FILE, RESULTS, RESULTS_FILE, RUNS_FILE, STUDY_FILE, open_study
 
@@ -37,7 +37,7 @@ def _check_study(folder: Path) -> dict[str, str]:
         prefix = f"{RUNS_FOLDER}/{run.name}"
         if (run / FAILURE_FILE).exists() and not (run / SUMMARY_FILE).exists():
             found[f"{prefix}/{FAILURE_FILE}"] = _state(partial(read_record, run / FAILURE_FILE, FAILURE))
-        if any((run / name).exists() for name in RUN_FILES):
+        if holds_run(run):
             found |= {f"{prefix}/{name}": state for name, state in check_run(run).items()}
     return found
 
