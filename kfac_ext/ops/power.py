@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kfac_ext import reference
-from kfac_ext.geometry import ConvGeometry, Pair, accumulator_dtype, conv_geometry, is_int, padded_geometry
+from kfac_ext.geometry import ConvGeometry, Pair, accumulator_dtype, conv_geometry, is_int, padded_geometry, pair
 from kfac_ext.ops._library import check_flag, check_floating, check_writable, define, native_device
 from kfac_ext.ops._lists import as_list, check_count, check_squares
 from kfac_ext.ops._power_covariance_kernels import run_covariance_cpu, run_covariance_cuda
@@ -224,8 +224,11 @@ def _covariance_size(x: Tensor, kernel_size: Sequence[int], bias: bool) -> int:
     return (x.shape[1] * kernel_size[0] * kernel_size[1] if kernel_size else x.shape[-1]) + bias
 
 
-def _check_covariance(x: Tensor, vector: Tensor, kernel_size: list[int], bias: bool) -> None:
+def _check_covariance(x: Tensor, vector: Tensor, kernel_size: list[int], bias: bool, **moves: list[int]) -> None:
     operation = "covariance_power_iteration"
+    for name, move in moves.items():
+        if move and not kernel_size:
+            raise ValueError(f"{operation}: {name} is {move}, expected [] without a kernel_size")
     check_floating(operation, "x", x)
     if x.dim() == 0 or (kernel_size and x.dim() != 4):
         wanted = "4: [N, C, H, W]" if kernel_size else "at least 1: [..., d]"
@@ -247,7 +250,7 @@ def _covariance(
 ) -> Results:
     check_floating("covariance_power_iteration", "x", x)
     geometry = padded_geometry(x.shape, kernel_size, stride, padding, dilation) if kernel_size else None
-    _check_covariance(x, vector, kernel_size, bias)
+    _check_covariance(x, vector, kernel_size, bias, stride=stride, padding=padding, dilation=dilation)
     _check_method("covariance_power_iteration", tol, max_iter)
     if native_device("covariance_power_iteration", x, _COVARIANCE_FAMILY):
         found = _run_covariance(x, geometry, vector, bias, tol, max_iter)
@@ -278,8 +281,15 @@ def _covariance_fake(
     tol: float,
     max_iter: int,
 ) -> Results:
-    _check_covariance(x, vector, kernel_size, bias)
+    _check_covariance(x, vector, kernel_size, bias, stride=stride, padding=padding, dilation=dilation)
     return empty_results(1, vector)
+
+
+def _check_still(**moves: tuple[Pair | str, int]) -> None:
+    """Raise ValueError for a move, given beside its default, that a layer without a kernel does not make."""
+    for name, (value, default) in moves.items():
+        if isinstance(value, str) or pair(value, name) != (default, default):
+            raise ValueError(f"{name} is {value!r}, expected {default} without a kernel_size")
 
 
 _covariance_op = define(
@@ -313,7 +323,7 @@ def covariance_power_iteration(
         kernel_size: of the convolution; None for a linear layer.
         vector: where to start, [d(+1)] or [C kh kw (+1)], float32 (float64 for float64 x); not changed. A zero or
             non-finite one is replaced by the default.
-        stride, padding, dilation: as for `torch.nn.Conv2d` (padding 'same' and 'valid' too).
+        stride, padding, dilation: as for `torch.nn.Conv2d` (padding 'same' and 'valid' too); only with a kernel size.
         bias: append 1 to every row.
         tol, max_iter: as for `power_iteration`.
 
@@ -334,13 +344,15 @@ def covariance_power_iteration(
     _check_method(operation, tol, max_iter)
     dtype = accumulator_dtype(x.dtype)
     steps: tuple[Sequence[int], ...] = ((), (), (), ())
-    if kernel_size is not None:
-        try:
+    try:
+        if kernel_size is None:
+            _check_still(stride=(stride, 1), padding=(padding, 0), dilation=(dilation, 1))
+        else:
             geometry = conv_geometry(x.shape, kernel_size, stride, padding, dilation, 1)
-        except ValueError as error:
-            raise ValueError(f"{operation}: {error}") from None
-        steps = (geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation)
-    elif x.dim() == 0:
+            steps = (geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation)
+    except ValueError as error:
+        raise ValueError(f"{operation}: {error}") from None
+    if kernel_size is None and x.dim() == 0:
         raise ValueError(f"{operation}: x has 0 dimensions, expected at least 1: [..., d]")
     if vector is None:
         vector = x.new_zeros(_covariance_size(x, steps[0], bias), dtype=dtype)

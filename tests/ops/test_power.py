@@ -311,6 +311,9 @@ def test_random_convolutions(data):
         ),
         ("vector is a list", torch.ones(2, 3), (None, [1.0]), {}),
         ("max_iter is 1.5", torch.ones(2, 3), (), {"max_iter": 1.5}),
+        (r"stride is \(2, 1\), expected 1 without a kernel_size", torch.ones(2, 3), (), {"stride": (2, 1)}),
+        ("padding is 'same', expected 0 without a kernel_size", torch.ones(2, 3), (), {"padding": "same"}),
+        ("dilation is 1.5, expected an int or two ints", torch.ones(2, 3), (), {"dilation": 1.5}),
     ],
 )
 def test_bad_matrix_free_calls(message, x, lead, options):
@@ -319,6 +322,14 @@ def test_bad_matrix_free_calls(message, x, lead, options):
 
 
 # ---- operators ----
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_the_operator_refuses_moves_without_a_kernel(place):
+    moves = [[1, 1] if place == i else [] for i in range(3)]
+    name = ("stride", "padding", "dilation")[place]
+    with pytest.raises(ValueError, match=rf"{name} is \[1, 1\], expected \[\] without a kernel_size"):
+        torch.ops.kfac_ext.covariance_power_iteration_(torch.ones(3), torch.ones(2, 3), [], *moves, False, 0.0, 1)
 
 
 def test_opcheck():
