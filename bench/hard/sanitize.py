@@ -12,15 +12,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from bench.gpu.check import PROGRAMS
+
 ROOT = Path(__file__).parents[2]
 SUPPRESSIONS = Path(__file__).with_name("suppressions.txt")
 FAMILIES = ("valid", "hostile")
 
-# Fibers of the simulated GPU switch stacks, which ThreadSanitizer and the detection of uses after return do not follow.
-_PROGRAMS = {
-    "address": ("covariance", "inverse", "power_iteration", "power_iteration_covariance", "saliency"),
-    "thread": (),
-}
+# The simulated GPU's threads are fibers of one thread: nothing for ThreadSanitizer.
+_PROGRAMS = {"address": PROGRAMS, "thread": {}}
 _LIBRARIES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
 
 
@@ -37,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     shutil.rmtree(reports, ignore_errors=True)
     reports.mkdir()
     environment = environment_of(asked.sanitizer, folder, reports)
-    commands = [[str(folder / f"csrc/{name}_emulation")] for name in _PROGRAMS[asked.sanitizer]]
+    commands = [[str(folder / f"csrc/native/{name}"), *cases] for name, cases in _PROGRAMS[asked.sanitizer].items()]
     limits = ["--cases", str(asked.cases), "--seed", str(asked.seed)]
     commands.append([sys.executable, "-m", "bench.hard", *FAMILIES, *limits])
     if asked.sanitizer == "thread":
@@ -69,8 +68,7 @@ def build(folder: Path, sanitizer: str) -> None:
     }
     configure = ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", *(f"-D{k}={v}" for k, v in options.items())]
     subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
-    targets = ["_C", *(f"{name}_emulation" for name in _PROGRAMS[sanitizer])]
-    subprocess.run(["cmake", "--build", folder, "--target", *targets], check=True)
+    subprocess.run(["cmake", "--build", folder, "--target", "_C", *_PROGRAMS[sanitizer]], check=True)
     for source in (ROOT / "kfac_ext").rglob("*.py"):
         link = package / source.relative_to(ROOT / "kfac_ext")
         link.parent.mkdir(parents=True, exist_ok=True)

@@ -412,7 +412,7 @@ def _compared_summary(
 ) -> dict[str, Any]:
     folder = lock.folder / COMPARED_FOLDERS[name]
     if not same_run(folder, settings.as_dict()):
-        raise InputError(f"{folder}: holds another run than the one to compare with, whose settings differ; remove it")
+        raise InputError(f"{folder / SETTINGS_FILE}: is of another run than the one to compare with")
     aside: list[Path] | None = [] if restart_damaged else None
     summary = _finished(folder, aside)
     if summary is not None:

@@ -9,8 +9,26 @@
 
 #include "kfac/device.h"
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 namespace simulated {
 namespace {
+
+// AddressSanitizer is told of each change of stacks: it would take the frames of fibers for wild addresses.
+void leave_for([[maybe_unused]] const void* stack, [[maybe_unused]] size_t bytes) {
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_start_switch_fiber(nullptr, stack, bytes);
+#endif
+}
+
+// The stack that was left for this one.
+void arrive_from([[maybe_unused]] const void** stack, [[maybe_unused]] size_t* bytes) {
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(nullptr, stack, bytes);
+#endif
+}
 
 constexpr size_t kStackBytes = 64 << 10;
 
@@ -145,6 +163,7 @@ class Simulation {
 
   static void enter() {
     Simulation* self = running_;
+    self->arrive();
     self->body_(self->fibers_[self->current_].block);
     self->finish();
   }
@@ -153,7 +172,15 @@ class Simulation {
     for (size_t place = 0; place < states_.size(); ++place) begin(int(place), first + int(place));
     done_ = 0;
     current_ = schedule.order == Order::kForward ? 0 : int(fibers_.size()) - 1;
+    from_home_ = true;
     if (_setjmp(home_) == 0) resume(current_);
+    arrive_from(nullptr, nullptr);
+  }
+
+  // In a fiber, whose turn has come.
+  void arrive() {
+    arrive_from(from_home_ ? &home_stack_ : nullptr, from_home_ ? &home_bytes_ : nullptr);
+    from_home_ = false;
   }
 
   void begin(int place, int index) {
@@ -196,6 +223,7 @@ class Simulation {
   void resume(int fiber_number) {
     current_ = fiber_number;
     Fiber& fiber = fibers_[fiber_number];
+    leave_for(fiber.stack.get(), kStackBytes);
     if (fiber.started) _longjmp(fiber.place, 1);
     fiber.started = true;
     running_ = this;
@@ -205,6 +233,7 @@ class Simulation {
   // Leaves the current fiber for the next that can run; returns when its turn comes again.
   void next() {
     if (_setjmp(fibers_[current_].place) == 0) leave();
+    arrive();
   }
 
   [[noreturn]] void leave() {
@@ -220,8 +249,9 @@ class Simulation {
 
   [[noreturn]] void finish() {
     fibers_[current_].done = true;
-    if (++done_ == int(fibers_.size())) _longjmp(home_, 1);
-    leave();
+    if (++done_ < int(fibers_.size())) leave();
+    leave_for(home_stack_, home_bytes_);
+    _longjmp(home_, 1);
   }
 
   static Simulation* running_;
@@ -231,6 +261,9 @@ class Simulation {
   std::vector<Fiber> fibers_;
   std::vector<Warp> warps_;
   jmp_buf home_;
+  const void* home_stack_ = nullptr;
+  size_t home_bytes_ = 0;
+  bool from_home_ = false;
   int current_ = 0, done_ = 0;
 };
 

@@ -218,7 +218,7 @@ def test_another_run_in_the_dense_folder_is_no_comparison(tmp_path, flatprune):
         runs.run(SMALL.changed(compare_dense=True), folder, observer=lambda _: At(1, ask))
     runs.run(SMALL, folder / "dense", overwrite=True)
     outcome = flatprune("run", "--resume", "--out", folder)
-    assert outcome.code == 2 and f"{folder / 'dense'}: holds another run" in outcome.err
+    assert outcome.code == 2 and f"{folder / 'dense' / 'settings.json'}: is of another run" in outcome.err
     shutil.rmtree(folder / "dense")
     (folder / "dense").mkdir()  # as a run does first
     assert set(check_run(folder).values()) == {"whole"}
