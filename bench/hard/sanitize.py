@@ -20,6 +20,8 @@ FAMILIES = ("valid", "hostile")
 
 # The simulated GPU's threads are fibers of one thread: nothing for ThreadSanitizer.
 _PROGRAMS = {"address": PROGRAMS, "thread": {}}
+_PYTEST = ("-q", "-p", "no:cacheprovider", "--import-mode=append")  # which leaves the package first
+_USES = "import sys, kfac_ext._C as C; sys.exit(None if C.__file__.startswith(sys.argv[1]) else C.__file__)"
 _LIBRARIES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
 
 
@@ -31,18 +33,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args(arguments)
     folder = ROOT / f"build/sanitize-{asked.sanitizer}"
+    package = folder / "package"  # where commands run: Python looks for modules there first
     build(folder, asked.sanitizer)
     reports = folder / "reports"
     shutil.rmtree(reports, ignore_errors=True)
     reports.mkdir()
     environment = environment_of(asked.sanitizer, folder, reports)
-    commands = [[str(folder / f"csrc/native/{name}"), *cases] for name, cases in _PROGRAMS[asked.sanitizer].items()]
-    limits = ["--cases", str(asked.cases), "--seed", str(asked.seed)]
-    commands.append([sys.executable, "-m", "bench.hard", *FAMILIES, *limits])
-    if asked.sanitizer == "thread":
-        commands.append([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops/test_threads.py"])
+    commands = commands_of(asked.sanitizer, folder, ["--cases", str(asked.cases), "--seed", str(asked.seed)])
     failed = [
-        " ".join(command) for command in commands if subprocess.run(command, cwd=ROOT, env=environment).returncode
+        " ".join(command) for command in commands if subprocess.run(command, cwd=package, env=environment).returncode
     ]
     for command in failed:
         print(f"failed: {command}")
@@ -51,6 +50,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(path.read_text(errors="replace")[:4000])
     print(f"{len(found)} reports in {reports}, {len(failed)} of {len(commands)} commands failed")
     return 1 if failed or found else 0
+
+
+def commands_of(sanitizer: str, folder: Path, limits: list[str]) -> list[list[str]]:
+    """What is run: programs, a look whether Python finds this build's module, random calls."""
+    commands = [[str(folder / f"csrc/native/{name}"), *cases] for name, cases in _PROGRAMS[sanitizer].items()]
+    commands.append([sys.executable, "-c", _USES, str(folder)])
+    commands.append([sys.executable, "-m", "bench.hard", *FAMILIES, *limits])
+    if sanitizer == "thread":
+        commands.append([sys.executable, "-m", "pytest", *_PYTEST, str(ROOT / "tests/ops/test_threads.py")])
+    return commands
 
 
 def build(folder: Path, sanitizer: str) -> None:
