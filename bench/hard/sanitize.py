@@ -21,7 +21,11 @@ FAMILIES = ("valid", "hostile")
 # The simulated GPU's threads are fibers of one thread: nothing for ThreadSanitizer.
 _PROGRAMS = {"address": PROGRAMS, "thread": {}}
 _PYTEST = ("-q", "-p", "no:cacheprovider", "--import-mode=append")  # which leaves the package first
-_USES = "import sys, kfac_ext._C as C; sys.exit(None if C.__file__.startswith(sys.argv[1]) else C.__file__)"
+_USES = """
+import importlib.util, sys
+found = importlib.util.find_spec("kfac_ext").origin
+sys.exit(None if found.startswith(sys.argv[1]) else f"{found} is used")
+"""
 _LIBRARIES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
 
 
