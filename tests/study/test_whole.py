@@ -1,0 +1,21 @@
+"""What `flatprune check` says of a study's files."""
+
+from __future__ import annotations
+
+from flatprune.files.atomic import sha256
+from flatprune.files.records import write_record
+from flatprune.study.plan import DATA, DATA_FILE
+from flatprune.study.report import RESULTS, RESULTS_FILE, STUDY_FILE
+from flatprune.study.whole import check_folder
+
+TEXT = b"base: {data: digits, target_params: 0.5}\ngrid: {seed: [1]}\n"
+
+
+def test_the_data_file_of_another_study_is_noticed(tmp_path):
+    (tmp_path / STUDY_FILE).write_bytes(TEXT)
+    write_record(tmp_path / RESULTS_FILE, RESULTS, {"groups": [], "files": {STUDY_FILE: sha256(TEXT)}})
+    content = {"data_dir": None, "digests": {"digits": "digits"}}
+    write_record(tmp_path / DATA_FILE, DATA, {**content, "study": sha256(TEXT)})
+    assert set(check_folder(tmp_path).values()) == {"whole"}
+    write_record(tmp_path / DATA_FILE, DATA, {**content, "study": sha256(b"another")})
+    assert "its SHA-256 is not that in data.json" in check_folder(tmp_path)[STUDY_FILE]
