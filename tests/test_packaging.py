@@ -52,7 +52,9 @@ LAYERS = (
     {"reporting"},
     {"run_folder"},
     {"runs"},
+    {"execution"},
     {"study"},
+    {"tuning"},
     {"cli"},
     {"__main__"},
 )

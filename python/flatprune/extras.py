@@ -10,6 +10,7 @@ from flatprune.errors import MissingPackageError
 EXTRAS = {
     "scipy": "prune",
     "filelock": "cli",
+    "loky": "cli",
     "pydantic": "cli",
     "typer": "cli",
     "rich": "cli",
@@ -24,6 +25,10 @@ EXTRAS = {
     "tensorboard": "tensorboard",
     "wandb": "wandb",
     "mlflow": "mlflow",
+    "submitit": "submitit",
+    "distributed": "dask",
+    "ray": "ray",
+    "optuna": "tune",
 }
 """Module -> the extra of kfac-ext that brings it."""
 

@@ -49,6 +49,15 @@ def settings_of(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def key_values(option: str, given: list[str] | None) -> dict[str, str]:
+    """What KEY=VALUE options say; InputError where one is none."""
+    parts = [text.partition("=") for text in given or []]
+    for key, equals, value in parts:
+        if not key or not equals or not value:
+            raise InputError(f"{option} is {key}{equals}{value}, expected KEY=VALUE")
+    return {key: value for key, _, value in parts}
+
+
 def default_of(field: FieldInfo) -> str:
     """What a setting is if it is not given, in words."""
     return label(field.default) if field.default is not None else _extra(field)["unset"]

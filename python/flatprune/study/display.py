@@ -1,4 +1,4 @@
-"""What the terminal shows while a study goes on: a live display, or a line a run where nobody is watching."""
+"""What the terminal shows while many runs are made: a live display, or a line a run where nobody is watching."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from flatprune.reporting.progress import duration
-from flatprune.study.plan import DIVERGED, Outcome
 
 _REFRESH_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class Standing:
-    """How far a study is.
+    """How far the whole is.
 
     Attributes:
         done, total: runs.
@@ -45,21 +44,21 @@ class Display:
         self.console, self.title = console, title
 
     def start(self, standing: Standing) -> None:
-        """The study begins or goes on."""
+        """The whole begins or goes on."""
         begun = f", {standing.done} done already" if standing.done else ""
         self._print(f"{self.title}: {standing.total} runs{begun}")
 
     def show(self, standing: Standing) -> None:
         """Called many times a second."""
 
-    def ended(self, name: str, outcome: Outcome, seconds: float, standing: Standing) -> None:
-        """A run ended."""
+    def ended(self, name: str, result: str, seconds: float, standing: Standing) -> None:
+        """A run ended; `result` says how, in a few words."""
         width = len(str(standing.total))
         place = f"{standing.done:>{width}}/{standing.total}"
-        self._print("  ".join(filter(None, (place, name, result(outcome), duration(seconds), standing.time_left))))
+        self._print("  ".join(filter(None, (place, name, result, duration(seconds), standing.time_left))))
 
     def stop(self, standing: Standing) -> None:
-        """The study ended or was stopped."""
+        """The whole ended or was stopped."""
 
     def _print(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, highlight=False, markup=False)
@@ -102,12 +101,3 @@ class LiveDisplay(Display):
 def display_for(console: Console, title: str) -> Display:
     """The display that suits the console."""
     return (LiveDisplay if console.is_terminal else Display)(console, title)
-
-
-def result(outcome: Outcome) -> str:
-    """What became of a run, in a few words."""
-    if outcome.summary is None:
-        return f"{'diverged' if outcome.kind == DIVERGED else 'failed'}: {outcome.message}"
-    summary = outcome.summary
-    left = 100.0 * summary["params_after"] / summary["params_before"]
-    return f"test {summary['test_accuracy_last']:.2f} %, {left:.1f} % of the parameters"

@@ -17,6 +17,8 @@
       from scratch: {flatness: off, scratch_of: method}
       tuned SAM: {flatness: sam, tune: {sam_radius: [0.05, 0.1, 0.2]}}
     tune: {validation: 0.2, seed: [1, 2]}         # how `tune` chooses
+    executors:                                    # options of those that `flatprune study --executor` names
+      submitit: {partition: gpu, time: 120, gpus: 1}
     reference: no flatness                        # the variant that the report sets the others against, seed by seed
 
 Special keys of a variant:
@@ -40,19 +42,20 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flatprune.data import DIGITS
 from flatprune.errors import InputError, did_you_mean
+from flatprune.execution import executor_options
 from flatprune.faults import shown
 from flatprune.files.yaml_file import read_yaml
 from flatprune.named import is_named
 from flatprune.settings import DENSE, Settings
 from flatprune.values import field_value, field_values, label
 
-_KEYS = ("title", "description", "base", "grid", "variants", "tune", "reference")
+_KEYS = ("title", "description", "base", "grid", "variants", "tune", "reference", "executors")
 _SPECIAL = ("only", "prune_then_finetune", "scratch_of", "tune")
 MAX_RUNS = 10_000
 _TUNE_DEFAULTS = {"validation": 0.2, "seed": [1, 2]}
@@ -111,6 +114,7 @@ class Study:
         data_dir: folder that relative paths of data are taken from, or None for the current one.
         reference: the variant that the others are set against, or None.
         text: of the file, as it was when it was read.
+        executors: name -> options.
     """
 
     path: Path
@@ -122,6 +126,7 @@ class Study:
     data_dir: Path | None = None
     reference: str | None = None
     text: bytes = b""
+    executors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
 
     def runs(self) -> Iterator[tuple[str, Settings]]:
         """(name, settings) of everything that may be run, candidates of tuning included."""
@@ -163,7 +168,18 @@ def read_study(path: Path, data_dir: Path | None = None) -> Study:
         data_dir,
         _reference(path, content.get("reference"), variants),
         text,
+        read_executors(path, content),
     )
+
+
+def read_executors(path: Path, content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The section `executors` of a file, checked: name -> options."""
+    found = _mapping(path, content, "executors")
+    for name in found:
+        given = _mapping(path, found, name)
+        executor_options(f"{path}: executors", name, given)
+        found[name] = given
+    return found
 
 
 def _text(path: Path, content: Mapping[str, Any], key: str, default: str) -> str:

@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scipy.cluster.hierarchy import DisjointSet
+
 from flatprune.data import content_files
 from flatprune.errors import DamagedError, InputError
+from flatprune.execution import FAILED
 from flatprune.files.atomic import read_bytes
 from flatprune.files.finished import DIGESTS_FILE, HISTORY_FILE, SUMMARY_FILE, check_digest, read_summary
 from flatprune.files.records import Kind, read_record, write_record
@@ -29,7 +32,7 @@ FAILURE_FILE = "failure.json"
 DATA_FILE = "data.json"
 DATA = Kind("flatprune-study-data", 1)
 FAILURE = Kind("flatprune-failure", 1)
-DIVERGED, FAILED, DAMAGED = "diverged", "failed", "damaged"
+DAMAGED = "damaged"
 JUDGED_BY = "test_accuracy_last"  # of a tuning run, whose test images are held-out training images
 _FREE = ("device", "threads")  # where a run is made is not part of what it is
 _DIGITS = 16
@@ -42,8 +45,8 @@ class Outcome:
 
     Attributes:
         summary: content of its `summary.json`; None if it did not end.
-        kind: "" for a finished run, else "diverged" (as it will again), "failed", or "damaged": it was finished, but
-            its files are not what was written.
+        kind: "" for a finished run, else DIVERGED (as it will again), FAILED, or DAMAGED: it was finished, but its
+            files are not what was written.
         message: why it did not end.
     """
 
@@ -76,6 +79,7 @@ class Plan:
         data_ids: digests of the data, by the name in the settings.
         retry: count runs that failed before (other than by diverging) as still to be made.
         restart_damaged: count runs that are damaged as still to be made.
+        shard: (i, n): the i-th of n parts is to be made here, which needs nothing of the others.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class Plan:
         *,
         retry: bool = True,
         restart_damaged: bool = False,
+        shard: tuple[int, int] = (1, 1),
     ) -> None:
         self.study, self.folder, self._data_ids, self._retry = study, folder, data_ids, retry
         self.restart_damaged = restart_damaged
@@ -93,6 +98,7 @@ class Plan:
         self._outcomes: dict[str, Outcome] = {}
         self._resolved: dict[Cell, Resolved] = {}
         self._by_place = {(cell.variant, cell.point, cell.seed): cell for cell in study.cells}
+        self.own_cells = study.cells if shard == (1, 1) else self._shard(*shard)
 
     def key(self, settings: Settings) -> str:
         """The digest that a run is known by."""
@@ -141,7 +147,7 @@ class Plan:
 
     def failures(self, *kinds: str) -> dict[str, str]:
         """Name -> reason of the cells that came to an outcome of these kinds."""
-        ends = {cell.name: self.final(cell) for cell in self.study.cells}
+        ends = {cell.name: self.final(cell) for cell in self.own_cells}
         return {name: end.message for name, end in ends.items() if end is not None and end.kind in kinds}
 
     def resolve(self, cell: Cell) -> Resolved | None:
@@ -158,7 +164,7 @@ class Plan:
     def wanted(self) -> Iterator[tuple[str, str, Settings]]:
         """(key, name, settings) of the runs that can be made now, each once."""
         seen = set()
-        for cell in self.study.cells:
+        for cell in self.own_cells:
             for name, settings in self._next(cell):
                 key = self.key(settings)
                 if key not in seen and self.outcome(key) is None:
@@ -176,7 +182,7 @@ class Plan:
         """Runs that are made and runs altogether, those counted singly that depend on others."""
         keys: set[str] = set()
         unknown = 0
-        for cell in self.study.cells:
+        for cell in self.own_cells:
             keys.update(self.key(settings) for _, settings in self._next(cell))
             unknown += self.resolve(cell) is None
         done = sum(self.outcome(key) is not None for key in keys)
@@ -185,7 +191,25 @@ class Plan:
     def unmade(self) -> Iterator[Settings]:
         """Settings of all runs that are still to be made, as far as they are known."""
         yield from (settings for _, _, settings in self.wanted())
-        yield from (cell.settings for cell in self.study.cells if self.resolve(cell) is None)
+        yield from (cell.settings for cell in self.own_cells if self.resolve(cell) is None)
+
+    def _shard(self, number: int, total: int) -> tuple[Cell, ...]:
+        """Every total-th set of cells that share runs, or need another's, from the one of this number on."""
+        together = DisjointSet(self.study.cells)
+        for cell in self.study.cells:
+            for link in self._links(cell):
+                together.add(link)
+                together.merge(cell, link)
+        own = set().union(*together.subsets()[number - 1 :: total])
+        return tuple(cell for cell in self.study.cells if cell in own)
+
+    def _links(self, cell: Cell) -> Iterator[Any]:
+        """What a cell has in common with others: runs, and the cell that it takes its architecture from."""
+        yield from (self.key(settings) for candidate in cell.candidates for settings in candidate.runs)
+        if cell.scratch_of is None and not cell.candidates:
+            yield self.key(cell.settings)
+        if cell.scratch_of is not None:
+            yield self._by_place.get((cell.scratch_of, cell.point, cell.seed))
 
     def _chosen(self, cell: Cell) -> Resolved | None:
         """The settings of a cell after tuning."""

@@ -1,0 +1,1 @@
+from tests.study.conftest import study, study_file  # noqa: F401
