@@ -18,7 +18,9 @@ _REPR.maxstring = _REPR.maxother = _REPR.maxlong = _LONGEST
 _BOUNDS = {"gt": "a number above {}", "ge": "{} or more", "lt": "below {}", "le": "at most {}"}
 _KINDS = {
     "int_type": "a whole number",
+    "int_parsing": "a whole number",
     "float_type": "a number",
+    "float_parsing": "a number",
     "finite_number": "a number",
     "bool_type": "true or false",
     "is_instance_of": "a word",

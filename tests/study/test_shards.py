@@ -53,7 +53,7 @@ def test_a_shard_is_made_once_at_a_time(study_file, study, tmp_path):
 @pytest.mark.thorough
 def test_the_last_shard_reports_all(study_file, study, tmp_path):
     path, out = study_file(TEXT.replace("[1, 2, 3]", "[1]")), tmp_path / "out"
-    assert "2 runs" in study(path, "--out", out, "--shard", "1/2").stdout
+    assert "small: 7 runs" in study(path, "--out", out, "--shard", "1/2").stdout
     assert study(path, "--out", out, "--shard", "2/2").returncode == 0
     groups = json.loads((out / "results.json").read_text())["groups"]
     assert len(groups) == 5 and not any(group["missing"] for group in groups)

@@ -1,4 +1,6 @@
-"""The command `flatprune`: `run` trains and prunes, `study` makes a grid of runs, `eval`, `export`, `check` follow.
+"""The command `flatprune`: `run` trains and prunes, `study` makes a grid of runs, `tune` searches settings.
+
+`eval`, `export` and `check` follow.
 
 Exit codes: 0 done; 2 something given cannot be used, the loss diverged, or a file could not be written (one line on
 stderr says which); 130 interrupted, with a checkpoint to resume from.
@@ -19,6 +21,7 @@ from flatprune.cli.listing import list_command
 from flatprune.cli.output import fail, forget_stdout, warn
 from flatprune.cli.run import run_command
 from flatprune.cli.study import study_command
+from flatprune.cli.tune import tune_command
 from flatprune.errors import DivergedError, ExportError, InputError, Interrupted, RunsFailedError
 from kfac_ext import __version__
 
@@ -26,7 +29,7 @@ EXIT_FAILED = 2
 EXIT_INTERRUPTED = 130
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
-for _command in (run_command, study_command, eval_command, export_command, check_command, list_command):
+for _command in (run_command, study_command, tune_command, eval_command, export_command, check_command, list_command):
     app.command(_command.__name__.removesuffix("_command"), cls=PanelCommand if _command is run_command else None)(
         _command
     )

@@ -93,7 +93,7 @@ def study_command(
 
 
 def _shard(text: str | None) -> tuple[int, int]:
-    """ "2/4" as two numbers."""
+    """The two numbers in "2/4"."""
     found = _PART.fullmatch(text or "1/1")
     if found is None:
         raise InputError(f"--shard is {text}, expected I/N, as in 2/4")

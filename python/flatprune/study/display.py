@@ -40,13 +40,13 @@ class Standing:
 class Display:
     """One line a run."""
 
-    def __init__(self, console: Console, title: str) -> None:
-        self.console, self.title = console, title
+    def __init__(self, console: Console, title: str, what: str) -> None:
+        self.console, self.title, self.what = console, title, what
 
     def start(self, standing: Standing) -> None:
         """The whole begins or goes on."""
         begun = f", {standing.done} done already" if standing.done else ""
-        self._print(f"{self.title}: {standing.total} runs{begun}")
+        self._print(f"{self.title}: {standing.total} {self.what}{begun}")
 
     def show(self, standing: Standing) -> None:
         """Called many times a second."""
@@ -89,7 +89,7 @@ class LiveDisplay(Display):
         part = sum(step / total for _, step, total in standing.running if total)
         rows.add_row(
             ProgressBar(total=max(1, standing.total), completed=standing.done + part, width=40),
-            Text(f"{standing.done}/{standing.total} runs", style="bold"),
+            Text(f"{standing.done}/{standing.total} {self.what}", style="bold"),
             Text(standing.time_left, style="dim"),
         )
         for name, step, total in standing.running:
@@ -98,6 +98,6 @@ class LiveDisplay(Display):
         return Group(rows)
 
 
-def display_for(console: Console, title: str) -> Display:
-    """The display that suits the console."""
-    return (LiveDisplay if console.is_terminal else Display)(console, title)
+def display_for(console: Console, title: str, what: str = "runs") -> Display:
+    """The display that suits the console, of so many things of a kind."""
+    return (LiveDisplay if console.is_terminal else Display)(console, title, what)

@@ -147,21 +147,23 @@ def read_study(path: Path, data_dir: Path | None = None) -> Study:
         InputError: naming the file and the entry that cannot be used.
     """
     content, text = read_yaml(path)
-    _known(f"{path}", content, _KEYS)
-    axes = {name: _axis(f"{path}: grid", name, values) for name, values in _mapping(path, content, "grid").items()}
+    check_keys(f"{path}", content, _KEYS)
+    axes = {
+        name: values_of(f"{path}: grid", name, values) for name, values in mapping_of(path, content, "grid").items()
+    }
     given = axes.pop("seed", [("0", {"seed": 0})])
     if not all("seed" in values for _, values in given):
         raise InputError(f"{path}: grid: seed has an entry without a seed, expected a list of whole numbers")
     seeds = [values["seed"] for _, values in given]
-    variants = _mapping(path, content, "variants") or {"default": {}}
+    variants = mapping_of(path, content, "variants") or {"default": {}}
     reader = _Reader(
-        path, field_values(f"{path}: base", _mapping(path, content, "base")), axes, seeds, variants, data_dir
+        path, field_values(f"{path}: base", mapping_of(path, content, "base")), axes, seeds, variants, data_dir
     )
-    reader.tuning = {**_TUNE_DEFAULTS, **_mapping(path, content, "tune")}
+    reader.tuning = {**_TUNE_DEFAULTS, **mapping_of(path, content, "tune")}
     return Study(
         path,
-        _text(path, content, "title", path.stem),
-        _text(path, content, "description", "").strip(),
+        text_of(path, content, "title", path.stem),
+        text_of(path, content, "description", "").strip(),
         {name: tuple(name_of for name_of, _ in values) for name, values in axes.items()},
         tuple(map(str, variants)),
         tuple(reader.cells()),
@@ -174,15 +176,16 @@ def read_study(path: Path, data_dir: Path | None = None) -> Study:
 
 def read_executors(path: Path, content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The section `executors` of a file, checked: name -> options."""
-    found = _mapping(path, content, "executors")
+    found = mapping_of(path, content, "executors")
     for name in found:
-        given = _mapping(path, found, name)
+        given = mapping_of(path, found, name)
         executor_options(f"{path}: executors", name, given)
         found[name] = given
     return found
 
 
-def _text(path: Path, content: Mapping[str, Any], key: str, default: str) -> str:
+def text_of(path: Path, content: Mapping[str, Any], key: str, default: str) -> str:
+    """An entry that is a text; InputError where it is none."""
     value = content.get(key, default)
     if isinstance(value, (list, dict, bytes, set)):
         raise InputError(f"{path}: {key} is {shown(value)}, expected a text")
@@ -195,20 +198,22 @@ def _reference(path: Path, name: Any, variants: dict[str, Any]) -> str | None:
     return None if name is None else str(name)
 
 
-def _mapping(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]:
+def mapping_of(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """An entry that is a mapping, empty where there is none; InputError where it is another thing."""
     value = content.get(key) or {}
     if not isinstance(value, dict):
         raise InputError(f"{path}: {key} is {shown(value)}, expected a mapping")
     return {str(name): entry for name, entry in value.items()}
 
 
-def _known(where: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
+def check_keys(where: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    """Raise InputError for a key that is not known."""
     for key in given:
         if key not in known:
             raise InputError(f"{where}: unknown key {shown(key)}; {did_you_mean(str(key), known)}")
 
 
-def _axis(where: str, name: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
+def values_of(where: str, name: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
     """(label, settings) of each value of an axis."""
     if isinstance(values, dict) and values:
         bundles = {str(key): value or {} for key, value in values.items()}
@@ -343,7 +348,7 @@ class _Reader:
         if "tune" not in special:
             return []
         where = f"{self.path}: variant {name!r}: tune"
-        axes = [_axis(where, str(key), values) for key, values in special["tune"].items()]
+        axes = [values_of(where, str(key), values) for key, values in special["tune"].items()]
         if math.prod(map(len, axes)) > MAX_RUNS:
             raise InputError(f"{where}: has more than {MAX_RUNS:,} candidates")
         return [dict(_merged(values for _, values in choice)) for choice in itertools.product(*axes)]

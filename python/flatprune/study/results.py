@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flatprune.execution import DIVERGED
 from flatprune.files.finished import HISTORY_FILE, read_history
 from flatprune.study.grid import Cell, Point
-from flatprune.study.plan import DIVERGED, Plan
+from flatprune.study.plan import Plan
 from flatprune.training.corruptions import KINDS
 
 Summary = dict[str, Any]

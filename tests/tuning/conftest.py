@@ -1,0 +1,1 @@
+from tests.command_line import flatprune, kept_couplings  # noqa: F401
