@@ -26,6 +26,7 @@ EXTRAS = {
     "wandb": "wandb",
     "mlflow": "mlflow",
     "submitit": "submitit",
+    "dask": "dask",
     "distributed": "dask",
     "ray": "ray",
     "optuna": "tune",

@@ -181,6 +181,8 @@ def test_ray(tmp_path, monkeypatch):
     executor = make_executor("ray", executor_options("", "ray", {"gpus": "0.5"}), tmp_path, 3)
     assert stub.started == ("local", 3) and stub.options["num_gpus"] == 0.5
     assert answers(executor, tmp_path)["1"] == Ended(FINISHED, "1 of 1") and stub.started is None
+    with pytest.raises(InputError, match=r"no cluster answers at ray://127.0.0.1:1 \(.*refused"):
+        make_executor("ray", executor_options("", "ray", {"address": "ray://127.0.0.1:1"}), tmp_path, None)
 
 
 def test_a_place_is_taken_again_after_a_kill(tmp_path, monkeypatch):

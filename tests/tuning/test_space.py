@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from flatprune.errors import InputError
@@ -81,3 +83,8 @@ def test_what_is_wrong_is_named(tmp_path, text, words):
     for word in ("search.yaml", *words):
         assert word in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_example_is_valid():
+    tuning = read_tuning(Path(__file__).parents[2] / "examples" / "tune.yaml")
+    assert set(tuning.space) == {"lr", "flatness_strength", "criterion"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -116,8 +117,10 @@ class Dask(_Remote):
 
     def __init__(self, options: DaskOptions, jobs: int | None) -> None:
         with needed_by("executor dask"):
-            import distributed
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what goes wrong is said in one line
+            import dask
+
+            with dask.config.set(logging=dict.fromkeys(("distributed", "distributed.client"), "critical")):
+                import distributed  # what goes wrong is said in one line
         self._resources = None if options.resources is None else {options.resources: 1}
         self._cluster = None
         if options.address is None:
@@ -125,7 +128,7 @@ class Dask(_Remote):
                 n_workers=1,  # each run has a process of its own anyway
                 threads_per_worker=options.workers or jobs or len(os.sched_getaffinity(0)),
                 processes=False,
-                dashboard_address=None,
+                dashboard_address=":0",
             )
         try:
             self._client = distributed.Client(self._cluster or options.address, timeout=10, set_as_default=False)
@@ -141,6 +144,13 @@ class Dask(_Remote):
         self._client.close()
         if self._cluster is not None:
             self._cluster.close()
+
+
+def _check_reached(address: str) -> None:
+    """Raise OSError where nobody listens at HOST:PORT, which Ray would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 class _RayJob:
@@ -167,7 +177,14 @@ class Ray(_Remote):
             import ray
         cpus = (jobs or len(os.sched_getaffinity(0))) * options.cpus if options.address is None else None
         try:
-            ray.init(options.address or "local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+            _check_reached(options.address or "")
+            ray.init(
+                options.address or "local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,  # what goes wrong is said in one line
+            )
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(f"executor ray: no cluster answers at {options.address} ({error})") from error
         self._ray = ray
