@@ -56,4 +56,4 @@ def test_the_last_shard_reports_all(study_file, study, tmp_path):
     assert "small: 7 runs" in study(path, "--out", out, "--shard", "1/2").stdout
     assert study(path, "--out", out, "--shard", "2/2").returncode == 0
     groups = json.loads((out / "results.json").read_text())["groups"]
-    assert len(groups) == 5 and not any(group["missing"] for group in groups)
+    assert len(groups) == 5 and not any(group["state"] for group in groups)
