@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
-from typing import NamedTuple, ParamSpec, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 
@@ -16,22 +16,21 @@ MOST_NUMBERS = 2**53
 _MOST_ENTRIES = 2**28 - 1, 2**40  # of a patch, and of those of all groups
 
 
-_Arguments = ParamSpec("_Arguments")
-_Result = TypeVar("_Result")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def remembered(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+def remembered(function: _Function) -> _Function:
     """Layers see the same shapes at every step: what follows from them is found once; for symbolic sizes each time."""
     cached = lru_cache(maxsize=4096)(function)
 
     @wraps(function)
-    def found(*arguments: _Arguments.args, **named: _Arguments.kwargs) -> _Result:
+    def found(*arguments: Any) -> Any:
         try:
-            return cached(*arguments, **named)
+            return cached(*arguments)
         except TypeError:  # sizes of a graph that torch.compile traces have no hash
-            return function(*arguments, **named)
+            return function(*arguments)
 
-    return found
+    return cast(_Function, found)
 
 
 class ConvGeometry(NamedTuple):
@@ -83,7 +82,7 @@ def conv_geometry(
 
 @remembered
 def _resolved(
-    shape: tuple[int, int, int, int],
+    shape: tuple[int, ...],
     kernel: tuple[int, int],
     step: tuple[int, int],
     spread: tuple[int, int],

@@ -1,7 +1,8 @@
-"""`make gpu-bench`: every family on every network, training steps, a whole run; each in a process of its own."""
+"""`make gpu-bench`: every family on every network, training steps, stalls of kernels; each in a process of its own."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
 
@@ -27,10 +28,28 @@ def plan(run: Run, dry: bool) -> Iterator[Step]:
             yield _measured(family, network, dry)
     for network in TRAINED:
         yield _python(f"training, {network}", ("bench.gpu.training", network), dry, _TRAINING_LIMIT)
+    yield from stalls(dry)
     for network in NETWORKS[2:]:
         for family in FAMILIES:
             yield _measured(family, network, dry)
     yield experiment(run, dry)
+
+
+# family -> its kernels that take longest
+_PROFILED = {"inverses": "inverse_(pivot|panel|update)", "covariance": "covariance_(pack|tiles|expand)"}
+_SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "SchedulerStats", "WarpStateStats")
+
+
+def stalls(dry: bool) -> Iterator[Step]:
+    """What a few launches wait for, by the hardware's counters, where there is an ncu; its words are the log."""
+    program = shutil.which("ncu")
+    for family, kernels in _PROFILED.items():
+        once = (sys.executable, "-m", "bench.gpu.suite", family, NETWORKS[0], "--once", *(["--dry"] if dry else []))
+        sections = [word for section in _SECTIONS for word in ("--section", section)]
+        options = ("--clock-control", "none", "--kernel-name", f"regex:{kernels}", "--launch-count", "6")
+        profiled = (program, *options, *sections) if program and not dry else ()
+        if program or dry:
+            yield Step(f"stalls, {family}", (*profiled, *once), _TRAINING_LIMIT)
 
 
 def experiment(run: Run, dry: bool) -> Step:

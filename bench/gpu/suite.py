@@ -1,6 +1,7 @@
 """One family of operations on one network: times in both precisions, errors, ratios, kernels, a replayed graph, floors.
 
 python -m bench.gpu.suite FAMILY NETWORK [--dry] --out FILE      # or `ceilings -`: what the device reaches
+python -m bench.gpu.suite FAMILY NETWORK --once                  # native, once in each precision, for a profiler
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from bench.gpu.networks import work_sets
 from bench.gpu.run import write_json
 from bench.worksets import LayerShape
 
-ROUNDS, SECONDS = 15, 6.0
+ROUNDS, SECONDS = 15, 3.0
 
 
 class Work(Protocol):
@@ -72,6 +73,13 @@ def measured(work: Work, device: torch.device, rounds: int, seconds: float) -> d
     return entry
 
 
+def once(work: Work) -> None:
+    """Native in both precisions."""
+    for name in PRECISIONS:
+        with precision(name):
+            work.variants()["native"]()
+
+
 def ratios(entry: Mapping[str, Any]) -> dict[str, float]:
     """Each baseline over native at the same precision."""
     found = {}
@@ -94,11 +102,17 @@ def main() -> None:
     parser.add_argument("family", choices=["ceilings", *families()])
     parser.add_argument("network")
     parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--once", action="store_true", help="call native once, and measure nothing")
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     device = torch.device("cpu") if arguments.dry else torch.device("cuda", 0)
     torch.manual_seed(0)
     start = time.monotonic()
+    if arguments.once:
+        once(families()[arguments.family](work_sets(arguments.dry)[arguments.network], device))
+        return
+    if arguments.out is None:
+        parser.error("--out FILE is missing")
     if arguments.family == "ceilings":
         write_json(arguments.out, ceilings(device, arguments.dry))
         return

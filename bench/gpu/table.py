@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -64,8 +65,14 @@ def _family(
         goal = f" ({goals[network]:g})" if network in goals else ""
         cells.append(f"{entry['ratios'][f'{baseline} tf32 / native tf32']:.1f}{goal}")
         kernels = entry["tf32"].get("kernels", {})
-        cells.append(next((f"{name.split('(')[0]} {ms:.3g}" for name, ms in kernels.items()), "-"))
+        cells.append(next((f"{_short(name)} {ms:.3g}" for name, ms in kernels.items()), "-"))
         yield f"| {network} | {' | '.join(cells)} |"
+
+
+def _short(kernel: str) -> str:
+    """The kernel's name without namespaces and arguments."""
+    found = re.search(r"\w+_kernel", kernel)
+    return f"`{found[0]}`" if found else kernel.split("(")[0]
 
 
 def _graph(value: float | str | None) -> str:

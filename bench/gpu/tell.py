@@ -8,4 +8,4 @@ import pytest
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Print what failed."""
     if report.failed:
-        print(f"\n{report.longreprtext}\n{report.caplog}{report.capstderr}", flush=True)
+        print(f"\n{report.longreprtext}\n{report.capstderr}", flush=True)

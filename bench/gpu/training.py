@@ -20,7 +20,7 @@ from bench.gpu.names import KINDS, TRAINED
 from bench.gpu.run import write_json
 
 STEPS = 40  # a turn: four updates of the factors of a network with convolutions, five steps of the flatness term
-ROUNDS, SECONDS = 7, 8.0
+ROUNDS, SECONDS = 5, 3.0
 QUICK_WIDTHS = {"resnet20": (8, 8, 8), "vgg19_bn": (8,) * 16, "mlp": (24, 16)}
 
 

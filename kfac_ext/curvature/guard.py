@@ -166,14 +166,16 @@ def energies_of(
     tensors = [tensor for _, pairs in seen for pair in pairs for tensor in pair]
     if not tensors:
         return energies
+    samples = [max(1, sum(len(x) for x, _ in pairs)) for _, pairs in seen for pair in pairs for _ in pair]
     squares = _square_sums(tensors, gradient_scale, like.dtype)
+    parts = (squares / sent(torch.tensor(samples, dtype=like.dtype), squares.device)).unbind()
+    of_inputs, of_gradients = [energies[0]] * len(names), [energies[0]] * len(names)
     place = 0
     for i, pairs in seen:
-        own = squares[2 * place : 2 * (place + len(pairs))].view(-1, 2)
-        samples = sum(len(x) for x, _ in pairs)
-        energies[i], energies[len(names) + i] = own.sum(dim=0) / samples
+        own = parts[2 * place : 2 * (place + len(pairs))]
+        of_inputs[i], of_gradients[i] = sum(own[2::2], own[0]), sum(own[3::2], own[1])
         place += len(pairs)
-    return energies
+    return torch.stack(of_inputs + of_gradients)
 
 
 def _square_sums(tensors: Sequence[Tensor], gradient_scale: Tensor | float, dtype: torch.dtype) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac_ext.geometry import accumulator_dtype, conv_geometry
+from kfac_ext.geometry import accumulator_dtype, conv_geometry, remembered
 from kfac_ext.layers.layer import Layer, register
 from kfac_ext.ops.covariance_group import CovarianceUpdate
 
@@ -39,20 +39,22 @@ class Geometry(NamedTuple):
     @classmethod
     def of(cls, dims: int, arguments: Mapping[str, Any]) -> Geometry:
         """From arguments as `torch.nn.functional` takes them; what is missing has torch's default."""
+        given = [arguments.get(name, default) for name, default in _DEFAULTS.items()]
+        stride, padding, dilation, output_padding, mode = (tuple(v) if isinstance(v, list) else v for v in given)
+        return _geometry(dims, stride, padding, dilation, output_padding, mode)
 
-        def numbers(name: str, default: int) -> tuple[int, ...]:
-            value = arguments.get(name, default)
-            values = (value,) if isinstance(value, int) else tuple(int(v) for v in value)
-            return values * dims if len(values) == 1 else values
 
-        padding = arguments.get("padding", 0)
-        return cls(
-            numbers("stride", 1),
-            padding if isinstance(padding, str) else numbers("padding", 0),
-            numbers("dilation", 1),
-            numbers("output_padding", 0),
-            arguments.get("padding_mode", "zeros"),
-        )
+_DEFAULTS: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0, "padding_mode": "zeros"}
+
+
+@remembered
+def _geometry(dims: int, stride: Any, padding: Any, dilation: Any, output_padding: Any, mode: Any) -> Geometry:
+    def numbers(value: Any) -> tuple[int, ...]:
+        values = (value,) if isinstance(value, int) else tuple(int(v) for v in value)
+        return values * dims if len(values) == 1 else values
+
+    pads = padding if isinstance(padding, str) else numbers(padding)
+    return Geometry(numbers(stride), pads, numbers(dilation), numbers(output_padding), mode)
 
 
 @register(nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -69,8 +71,8 @@ class Convolution(Layer):
         """From the arguments of the operator if that is what is seen, else from the attributes of the module."""
         if self.own_geometry is not None:
             return Geometry.of(self.dims, self.own_geometry)
-        names = ("stride", "padding", "dilation", "output_padding", "padding_mode")
-        return Geometry.of(self.dims, {name: getattr(self.module, name) for name in names})
+        m = self.module
+        return _geometry(self.dims, m.stride, m.padding, m.dilation, m.output_padding, m.padding_mode)
 
     @property
     def groups(self) -> int:

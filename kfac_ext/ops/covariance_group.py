@@ -65,9 +65,10 @@ _CALL_INTS = len(_Call(_LINEAR).to_ints())
 
 @remembered
 def _ints_of(kind: int, geometry: ConvGeometry | None, groups: int, bias: bool, reduce: bool) -> tuple[int, ...]:
-    g = geometry
-    place = {} if g is None else {"kernel_size": g.kernel_size, "stride": g.stride, "padding": g.padding}
-    call = _Call(kind, **place, dilation=(1, 1) if g is None else g.dilation, groups=groups, bias=bias, reduce=reduce)
+    call = _Call(kind, groups=groups, bias=bias, reduce=reduce)
+    if geometry is not None:
+        g = geometry
+        call = call._replace(kernel_size=g.kernel_size, stride=g.stride, padding=g.padding, dilation=g.dilation)
     return tuple(call.to_ints())
 
 

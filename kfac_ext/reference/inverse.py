@@ -39,8 +39,8 @@ def damped_inverse_ex(
         factor, info = torch.linalg.cholesky_ex(matrix + torch.diag(diagonal))
         info = _first_not_finite(factor, info)
         eye = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
-        # which refuses a pivot of zero, and on some devices gives columns that are contiguous instead of rows
-        inverse = torch.cholesky_inverse(torch.where(info == 0, factor, eye)).contiguous()
+        inverse = torch.cholesky_inverse(torch.where(info == 0, factor, eye))  # which refuses a pivot of zero
+        inverse = inverse.tril() + inverse.tril(-1).mT  # on some devices neither symmetric to the last bit nor by rows
         inverses.append(torch.where(info == 0, inverse, torch.full_like(inverse, float("nan"))))
         infos.append(info.to(torch.int32))
     return inverses, torch.stack(infos) if infos else torch.zeros(0, dtype=torch.int32)

@@ -105,12 +105,15 @@ def test_a_json_is_never_half_written(tmp_path):
 # ---- what is run ----
 
 
-def test_the_plan_has_everything_and_the_most_wanted_first(tmp_path):
+def test_the_plan_has_everything_and_the_most_wanted_first(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda program: f"/somewhere/{program}")
     names = [step.name for step in bench.plan(Run(tmp_path, "x", 1), dry=False)]
     assert set(suite.families()) == set(FAMILIES)
     assert set(names) == {
         "ceilings",
         "flatprune run",
+        "stalls, inverses",
+        "stalls, covariance",
         *(f"{family}, {network}" for family in FAMILIES for network in NETWORKS),
         *(f"training, {network}" for network in TRAINED),
     }

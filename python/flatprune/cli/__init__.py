@@ -50,6 +50,13 @@ def _app(
     """Train a network and prune its neurons at the same time, toward flat minima."""
 
 
+_OF_PYTORCH = (  # nobody who types a command can do anything about these
+    "Attempting to run cuBLAS",  # the first product in a thread of autograd
+    "TensorFloat32 tensor cores",  # float32 is what was asked for
+    "`torch.jit",  # deprecated, and used by PyTorch's own compiler
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; every failure that a user can cause is one line on stderr."""
     if hasattr(sys.stdout, "reconfigure"):
@@ -57,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = warn  # type: ignore[assignment]
+            for message in _OF_PYTORCH:
+                warnings.filterwarnings("ignore", message=message)
             given = None if arguments is None else list(arguments)
             result = app(args=given, standalone_mode=False, prog_name="flatprune")
         if sys.stdout is not None:

@@ -93,13 +93,12 @@ class StepWatch:
 
     def holders_of(self, model: nn.Module, known: Sequence[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
         """Those seen that hold parameters of the model and are not among the known ones."""
-        own = {id(parameter) for parameter in model.parameters()}
         given = {id(optimizer) for optimizer in known}
-        return [
-            optimizer
-            for optimizer in self._seen
-            if id(optimizer) not in given and any(id(parameter) in own for parameter in parameters_of([optimizer]))
-        ]
+        others = [optimizer for optimizer in self._seen if id(optimizer) not in given]
+        if not others:  # as at nearly every step
+            return []
+        own = {id(parameter) for parameter in model.parameters()}
+        return [o for o in others if any(id(parameter) in own for parameter in parameters_of([o]))]
 
 
 def _noting(seen: weakref.WeakSet[torch.optim.Optimizer]) -> Callable[..., None]:
