@@ -47,7 +47,7 @@ def run(cases: int, seed: int, seconds: float) -> Tally:
     tally = Tally("long_run", seed)
     begin = time.monotonic()
     without_report()
-    epochs = max(3, cases // STEPS_PER_EPOCH)
+    epochs = max(3, -(-cases // STEPS_PER_EPOCH))
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "run"
         watch = Watch(folder, begin + seconds)

@@ -18,4 +18,8 @@ def test_the_data_file_of_another_study_is_noticed(tmp_path):
     write_record(tmp_path / DATA_FILE, DATA, {**content, "study": sha256(TEXT)})
     assert set(check_folder(tmp_path).values()) == {"whole"}
     write_record(tmp_path / DATA_FILE, DATA, {**content, "study": sha256(b"another")})
+    found = check_folder(tmp_path)
+    assert f"{tmp_path / DATA_FILE}: does not fit study.yaml" in found.pop(DATA_FILE)
+    assert set(found.values()) == {"whole"}
+    (tmp_path / RESULTS_FILE).write_bytes(b"{")
     assert "its SHA-256 is not that in data.json" in check_folder(tmp_path)[STUDY_FILE]

@@ -32,8 +32,10 @@ def _check_study(folder: Path) -> dict[str, str]:
     found = {DATA_FILE: _state(lambda: read_record(folder / DATA_FILE, DATA))}
     found[STUDY_FILE] = _state(lambda: open_study(folder)) if found[DATA_FILE] == WHOLE else "not checked"
     if any((folder / name).exists() for name in (RESULTS_FILE, PAGE_FILE, RUNS_FILE)):
-        wrong = {name: state for name, state in found.items() if state != WHOLE}
-        found |= _check_report(folder) | wrong  # the study may be the report's and not that of the data
+        told = found[STUDY_FILE]
+        found |= _check_report(folder)
+        if found[DATA_FILE] == WHOLE != told and found[STUDY_FILE] == WHOLE:
+            found[DATA_FILE] = f"{folder / DATA_FILE}: does not fit {STUDY_FILE} ({told})"
     for run in sorted(path for path in (folder / RUNS_FOLDER).glob("*") if path.is_dir()):
         prefix = f"{RUNS_FOLDER}/{run.name}"
         if (run / FAILURE_FILE).exists() and not (run / SUMMARY_FILE).exists():
