@@ -12,8 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from flatprune.cli.study import EXECUTOR_NAMES
 from flatprune.errors import InputError, MissingPackageError, RunsFailedError
-from flatprune.execution import FAILED, Ended, Pool, Task, clusters, executor_options, make_executor
+from flatprune.execution import EXECUTORS, FAILED, Ended, Pool, Task, clusters, executor_options, make_executor
 from flatprune.execution.local import Local
 from flatprune.execution.task import FINISHED, STOP_FILE, STOPPED, make, read_steps
 from flatprune.settings import Settings
@@ -240,3 +241,7 @@ def test_killed_on_dask_and_finished_by_submitit(study_file, study, tmp_path):
     assert figures(out) == figures(tmp_path / "local")
     here, there = ({file.name for file in place.glob("runs/*/*")} for place in (tmp_path / "local", out))
     assert here == there
+
+
+def test_the_command_line_knows_all_of_them():
+    assert list(EXECUTORS) == EXECUTOR_NAMES

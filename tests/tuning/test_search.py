@@ -13,8 +13,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import typer
 from rich.console import Console
 
+from flatprune.cli import app
 from flatprune.errors import InputError, Interrupted
 from flatprune.execution import DIVERGED, FAILED, Ended
 from flatprune.execution.task import FINISHED
@@ -22,7 +24,7 @@ from flatprune.files.finished import HISTORY, HISTORY_FILE, finish
 from flatprune.files.records import write_json_lines
 from flatprune.run_folder import read_settings
 from flatprune.settings import Settings
-from flatprune.tuning import read_tuning, tune
+from flatprune.tuning import EARLY, read_tuning, tune
 
 SEARCH = """
 title: Rates
@@ -208,3 +210,8 @@ def test_killed_and_continued(flatprune, tmp_path):
     printed = flatprune("run", "--config", out / "best.yaml", "--print-config").out
     assert f"\nlr: {best['lr']}\n" in printed and f"criterion: {best['criterion']}\n" in printed
     assert "validation: null\n" in printed
+
+
+def test_completion_knows_how_trials_end(flatprune):
+    (option,) = (one for one in typer.main.get_command(app).commands["tune"].params if one.name == "early")
+    assert tuple(item.value for item in option.shell_complete(None, "")) == EARLY
