@@ -1,4 +1,4 @@
-"""`make gpu-bench`: every family on every network, training steps, stalls of kernels; each in a process of its own."""
+"""`make gpu-bench`: families on networks, training steps, stalls of kernels, whole runs; each in its own process."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import sys
 from collections.abc import Iterator
 
 from bench.gpu.check import begin
-from bench.gpu.names import FAMILIES, NETWORKS, TRAINED
+from bench.gpu.names import FAMILIES, NETWORKS, TRAINED, WHOLE_RUNS
 from bench.gpu.run import Run, Step
 
 MINUTES = 5.7
-_LIMIT, _TRAINING_LIMIT, _EXPERIMENT_LIMIT = 25.0, 45.0, 45.0  # seconds
+_LIMIT, _TRAINING_LIMIT, _RUN_LIMIT = 25.0, 45.0, 60.0  # seconds
 
 
 def bench(run: Run, dry: bool) -> None:
     """All of it, what is most wanted first."""
     begin(run, dry)
-    run.steps(plan(run, dry))
+    run.steps(plan(dry))
 
 
-def plan(run: Run, dry: bool) -> Iterator[Step]:
-    """The device's ceilings; the first networks in all families; training; the other networks; a whole run."""
+def plan(dry: bool) -> Iterator[Step]:
+    """The device's ceilings; the first networks in all families; training; stalls; the other networks; whole runs."""
     yield _measured("ceilings", "-", dry)
     for network in NETWORKS[:2]:
         for family in FAMILIES:
@@ -32,7 +32,8 @@ def plan(run: Run, dry: bool) -> Iterator[Step]:
     for network in NETWORKS[2:]:
         for family in FAMILIES:
             yield _measured(family, network, dry)
-    yield experiment(run, dry)
+    for network in WHOLE_RUNS:
+        yield _python(f"whole run, {network}", ("bench.gpu.whole_run", network), dry, _RUN_LIMIT)
 
 
 # family -> its kernels that take longest
@@ -50,13 +51,6 @@ def stalls(dry: bool) -> Iterator[Step]:
         profiled = (program, *options, *sections) if program and not dry else ()
         if program or dry:
             yield Step(f"stalls, {family}", (*profiled, *once), _TRAINING_LIMIT)
-
-
-def experiment(run: Run, dry: bool) -> Step:
-    """`flatprune run` from beginning to end."""
-    goal = ("--data", "digits", "--model", "mlp", "--target-params", "0.1", "--epochs", "1" if dry else "40")
-    place = ("--device", "cpu" if dry else "cuda", "--out", str(run.folder / "runs" / "digits"), "--overwrite")
-    return Step("flatprune run", (sys.executable, "-m", "flatprune", "run", *goal, *place), _EXPERIMENT_LIMIT)
 
 
 def _measured(family: str, network: str, dry: bool) -> Step:

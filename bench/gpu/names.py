@@ -16,6 +16,8 @@ FAMILIES = (
 )
 TRAINED = {"resnet20": (32, 3), "vgg19_bn": (32, 3), "mlp": (28, 1)}
 """network of flatprune -> side and channels of the images"""
+WHOLE_RUNS = {"resnet18": (8,) * 4, "vgg16_bn": (8,) * 13}
+"""network of flatprune -> its widths in a dry run"""
 KINDS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bf16": {"amp": "bf16"},

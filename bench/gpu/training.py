@@ -69,7 +69,7 @@ def _steps(
 
     size = 8 if quick else 128
     side, channels = TRAINED[name]
-    path = _images(folder, 8 if quick and name == "resnet20" else side, channels, size)
+    path = images(folder, 8 if quick and name == "resnet20" else side, channels, size)
     widths = QUICK_WIDTHS[name] if quick else None
     options = {"data": str(path), "model": name, "widths": widths, "batch_size": size, "device": str(device)}
     schedule = {"epochs": 10**6, "prune_start": 0.9, "prune_end": 0.9}
@@ -89,15 +89,15 @@ def _steps(
     return train
 
 
-def _images(folder: Path, side: int, channels: int, batch: int) -> Path:
+def images(folder: Path, side: int, channels: int, batch: int, batches: int = 4) -> Path:
     """An .npz of random images: what a step costs does not depend on what they show."""
     path = folder / f"{side}x{channels}.npz"
     if not path.exists():
         rng = np.random.default_rng(0)
-        count = 4 * batch
-        images = rng.integers(0, 256, (count, side, side, channels), dtype=np.uint8)
+        count = batches * batch
+        pixels = rng.integers(0, 256, (count, side, side, channels), dtype=np.uint8)
         labels = np.arange(count) % 10
-        np.savez(path, x_train=images, y_train=labels, x_test=images[:batch], y_test=labels[:batch])
+        np.savez(path, x_train=pixels, y_train=labels, x_test=pixels[:batch], y_test=labels[:batch])
     return path
 
 

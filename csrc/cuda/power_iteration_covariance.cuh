@@ -24,28 +24,57 @@ KFAC_DEVICE GramMemory gram_memory(float* shared, int32_t n) {
   return memory;
 }
 
-// dots[row] <- a.v without the bias: a thread a row where pixels lie side by side, a warp where channels do.
-template <class Block>
-KFAC_DEVICE void gram_dots(Block& block, const CovariancePowerJob& job, const void* image, const GramMemory& memory,
-                           int32_t count) {
-  const PackJob& patches = job.patches;
-  const bool along = job.lanes_along_channels;
-  const int32_t lane = block.thread() % 32, taps = patches.taps.divisor, kernel_w = patches.kernel_w.divisor;
-  const int32_t first = along ? block.thread() / 32 : block.thread(), step = along ? kPowerWarps : kPowerThreads;
-  for (int32_t row = first; row < count; row += step) {
-    const int32_t sample = memory.sample[row], y = memory.y[row], x = memory.x[row];
-    float sum = 0.0f;
-    for (int32_t channel = along ? lane : 0; channel < patches.group_channels; channel += along ? 32 : 1) {
-      const float* const v = memory.v + channel * taps;
-      for (int32_t tap = 0, tap_y = 0; tap < taps; ++tap_y) {
-        for (int32_t tap_x = 0; tap_x < kernel_w; ++tap_x, ++tap) {
-          sum += v[tap] * patch_value(patches, image, sample, {channel, tap_y, tap_x, true}, y, x);
-        }
+// The part of a.v that these channels of row `row` give.
+KFAC_DEVICE float gram_dot(const PackJob& patches, const void* image, const GramMemory& memory, int32_t row,
+                           int32_t first, int32_t end, int32_t step) {
+  const int32_t sample = memory.sample[row], y = memory.y[row], x = memory.x[row];
+  const int32_t taps = patches.taps.divisor, kernel_w = patches.kernel_w.divisor;
+  float sum = 0.0f;
+  for (int32_t channel = first; channel < end; channel += step) {
+    const float* const v = memory.v + channel * taps;
+    for (int32_t tap = 0, tap_y = 0; tap < taps; ++tap_y) {
+      for (int32_t tap_x = 0; tap_x < kernel_w; ++tap_x, ++tap) {
+        sum += v[tap] * patch_value(patches, image, sample, {channel, tap_y, tap_x, true}, y, x);
       }
     }
-    if (along) sum = warp_sum(block, sum);
-    if (!along || lane == 0) memory.dots[row] = sum;
   }
+  return sum;
+}
+
+// dots[row] <- a.v without the bias, with a warp a row: channels lie side by side.
+template <class Block>
+KFAC_DEVICE void gram_dots_along(Block& block, const PackJob& patches, const void* image, const GramMemory& memory,
+                                 int32_t count) {
+  const int32_t lane = block.thread() % 32;
+  for (int32_t row = block.thread() / 32; row < count; row += kPowerWarps) {
+    const float sum = warp_sum(block, gram_dot(patches, image, memory, row, lane, patches.group_channels, 32));
+    if (lane == 0) memory.dots[row] = sum;
+  }
+}
+
+// The same where pixels lie side by side: as many threads a row as there are for so few rows, each a part of the
+// channels.
+template <class Block>
+KFAC_DEVICE void gram_dots_across(Block& block, const PackJob& patches, const void* image, const GramMemory& memory,
+                                  int32_t count) {
+  int32_t width = 1;
+  while (width < count) width *= 2;
+  const int32_t parts = kPowerThreads / width, part = block.thread() / width, row = block.thread() % width;
+  const int64_t channels = patches.group_channels;
+  float sum = 0.0f;
+  if (row < count) {
+    sum = gram_dot(patches, image, memory, row, int32_t(channels * part / parts),
+                   int32_t(channels * (part + 1) / parts), 1);
+  }
+  if (parts > 1) {
+    memory.dots[block.thread()] = sum;
+    block.sync();
+    if (part == 0) {
+      for (int32_t p = 1; p < parts; ++p) sum += memory.dots[p * width + row];
+    }
+    block.sync();
+  }
+  if (part == 0) memory.dots[row] = sum;
 }
 
 // Sum of dots[row] a[entry] over rows first, first + step, ...
@@ -59,7 +88,8 @@ KFAC_DEVICE float gram_entry(const CovariancePowerJob& job, const void* image, c
   return sum;
 }
 
-// sums += dots[row] a over these rows: a warp an entry where pixels lie side by side, a thread where channels do.
+// sums += dots[row] a over these rows: a warp an entry where pixels lie side by side, a thread where channels do, or
+// where rows are few.
 template <class Block>
 KFAC_DEVICE void gram_accumulate(Block& block, const CovariancePowerJob& job, const void* image,
                                  const GramMemory& memory, int32_t count) {
@@ -71,6 +101,10 @@ KFAC_DEVICE void gram_accumulate(Block& block, const CovariancePowerJob& job, co
       const int32_t tap = at / patches.group_channels, channel = at - tap * patches.group_channels;
       const PackedColumn entry{channel, tap / kernel_w, tap % kernel_w, true};
       memory.sums[channel * taps + tap] += gram_entry(job, image, memory, entry, 0, 1, count);
+    }
+  } else if (count < kGramWarpRows) {
+    for (int32_t at = block.thread(); at < entries; at += kPowerThreads) {
+      memory.sums[at] += gram_entry(job, image, memory, packed_column(patches, at), 0, 1, count);
     }
   } else {
     for (int32_t at = warp; at < entries; at += kPowerWarps) {
@@ -100,7 +134,11 @@ KFAC_DEVICE void gram_sums(Block& block, const CovariancePowerJob& job, const vo
       memory.x[own] = position.x;
     }
     block.sync();  // v and the rows' places are there
-    gram_dots(block, job, image, memory, count);
+    if (job.lanes_along_channels) {
+      gram_dots_along(block, job.patches, image, memory, count);
+    } else {
+      gram_dots_across(block, job.patches, image, memory, count);
+    }
     block.sync();
     if (job.bias && own < count) memory.dots[own] += memory.v[job.team.n - 1];
     block.sync();

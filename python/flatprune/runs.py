@@ -27,6 +27,7 @@ knows is in its checkpoint: the others are made of it, again too, when it is res
     pruning_stopped                        why pruning ended before its time, null if it did not
     predicted_vs_measured                  change of the loss at the cuts, see `flatprune.pruning.predicted_vs_measured`
     seconds                                of training and testing, without start-up
+    removal_seconds                        what removal events took of these
     ranks                                  of several processes: how many
     traffic                                by purpose: calls, bytes the first of these gave, seconds it waited
     dense_*, no_flatness_*                 the same of the network trained without pruning, or without the flatness

@@ -53,24 +53,29 @@ def test_machine_code_is_counted():
     assert found["other"] == sass.Counts(0, 0, 0)
 
 
-def test_what_is_beyond_its_bound_is_named():
-    assert list(bounds.passed_bounds("inverse_update_kernel", 200, 0, sass.Counts(0, 0, 16))) == []
+BOUND = bounds.Bound(240, divisions=0, stage_loads=0, loads_at_once=16)
+
+
+def test_what_is_beyond_its_bound_is_named(monkeypatch):
+    monkeypatch.setitem(bounds.BOUNDS, "a_kernel", BOUND)
+    assert list(bounds.passed_bounds("a_kernel", 200, 0, sass.Counts(0, 0, 16))) == []
     assert list(bounds.passed_bounds("some_other_kernel", 255, 0, None)) == []
-    assert list(bounds.passed_bounds("inverse_update_kernel", 250, 8, sass.Counts(1, 24, 1))) == [
-        "inverse_update_kernel: 250 registers, at most 240",
-        "inverse_update_kernel: 8 bytes spilled, at most 0",
-        "inverse_update_kernel: 1 divisions, at most 0",
-        "inverse_update_kernel: 24 loads in the loop over stages, at most 0",
-        "inverse_update_kernel: 1 loads before a store, at least 16",
+    assert list(bounds.passed_bounds("a_kernel", 250, 8, sass.Counts(1, 24, 1))) == [
+        "a_kernel: 250 registers, at most 240",
+        "a_kernel: 8 bytes spilled, at most 0",
+        "a_kernel: 1 divisions, at most 0",
+        "a_kernel: 24 loads in the loop over stages, at most 0",
+        "a_kernel: 1 loads before a store, at least 16",
     ]
 
 
 def test_a_report_fails_where_a_bound_is_passed(monkeypatch):
+    monkeypatch.setitem(bounds.BOUNDS, "a_kernel", BOUND)
     monkeypatch.setattr(compiled, "table", lambda: "")
     monkeypatch.setattr(compiled, "machine_code", dict)
-    monkeypatch.setattr(compiled, "reported", lambda: [compiled.Kernel("inverse_update_kernel", "sm_90", 250, 0, 0)])
+    monkeypatch.setattr(compiled, "reported", lambda: [compiled.Kernel("a_kernel", "sm_90", 250, 0, 0)])
     monkeypatch.setattr("sys.argv", ["compiled"])
-    with pytest.raises(SystemExit, match="beyond its bound:\\ninverse_update_kernel: 250 registers, at most 240"):
+    with pytest.raises(SystemExit, match="beyond its bound:\\na_kernel: 250 registers, at most 240"):
         compiled.main()
 
 

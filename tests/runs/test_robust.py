@@ -277,7 +277,7 @@ def test_a_lost_terminal_ends_with_a_checkpoint_or_goes_on(tmp_path):
         assert process.poll() is None and time.monotonic() < deadline  # it goes on
         time.sleep(0.02)
     process.send_signal(signal.SIGHUP)
-    process.communicate()
+    process.communicate(timeout=120)
     assert process.returncode == 130
     assert set(check_run(tmp_path / "run").values()) == {"whole"}
 

@@ -200,7 +200,11 @@ def test_runs_of_one_process_are_those_of_many(finished, study_file, tmp_path):
     text = path.read_text().replace("{target_params: [0.5], seed: [1, 2]}", "{target_params: [0.5], seed: [2, 1]}")
     outcome = call(study_file(text), "--out", tmp_path / "again", "--jobs", 1)
     assert outcome.returncode == 0, outcome.stderr
-    figures = lambda file: {k: v for k, v in json.loads(file.read_text()).items() if k not in ("seconds", "settings")}  # noqa: E731
+
+    def figures(file):
+        own = ("seconds", "removal_seconds", "settings")
+        return {k: v for k, v in json.loads(file.read_text()).items() if k not in own}
+
     before, again = summaries(out), summaries(tmp_path / "again")
     assert len(again) == len(before) == 10
     for key in before.keys() & again.keys():

@@ -16,6 +16,7 @@ namespace kfac {
 constexpr int kGramRows = kPowerThreads;
 constexpr int64_t kGramWork = 1 << 15;      // products of a block, at least: below, meeting costs more
 constexpr int32_t kGramLaneChannels = 16;   // channels from which on lanes run along them, if these lie side by side
+constexpr int32_t kGramWarpRows = 96;       // rows from which on a warp adds up an entry
 constexpr int64_t kGramBarrierFloats = 32;  // the first of the workspace, zero when the kernel starts
 
 struct CovariancePowerJob {

@@ -225,8 +225,14 @@ def _cards(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         *_target_card(summary),
         ("λmax of the Hessian", *_with_dense(summary, "hessian_lambda_max")),
         ("spectral radius (K-FAC)", *_with_dense(summary, "spectral_radius_kfac")),
-        ("training time", duration(summary["seconds"]), f"{summary['epochs']} epochs, {summary['steps']:,} steps"),
+        ("training time", duration(summary["seconds"]), _of_training(summary)),
     ]
+
+
+def _of_training(summary: dict[str, Any]) -> str:
+    share = summary["removal_seconds"] / summary["seconds"]
+    removals = f", {100 * share:.1f} % of it for removals" if share else ""
+    return f"{summary['epochs']} epochs, {summary['steps']:,} steps{removals}"
 
 
 def _target_card(summary: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -33,6 +33,7 @@ def results(trainer: Trainer) -> dict[str, Any]:
         "widths_before": trainer.widths_before,
         "widths_after": models.layer_widths(model),
         "seconds": trainer.progress.seconds,
+        "removal_seconds": trainer.progress.removal_seconds,
         **target_figures(trainer.settings.target, trainer.pruner, trainer.history),
         **calibration(logits, dataset.y_test),
         **_measurements(trainer),

@@ -22,6 +22,7 @@ class Progress:
         batch: batches of the running epoch that are done.
         order: the running epoch's order of the samples, on the CPU, or None between epochs.
         seconds: time spent in training and testing so far.
+        removal_seconds: that part of it which removal events took.
         best_accuracy: highest test accuracy after any epoch that was tested, in percent.
         best_held_out: highest accuracy on held-out images at any removal event, in percent; None before the first one.
     """
@@ -31,6 +32,7 @@ class Progress:
     batch: int = 0
     order: Tensor | None = None
     seconds: float = 0.0
+    removal_seconds: float = 0.0
     best_accuracy: float = 0.0
     best_held_out: float | None = None
 

@@ -395,10 +395,15 @@ class Trainer:
             )
 
     def _prune(self) -> list[Removal]:
+        if self.pruner is None:
+            return []
+        clock = time.perf_counter() if self.pruner.is_event() else None
         try:
-            removals = [] if self.pruner is None else [*self._stopped(self.pruner), *self.pruner.step()]
+            removals = [*self._stopped(self.pruner), *self.pruner.step()]
         except ValueError as error:  # factors or scores that are not finite
             raise DivergedError(f"{error} (step {self.progress.step + 1})") from error
+        if clock is not None:
+            self.progress.removal_seconds += time.perf_counter() - clock
         if self.compiled is not None and any(removal.kind == "removal" for removal in removals):
             self.compiled.renew()
         return removals
