@@ -25,9 +25,11 @@ def remembered(function: _Function) -> _Function:
 
     @wraps(function)
     def found(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling():  # which traces through caches, with a warning
+            return function(*arguments)
         try:
             return cached(*arguments)
-        except TypeError:  # sizes of a graph that torch.compile traces have no hash
+        except TypeError:  # symbolic sizes have no hash
             return function(*arguments)
 
     return cast(_Function, found)

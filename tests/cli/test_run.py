@@ -159,7 +159,12 @@ def test_overwrite_replaces_the_run_and_nothing_else(flatprune, npz, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("model", "widths"), [("convnet", "8,8,12,12,16,16"), ("lenet5", "6,16,40,24"), ("resnet20", "8,8,8")]
+    ("model", "widths"),
+    [
+        ("convnet", "8,8,12,12,16,16"),
+        pytest.param("lenet5", "6,16,40,24", marks=pytest.mark.thorough),
+        pytest.param("resnet20", "8,8,8", marks=pytest.mark.thorough),
+    ],
 )
 def test_convolutional_networks(flatprune, npz, tmp_path, model, widths):
     out = tmp_path / "out"
@@ -281,6 +286,7 @@ def test_a_loss_that_diverges_keeps_the_last_good_checkpoint(flatprune, npz, tmp
     assert not (out / "summary.json").exists()
 
 
+@pytest.mark.thorough
 def test_ctrl_c_leaves_a_checkpoint(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "flatprune", "run", "--epochs", "100000", "--out", str(out)]

@@ -97,7 +97,18 @@ def mismatch(group, entry: dict[str, Any]) -> str:
 
 
 # the depth of a network adds nothing but time
-DEEP = ("resnet32", "resnet44", "resnet56", "resnet110", "wide_resnet32", "vgg11_bn", "vgg13_bn", "vgg16_bn")
+DEEP = (
+    "densenet40",
+    "mobilenetv2",
+    "resnet32",
+    "resnet44",
+    "resnet56",
+    "resnet110",
+    "wide_resnet32",
+    "vgg11_bn",
+    "vgg13_bn",
+    "vgg16_bn",
+)
 SHALLOW = [name for name in EXPECTED if name not in {f"shipped {deep}" for deep in DEEP}]
 
 

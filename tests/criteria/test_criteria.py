@@ -137,7 +137,11 @@ def conv_net() -> nn.Module:
 
 @pytest.mark.parametrize(
     ("build", "bound", "seed"),
-    [(lambda: mlp(32, 24), 0.85, 0), (lambda: mlp(32, 24), 0.85, 1), (conv_net, 0.8, 0)],
+    [
+        (lambda: mlp(32, 24), 0.85, 0),
+        (lambda: mlp(32, 24), 0.85, 1),
+        pytest.param(conv_net, 0.8, 0, marks=pytest.mark.thorough),
+    ],
     ids=["mlp", "another mlp", "conv"],
 )
 def test_scores_of_the_method_rank_neurons_of_any_seed(build, bound, seed):

@@ -186,6 +186,7 @@ def test_ray(tmp_path, monkeypatch):
         make_executor("ray", executor_options("", "ray", {"address": "ray://127.0.0.1:1"}), tmp_path, None)
 
 
+@pytest.mark.thorough
 def test_a_place_is_taken_again_after_a_kill(tmp_path, monkeypatch):
     monkeypatch.setattr("flatprune.execution.local.make", kill_or_answer)
     pool = Pool(Local(), 1)

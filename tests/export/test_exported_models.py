@@ -70,7 +70,7 @@ def outputs(model, images):
         return model(images)
 
 
-@pytest.mark.parametrize("name", thorough(OF_EVERY_CODE, but=["mlp", "resnet20", "mobilenetv2", "vit_tiny"]))
+@pytest.mark.parametrize("name", thorough(OF_EVERY_CODE, but=["mlp", "resnet20", "vit_tiny"]))
 def test_safetensors(folder, name):
     made = export_run(folder(name), "safetensors")
     loaded, expected = flatprune.load(made.files[-1]), pruned(name)
@@ -81,7 +81,9 @@ def test_safetensors(folder, name):
     assert torch.equal(loaded.normalization.std, NORMALIZATION.std)
 
 
-@pytest.mark.parametrize("name", OF_EVERY_CODE)
+@pytest.mark.parametrize(
+    "name", thorough(OF_EVERY_CODE, but=sorted({*OF_EVERY_CODE} - {"wide_resnet32", "densenet40"}))
+)
 def test_plain_source(folder, name):
     made = export_run(folder(name), "torch")
     assert made.difference == 0.0  # the same operations on the same numbers
@@ -89,7 +91,7 @@ def test_plain_source(folder, name):
     assert max(len(line) for line in made.files[-1].read_text().splitlines()) <= 120
 
 
-@pytest.mark.parametrize("takes", ["normalized", "float", "uint8"])
+@pytest.mark.parametrize("takes", thorough(["normalized", "float", "uint8"], but=["uint8"]))
 def test_plain_source_runs_without_this_package(folder, takes):
     made = export_run(folder("resnet20"), "torch", input=takes)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 2)).astype(np.uint8)
@@ -103,7 +105,7 @@ def test_plain_source_runs_without_this_package(folder, takes):
     torch.testing.assert_close(torch.from_numpy(np.load(logits)), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", thorough(IN_TORCH_EXPORT, but=["mlp", "resnet20", "vit_tiny"]))
+@pytest.mark.parametrize("name", thorough(IN_TORCH_EXPORT, but=["mlp", "vit_tiny"]))
 def test_torch_export(folder, name):
     made = export_run(folder(name), "torch-export", input="uint8")
     program = torch.export.load(made.files[-1]).module()

@@ -63,9 +63,9 @@ def test_the_first_scores_are_the_independent_ones(double_nets):
     ("fraction", "limits", "closely", "share"),
     [
         (0.6, Limits(1, 2, 0.5), False, None),
-        (0.4, Limits(1, 1, 1.0), True, None),
+        pytest.param(0.4, Limits(1, 1, 1.0), True, None, marks=pytest.mark.thorough),
         (0.5, Limits(4, 2, 0.8), True, None),
-        (0.3, Limits(2, 2, 1.0), False, 0.3),
+        pytest.param(0.3, Limits(2, 2, 1.0), False, 0.3, marks=pytest.mark.thorough),
     ],
 )
 def test_the_direct_algorithm_chooses_the_same(double_nets, name, fraction, limits, closely, share):

@@ -80,7 +80,7 @@ class Training:
 
 
 @pytest.mark.parametrize(
-    "name", thorough(CLASSIFIERS + LABELLED, but=["hf_electra", "hf_resnet", "hf_bert_mlm", "hf_llama_gqa", "hf_bart"])
+    "name", thorough(CLASSIFIERS + LABELLED, but=["hf_electra", "hf_resnet", "hf_bert_mlm", "hf_llama_gqa"])
 )
 def test_training_cut_and_resume_without_a_wrapper(name):
     training = Training(name)

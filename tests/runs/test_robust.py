@@ -263,6 +263,7 @@ def test_a_log_on_a_full_disk_ends_the_log_alone(tmp_path, whole, terminal):
     assert_whole(tmp_path / "run", whole)
 
 
+@pytest.mark.thorough
 def test_a_lost_terminal_ends_with_a_checkpoint_or_goes_on(tmp_path):
     master, slave = pty.openpty()
     process = run_in(tmp_path, "--epochs", "100000", stdout=slave, stdin=slave, start_new_session=True)

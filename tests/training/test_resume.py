@@ -95,7 +95,7 @@ def whole(tmp_path_factory, data):
         ("mlp", [1]),
         ("mlp", [3, 20]),  # in the warm-up of the flatness term, between two removals
         ("mlp", [STEPS_PER_EPOCH * 7]),
-        ("convnet", [5, 21, 40]),
+        pytest.param("convnet", [5, 21, 40], marks=pytest.mark.thorough),
     ],
 )
 def test_ctrl_c_and_resume(tmp_path, data, whole, model, stops):
@@ -115,7 +115,9 @@ def test_ctrl_c_and_resume(tmp_path, data, whole, model, stops):
     [
         ({"target_params": None, "target_macs": 0.3, "round_to": 2}, 20),
         ({"stop_accuracy_drop": 90.0}, 14),
-        ({"stop_accuracy_drop": 1e-9, "lr": 0.7, "epochs": 60, "flatness": "off"}, 97),  # pruning ends at step 99
+        pytest.param(  # pruning ends at step 99
+            {"stop_accuracy_drop": 1e-9, "lr": 0.7, "epochs": 60, "flatness": "off"}, 97, marks=pytest.mark.thorough
+        ),
     ],
 )
 def test_other_targets_and_the_stopping_rule_resume_alike(tmp_path, data, options, stop):
@@ -168,14 +170,16 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, data, whole, monkeypatc
     "options",
     [
         ["--flatness", "msam", "--sam-radius", 0.3],
-        ["--flatness", "on+msam", "--flatness-fade-below", 0],
+        pytest.param(["--flatness", "on+msam", "--flatness-fade-below", 0], marks=pytest.mark.thorough),
         ["--flatness", "sam", "--disout", 0.2],
-        ["--flatness-every", 2, "--disout", 0.2, "--optimum-shift", "after_pruning"],
+        pytest.param(
+            ["--flatness-every", 2, "--disout", 0.2, "--optimum-shift", "after_pruning"], marks=pytest.mark.thorough
+        ),
         ["--flatness-mode", "double_backward", "--flatness-strength", 0.1, "--flatness-fade-below", 0],
         ["--optimizer", "adamw", "--ema", 0.9, "--momentum", 0.8, "--optimum-shift", "after_pruning"],
-        ["--mixup", 0.4, "--label-smoothing", 0.1],
-        ["--accumulate", 4, "--optimizer", "adam", "--weight-decay", 1e-4],
-        ["--amp", "bf16", "--channels-last"],
+        pytest.param(["--mixup", 0.4, "--label-smoothing", 0.1], marks=pytest.mark.thorough),
+        pytest.param(["--accumulate", 4, "--optimizer", "adam", "--weight-decay", 1e-4], marks=pytest.mark.thorough),
+        pytest.param(["--amp", "bf16", "--channels-last"], marks=pytest.mark.thorough),
         ["--amp", "fp16", "--ema", 0.9, "--flatness", "sam", "--accumulate", 2],
     ],
     ids=lambda options: f"{options[0]} {options[1]}",
