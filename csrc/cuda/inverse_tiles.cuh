@@ -269,7 +269,7 @@ struct UpdateTile {
   float* out;
 };
 
-// The entries of a tile that a thread holds, from the first of half `i`: body(number, row, column, k-th of those).
+// body(i, j, e, row, column) for half of the entries of a tile that a thread holds, sums[i][j][e].
 template <class Body>
 KFAC_DEVICE void for_own_entries(int32_t thread, int half, const Body& body) {
   using Shape = InverseShape128;
