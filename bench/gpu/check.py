@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from bench.gpu.run import Run, Step
+from bench.gpu.run import ROOT, Run, Step
 
 MINUTES = 4.8
 PROGRAMS = {  # program of tests/native -> its small cases
@@ -69,7 +69,7 @@ def begin(run: Run, dry: bool) -> Path:
     if result is None:
         raise SystemExit(f"the build cannot be used, see {run.folder}/logs")
     run.keep("machine", result)
-    return Path(result["build_directory"])
+    return ROOT / result["build_directory"]
 
 
 def check(run: Run, dry: bool) -> None:

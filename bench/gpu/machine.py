@@ -6,13 +6,14 @@ python -m bench.gpu.machine [--built] --out FILE
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.gpu.run import write_json
+from bench.gpu.run import ROOT, write_json
 
 
 def machine() -> dict[str, Any]:
@@ -41,7 +42,7 @@ def built() -> dict[str, Any]:
     if torch.cuda.is_available():
         for family in families():
             cuda_serves(family, family, torch.empty(0, device="cuda:0"))
-    info = {"cpu": cpu_name(), "commit": commit(), "build_directory": _C.build_directory()}
+    info = {"cpu": cpu_name(), "commit": commit(), "build_directory": os.path.relpath(_C.build_directory(), ROOT)}
     return info | {"build": kfac_ext.build_info()}
 
 
