@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,15 @@ class Step(NamedTuple):
     writes: bool = False
     """takes `--out FILE` and writes its outcome there, as JSON, as often as it likes"""
     environment: Mapping[str, str] = {}
+
+
+def step_arguments(doc: str | None, networks: Collection[str]) -> argparse.Namespace:
+    """What a step of one network is given: `network`, whether it is `dry`, where the JSON goes (`out`)."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("network", choices=networks)
+    parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -118,7 +128,7 @@ class Run:
 
     def _end_of(self, name: str, outcome: dict[str, Any], log: Path) -> None:
         lines = log.read_text(errors="replace").splitlines()
-        outcome["last"] = next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
+        outcome["last"] = next((line.strip()[:200] for line in reversed(lines[1:]) if line.strip()), "")
         told = "\n".join(lines[-25:] if outcome["exit"] else lines[-1:])
         with self._lock:
             self.document["steps"][name] = outcome

@@ -5,7 +5,6 @@ python -m bench.gpu.training NETWORK [--dry] --out FILE
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ import torch
 
 from bench.gpu.measure import alternate, precision
 from bench.gpu.names import KINDS, TRAINED
-from bench.gpu.run import write_json
+from bench.gpu.run import step_arguments, write_json
 
 STEPS = 40  # a turn: four updates of the factors of a network with convolutions, five steps of the flatness term
 ROUNDS, SECONDS = 5, 3.0
@@ -107,11 +106,7 @@ def _endless(order: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("network", choices=TRAINED)
-    parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU")
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
+    arguments = step_arguments(__doc__, TRAINED)
     device = torch.device("cpu") if arguments.dry else torch.device("cuda", 0)
     trained(arguments.network, device, arguments.dry, arguments.out)
 

@@ -5,7 +5,6 @@ python -m bench.gpu.whole_run NETWORK [--dry] --out FILE
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 
 import flatprune
 from bench.gpu.names import WHOLE_RUNS
-from bench.gpu.run import write_json
+from bench.gpu.run import step_arguments, write_json
 from bench.gpu.training import images
 
 BATCH, EPOCHS = 128, 16
@@ -36,11 +35,7 @@ def whole_run(network: str, device: str, quick: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("network", choices=WHOLE_RUNS)
-    parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU")
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
+    arguments = step_arguments(__doc__, WHOLE_RUNS)
     torch.manual_seed(0)
     found = whole_run(arguments.network, "cpu" if arguments.dry else "cuda", arguments.dry)
     write_json(arguments.out, found)
