@@ -14,11 +14,13 @@ import torch
 import kfac_ext
 
 
-def thorough(cases, *, but):
-    """Parameters of a test: those in `but` are in every run of the tests, the others in `make test-thorough` alone."""
-    chosen = [case for case in cases if case in but]
-    assert len(chosen) == len(set(but)), f"{set(but) - set(chosen)} are no cases"
-    return [case if case in but else pytest.param(case, marks=pytest.mark.thorough) for case in cases]
+def thorough(cases, *, but=None, seldom=()):
+    """Parameters of a test: all but those in `but`, or those that are `seldom`, are in `make test-thorough` alone."""
+    named = seldom if but is None else but
+    missing = [name for name in named if name not in cases]
+    assert not missing, f"{missing} are no cases"
+    rare = [case for case in cases if (case in named) == (but is None)]
+    return [pytest.param(case, marks=pytest.mark.thorough) if case in rare else case for case in cases]
 
 
 def _devices():

@@ -42,7 +42,7 @@ def result(folder: Path) -> str:
     """The digest of what a finished run found: network, bit by bit, history and summary without seconds and traffic."""
     parts = [read_summary(folder), *read_history(folder / HISTORY_FILE)]
     for record in parts:
-        for name in ("seconds", "removal_seconds", "dense_seconds", "traffic"):
+        for name in (*runs.TIMES, "traffic"):
             record.pop(name, None)
     state = torch.load(folder / "model.pt", weights_only=True)["state_dict"]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())

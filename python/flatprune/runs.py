@@ -102,6 +102,8 @@ from flatprune.training.ranks import TrainingRanks, current_ranks, follow, joine
 from flatprune.training.trainer import Observer, Trainer
 from kfac_ext.curvature.modes import RngState
 
+TIMES = ("seconds", "removal_seconds", *(f"{name}_seconds" for name in COMPARED_FOLDERS))
+"""Figures of a summary that no two runs have alike; of the records of a history the first."""
 _COMPARED_KEYS = (
     "params_after",
     "macs_after",

@@ -10,6 +10,7 @@ import torch
 
 from flatprune.checkpoint import load_checkpoint
 from flatprune.cli import main
+from flatprune.runs import TIMES
 from tests.distributed import commands
 from tests.distributed.ranks import Ranks
 
@@ -35,8 +36,8 @@ def same(a, b):
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
-        times = ("seconds", "removal_seconds", "launch")
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a if key not in times)
+        own = (*TIMES, "launch")
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a if key not in own)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b or (a != a and b != b)

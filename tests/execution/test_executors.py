@@ -17,6 +17,7 @@ from flatprune.errors import InputError, MissingPackageError, RunsFailedError
 from flatprune.execution import EXECUTORS, FAILED, Ended, Pool, Task, clusters, executor_options, make_executor
 from flatprune.execution.local import Local
 from flatprune.execution.task import FINISHED, STOP_FILE, STOPPED, make, read_steps
+from flatprune.runs import TIMES
 from flatprune.settings import Settings
 from tests.study.study_command import command
 
@@ -219,7 +220,7 @@ def test_an_executor_that_takes_nothing(tmp_path):
 def figures(out):
     (summary,) = out.glob("runs/*/summary.json")
     found = json.loads(summary.read_text())
-    own = ("seconds", "removal_seconds", "valleys")
+    own = (*TIMES, "valleys")
     return summary.parent.name, {key: value for key, value in found.items() if key not in own}
 
 

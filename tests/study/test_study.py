@@ -14,6 +14,7 @@ import pytest
 
 from flatprune.errors import InputError
 from flatprune.files.lock import HOLDER_FILE, locked
+from flatprune.runs import TIMES
 from tests.study.study_command import call, command
 
 
@@ -202,7 +203,7 @@ def test_runs_of_one_process_are_those_of_many(finished, study_file, tmp_path):
     assert outcome.returncode == 0, outcome.stderr
 
     def figures(file):
-        own = ("seconds", "removal_seconds", "settings")
+        own = (*TIMES, "settings")
         return {k: v for k, v in json.loads(file.read_text()).items() if k not in own}
 
     before, again = summaries(out), summaries(tmp_path / "again")

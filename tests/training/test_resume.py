@@ -50,7 +50,7 @@ def result(folder):
     summary = json.loads((folder / "summary.json").read_text())
     history = runs.read_history(folder / "history.jsonl")
     for record in (summary, *history):
-        for key in ("seconds", "removal_seconds", "dense_seconds"):
+        for key in runs.TIMES:
             record.pop(key, None)
     return summary, history, torch.load(folder / "model.pt", weights_only=True)["state_dict"]
 
