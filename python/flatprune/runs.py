@@ -102,7 +102,8 @@ from flatprune.training.ranks import TrainingRanks, current_ranks, follow, joine
 from flatprune.training.trainer import Observer, Trainer
 from kfac_ext.curvature.modes import RngState
 
-TIMES = ("seconds", "removal_seconds", *(f"{name}_seconds" for name in COMPARED_FOLDERS))
+_TIMES = ("seconds", "removal_seconds")
+TIMES = (*_TIMES, *(f"{name}_{time}" for name in COMPARED_FOLDERS for time in _TIMES))
 """Figures of a summary that no two runs have alike; of the records of a history the first."""
 _COMPARED_KEYS = (
     "params_after",
@@ -113,7 +114,7 @@ _COMPARED_KEYS = (
     "spectral_radius_kfac",
     "hessian_lambda_max",
     "latency_after_1",
-    "seconds",
+    *_TIMES,
 )
 _MAY_CHANGE = ("data", "device")  # on resuming: the data are known by their digest, the device is free
 # Multiply-accumulates a step: below, threads cost more than they give, and on busy cores twenty times as much.

@@ -52,6 +52,10 @@ class Range(NamedTuple):
             return IntDistribution(self.low, int(self.high), self.log, 1 if self.step is None else int(self.step))
         return FloatDistribution(self.low, self.high, self.log, self.step)
 
+    def value(self, drawn: Any) -> Any:
+        """Of the setting."""
+        return drawn
+
 
 class Choices(dict[str, Any]):
     """Label -> value."""
@@ -61,6 +65,10 @@ class Choices(dict[str, Any]):
         from optuna.distributions import CategoricalDistribution
 
         return CategoricalDistribution(tuple(self))
+
+    def value(self, drawn: Any) -> Any:
+        """Of the setting."""
+        return self[drawn]
 
 
 @dataclass(frozen=True)
@@ -85,9 +93,7 @@ class Tuning:
 
     def settings(self, drawn: Mapping[str, Any]) -> Settings:
         """Of a run with what Optuna has drawn; InputError where its parts do not go together."""
-        values = {name: place[drawn[name]] if isinstance(place := self.space[name], Choices) else drawn[name]
-                  for name in drawn}  # fmt: skip
-        return Settings(**{**self.base, **values})
+        return Settings(**{**self.base, **{name: self.space[name].value(label) for name, label in drawn.items()}})
 
     def judged(self, drawn: Mapping[str, Any]) -> Settings:
         """The same, tested on training images that are held out."""
