@@ -83,12 +83,28 @@ def _steps(prefix: str, variant: str, *parts: str) -> Callable[[list[Case]], Ite
     return values
 
 
-def _covariance_memory(cases: list[Case]) -> Iterator[tuple[str, float]]:
-    for case in _of(cases, "memory", "covariance, "):
-        fraction = case["variants"]["native"]["median"] / case["largest_activation"]
-        yield case["name"].removeprefix("covariance, "), fraction
+def _first_event(network: str) -> Callable[[list[Case]], Iterator[tuple[str, float]]]:
+    """Time of an event in bare steps."""
+
+    def values(cases: list[Case]) -> Iterator[tuple[str, float]]:
+        for case in _of(cases, "removal", f"first event to half of {network}"):
+            yield network, case["variants"]["native"]["median"] / case["variants"]["bare step"]["median"]
+
+    return values
 
 
+def _memory(prefix: str, beside: str) -> Callable[[list[Case]], Iterator[tuple[str, float]]]:
+    """Peak extra memory as a part of the fact `beside`."""
+
+    def values(cases: list[Case]) -> Iterator[tuple[str, float]]:
+        for case in _of(cases, "memory", prefix):
+            yield case["name"].removeprefix(prefix), case["variants"]["native"]["median"] / case[beside]
+
+    return values
+
+
+# bare steps of a batch of 128 images of 32x32, of 32 texts of 128 tokens
+FIRST_EVENTS = {"ResNet-18": 2.5, "VGG16": 8, "ResNet-56": 1.5, "U-Net on ResNet-18": 3, "BERT-base": 2}
 GOALS = [
     Goal(
         "covariance of all layers, VGG and ResNet, against F.unfold + matmul",
@@ -107,13 +123,19 @@ GOALS = [
          _networks("inverse", "", "linalg.inv")),
     Goal("saliency of a network, against batched PyTorch per layer", 3, True,
          _networks("saliency", "", "batched")),
-    Goal("step with factors every step, VGG-small batch 64, in bare steps", 2.2, False,
-         _steps("factors every step, ", "native", "VGG-small b64")),
-    Goal("step with the defaults (factors, radius, flatness), VGG-small batch 64, in bare steps", 1.25, False,
-         _steps("defaults, ", "native", "VGG-small b64")),
+    Goal("step with factors every step, in bare steps", 1.4, False,
+         _steps("factors every step, ", "native", "VGG-small b64", "ResNet", "ViT")),
+    Goal("step with the defaults (factors, radius, flatness), in bare steps", 1.15, False,
+         _steps("defaults, ", "native", "VGG-small b64", "ResNet", "ViT")),
     Goal("step with K-FAC, factors and inverses as often, against the plain recipe with inverses", 1, True,
          _networks("training step", "K-FAC every ", "hooks + unfold, inv")),
-    Goal("peak extra memory of the covariances, in copies of the largest activation", 1, False, _covariance_memory),
+    *(Goal(f"first removal event to half of {network}, in bare steps", bound, False, _first_event(network))
+      for network, bound in FIRST_EVENTS.items()),
+    Goal("peak extra memory of the first event, in those of factors and H", 1.2, False,
+         _memory("first event, ", "working_set")),
+    Goal("peak extra memory of making a pruner, in models", 1.3, False, _memory("pruner construction, ", "model")),
+    Goal("peak extra memory of the covariances, in copies of the largest activation", 1, False,
+         _memory("covariance, ", "largest_activation")),
 ]  # fmt: skip
 
 

@@ -18,6 +18,10 @@ NETWORKS = {
     "ResNet20 b64": (lambda: models.build("resnet20", (3, 32, 32), 10), 64, (3, 32, 32)),
     "MLP 784-300-100-10 b128": (lambda: models.build("mlp", (1, 28, 28), 10, (300, 100)), 128, (1, 28, 28)),
 }
+DEEP = {  # measured without K-FAC and removals, which test_first_event.py has
+    "ResNet56 b32": (lambda: models.build("resnet56", (3, 32, 32), 10), 32, (3, 32, 32)),
+    "ViT-tiny b16": (lambda: models.build("vit_tiny", (3, 32, 32), 10), 16, (3, 32, 32)),
+}
 QUICK = ("VGG-small b64",)
 MAGNITUDE = "torch-pruning, L1"
 
@@ -29,11 +33,18 @@ def network(request, quick):
     return request.param
 
 
+@pytest.fixture(params={**NETWORKS, **DEEP})
+def any_network(request, quick):
+    if quick and request.param not in QUICK:
+        pytest.skip("full runs only")
+    return request.param
+
+
 class Training:
     """A model, its optimizer and one batch."""
 
     def __init__(self, network, *, total_steps=None, **curvature):
-        build, batch, image = NETWORKS[network]
+        build, batch, image = {**NETWORKS, **DEEP}[network]
         torch.manual_seed(0)
         self.model = build()
         self.x, self.y = worksets.batch_of(batch, image)
@@ -95,9 +106,10 @@ def hooked(network):
     return training
 
 
-def test_factors_every_step(measure, network):
+def test_factors_every_step(measure, any_network):
     """All with A and G of every layer renewed in each step; ours follows every radius as well."""
-    build, batch, image = NETWORKS[network]
+    network = any_network
+    build, batch, image = {**NETWORKS, **DEEP}[network]
     foreign, skipped = peers.available(peers.training_steps(build, *worksets.batch_of(batch, image), LR))
     variants = {
         "native": Training(network, factor_update_steps=1, kfac_approx="expand", fisher_type="empirical").step,
@@ -110,14 +122,15 @@ def test_factors_every_step(measure, network):
     measure("training step", f"factors every step, {network}", variants, skipped=skipped)
 
 
-def test_defaults(measure, network):
+def test_defaults(measure, any_network):
     """Factors every few steps, radius and flatness as `Curvature` and `Flatness` do by default; mean of CYCLE steps."""
-    factors = Training(network, **defaults())
-    flat = Training(network, **defaults()).with_flatness()
+    factors = Training(any_network, **defaults())
+    flat = Training(any_network, **defaults()).with_flatness()
     for training in (factors, flat):
         training.steps(4)  # past the flatness term's warm-up
-    variants = {"native": flat.steps, "native, factors only": factors.steps, "bare": Training(network).steps}
-    measure("training step", f"defaults, {network}", variants, per=CYCLE)
+    variants = {"native": flat.steps, "native, factors only": factors.steps, "bare": Training(any_network).steps}
+    rounds = 5 if any_network in DEEP else None
+    measure("training step", f"defaults, {any_network}", variants, per=CYCLE, max_rounds=rounds)
 
 
 @pytest.mark.parametrize("every", [1, 10])

@@ -33,15 +33,23 @@ def test_the_better_plain_way_counts():
 
 
 def test_steps_are_held_to_the_bare_step():
-    step = case("training step", "defaults, VGG-small b64", 1.2, bare=1.0)
+    step = case("training step", "defaults, ViT-tiny b16", 1.1, bare=1.0)
     assert state("step with the defaults", step).state == REACHED
     step = case("training step", "defaults, VGG-small b64", 1.3, bare=1.0)
     assert state("step with the defaults", step).state == MISSED
 
 
 def test_memory_is_held_to_the_largest_activation():
-    assert state("peak extra", memory("covariance, net", 90, 100)).state == REACHED
-    assert state("peak extra", memory("covariance, net", 110, 100)).state == MISSED
+    goal = "peak extra memory of the covariances"
+    assert state(goal, memory("covariance, net", 90, 100)).state == REACHED
+    assert state(goal, memory("covariance, net", 110, 100)).state == MISSED
+
+
+def test_each_first_event_has_a_goal_of_its_own():
+    event = case("removal", "first event to half of ResNet-18", 2.4, **{"bare step": 1.0})
+    verdict = state("first removal event to half of ResNet-18", event)
+    assert verdict.state == REACHED and "2.40 (ResNet-18)" in verdict.measured
+    assert state("first removal event to half of ResNet-56", event).state == UNKNOWN
 
 
 def test_what_was_not_measured_is_not_reached():
