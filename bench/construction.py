@@ -43,15 +43,15 @@ class _Logits(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.model(input_ids=tokens).logits
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.model(inputs).logits
 
 
 def _resnet50() -> nn.Module:
     prepare()
-    import torchvision
+    import transformers
 
-    return torchvision.models.resnet50()
+    return _Logits(transformers.ResNetForImageClassification(transformers.ResNetConfig(num_labels=1000)))
 
 
 def _bert_base() -> nn.Module:
@@ -63,7 +63,7 @@ def _bert_base() -> nn.Module:
 
 SUBJECTS = {
     "ResNet-20": Subject(lambda: models.build("resnet20", (3, 32, 32), 10), lambda: torch.randn(128, 3, 32, 32), 10),
-    "ResNet-50": Subject(_resnet50, lambda: torch.randn(32, 3, 64, 64), 1000, "torchvision"),
+    "ResNet-50": Subject(_resnet50, lambda: torch.randn(32, 3, 64, 64), 1000, "transformers"),
     "BERT-base": Subject(_bert_base, lambda: torch.randint(5, 1000, (32, 128)), 2, "transformers"),
 }
 

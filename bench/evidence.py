@@ -14,13 +14,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from scipy.stats import spearmanr
+
 from bench.documents import replace_between
 from flatprune.files.atomic import write_atomically
 from flatprune.reporting.drawing import png
 from flatprune.study import Results
+from flatprune.study.grid import Point
 from flatprune.study.plots import figure
 from flatprune.study.report import open_study
-from flatprune.study.results import BY_KEY
+from flatprune.study.results import BY_KEY, Summary
 from flatprune.study.tables import Table, details, differences, overview
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
@@ -33,11 +36,13 @@ STUDIES = {  # what is shown of each
     "q2_noise": CALIBRATION,
     "q2_small_data": CALIBRATION,
     "q2_corruption_calibration": CALIBRATION,
+    "q2_fitting": ("train_accuracy_last", *CALIBRATION, "spectral_radius_kfac"),
     "q3_radius": tuple(key for key in BY_KEY if key.startswith("spearman_")),
     "q4_cost": ("seconds", *ACCURACY, "macs_left", "hessian_lambda_max"),
 }
 _IN_ONE_TABLE = ("q3_radius", "q4_cost")
 _WITHOUT_PLOT = ("q4_cost",)  # it has one size
+_WITH_CORRELATIONS = ("q2_fitting",)
 _OPTIONS = {"q4_cost": " --jobs 1"}  # what is timed runs alone
 _DOTS_PER_INCH = 70
 
@@ -62,7 +67,25 @@ def _tables(results: Results, name: str) -> list[Table]:
     if name in _IN_ONE_TABLE:
         return [_only_run(details(results, keys))]
     shown = [table for key in keys if results.present([key]) for table in overview(results, key)]
-    return [_only_run(table) for table in [*shown, *differences(results)] if table.rows]
+    shown += differences(results)
+    if name in _WITH_CORRELATIONS:
+        shown.append(correlations(results))
+    return [_only_run(table) for table in shown if table.rows]
+
+
+def correlations(results: Results) -> Table:
+    """Spearman's, of sharpness and the gap between training and test accuracy, over all runs at a point."""
+    sharpness = ("hessian_lambda_max", "spectral_radius_kfac")
+    at: dict[Point, list[Summary]] = {}
+    for group in results.groups:
+        at.setdefault(group.point, []).extend(group.summaries.values())
+    rows = []
+    for point, summaries in at.items():
+        gap, *others = ([BY_KEY[key].value(summary) for summary in summaries] for key in ("gap", *sharpness))
+        cells = [f"{spearmanr(gap, other).statistic:.2f} ({len(gap)})" for other in others]
+        rows.append((", ".join(f"{axis} {value}" for axis, value in point), *cells))
+    head = ("", *(BY_KEY[key].title for key in sharpness))
+    return Table("rank correlation with the gap between training and test accuracy, all runs (n)", head, tuple(rows), 1)
 
 
 def _only_run(table: Table) -> Table:

@@ -138,7 +138,7 @@ def _case(case: Mapping[str, Any]) -> Iterator[str]:
             f"{ratio:.2f}" if ratio else "",
         )
         yield f"| {' | '.join(cells)} |"
-    for fact in ("largest_activation", "model"):
+    for fact in ("largest_activation", "model", "working_set"):
         if fact in case:
             yield f"| | *{fact.replace('_', ' ')}* | {quantity(case, case[fact])} | | | |"
     for peer, reason in reasons(case).items():

@@ -15,12 +15,20 @@ import kfac_ext
 
 
 def thorough(cases, *, but=None, seldom=()):
-    """Parameters of a test: all but those in `but`, or those that are `seldom`, are in `make test-thorough` alone."""
+    """Parameters of a test: all but those in `but`, or those that are `seldom`, are in `make test-thorough` alone.
+
+    A case that is a tuple stands for several parameters.
+    """
     named = seldom if but is None else but
     missing = [name for name in named if name not in cases]
     assert not missing, f"{missing} are no cases"
     rare = [case for case in cases if (case in named) == (but is None)]
-    return [pytest.param(case, marks=pytest.mark.thorough) if case in rare else case for case in cases]
+    return [
+        pytest.param(
+            *(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.thorough if case in rare else ()
+        )
+        for case in cases
+    ]
 
 
 def _devices():

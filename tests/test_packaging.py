@@ -50,7 +50,6 @@ LAYERS = (
     {"values"},
     {"training"},
     {"reporting"},
-    {"run_folder"},
     {"runs"},
     {"execution"},
     {"study"},

@@ -12,6 +12,7 @@ from bench.gpu.run import ROOT, Run, Step
 MINUTES = 4.8
 PROGRAMS = {  # program of tests/native -> its small cases
     "covariance_emulation": ("kinds", "offsets"),
+    "greedy_emulation": ("failing", "steps", "wide"),
     "inverse_emulation": ("small", "failing", "failing_large", "pi"),
     "power_iteration_emulation": ("kinds", "sizes"),
     "power_iteration_covariance_emulation": ("failing", "kinds"),

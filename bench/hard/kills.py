@@ -21,7 +21,7 @@ from bench.hard.forks import Ended, forked
 from bench.hard.small_runs import result, settings, without_report
 from bench.hard.tally import Tally
 from flatprune import runs
-from flatprune.run_folder import FINE, RUN_FILES, check_run
+from flatprune.runs.folder import FINE, RUN_FILES, check_run
 
 SIZES = {"quick": 20, "full": 500}
 _CALLS = ("open", "fsync", "replace", "unlink", "mkdir")  # of the module os; each kill is before or after one

@@ -11,6 +11,7 @@ import torch
 
 from flatprune import runs
 from flatprune.files.finished import HISTORY_FILE, read_history, read_summary
+from flatprune.reporting import report
 from flatprune.settings import Settings
 from flatprune.study import report as study_report
 
@@ -33,7 +34,7 @@ def settings(**changes: Any) -> Settings:
 
 def without_report() -> None:
     """Leave the drawing out, which takes longer than all else."""
-    runs.report.write_report = lambda *_: None  # type: ignore[assignment]
+    report.write_report = lambda *_: None  # type: ignore[assignment]
     study_report.figure = lambda *_: None  # type: ignore[assignment]
     study_report.png = lambda *_: b"no picture"  # type: ignore[assignment]
 

@@ -50,6 +50,13 @@ class DeviceBlock {
                  : "memory");
   }
 
+  // The same of 4 bytes, of any place.
+  __device__ void copy4(float* shared, const float* global, bool valid) const {
+    const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(to), "l"(global), "r"(valid ? 4 : 0)
+                 : "memory");
+  }
+
   // Closes a group of copies; wait<n> waits until at most the n latest groups of this thread are under way.
   __device__ void commit() const { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
   template <int kPending>

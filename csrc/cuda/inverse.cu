@@ -2,6 +2,7 @@
 #include "inverse.h"
 #include "inverse_sweep.cuh"
 #include "inverse_tiles.cuh"
+#include "inverse_update.cuh"
 
 namespace kfac {
 namespace {

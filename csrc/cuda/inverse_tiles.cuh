@@ -147,7 +147,7 @@ KFAC_DEVICE void inverse_pivot(Block& block, const JobList<InverseJob>& list, in
   });
 }
 
-// ---- panel and update ----------------------------------------------------------------------------------------------
+// ---- panel --------------------------------------------------------------------------------------------------------
 
 // Rows of `left` and `right` [kInverseEdge][...], kInverseEdge columns of each, into a stage of shared memory.
 template <class Block>
@@ -260,117 +260,6 @@ KFAC_DEVICE void inverse_panel(Block& block, const JobList<InverseJob>& list, in
       }
     }
   });
-}
-
-// A_ij, from its place (rows, columns) on, and the panels whose product it loses.
-struct UpdateTile {
-  const float *left, *right;
-  int32_t pitch, n, rows, columns;
-  float* out;
-};
-
-// body(i, j, e, row, column) for half of the entries of a tile that a thread holds, sums[i][j][e].
-template <class Body>
-KFAC_DEVICE void for_own_entries(int32_t thread, int half, const Body& body) {
-  using Shape = InverseShape128;
-  const WarpPlace<Shape> place = warp_place<Shape>(thread / 32);
-  const MmaLane lane = mma_lane(thread % 32);
-  KFAC_UNROLL
-  for (int i = 0; i < Shape::kMmaM / 2; ++i) {
-    KFAC_UNROLL
-    for (int j = 0; j < Shape::kMmaN; ++j) {
-      KFAC_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        const int m = half * (Shape::kMmaM / 2) + i;
-        body(m, j, e, place.row + m * 16 + mma_d_row(lane, e), place.column + j * 8 + mma_d_column(lane, e));
-      }
-    }
-  }
-}
-
-using TileSums = float[InverseShape128::kMmaM][InverseShape128::kMmaN][4];
-constexpr int kHalf = InverseShape128::kMmaM * InverseShape128::kMmaN * 2;  // of a thread's entries of a tile
-
-// Half of a thread's entries of a tile, at and below the diagonal: old <- A_ij.
-template <class Block>
-KFAC_DEVICE void load_half(Block& block, const UpdateTile& tile, int half, float (&old)[kHalf]) {
-  const float* const corner = tile.out + int64_t(tile.rows) * tile.n + tile.columns;
-  int k = 0;
-  for_own_entries(block.thread(), half, [&](int, int, int, int32_t row, int32_t column) {
-    const bool inside = tile.rows + row < tile.n && tile.columns + column <= tile.rows + row;
-    old[k++] = inside ? corner[int64_t(row) * tile.n + column] : 0.0f;
-  });
-}
-
-// A_ij <- old - sums, likewise.
-template <class Block>
-KFAC_DEVICE void store_half(Block& block, const UpdateTile& tile, int half, const float (&old)[kHalf],
-                            const TileSums& sums) {
-  float* const corner = tile.out + int64_t(tile.rows) * tile.n + tile.columns;
-  int k = 0;
-  for_own_entries(block.thread(), half, [&](int i, int j, int e, int32_t row, int32_t column) {
-    const float value = old[k++] - sums[i][j][e];
-    const bool inside = tile.rows + row < tile.n && tile.columns + column <= tile.rows + row;
-    if (inside) corner[int64_t(row) * tile.n + column] = value;
-  });
-}
-
-// A_ij <- A_ij - Y_i Y_j^T. The copies of one tile begin while the products of the one before are not done yet, and
-// what a tile holds is asked for before it is needed.
-template <class Block>
-KFAC_DEVICE void inverse_update(Block& block, const JobList<InverseJob>& list, int32_t level,
-                                const InversePointers& pointers, const InverseArguments& arguments, float* workspace) {
-  using Shape = InverseShape128;
-  constexpr int kAll = kInverseEdge / Shape::kStageRows, kAhead = Shape::kStages - 1;
-  static_assert(kAll % Shape::kStages == 0, "stages are numbered through, from tile to tile");
-  int32_t number = 0, at = block.index();
-  const auto find = [&](UpdateTile& found) {  // the next tile that falls to this block; whether there is one
-    for (; at < list.tiles; at += block.count()) {
-      number = job_of_tile(list.first, number, at);
-      const InverseJob job = list.jobs[number];
-      if (arguments.info[job.place] != 0) continue;
-      const TilePair pair = tile_pair(at - list.first[number], job.tiles - 1, true);
-      const int32_t rows = (pair.i + (pair.i >= level)) * kInverseEdge;
-      const int32_t columns = (pair.j + (pair.j >= level)) * kInverseEdge;
-      const InversePanels panels = inverse_panels(job, workspace);
-      found = {panels.Y + rows, panels.Y + columns, panels.pitch, job.n, rows, columns, pointers.inverse[job.place]};
-      at += block.count();
-      return true;
-    }
-    return false;
-  };
-  const auto load = [&](const UpdateTile& tile, int stage) {
-    float* const to = block.shared() + stage % Shape::kStages * Shape::kStageFloats;
-    load_product_stage(block, tile.left, tile.pitch, tile.right, tile.pitch, stage, to);
-  };
-  UpdateTile tile, next;
-  bool more = find(tile);
-  for (int stage = 0; more && stage < kAhead; ++stage) {
-    load(tile, stage);
-    block.commit();
-  }
-  while (more) {
-    next = tile;
-    more = find(next);
-    TileSums sums = {};
-    float old[kHalf] = {};
-    KFAC_UNROLL_BY(1)
-    for (int stage = 0; stage < kAll; ++stage) {
-      block.template wait<Shape::kStages - 2>();
-      block.sync();  // everyone's copies are here, and everyone is done with the stage before
-      const bool own = stage + kAhead < kAll;
-      if (own || more) load(own ? tile : next, (stage + kAhead) % kAll);
-      block.commit();
-      if (stage == kAll - 1) load_half(block, tile, 0, old);
-      multiply_stage<MmaMode::kSplit, Shape>(block, block.shared() + stage % Shape::kStages * Shape::kStageFloats,
-                                             sums);
-    }
-    store_half(block, tile, 0, old, sums);
-    load_half(block, tile, 1, old);
-    store_half(block, tile, 1, old, sums);
-    tile = next;
-  }
-  block.template wait<0>();
 }
 
 // ---- finish --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from pydantic import (
 
 from flatprune import models
 from flatprune.criteria import CRITERIA
-from flatprune.data import DIGITS, MAX_CLASSES
+from flatprune.data import DIGITS, MAX_CLASSES, Dataset, load_dataset
 from flatprune.errors import InputError
 from flatprune.faults import first_fault
 from flatprune.flatness.spectrum import MODES, STRENGTH
@@ -309,6 +309,19 @@ class Settings(BaseModel):
         if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
             raise InputError(f"device {self.device} cannot be used: there are {torch.cuda.device_count()} GPUs, from 0")
         return torch.device(self.device)
+
+    def dataset(self) -> Dataset:
+        """The data set that a run with these settings trains and tests on."""
+        return load_dataset(
+            self.data,
+            seed=self.seed,
+            train_size=self.train_size,
+            validation=self.validation,
+            label_noise=self.label_noise,
+            image_size=self.image_size,
+            classes=self.classes,
+            device=self.torch_device(),
+        )
 
     def peak_lr(self, batch_norm: bool) -> float:
         """Learning rate before the schedule, for a network with or without batch norms."""

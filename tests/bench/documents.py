@@ -40,9 +40,10 @@ def case(suite, name, native, half_width=0.01, **others):
     }
 
 
-def memory(name, native, largest):
+def memory(name, native, largest, **others):
     """A memory case."""
-    variants = {"native": {"median": native, "min": native, "max": native}}
+    medians = {"native": native, **others}
+    variants = {variant: {"median": n, "min": n, "max": n} for variant, n in medians.items()}
     found = case("memory", name, 1.0) | {"kind": "memory", "unit": "bytes", "variants": variants}
     return found | {"largest_activation": largest}
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from bench.evidence import PAGE, STUDIES, main
+from bench.evidence import PAGE, STUDIES, correlations, main
 from flatprune.study import read_study, run_study
 from flatprune.study.plan import RUNS_FOLDER
+from flatprune.study.results import Group
 
 STUDY = """
 base: {data: digits, model: mlp, epochs: 1, widths: [8, 8], flatness: off}
@@ -25,6 +27,16 @@ def test_every_study_has_a_grid_and_a_place_on_the_page():
     for name in STUDIES:
         assert (GRIDS / f"{name}.yaml").is_file()
         assert PAGE.read_text().count(f"<!-- {name} -->") == 2
+
+
+def test_correlations_are_over_all_runs_of_a_point():
+    def group(variant, *figures):
+        names = "train_accuracy_last", "test_accuracy_last", "hessian_lambda_max", "spectral_radius_kfac"
+        return Group(variant, (("task", "x"),), {seed: dict(zip(names, row)) for seed, row in enumerate(figures)})
+
+    groups = [group("none", (100, 90, 5.0, 0.1), (100, 80, 7.0, 0.05)), group("penalty", (99, 95, 1.0, 0.4))]
+    table = correlations(SimpleNamespace(groups=groups))
+    assert table.rows == (("task x", "1.00 (3)", "-1.00 (3)"),)
 
 
 @pytest.mark.thorough

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import flatprune as package
-from flatprune import runs
+from flatprune.files.finished import HISTORY_FILE, SUMMARY_FILE, read_history
 from flatprune.files.lock import LOCK_FILE
 from flatprune.models import layer_widths, multiply_accumulates, parameter_count
 from flatprune.reporting.report import VALLEYS_FILE
-from flatprune.run_folder import RUN_FILES
+from flatprune.runs.folder import RUN_FILES
 from tests.cli.small_images import image_arrays
 
 REQUIRED = [
@@ -39,7 +39,7 @@ def digits_run(tmp_path_factory):
 
 
 def summary_of(folder):
-    return json.loads((folder / runs.SUMMARY_FILE).read_text())
+    return json.loads((folder / SUMMARY_FILE).read_text())
 
 
 def test_files(digits_run):
@@ -85,7 +85,7 @@ def test_dense_beside(digits_run):
 
 
 def test_history(digits_run):
-    records = [json.loads(line) for line in (digits_run / runs.HISTORY_FILE).read_text().splitlines()]
+    records = [json.loads(line) for line in (digits_run / HISTORY_FILE).read_text().splitlines()]
     epochs = [record for record in records if record["kind"] == "epoch"]
     removals = [record for record in records if record["kind"] == "removal"]
     assert [record["epoch"] for record in epochs] == [1, 2]
@@ -103,7 +103,7 @@ def test_loads_back(digits_run):
     assert multiply_accumulates(model, torch.zeros(1, *model.image_shape)) == summary["macs_after"]
     first = model[1]
     assert first.out_features == first.weight.shape[0] == summary["widths_after"]["1"]
-    digits = runs.load(package.Settings())
+    digits = package.Settings().dataset()
     accuracy = 100.0 * float((model(digits.x_test).argmax(1) == digits.y_test).double().mean())
     assert accuracy == pytest.approx(summary["test_accuracy_last"], abs=1e-9)
 
@@ -233,7 +233,7 @@ def test_removal_events_are_recorded_and_shown(flatprune, npz, tmp_path):
     out = tmp_path / "out"
     options = ("--epochs", 80, "--batch-size", 32, "--target-macs", 0.2)
     outcome = flatprune("run", "--data", npz(), "--out", out, *options)
-    history = runs.read_history(out / runs.HISTORY_FILE)
+    history = read_history(out / HISTORY_FILE)
     cuts = {(r["step"], r["round"]): r for r in history if r["kind"] == "removal"}
     assert len(cuts) >= 3
     for record in cuts.values():
@@ -258,7 +258,7 @@ def test_what_an_event_leaves_undone_is_said(flatprune, npz, tmp_path):
     options = ("--epochs", 50, "--batch-size", 32, "--target-params", 0.3, "--max-predicted-loss", 1e-30)
     outcome = flatprune("run", "--data", npz(), "--out", out, *options)
     assert outcome.code == 0
-    events = [r for r in runs.read_history(out / runs.HISTORY_FILE) if r["kind"] == "event"]
+    events = [r for r in read_history(out / HISTORY_FILE) if r["kind"] == "event"]
     assert events
     for record in events:
         assert "nothing removed: max_predicted_loss=1e-30 ended the event" in record["note"]

@@ -180,7 +180,7 @@ def random_removal(coupling: Coupling, seed: int) -> dict[int, Tensor]:
     return pruned
 
 
-@pytest.mark.parametrize("name", thorough(NETWORKS, seldom=["mobilenetv2", "densenet40"]))
+@pytest.mark.parametrize("name", thorough(NETWORKS, seldom=["mobilenetv2", "densenet40", "vit_tiny"]))
 def test_macs_on_paper_are_those_that_torch_counts(name):
     torch.manual_seed(0)
     source, inputs = NETWORKS[name]()

@@ -4,15 +4,18 @@ import contextlib
 import io
 import os
 import signal
+import warnings
 
 from flatprune.cli import main
 
 
 def call(arguments, at_epoch=None, stop=None):
-    """(exit code, stdout, stderr) of a command; rank `stop` gets SIGTERM after that epoch."""
-    rank = int(os.environ["RANK"])
+    """(exit code, stdout, stderr) of a command; rank `stop` gets SIGTERM after that epoch. Alone it is rank 0."""
+    rank = int(os.environ.get("RANK", "0"))
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _stopped(at_epoch, rank == stop):
+    streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+    with streams[0], streams[1], _stopped(at_epoch, rank == stop), warnings.catch_warnings():
+        warnings.filterwarnings("default", message="the checkpoint is of")  # processes of tests ignore warnings
         code = main([str(argument) for argument in arguments])
     return code, out.getvalue(), err.getvalue()
 
@@ -38,15 +41,15 @@ def _stopped(epoch, here):
 
 def spoiled(arguments, other, rank):
     """The same where one rank reads the data from another file."""
-    import flatprune.runs as runs
+    from flatprune import Settings
 
-    load = runs.load
+    dataset = Settings.dataset
 
     def loaded(settings):
-        return load(settings.changed(data=other) if int(os.environ["RANK"]) == rank else settings)
+        return dataset(settings.changed(data=other) if int(os.environ["RANK"]) == rank else settings)
 
-    runs.load = loaded
+    Settings.dataset = loaded
     try:
         return call(arguments)
     finally:
-        runs.load = load
+        Settings.dataset = dataset

@@ -90,10 +90,16 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(two, whole, tmp_path, st
     assert same(load_checkpoint(whole[0] / "checkpoint.pt"), load_checkpoint(tmp_path / "checkpoint.pt"))
 
 
-def test_resumed_by_another_number_of_ranks(two, whole, tmp_path, capsys):
-    two.run(commands.call, [*PRUNED, "--out", tmp_path], 2, 1)
-    assert main(["run", "--resume", "--out", str(tmp_path)]) == 0
-    assert "the checkpoint is of 2 ranks, and there are 1" in capsys.readouterr().err
+@pytest.mark.parametrize("before", [2, 1])
+def test_resumed_by_another_number_of_ranks(two, whole, tmp_path, before):
+    def call(ranks, *arguments):
+        """What the first of so many ranks answers."""
+        return two.run(commands.call, *arguments)[0] if ranks == 2 else commands.call(*arguments)
+
+    assert call(before, [*PRUNED, "--out", tmp_path], 2, 0)[0] == 130
+    code, _out, err = call(3 - before, ["run", "--resume", "--out", tmp_path])
+    assert code == 0, err
+    assert f"the checkpoint is of {before} ranks, and there are {3 - before}" in err
     ours, theirs = (load_checkpoint(folder / "checkpoint.pt") for folder in (whole[0], tmp_path))
     assert neurons(ours) == neurons(theirs) and distance(ours, theirs) < 1e-5
 
@@ -193,3 +199,23 @@ def test_a_killed_rank_comes_again(whole, tmp_path):
     )
     assert done.returncode == 0, [line for line in done.stderr.splitlines() if "flatprune: " in line]
     assert same(load_checkpoint(whole[0] / "checkpoint.pt"), load_checkpoint(tmp_path / "run/checkpoint.pt"))
+
+
+STUDY = """
+base: {data: digits, train_size: 240, batch_size: 24, epochs: 1, widths: [12], target_params: 0.5}
+grid: {seed: [1, 2]}
+variants: {one: {}}
+"""
+
+
+@pytest.mark.thorough  # a quarter of a minute
+def test_a_study_is_made_by_the_first_rank(tmp_path):
+    (tmp_path / "study.yaml").write_text(STUDY)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "flatprune"]
+    arguments = ["study", tmp_path / "study.yaml", "--out", tmp_path / "made", "--jobs", "1"]
+    done = subprocess.run([*command, *arguments], env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2/2") == 1
+    summaries = sorted(tmp_path.glob("made/runs/*/summary.json"))
+    assert len(summaries) == 2
+    assert all("traffic" not in json.loads(path.read_text()) for path in summaries)

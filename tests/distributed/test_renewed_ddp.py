@@ -44,3 +44,9 @@ def test_the_same_as_one_process(two, name):
 def test_batch_norms_are_alike_after_an_event(two, broadcast):
     found = two.run(compare, NORMED, "plain", {"broadcast_buffers": broadcast})[0]
     assert found["ranks_alike"] and found["removed"] > 3
+
+
+def test_power_sgd_goes_on(two):
+    """Compressed gradients are not those of one process, but those of all ranks."""
+    found = two.run(compare, CONV, "power_sgd")[0]
+    assert found["ranks_alike"] and found["events"] > 2

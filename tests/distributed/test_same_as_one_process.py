@@ -5,7 +5,7 @@ import torch
 
 from tests.conftest import thorough
 from tests.distributed.ranks import Ranks
-from tests.distributed.training_loops import compare, compare_with_shared_work
+from tests.distributed.training_loops import compare, compare_shifted, compare_with_shared_work
 
 DISTANCE = 1e-12  # of weights and factors, in float64
 
@@ -63,6 +63,12 @@ def test_ranks_in_float32_stay_equal(two):
 @pytest.mark.parametrize("name", ["conv_greedy", "kron_obs", "c_obs", "preconditioner", "conv_expand"])
 def test_shared_inverses_and_scores(two, name):
     check(two.run(compare_with_shared_work, LOOPS[name]), LOOPS[name])
+
+
+def test_an_optimum_is_shifted_by_the_whole_batch(two):
+    (distance, moved, weights), (*_, others) = two.run(compare_shifted)
+    assert distance < DISTANCE and moved > 1e-3
+    assert weights == others
 
 
 @pytest.mark.thorough

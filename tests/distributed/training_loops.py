@@ -1,5 +1,6 @@
 """The same training by one process and by ranks that share its batches, and how far apart they end."""
 
+import copy
 import hashlib
 import warnings
 
@@ -7,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
 import flatprune
@@ -174,6 +176,8 @@ def wrapped(kind, **arguments):
         if kind == "communication_hook":
             ddp.used = []
             ddp.register_comm_hook(ddp.used, _scaled)
+        if kind == "power_sgd":
+            ddp.register_comm_hook(PowerSGDState(None, start_powerSGD_iter=2, min_compression_rate=1), powerSGD_hook)
         if kind == "subclass":
             ddp.forwards = []
             ddp.register_forward_hook(lambda *_: ddp.forwards.append(1))
@@ -222,3 +226,18 @@ def compare_with_shared_work(options):
         return compare(options)
     finally:
         kfac_ext.distributed.WORTH_SHARING = kept
+
+
+def compare_shifted():
+    """`optimum_shift` by ranks and by one process: how far apart they end, how far weights moved, what a rank has."""
+    torch.manual_seed(0)
+    model = conv().double()
+    before = [p.detach().clone() for p in model.parameters()]
+    alone, x = copy.deepcopy(model), torch.randn(12, *IMAGE, dtype=torch.float64)
+    flatprune.optimum_shift(DistributedDataParallel(model), own_part(x))
+    pairs = list(zip(model.parameters(), before))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a plain model among ranks
+        flatprune.optimum_shift(alone, x)
+    distance = max(float((a - b).abs().max()) for a, b in zip(model.parameters(), alone.parameters()))
+    return distance, max(float((a - b).abs().max()) for a, b in pairs), digest(model.parameters())

@@ -11,6 +11,7 @@ import torch
 import flatprune
 from flatprune import runs
 from flatprune.export import export_run
+from flatprune.reporting import report
 from flatprune.settings import Settings
 
 FOLDER = Path(__file__).parent / "formats"
@@ -30,7 +31,7 @@ KEPT = (
 
 def main() -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
-    runs.report.write_report = lambda *_: None  # type: ignore[assignment]
+    report.write_report = lambda *_: None  # type: ignore[assignment]
     runs.run(SETTINGS, FOLDER)
     export_run(FOLDER, "safetensors")
     logits = flatprune.load(FOLDER)(images()).tolist()

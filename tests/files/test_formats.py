@@ -18,9 +18,9 @@ from flatprune.checkpoint import CHECKPOINT_FORMAT, CHECKPOINT_VERSION, load_che
 from flatprune.errors import InputError
 from flatprune.export.model_file import MODEL_FORMAT, MODEL_VERSION
 from flatprune.export.subject import DESCRIPTION_KEY, DESCRIPTION_VERSION
-from flatprune.files.finished import DIGESTS, HISTORY, SUMMARY
+from flatprune.files.finished import DIGESTS, HISTORY, SUMMARY, read_history
 from flatprune.files.sealed import save_sealed
-from flatprune.run_folder import FINE, SETTINGS, check_run
+from flatprune.runs.folder import FINE, SETTINGS, check_run
 from flatprune.study import read_study
 from tests.files.make_formats import FOLDER, KEPT, images
 
@@ -42,12 +42,12 @@ def test_all_files_are_whole_and_small(folder):
 
 
 def test_the_run_can_be_resumed(folder):
-    whole = runs.read_history(folder / "history.jsonl")
+    whole = read_history(folder / "history.jsonl")
     assert runs.resume(folder)["epochs"] == 2
     for name in ("summary.json", "digests.json", "history.jsonl", "model.pt"):
         (folder / name).unlink()
     runs.resume(folder)
-    assert runs.read_history(folder / "history.jsonl") == whole
+    assert read_history(folder / "history.jsonl") == whole
 
 
 def test_versions_are_those_of_the_files():

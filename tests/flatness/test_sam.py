@@ -16,6 +16,7 @@ from flatprune import runs
 from flatprune.errors import Interrupted
 from flatprune.flatness import sam as sam_module
 from flatprune.flatness.sam import SAM
+from flatprune.reporting import report
 from flatprune.settings import Settings
 from flatprune.training.trainer import Observer
 from kfac_ext import Curvature
@@ -206,7 +207,7 @@ def test_remove_and_copies():
 
 @pytest.mark.parametrize("model", ["mlp", "convnet"])
 def test_a_run_resumes_bit_for_bit(tmp_path, model, monkeypatch):
-    monkeypatch.setattr(runs.report, "write_report", lambda *_: None)
+    monkeypatch.setattr(report, "write_report", lambda *_: None)
     settings = Settings(
         model=model, widths=(8,) * 6 if model == "convnet" else (20, 10), epochs=4, train_size=120, batch_size=20,
         target_params=0.5, flatness="sam", sam_every=3,

@@ -7,6 +7,7 @@ import torch
 
 import flatprune
 from flatprune.errors import InputError
+from tests.conftest import thorough
 
 needed = ("transformers", "accelerate")
 pytestmark = [
@@ -61,7 +62,10 @@ def trainer(folder, target=0.5, pruning=None, **options):
     return PruningTrainer(bert(), arguments, train_dataset=Sentences(), target=target, pruning=made)
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"label_smoothing_factor": 0.1}])
+OPTIONS = [{}, {"gradient_accumulation_steps": 2}, {"label_smoothing_factor": 0.1}]
+
+
+@pytest.mark.parametrize("options", thorough(OPTIONS, seldom=[{}]))
 def test_the_target_is_reached(tmp_path, options):
     run = trainer(tmp_path, **options)
     before = sum(p.numel() for p in run.model.parameters())

@@ -8,6 +8,7 @@
 #include "../../csrc/cuda/greedy.cuh"
 #include "../../csrc/cuda/inverse_sweep.cuh"
 #include "../../csrc/cuda/inverse_tiles.cuh"
+#include "../../csrc/cuda/inverse_update.cuh"
 #include "../../csrc/cuda/power_iteration.cuh"
 #include "../../csrc/cuda/power_iteration_covariance.cuh"
 #include "../../csrc/cuda/saliency.cuh"

@@ -294,7 +294,11 @@ void Block::meet(uint32_t* arrived, uint32_t target) {
 void Block::copy16(float* to, const float* from, bool valid) {
   const auto misaligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 != 0; };
   if (misaligned(from) || (to - shared()) % 4 != 0) std::abort();  // the hardware would fault
-  open_.push_back({to, from, valid});
+  open_.push_back({to, from, 16, valid});
+}
+
+void Block::copy4(float* to, const float* from, bool valid) {
+  open_.push_back({to, from, 4, valid});
 }
 
 void Block::commit() {
@@ -307,9 +311,9 @@ void Block::land(int pending) {
   while (int(groups_.size()) > pending) {
     for (const Copy& copy : groups_.front()) {
       if (copy.valid) {
-        memcpy(copy.to, copy.from, 16);
+        memcpy(copy.to, copy.from, copy.bytes);
       } else {
-        memset(copy.to, 0, 16);
+        memset(copy.to, 0, copy.bytes);
       }
     }
     groups_.erase(groups_.begin());

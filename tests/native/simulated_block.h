@@ -8,7 +8,7 @@
 // Blocks run one after the other, unless the kernel's blocks meet: then all at once.
 //
 // A kernel's body is a function template over Block with thread(), index(), count(), shared(), sync(), copy16(),
-// commit(), wait<n>(), mma(), shuffle_xor() and meet(); csrc/cuda/device_block.cuh is the real one.
+// copy4(), commit(), wait<n>(), mma(), shuffle_xor() and meet(); csrc/cuda/device_block.cuh is the real one.
 #pragma once
 
 #include <csetjmp>
@@ -39,6 +39,7 @@ class Block {
   float* shared() const;
   void sync();
   void copy16(float* shared, const float* global, bool valid);
+  void copy4(float* shared, const float* global, bool valid);
   void commit();
   template <int kPending>
   void wait() {
@@ -56,6 +57,7 @@ class Block {
   struct Copy {
     float* to;
     const float* from;
+    int bytes;
     bool valid;
   };
   void land(int pending);

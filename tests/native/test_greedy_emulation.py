@@ -1,5 +1,6 @@
 """The CUDA kernels of greedy selection without a GPU: run by simulated threads, under the public functions."""
 
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,13 @@ def poisoned():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("case", ["steps", "wide", "failing"])
+def test_steps_against_float64(build_target, case):
+    program = build_target("greedy_emulation") / "greedy_emulation"
+    run = subprocess.run([program, case], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import torch
 
 import kfac_ext
 from kfac_ext.ops import refuse_free_threading
+from tests.conftest import thorough
 
 
 def tensors_of(result):
@@ -107,6 +108,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
+@pytest.mark.parametrize("threads", thorough([1, 2], but=[2]))
 def test_forks_after_use(threads):
     """In a fresh process: children of one that has used torch's own threads must not use torch."""
     root = Path(__file__).parents[2]

@@ -100,6 +100,8 @@ def test_predicted_vs_measured_counts_each_cut_once():
     assert (found["cuts"], found["predicted_sum"], found["measured_sum"]) == (3, pytest.approx(0.7), pytest.approx(1.9))
     assert found["spearman"] == pytest.approx(0.5)  # ranks 1 2 3 and 1 3 2
     assert found["pearson"] == pearson([0.1, 0.2, 0.4], [0.2, 0.9, 0.8])
+    assert found["median_ratio"] == pytest.approx((4.5 + 2.0) / 2)  # not of the first, which nothing calibrated
+    assert predicted_vs_measured(history[:1])["median_ratio"] is None
 
 
 def test_too_few_or_constant_changes_have_no_correlation():

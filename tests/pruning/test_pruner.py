@@ -11,18 +11,18 @@ from flatprune.cutting.surgery import sync_attributes
 from flatprune.pruning.pruner import Pruner
 from flatprune.pruning.targets import Target
 from kfac_ext import Curvature
+from tests.conftest import thorough
 from tests.pruning.pruning_networks import NETWORKS, Concat, Run, chain, digits, mlp, sgd
+
+MORE = [
+    *itertools.product(("obd", "l1_uniform"), ("resnet", "attention")),
+    *itertools.product(("kron_obs", "l1"), ("grouped", "transposed")),
+]
+SELDOM = [("obd", "attention"), ("l1_uniform", "resnet"), ("kron_obs", "grouped"), ("l1", "transposed")]
 
 
 @pytest.mark.filterwarnings("ignore:Curvature")
-@pytest.mark.parametrize(
-    ("criterion", "name"),
-    [
-        *(("obs", name) for name in NETWORKS),
-        *itertools.product(("obd", "l1_uniform"), ("resnet", "attention")),
-        *itertools.product(("kron_obs", "l1"), ("grouped", "transposed")),
-    ],
-)
+@pytest.mark.parametrize(("criterion", "name"), thorough([*(("obs", name) for name in NETWORKS), *MORE], seldom=SELDOM))
 def test_the_target_is_reached_and_the_records_agree(name, criterion):
     torch.manual_seed(0)
     run = Run(NETWORKS[name]()).prune(100, params=0.4, criterion=criterion)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flatprune
+from tests.conftest import thorough
 
 
 class Convolutions(nn.Module):
@@ -182,7 +183,12 @@ def test_a_state_dict_into_a_fresh_model(name):
     assert torch.equal(outputs(deeper), expected)
 
 
-@pytest.mark.parametrize(("name", "criterion"), [*((name, "l1") for name in NETWORKS), ("convolutions", "obs")])
+CONTINUED = [*((name, "l1") for name in NETWORKS), ("convolutions", "obs")]
+
+
+@pytest.mark.parametrize(
+    ("name", "criterion"), thorough(CONTINUED, seldom=[("encoder_norm_first", "l1"), ("convolutions", "l1")])
+)
 def test_training_goes_on_exactly(name, criterion):
     options = {"criterion": criterion, "compensate": "auto"}
     start = NETWORKS[name]()

@@ -17,6 +17,7 @@ from flatprune.pruning.costs import ParameterCount, smallest_cost
 from flatprune.pruning.limits import Limits, LossBudget
 from flatprune.pruning.selection import End, select, select_greedily
 from flatprune.pruning.ties import find_ties, named_ties
+from tests.conftest import thorough
 
 
 class Block(nn.Module):
@@ -108,8 +109,10 @@ def test_a_pattern_is_no_list_of_patterns():
         Loop(transformer(20, 20), tie_widths="*.fc1")
 
 
-@pytest.mark.parametrize("selection", ["independent", "greedy"])
-@pytest.mark.parametrize("compensate", [False, True])
+WAYS = [("independent", False), ("independent", True), ("greedy", False), ("greedy", True)]
+
+
+@pytest.mark.parametrize(("selection", "compensate"), thorough(WAYS, but=[("independent", False), ("greedy", True)]))
 def test_the_widths_of_a_kind_stay_equal(selection, compensate):
     loop = Loop(transformer(24, 24, 24), tie_widths=True, selection=selection, compensate=compensate)
     records = loop.train()

@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from flatprune import runs
+from flatprune.files.finished import read_history
 from flatprune.reporting import progress
 from flatprune.reporting.drawing import spread
 from flatprune.settings import Settings
@@ -52,7 +53,7 @@ def test_epochs_that_are_not_tested(npz, tmp_path, terminal):
     some = runs.run(settings, tmp_path / "some", observer=lambda title: progress.observer(console, title))
     tested = [
         r.get("test_accuracy") is not None
-        for r in runs.read_history(tmp_path / "some" / "history.jsonl")
+        for r in read_history(tmp_path / "some" / "history.jsonl")
         if r["kind"] == "epoch"
     ]
     assert tested == [False, True, False, True, True]

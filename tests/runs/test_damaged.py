@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ import torch
 from flatprune import runs
 from flatprune.checkpoint import CHECKPOINT_VERSION
 from flatprune.errors import DamagedError, InputError
+from flatprune.files.finished import read_history
+from flatprune.files.lock import locked
 from flatprune.reporting.report import VALLEYS_FILE
-from flatprune.run_folder import RUN_FILES, WHOLE, check_run
+from flatprune.runs.folder import RUN_FILES, WHOLE, check_run
 from flatprune.settings import Settings
 from tests.conftest import thorough
 
@@ -82,8 +85,12 @@ def test_the_network_of_another_run_is_noticed(flatprune, folder, tmp_path):
 _MADE_AGAIN = ["history.jsonl", "model.pt", "report.html", "settings.json", "progress.png"]
 
 
-@pytest.mark.parametrize("name", thorough(_MADE_AGAIN, but=["history.jsonl", "model.pt"]))
-@pytest.mark.parametrize("damage", [cut, lambda path: path.unlink()], ids=["cut", "removed"])
+_DAMAGES = [(damage, name) for damage in (cut, Path.unlink) for name in _MADE_AGAIN]
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"), thorough(_DAMAGES, but=[(cut, "history.jsonl"), (Path.unlink, "model.pt")])
+)
 def test_resume_makes_again_what_the_checkpoint_knows(flatprune, folder, name, damage):
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     damage(folder / name)
@@ -103,7 +110,7 @@ def test_what_the_checkpoint_knew_is_lost_with_it(flatprune, folder):
     refused(flatprune("run", "--resume", "--out", folder), "history.jsonl", "no checkpoint.pt")
 
 
-@pytest.mark.parametrize("damage", [cut, flip, lambda path: path.write_bytes(b"PK half a file")])
+@pytest.mark.parametrize("damage", thorough([cut, flip, lambda path: path.write_bytes(b"PK half a file")], but=[flip]))
 def test_a_damaged_checkpoint_is_put_aside_when_asked(flatprune, folder, damage):
     before = tensors(folder)
     unfinish(folder)
@@ -141,12 +148,12 @@ def test_a_checkpoint_that_fits_no_run_is_named(folder):
 
 
 def test_the_history_of_a_killed_run_is_completed(folder):
-    records = runs.read_history(folder / "history.jsonl")
+    records = read_history(folder / "history.jsonl")
     unfinish(folder)
     lines = (folder / "history.jsonl").read_text().splitlines(keepends=True)
     (folder / "history.jsonl").write_text("".join(lines[:-1]))  # killed between checkpoint and history
     runs.resume(folder)
-    assert runs.read_history(folder / "history.jsonl") == records
+    assert read_history(folder / "history.jsonl") == records
 
 
 @pytest.mark.parametrize("name", RUN_FILES)
@@ -199,7 +206,7 @@ def test_exported_code_notices_damaged_weights(flatprune, folder):
 
 
 def test_two_runs_in_one_folder_refuse_each_other(flatprune, folder):
-    with runs.locked(folder):
+    with locked(folder):
         start = time.monotonic()
         for options in (["--resume"], ["--overwrite"], ["--restart-damaged"]):
             refused(flatprune("run", *options, "--out", folder), str(folder), "in use by process")

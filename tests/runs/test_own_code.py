@@ -12,13 +12,15 @@ import flatprune as package
 from flatprune import named, runs
 from flatprune.errors import InputError, Interrupted
 from flatprune.export import export_run
-from flatprune.run_folder import WHOLE, check_run
+from flatprune.reporting import report
+from flatprune.runs.folder import WHOLE, check_run
 from flatprune.settings import Settings
 from tests.training.acting import At
 
 SOURCE = """
 import numpy as np
 from torch import nn
+from flatprune.reporting import report
 
 class Net(nn.Module):
     def __init__(self, features, classes):
@@ -61,7 +63,7 @@ def own(tmp_path, monkeypatch):
     (tmp_path / f"{module}.py").write_text(SOURCE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(named, "_allowed", set())
-    monkeypatch.setattr(runs.report, "write_report", lambda *_: None)
+    monkeypatch.setattr(report, "write_report", lambda *_: None)
     yield lambda name: f"{module}:{name}"
     sys.modules.pop(module, None)
 

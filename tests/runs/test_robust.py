@@ -18,10 +18,13 @@ import torch
 
 from flatprune import runs
 from flatprune.cli import main
-from flatprune.errors import Interrupted
+from flatprune.errors import InputError, Interrupted
 from flatprune.files import atomic
+from flatprune.files.lock import locked
+from flatprune.reporting import report
 from flatprune.reporting.progress import SteadyConsole, observer
-from flatprune.run_folder import FINE, check_run
+from flatprune.runs.folder import FINE, check_run
+from flatprune.settings import Settings
 from flatprune.signals import stop_signals
 from flatprune.training.trainer import Observer
 from tests.runs.conftest import SMALL
@@ -46,7 +49,7 @@ OPTIONS = [
 @pytest.fixture(autouse=True)
 def without_report(monkeypatch):
     """Drawing takes longer than these runs."""
-    monkeypatch.setattr(runs.report, "write_report", lambda *_: None)
+    monkeypatch.setattr(report, "write_report", lambda *_: None)
 
 
 def tensors(folder):
@@ -105,9 +108,9 @@ def test_a_folder_that_another_run_has_taken_is_left_to_it(tmp_path, flatprune):
     def take():
         shutil.rmtree(folder)
         folder.mkdir()
-        taken.enter_context(runs.locked(folder))
+        taken.enter_context(locked(folder))
 
-    with taken, pytest.raises(runs.InputError, match="in use by process"):
+    with taken, pytest.raises(InputError, match="in use by process"):
         runs.run(SMALL, folder, observer=lambda _: At(2, take))
     assert not (folder / "checkpoint.pt").exists()
 
@@ -229,7 +232,7 @@ def test_a_report_that_cannot_be_drawn_is_no_loss(tmp_path, whole, monkeypatch):
     def fail(*_):
         raise ValueError("a glyph")
 
-    monkeypatch.setattr(runs.report, "write_report", fail)
+    monkeypatch.setattr(report, "write_report", fail)
     with pytest.warns(UserWarning, match="the report could not be made"):
         runs.run(SMALL, tmp_path / "run")
     assert_whole(tmp_path / "run", whole)
@@ -300,6 +303,6 @@ def test_no_memory_is_one_line(tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise MemoryError("Unable to allocate 9 TiB")
 
-    monkeypatch.setattr(runs, "load", fail)
+    monkeypatch.setattr(Settings, "dataset", fail)
     assert main(["run", *OPTIONS, "--out", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err == "flatprune: not enough memory: Unable to allocate 9 TiB\n"

@@ -12,6 +12,8 @@ import torch
 
 from flatprune import runs
 from flatprune.errors import InputError, Interrupted
+from flatprune.files.finished import read_history
+from flatprune.reporting import report
 from flatprune.settings import Settings
 from flatprune.training.trainer import Observer, Trainer
 from tests.conftest import thorough
@@ -34,7 +36,7 @@ class Crash(Exception):  # noqa: N818
 def _without_figures():
     """Drawing takes longer than these runs, and test_run.py looks at the figures."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs.report, "write_report", lambda *_: None)
+        patch.setattr(report, "write_report", lambda *_: None)
         yield
 
 
@@ -48,7 +50,7 @@ def crash():
 
 def result(folder):
     summary = json.loads((folder / "summary.json").read_text())
-    history = runs.read_history(folder / "history.jsonl")
+    history = read_history(folder / "history.jsonl")
     for record in (summary, *history):
         for key in runs.TIMES:
             record.pop(key, None)
@@ -169,7 +171,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, data, whole, monkeypatc
 @pytest.mark.parametrize(
     "options",
     [
-        ["--flatness", "msam", "--sam-radius", 0.3],
+        pytest.param(["--flatness", "msam", "--sam-radius", 0.3], marks=pytest.mark.thorough),
         pytest.param(["--flatness", "on+msam", "--flatness-fade-below", 0], marks=pytest.mark.thorough),
         ["--flatness", "sam", "--disout", 0.2],
         pytest.param(

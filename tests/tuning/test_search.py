@@ -22,7 +22,7 @@ from flatprune.execution import DIVERGED, FAILED, Ended
 from flatprune.execution.task import FINISHED
 from flatprune.files.finished import HISTORY, HISTORY_FILE, finish
 from flatprune.files.records import write_json_lines
-from flatprune.run_folder import read_settings
+from flatprune.runs.folder import read_settings
 from flatprune.settings import Settings
 from flatprune.tuning import EARLY, read_tuning, tune
 

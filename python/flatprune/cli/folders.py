@@ -61,7 +61,7 @@ def check_command(
 
     The exit code is 2 where one is not.
     """
-    from flatprune.run_folder import FINE
+    from flatprune.runs.folder import FINE
     from flatprune.study.whole import check_folder
 
     found = check_folder(folder)

@@ -13,7 +13,7 @@ from flatprune.errors import RunsFailedError
 from flatprune.execution.executors import Executor, Job
 from flatprune.execution.task import FAILED, LOG_FILE, STOP_FILE, Ended, Steps, Task, last_line, read_steps
 from flatprune.files.records import write_record
-from flatprune.run_folder import SETTINGS, SETTINGS_FILE
+from flatprune.runs.folder import SETTINGS, SETTINGS_FILE
 from flatprune.settings import Settings
 
 _GRACE_SECONDS = 120.0  # for a step to end and a checkpoint to be written

@@ -27,7 +27,7 @@ import torch
 
 from flatprune import runs
 from flatprune.errors import DivergedError, InputError, Interrupted
-from flatprune.run_folder import CHECKPOINT_FILE, read_settings
+from flatprune.runs.folder import CHECKPOINT_FILE, read_settings
 from flatprune.settings import Settings
 from flatprune.training.ranks import alone
 from flatprune.training.trainer import Observer

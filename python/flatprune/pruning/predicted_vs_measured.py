@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -57,19 +58,22 @@ def predicted_vs_measured(history: Iterable[Mapping[str, Any]]) -> dict[str, Any
     """How well predicted and measured changes of the loss agree over the cuts of a run.
 
     Returns:
-        cuts: how many both are known of; predicted_sum, measured_sum: over them; pearson, spearman: correlation over
-        them, None below 3 cuts or where one side never varies.
+        cuts: how many both are known of; predicted_sum, measured_sum: over them; median_ratio: of measured over
+        predicted, where both are positive, without the first cut, whose prediction nothing has calibrated, None without
+        another; pearson, spearman: correlation over the cuts, None below 3 or where one side never varies.
 
     Example:
-        >>> predicted_vs_measured([])
-        {'cuts': 0, 'predicted_sum': 0.0, 'measured_sum': 0.0, 'pearson': None, 'spearman': None}
+        >>> predicted_vs_measured([{"step": 9, "round": 0, "predicted_change": 0.5, "measured_change": 0.25}])["cuts"]
+        1
     """
     pairs = cuts(history)
     predicted, measured = [cut.predicted for cut in pairs], [cut.measured for cut in pairs]
+    ratios = [m / p for p, m in zip(predicted[1:], measured[1:]) if p > 0 and m > 0]
     return {
         "cuts": len(pairs),
         "predicted_sum": math.fsum(predicted),
         "measured_sum": math.fsum(measured),
+        "median_ratio": statistics.median(ratios) if ratios else None,
         "pearson": pearson(predicted, measured),
         "spearman": pearson(ranks(predicted), ranks(measured)),
     }

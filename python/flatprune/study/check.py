@@ -10,7 +10,6 @@ from typing import Any
 from flatprune import named
 from flatprune.data import Dataset
 from flatprune.errors import InputError
-from flatprune.runs import load
 from flatprune.settings import Settings
 from flatprune.training.trainer import Trainer
 
@@ -64,5 +63,5 @@ def _dataset(settings: Settings, known: dict[Any, Dataset]) -> Dataset:
     key = tuple(getattr(settings, name) for name in _OF_THE_DATA)
     if key not in known:
         known.clear()  # one at a time is held: points that share their data follow each other
-        known[key] = load(settings)
+        known[key] = settings.dataset()
     return known[key]

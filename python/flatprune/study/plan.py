@@ -23,7 +23,7 @@ from flatprune.execution import FAILED
 from flatprune.files.atomic import read_bytes
 from flatprune.files.finished import DIGESTS_FILE, HISTORY_FILE, SUMMARY_FILE, check_digest, read_summary
 from flatprune.files.records import Kind, read_record, write_record
-from flatprune.run_folder import CHECKPOINT_FILE
+from flatprune.runs.folder import CHECKPOINT_FILE
 from flatprune.settings import Settings
 from flatprune.study.grid import Candidate, Cell, Study
 

@@ -61,6 +61,10 @@ def _corrupted(kind: str) -> Metric:
     return Metric(f"corrupted_{kind}", f"with {kind}, %", ".2f", value)
 
 
+def _ratio_of_losses(summary: Summary) -> float | None:
+    return summary.get("predicted_vs_measured", {}).get("median_ratio")
+
+
 METRICS = (
     _plain("test_accuracy_last", "test accuracy, %", ".2f"),
     _plain("test_accuracy_best", "best epoch, %", ".2f"),
@@ -82,6 +86,7 @@ METRICS = (
         for size in (1, 128)
         for when in ("before", "after")
     ),
+    Metric("measured_over_predicted", "loss measured over predicted, median", ".2f", _ratio_of_losses),
     _plain("seconds", "seconds", ".1f"),
     *(_plain(f"spearman_{name}", f"rank correlation, {name.replace('_', ' ')}", ".2f") for name in TRACKED),
 )

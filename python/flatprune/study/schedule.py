@@ -18,7 +18,7 @@ from flatprune.files.atomic import sha256, write_atomically
 from flatprune.files.finished import SUMMARY_FILE, read_summary
 from flatprune.files.lock import locked
 from flatprune.files.records import write_record
-from flatprune.run_folder import CHECKPOINT_FILE, check_free
+from flatprune.runs.folder import CHECKPOINT_FILE, check_free
 from flatprune.settings import Settings
 from flatprune.signals import stop_signals
 from flatprune.study.check import check_runs

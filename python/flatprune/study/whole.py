@@ -10,7 +10,7 @@ from flatprune.errors import InputError
 from flatprune.files.atomic import read_bytes, sha256
 from flatprune.files.finished import SUMMARY_FILE
 from flatprune.files.records import read_record
-from flatprune.run_folder import WHOLE, check_run, holds_run
+from flatprune.runs.folder import WHOLE, check_run, holds_run
 from flatprune.study.plan import DATA, DATA_FILE, FAILURE, FAILURE_FILE, RUNS_FOLDER
 from flatprune.study.report import PAGE_FILE, RESULTS, RESULTS_FILE, RUNS_FILE, STUDY_FILE, open_study
 

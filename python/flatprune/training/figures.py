@@ -15,7 +15,7 @@ from flatprune.training.trainer import Trainer
 
 
 def results(trainer: Trainer) -> dict[str, Any]:
-    """The figures of `summary.json` that describe the network as it is now (see `flatprune.runs`)."""
+    """The figures of `summary.json` that describe the network as it is now (see `flatprune.runs.summary`)."""
     model, dataset = trainer.result, trainer.dataset
     train_accuracy, _ = evaluate(model, dataset.x_train, dataset.y_train)
     logits = predictions(model, dataset.x_test)

@@ -27,7 +27,7 @@ from flatprune.extras import needed_by
 from flatprune.files.atomic import write_atomically
 from flatprune.files.finished import HISTORY_FILE, read_history
 from flatprune.files.lock import locked
-from flatprune.run_folder import CHECKPOINT_FILE, check_free
+from flatprune.runs.folder import CHECKPOINT_FILE, check_free
 from flatprune.settings import Settings
 from flatprune.signals import stop_signals
 from flatprune.study.check import check_runs

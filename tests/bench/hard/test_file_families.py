@@ -11,7 +11,8 @@ import torch
 
 from bench.hard import damage, kills, long_run
 from bench.hard.forks import forked
-from flatprune import runs
+from flatprune.reporting import report
+from flatprune.runs import found
 from flatprune.study import report as study_report
 from flatprune.study import whole
 
@@ -25,7 +26,7 @@ def alone(monkeypatch):
     """Forks of this process, whose pool of threads they have not, compute with one; the drawing is left out."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for module, name in ((runs.report, "write_report"), (study_report, "figure"), (study_report, "png")):
+    for module, name in ((report, "write_report"), (study_report, "figure"), (study_report, "png")):
         monkeypatch.setattr(module, name, getattr(module, name))  # to be put back in the end
     yield
     torch.set_num_threads(threads)
@@ -55,14 +56,14 @@ def test_killed_runs_end_alike():
 
 
 def test_runs_that_cannot_go_on_are_found(monkeypatch):
-    real = runs.load_checkpoint
+    real = found.load_checkpoint
 
     def forgetful(path):
         state = real(path)
         state["progress"]["best_accuracy"] = -1.0
         return {**state, "history": []}
 
-    monkeypatch.setattr(runs, "load_checkpoint", forgetful)
+    monkeypatch.setattr(found, "load_checkpoint", forgetful)
     tally = kills.run(3, 11, 60.0)
     assert tally.lost + tally.unclear > 0
 
