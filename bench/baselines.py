@@ -181,14 +181,16 @@ class HookedFactors:
         x = inputs[0].detach()
         if isinstance(module, nn.Conv2d):
             x = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)  # type: ignore[arg-type]
-            x = x.transpose(1, 2).reshape(-1, x.shape[1])
+            x = x.transpose(1, 2)
+        x = x.reshape(-1, x.shape[-1])  # positions as samples
         if module.bias is not None:
             x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
         self._blend(self.A, module, x.T @ x / len(x))
         output.register_hook(lambda g: self._backward(module, g))
 
     def _backward(self, module: nn.Module, g: Tensor) -> None:
-        rows = g if g.dim() == 2 else g.permute(0, 2, 3, 1).reshape(-1, g.shape[1])
+        g = g.permute(0, 2, 3, 1) if isinstance(module, nn.Conv2d) else g
+        rows = g.reshape(-1, g.shape[-1])
         self._blend(self.G, module, rows.T @ rows * len(g))  # gradients of the mean loss
 
     def _blend(self, factors: dict[nn.Module, Tensor], module: nn.Module, value: Tensor) -> None:
