@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 GROUPS := --group dev $(if $(filter ON 1,$(KFAC_CUDA)),$(if $(shell command -v nvcc),,--group cuda))
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h')
 
-.PHONY: setup build demo test lint format bench bench-quick bench-report bench-peers rivals hard sanitize sanitize-address sanitize-thread zoo zoo-quick gpu-check gpu-bench cuda-report clean test-thorough wheel wheels docs
+.PHONY: setup build demo test lint format bench bench-quick bench-report bench-peers rivals hard sanitize sanitize-address sanitize-thread zoo zoo-quick gpu-check gpu-bench cuda-report clean test-thorough test-types test-zoo wheel wheels docs
 
 setup: $(READY)
 
@@ -33,6 +33,11 @@ test: setup
 # more networks and larger sizes of the same, minutes
 test-thorough: setup
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m thorough
+
+# what pyright, too, says of examples and README's code
+test-types: setup
+	$(BIN)/pip install --quiet --group types
+	$(BIN)/python -m pytest -m thorough tests/examples/test_types.py
 
 # the site, with the API page from docstrings; warnings and broken links are errors -> build/site
 docs: setup
@@ -128,6 +133,10 @@ zoo: setup $(ZOO_READY)
 # a dozen of them, in minutes, beside the committed results
 zoo-quick: setup $(ZOO_READY)
 	$(RUN_ZOO) --fresh --results build/zoo/quick.json --quick
+
+# inside trainers that only the zoo's environment has
+test-zoo: setup $(ZOO_READY)
+	PYTHONPATH="$(CURDIR):$(CURDIR)/python" .venv-zoo/bin/python -m pytest tests/integrations/test_ultralytics.py tests/integrations/test_timm.py
 
 # on a machine with a GPU, in a Python that has torch with CUDA, without network: builds, tests and sanitizes in 5 minutes,
 # measures in 6 -> build/gpu (or the folder $OUT): gpu-check.json, gpu-bench.json, logs; GPU="--dry" tries them on the CPU

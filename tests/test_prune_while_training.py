@@ -1,5 +1,6 @@
 """One object in a loop of one's own: what its parts do alone, resumed, told of on a logger, closed."""
 
+import inspect
 import io
 import logging
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import flatprune
+from flatprune.prune_while_training import PrunerArguments
 from flatprune.pruning.learning_rate import LR_SCHEDULES, rate_factor
 from tests.pruning.pruning_networks import chain, digits, mlp, sgd
 
@@ -37,6 +39,13 @@ def train(model, optimizer, pruning, steps):
         loss.backward()
         optimizer.step()
         pruning.step()
+
+
+def test_checkers_know_the_arguments_of_the_pruner():
+    own = {"model", "optimizer", "curvature", "example_inputs", "target", "total_steps"}
+    of_pruner = inspect.signature(flatprune.Pruner).parameters
+    wanted = {name: parameter.annotation for name, parameter in of_pruner.items() if name not in own}
+    assert {name: hint.__forward_arg__ for name, hint in PrunerArguments.__annotations__.items()} == wanted
 
 
 def test_it_does_what_its_parts_do(caplog):

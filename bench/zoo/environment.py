@@ -7,9 +7,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 _MISSING = ("nms", "qnms")  # operators that torchvision's Python code gives meta kernels when it is imported
+_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _library: torch.library.Library | None = None  # the operators vanish with it
 
 
@@ -23,7 +25,10 @@ def prepare() -> None:
 
 
 def _import_torchvision() -> None:
-    """Import torchvision; the compiled operators of its wheel want a CUDA torch, networks need none of them."""
+    """Import torchvision; the compiled operators of its wheel want a CUDA torch, networks need none of them.
+
+    What draws boxes from a detector's outputs calls `nms`, which is made of PyTorch's operators then.
+    """
     global _library
     try:
         import torchvision  # noqa: F401
@@ -32,5 +37,20 @@ def _import_torchvision() -> None:
             raise
         _library = torch.library.Library("torchvision", "DEF")
         for name in _MISSING:
-            _library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            _library.define(f"{name}{_SCHEMA}")
+        _library.impl("nms", _nms, "CPU")
         _import_torchvision()
+
+
+def _nms(dets: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Boxes [n, 4] (x1, y1, x2, y2) that overlap no better one by more than the threshold, the best first; int64."""
+    kept: list[Tensor] = []
+    left = scores.argsort(descending=True)
+    areas = (dets[:, 2:] - dets[:, :2]).prod(dim=1)
+    while len(left):
+        best, left = left[0], left[1:]
+        kept.append(best)
+        corners = torch.maximum(dets[best, :2], dets[left, :2]), torch.minimum(dets[best, 2:], dets[left, 2:])
+        common = (corners[1] - corners[0]).clamp_min(0).prod(dim=1)
+        left = left[common / (areas[best] + areas[left] - common) <= iou_threshold]
+    return torch.stack(kept) if kept else scores.new_zeros(0, dtype=torch.int64)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
+from flatprune.criteria import Criterion, Scores, ScoringContext
 from flatprune.flatness.spectrum import STRENGTH, Flatness
 from flatprune.pruning.learning_rate import PruningLR
 from flatprune.pruning.pruner import Pruner
@@ -18,8 +19,33 @@ from flatprune.pruning.scalars import Logger, event_scalars, state_scalars
 from flatprune.pruning.schedule import CubicSchedule
 from flatprune.pruning.targets import UNITS, Target, amount
 from kfac_ext.curvature import Curvature
+from kfac_ext.curvature.outputs import Pick
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 logger = logging.getLogger("flatprune")
+
+
+class PrunerArguments(TypedDict, total=False):
+    """The arguments of `Pruner` that `PruneWhileTraining` hands on, so that type checkers know them."""
+
+    criterion: str | Criterion | Callable[[ScoringContext], Scores]
+    compensate: str | bool
+    selection: str
+    seed: int
+    schedule: CubicSchedule | None
+    round_to: int
+    min_width: int
+    max_layer_fraction: float
+    tie_widths: bool | Sequence[str]
+    max_predicted_loss: float | None
+    measure: bool
+    exclude: Sequence[str | type]
+    layers: Sequence[str] | None
+    forward: Callable[..., Any] | None
+    ema_models: Sequence[nn.Module]
+    output: Pick
 
 
 class PruneWhileTraining:
@@ -75,13 +101,13 @@ class PruneWhileTraining:
         lr_schedule: str | None = None,
         curvature: Curvature | Mapping[str, Any] | None = None,
         logger: Logger | None = None,
-        **pruner_arguments: Any,
+        **pruner_arguments: Unpack[PrunerArguments],
     ) -> None:
         if not isinstance(target, Target):
             target = Target(params=target)
         if logger is not None and not callable(getattr(logger, "log", None)):
             raise TypeError(f"PruneWhileTraining: logger is {logger!r}, expected one with a method log(step, scalars)")
-        schedule = pruner_arguments.setdefault("schedule", CubicSchedule(total_steps))
+        schedule = pruner_arguments["schedule"] = pruner_arguments.get("schedule") or CubicSchedule(total_steps)
         given = isinstance(curvature, Curvature)
         self.curvature = curvature if isinstance(curvature, Curvature) else Curvature(model, **(curvature or {}))
         try:

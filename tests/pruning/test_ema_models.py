@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,6 +63,25 @@ def test_averaged_weights_of_a_whole_training(network):
     assert accuracy > 0.8
 
 
+class Holder(nn.Module):
+    """As averages of other libraries are: the copy is its `module`, here in another precision."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module = copy.deepcopy(model).double()
+
+
+def test_a_module_that_holds_a_copy_stands_for_it():
+    model = nn.Sequential()
+    model.module = mlp(12, 8)  # called alike in the model
+    coupling = find_coupling(model, digits()[0][:2])
+    held, bare = Holder(model), copy.deepcopy(model)
+    surgery.plan(model, coupling, {0: torch.tensor([3])}, ema_models=[held, bare]).commit()
+    assert shapes(held.module) == shapes(bare) == shapes(model)
+    assert held.module.module[1].weight.dtype == torch.float64
+    assert torch.equal(held.module.module[1].weight.float(), model.module[1].weight)
+
+
 def test_compensation_moves_a_copy_as_much_as_the_model():
     torch.manual_seed(0)
     model = mlp(12, 8)
@@ -85,6 +105,7 @@ def test_what_is_no_copy_is_refused():
         ([mlp(12, 9)], ValueError, r"ema_models\[0\]: '3.weight' has shape \(9, 12\), \(8, 12\) in the model"),
         ([copy.deepcopy(model), chain()], ValueError, r"ema_models\[1\]: '1.weight' has shape"),
         ([nn.Sequential(model)], ValueError, r"ema_models\[0\]: '1.weight' is only in the model"),
+        ([SimpleNamespace(decay=0.9, ema=copy.deepcopy(model))], TypeError, r"expected a torch.nn.Module: give its \.ema"),
         ([model], ValueError, r"ema_models\[0\]: '1.weight' is the model's own tensor"),
         ([3], TypeError, r"ema_models\[0\] is int"),
         (copy.deepcopy(model), TypeError, "ema_models is Sequential, expected a list"),

@@ -1,9 +1,10 @@
 """Copies of a model that lose the same neurons as the model: averaged weights (EMA, SWA), or any deep copy.
 
 A copy has the modules and tensors of the model under the same names, in the same shapes, but tensors of its own:
-`copy.deepcopy(model)`, or a `torch.optim.swa_utils.AveragedModel` of the model, whose copy inside is meant. It is cut
-with the model's own choice of neurons; where survivors are compensated, its weights move by as much as the model's.
-Nothing else is done to it: what updates it goes on doing so.
+`copy.deepcopy(model)`, or a module that holds such a copy as its `module` (`torch.optim.swa_utils.AveragedModel`, timm's
+`ModelEmaV3`). Device and dtype may be others. It is cut with the model's own choice of neurons; where survivors are
+compensated, its weights move by as much as the model's. Nothing else is done to it: what updates it goes on doing so,
+unless that keeps views of the tensors from one update to the next; have it make them anew after a cut.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from flatprune.coupling.constants import register_tensors
 
 
-def unwrapped(ema_model: nn.Module) -> nn.Module:
-    """The copy of the model: what an AveragedModel averages, else the copy itself."""
-    return ema_model.module if isinstance(ema_model, AveragedModel) else ema_model
+def unwrapped(model: nn.Module, ema_model: nn.Module) -> nn.Module:
+    """The copy of the model: what was given, or its `module` if none of its own tensors is called as one of the model's."""
+    inner = getattr(ema_model, "module", None)
+    if isinstance(inner, nn.Module) and named_tensors(ema_model).keys().isdisjoint(named_tensors(model)):
+        return inner
+    return ema_model
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -38,9 +41,12 @@ def checked_ema_models(model: nn.Module, ema_models: Sequence[nn.Module]) -> tup
 def check_ema_model(model: nn.Module, ema_model: nn.Module, name: str) -> None:
     """Raise TypeError or ValueError, naming the first tensor that differs, if `ema_model` is no copy of the model."""
     if not isinstance(ema_model, nn.Module):
-        raise TypeError(f"{name} is {type(ema_model).__name__}, expected a torch.nn.Module")
-    register_tensors(unwrapped(ema_model), set(named_tensors(model)))
-    own, found = named_tensors(model), named_tensors(unwrapped(ema_model))
+        held = [key for key, value in getattr(ema_model, "__dict__", {}).items() if isinstance(value, nn.Module)]
+        give = f": give its .{held[0]}" if held else ""
+        raise TypeError(f"{name} is {type(ema_model).__name__}, expected a torch.nn.Module{give}")
+    copy = unwrapped(model, ema_model)
+    register_tensors(copy, set(named_tensors(model)))
+    own, found = named_tensors(model), named_tensors(copy)
     for key in [*own, *found]:
         if key not in own or key not in found:
             raise ValueError(f"{name}: {key!r} is only in {'the model' if key in own else 'it'}, expected a copy")

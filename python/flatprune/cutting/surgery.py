@@ -134,9 +134,9 @@ def plan(
         _plan_tensor(result, own[name], _checked(name, own[name], value), cuts.get(name, ()))
     result.states = cut_states(own, cuts, optimizers, seen)
     _plan_attributes(result, model, cuts, coupling, removed)
-    for ema_model in ema_models:
-        _plan_copy(result, own, unwrapped(ema_model), cuts, replacements)
-        _plan_attributes(result, unwrapped(ema_model), cuts, coupling, removed)
+    for copy in (unwrapped(model, ema_model) for ema_model in ema_models):
+        _plan_copy(result, own, copy, cuts, replacements)
+        _plan_attributes(result, copy, cuts, coupling, removed)
     _plan_groups(result, groups, pruned, cuts)
     if curvature is not None:
         result.curvature = curvature
