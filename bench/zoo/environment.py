@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,7 +12,6 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 _MISSING = ("nms", "qnms")  # operators that torchvision's Python code gives meta kernels when it is imported
-_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _library: torch.library.Library | None = None  # the operators vanish with it
 
 
@@ -19,6 +19,7 @@ def prepare() -> None:
     """Keep everything offline and out of the home directory, and make torchvision importable; call it first of all."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["YOLO_VERBOSE"] = "false"
+    os.environ["YOLO_OFFLINE"] = "true"
     os.environ.setdefault("YOLO_CONFIG_DIR", str(ROOT / "build" / "zoo"))
     if find_spec("torchvision") is not None:
         _import_torchvision()
@@ -27,7 +28,7 @@ def prepare() -> None:
 def _import_torchvision() -> None:
     """Import torchvision; the compiled operators of its wheel want a CUDA torch, networks need none of them.
 
-    What draws boxes from a detector's outputs calls `nms`, which is made of PyTorch's operators then.
+    What takes boxes from a detector's outputs calls `torchvision.ops.nms`, which is made of PyTorch's operators then.
     """
     global _library
     try:
@@ -37,9 +38,9 @@ def _import_torchvision() -> None:
             raise
         _library = torch.library.Library("torchvision", "DEF")
         for name in _MISSING:
-            _library.define(f"{name}{_SCHEMA}")
-        _library.impl("nms", _nms, "CPU")
+            _library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _import_torchvision()
+        sys.modules["torchvision.ops"].nms = _nms
 
 
 def _nms(dets: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:

@@ -68,3 +68,27 @@ def test_a_copy_made_before_is_cut_too():
     coupling = find_coupling(net, TOKENS)
     plan(net, coupling, {0: torch.tensor([0])}, ema_models=[early]).commit()
     torch.testing.assert_close(early(TOKENS), net(TOKENS), rtol=0, atol=0)
+
+
+class Cached(nn.Module):
+    """Keeps positions from one forward to the next, as detectors keep their anchors; its class has one of that name."""
+
+    places, made_for = torch.zeros(0), None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(6, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.made_for != x.shape[1:2]:
+            self.places, self.made_for = torch.arange(0.0, x.shape[1])[:, None], x.shape[1:2]
+        return self.out((self.into(x) + self.places).relu())
+
+
+def test_a_cache_of_another_shape_stays_as_it_was():
+    net = Cached()
+    net(TOKENS[:, :2])
+    places = net.places
+    assert [group.name for group in find_coupling(net, TOKENS).groups] == ["into"]
+    assert net.places is places and net.made_for == (2,) and "places" not in net._buffers
+    assert net(TOKENS).shape == (2, 5, 3)

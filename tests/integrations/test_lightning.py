@@ -128,6 +128,8 @@ def test_what_cannot_be_meant_is_refused(tmp_path):
     )
     with pytest.raises(InputError, match="name the network"):
         trainer.fit(Two(), batches())
+    with pytest.raises(InputError, match="PruningCallback: nothing is pruned before training has begun"):
+        trainer.callbacks[0].pruning  # noqa: B018
     torch.save({"callbacks": {}}, tmp_path / "other.ckpt")
     with pytest.raises(InputError, match="no PruningCallback"):
         load_pruned(Classifier(), tmp_path / "other.ckpt")

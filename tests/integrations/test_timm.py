@@ -56,7 +56,7 @@ class Script:
         self.pruning = flatprune.PruneWhileTraining(
             self.model,
             self.optimizer,
-            torch.zeros(2, 3, 32, 32),
+            torch.randn(2, 3, 32, 32),
             target=0.5,
             total_steps=EPOCHS * per_epoch,
             accumulate=parts,

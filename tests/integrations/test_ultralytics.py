@@ -30,10 +30,8 @@ backbone:
   - [-1, 1, Conv, [16, 3, 2]]
   - [-1, 1, C2f, [16, True]]
   - [-1, 1, Conv, [24, 3, 2]]
-  - [-1, 1, Conv, [32, 3, 2]]
-  - [-1, 1, Conv, [32, 3, 2]]
 head:
-  - [[3, 4, 5], 1, Detect, [nc]]
+  - [[3], 1, Detect, [nc]]
 """
 
 
@@ -64,7 +62,7 @@ def trained(files, folder, model=None, target=0.5, pruning=None, callbacks=None,
     steps = EPOCHS * IMAGES // BATCH
     made = {"schedule": flatprune.CubicSchedule(steps, 0.1, 0.7, every=2), **(pruning or {})}
     settings = {"imgsz": SIDE, "batch": BATCH, "nbs": BATCH, "epochs": EPOCHS, "device": "cpu", "plots": False}
-    settings |= {"project": str(folder), "name": "run", "exist_ok": True, "verbose": False, "pretrained": False}
+    settings |= {"project": str(folder), "name": "run", "exist_ok": True, "verbose": False}
     trainer = pruning_trainer(yolo, target, made)
     yolo.train(trainer=trainer, **{"data": str(data), "optimizer": "SGD", **settings, **options})
     return yolo
@@ -148,7 +146,9 @@ def test_a_stopped_training_goes_on(files, tmp_path):
 def test_a_pruned_network_trains_on_at_its_size(files, run, tmp_path, example):
     yolo, _ = run
     again = trained(files, tmp_path / "again", model=yolo.trainer.best, target=None, epochs=1)
-    assert again.trainer.pruning is None and size(again.model) == size(yolo.model)
+    assert size(again.model) == size(yolo.model)
+    with pytest.raises(InputError, match="nothing is pruned before training has begun, nor with target=None"):
+        again.trainer.pruning  # noqa: B018
     assert not torch.equal(again.model.model[0].conv.weight, yolo.model.model[0].conv.weight)
     other = example.write_data(tmp_path / "other", train=4, val=4)
     other.write_text(other.read_text().replace("names: [", "names: ['line', "))

@@ -42,9 +42,9 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             changed = {key: value for key, value in vars(module).items() if known.get(key, _NEW) is not value}
             cached = {key for key, value in changed.items() if _holds_tensors(value)}
             for key, value in changed.items():
-                if key in known and (key in cached or isinstance(value, _PLAIN)):  # a counter, say
+                if key in known and (cached or isinstance(value, _PLAIN)):  # a cache and what it is of, or a counter
                     module.__dict__[key] = known[key]
-                elif key not in known and cached:  # a cache, and what it was made for
+                elif key not in known and cached:
                     del module.__dict__[key]
 
 

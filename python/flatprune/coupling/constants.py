@@ -26,7 +26,9 @@ def register_tensors(model: nn.Module, wanted: Collection[str] | None = None) ->
     for name, module in model.named_modules():
         for key, value in list(vars(module).items()):
             qualified = f"{name}.{key}".lstrip(".")
-            if _is_constant(value) and (wanted is None or qualified in wanted):
+            if not _is_constant(value) or hasattr(type(module), key):  # its class would hide a buffer of that name
+                continue
+            if wanted is None or qualified in wanted:
                 del module.__dict__[key]
                 module.register_buffer(key, value, persistent=False)
                 found.append((module, key))

@@ -33,9 +33,6 @@ class PruningCallback(Callback):
             parameters.
         pruning: more arguments of `flatprune.PruneWhileTraining`.
 
-    Attributes:
-        pruning: the `PruneWhileTraining` once training has begun.
-
     Raises:
         InputError: several devices with a strategy that shards; no part or several that could be meant.
 
@@ -47,7 +44,7 @@ class PruningCallback(Callback):
     def __init__(
         self, target: Target | float, network: str | None = None, pruning: Mapping[str, Any] | None = None
     ) -> None:
-        self.pruning: PruneWhileTraining | None = None
+        self._pruning: PruneWhileTraining | None = None
         self._target, self._name, self._arguments = target, network, dict(pruning or {})
         self._network: nn.Module | None = None
         self._call: tuple[Call, Any] | None = None
@@ -55,6 +52,13 @@ class PruningCallback(Callback):
         self._handle: Any = None
         self._steps = 0
         self._saved: Mapping[str, Any] | None = None
+
+    @property
+    def pruning(self) -> PruneWhileTraining:
+        """The `PruneWhileTraining`; raises InputError before training has begun."""
+        if self._pruning is None:
+            raise InputError("PruningCallback: nothing is pruned before training has begun")
+        return self._pruning
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the network the shapes of the checkpoint that training goes on from, before its tensors are loaded."""
@@ -89,18 +93,18 @@ class PruningCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin to prune once a call of the network has been seen."""
-        if self.pruning is None and self._call is not None:
+        if self._pruning is None and self._call is not None:
             call, _ = self._call
             self._call = None
             self._begin(trainer, tree_map(_first, (call.args, dict(call.kwargs))))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Add the flatness term to the loss."""
-        if self.pruning is not None and self._call is not None:
+        if self._pruning is not None and self._call is not None:
             call, output = self._call
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             scale = (1.0 if scaler is None else scaler.get_scale()) / trainer.accumulate_grad_batches
-            loss.add_(self.pruning.penalty(call, output, loss.clone() / scale) * scale)
+            loss.add_(self._pruning.penalty(call, output, loss.clone() / scale) * scale)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -108,34 +112,34 @@ class PruningCallback(Callback):
         """Count the optimizer's step, if there was one."""
         if trainer.global_step > self._steps:
             self._steps = trainer.global_step
-            if self.pruning is not None:
-                self.pruning.step()
+            if self._pruning is not None:
+                self._pruning.step()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what the network is, by `log_dict`: for loggers, the progress bar's callbacks and early stopping."""
-        if self.pruning is not None:
-            pl_module.log_dict(self.pruning.scalars())
+        if self._pruning is not None:
+            pl_module.log_dict(self._pruning.scalars())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take all hooks off the network."""
         if self._handle is not None:
             self._handle.remove()
-        if self.pruning is not None:
-            self.pruning.close()
+        if self._pruning is not None:
+            self._pruning.close()
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
-        if self.pruning is None or self._network is None:
+        if self._pruning is None or self._network is None:
             return {}
         shapes = shapes_of(self._network)
-        return {"shapes": shapes, "pruning": self.pruning.state_dict(), "examples": self._examples}
+        return {"shapes": shapes, "pruning": self._pruning.state_dict(), "examples": self._examples}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep what a checkpoint holds until training begins."""
         self._saved = state_dict or None
 
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        watched = self.pruning is None or not self.pruning.curvature.is_paused
+        watched = self._pruning is None or not self._pruning.curvature.is_paused
         if module.training and torch.is_grad_enabled() and watched:
             self._call = Call.of(args, kwargs, 0), output
 
@@ -144,7 +148,7 @@ class PruningCallback(Callback):
         self._examples = examples
         args, kwargs = tree_map(lambda v: v.to(trainer.strategy.root_device) if isinstance(v, Tensor) else v, examples)
         optimizers = trainer.optimizers
-        self.pruning = PruneWhileTraining(
+        self._pruning = PruneWhileTraining(
             self._network,
             optimizers[0] if len(optimizers) == 1 else optimizers,
             (tuple(args), kwargs),
@@ -154,9 +158,9 @@ class PruningCallback(Callback):
             **{"logger": _TrainersLoggers(trainer), **self._arguments},
         )
         if self._saved is not None:
-            self.pruning.load_state_dict(self._saved["pruning"])
+            self._pruning.load_state_dict(self._saved["pruning"])
         else:
-            self.pruning.pruner.step_count = self._steps
+            self._pruning.pruner.step_count = self._steps
 
 
 class _TrainersLoggers:

@@ -32,9 +32,6 @@ class PruningTrainer(Trainer):
         pruning: more arguments of `flatprune.PruneWhileTraining`, such as {"flatness": False, "criterion": "taylor"}.
         arguments, keywords: of `transformers.Trainer`.
 
-    Attributes:
-        pruning: the `PruneWhileTraining` once training has begun.
-
     Raises:
         InputError: DeepSpeed or FSDP, which shard what has to be cut.
 
@@ -53,10 +50,17 @@ class PruningTrainer(Trainer):
                 raise InputError(
                     f"PruningTrainer: {name} shards parameters, which cannot be cut then; train without it"
                 )
-        self.pruning: PruneWhileTraining | None = None
+        self._pruning: PruneWhileTraining | None = None
         self._target, self._arguments = target, dict(pruning or {})
         self._resumed_from: Path | None = None
         self.add_callback(_Events(self))
+
+    @property
+    def pruning(self) -> PruneWhileTraining:
+        """The `PruneWhileTraining`; raises InputError before training has begun."""
+        if self._pruning is None:
+            raise InputError("PruningTrainer: nothing is pruned before training has begun")
+        return self._pruning
 
     def compute_loss(
         self,
@@ -68,7 +72,7 @@ class PruningTrainer(Trainer):
         """The Trainer's loss; in training plus the flatness term."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        pruning = self.pruning or self._begin(inputs)
+        pruning = self._pruning or self._begin(inputs)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         # of the whole batch's items: a part of the mean that the Trainer divides no further
         whole = num_items_in_batch is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func)
@@ -83,7 +87,7 @@ class PruningTrainer(Trainer):
 
     def _begin(self, inputs: Mapping[str, Any]) -> PruneWhileTraining:
         examples = {name: v[:_EXAMPLES] if isinstance(v, Tensor) and v.dim() else v for name, v in inputs.items()}
-        self.pruning = PruneWhileTraining(
+        self._pruning = PruneWhileTraining(
             self._network,
             getattr(self.optimizer, "optimizer", self.optimizer),
             examples,
@@ -93,12 +97,12 @@ class PruningTrainer(Trainer):
             **{"logger": _TrainerLog(self), **self._arguments},
         )
         if self._resumed_from is not None:
-            self.pruning.load_state_dict(torch.load(self._resumed_from / STATE_FILE, weights_only=True))
-        return self.pruning
+            self._pruning.load_state_dict(torch.load(self._resumed_from / STATE_FILE, weights_only=True))
+        return self._pruning
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.pruning is not None and self.args.should_save:
+        if self._pruning is not None and self.args.should_save:
             folder = Path(output_dir or self.args.output_dir or ".")
             torch.save(shapes_of(self._network), folder / SHAPES_FILE)
 
@@ -124,25 +128,24 @@ class _Events(TrainerCallback):
         self._trainer = trainer
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_given: Any) -> None:
-        assert self._trainer.pruning is not None
         self._trainer.pruning.step()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_given: Any
     ) -> None:
-        if self._trainer.pruning is not None:
-            self._trainer.log(self._trainer.pruning.scalars())
+        if self._trainer._pruning is not None:
+            self._trainer.log(self._trainer._pruning.scalars())
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_given: Any) -> None:
-        if self._trainer.pruning is not None and args.should_save:
+        if self._trainer._pruning is not None and args.should_save:
             folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            torch.save(self._trainer.pruning.state_dict(), folder / STATE_FILE)
+            torch.save(self._trainer._pruning.state_dict(), folder / STATE_FILE)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_given: Any
     ) -> None:
-        if self._trainer.pruning is not None:
-            self._trainer.pruning.close()
+        if self._trainer._pruning is not None:
+            self._trainer._pruning.close()
 
 
 def _take_saved_shapes(model: nn.Module, folder: Path) -> None:

@@ -26,32 +26,58 @@ _UNSUPPORTED = {  # argument of `YOLO.train` -> why
 
 
 class PruningTrainer(BaseTrainer):
-    """What `pruning_trainer` puts before the trainer of a task.
-
-    Attributes:
-        pruning: the `PruneWhileTraining` once training has begun; None where nothing is pruned.
-    """
+    """What `pruning_trainer` puts before the trainer of a task."""
 
     _target: Target | float | None = None
     _arguments: Mapping[str, Any] = {}
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
-        self.pruning: PruneWhileTraining | None = None
+        self._pruning: PruneWhileTraining | None = None
         self._judged = 0  # parameters of the network that the best fitness is of
         self._saved = 0  # and of the one in last.pt
         _refuse(self)
         self.add_callback("on_pretrain_routine_end", PruningTrainer._begin)
         self.add_callback("teardown", PruningTrainer._end)
 
+    @property
+    def pruning(self) -> PruneWhileTraining:
+        """The `PruneWhileTraining`; raises InputError before training has begun, and where nothing is pruned."""
+        if self._pruning is None:
+            raise InputError("PruningTrainer: nothing is pruned before training has begun, nor with target=None")
+        return self._pruning
+
     def get_model(self, cfg: Any = None, weights: nn.Module | None = None, verbose: bool = True) -> nn.Module:
         """The network to train: a pruned one as it is, where its configuration would give the full size."""
-        full: nn.Module = super().get_model(deepcopy(cfg), weights, verbose)  # it writes the classes to cfg
-        if weights is None or not _is_pruned(weights, full):
+        full: Any = super().get_model(deepcopy(cfg), weights, verbose)  # it writes the classes to cfg
+        if weights is None or not self._is_pruned(weights, full):
             return full
-        pruned = deepcopy(weights).float().requires_grad_(True)
+        pruned: Any = deepcopy(weights).float().requires_grad_(True)
         pruned.criterion = None
         return pruned
+
+    def _is_pruned(self, weights: Any, full: Any) -> bool:
+        """Whether a network has other widths than its configuration says, which is that of `full` but for the classes."""
+        if not hasattr(weights, "yaml") or {**weights.yaml, "nc": 0} != {**full.yaml, "nc": 0}:
+            return False
+        classes, wanted = weights.yaml["nc"], full.yaml["nc"]
+        reference = full if classes == wanted else self._full_size(weights.yaml)
+        own, others = weights.state_dict(), reference.state_dict()
+        if all(own[name].shape == others[name].shape for name in own if name in others):
+            return False
+        if classes != wanted:
+            raise InputError(f"PruningTrainer: the pruned network is of {classes} classes, the data of {wanted}")
+        if own.keys() != others.keys():
+            raise InputError("PruningTrainer: the pruned network is fused for inference; train from its file, YOLO(path)")
+        return True
+
+    def _full_size(self, configuration: Mapping[str, Any]) -> Any:
+        """A network as it is configured, whatever the data's classes."""
+        data, self.data = self.data, {**self.data, "nc": configuration["nc"]}
+        try:
+            return super().get_model(deepcopy(configuration), None, False)
+        finally:
+            self.data = data
 
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The images first, whose number is the batch's; boxes would be counted otherwise."""
@@ -61,39 +87,39 @@ class PruningTrainer(BaseTrainer):
     def optimizer_step(self) -> None:
         """A step, the average's update, and at an event a removal from both networks."""
         super().optimizer_step()
-        if self.pruning is None:
+        if self._pruning is None:
             return
         # made anew when Ultralytics recovers from a loss that is not finite
-        self.pruning.pruner.ema_models = (self.ema.ema,)
-        if any(removal.removed for removal in self.pruning.step()):
+        self._pruning.pruner.ema_models = (self.ema.ema,)
+        if any(removal.removed for removal in self._pruning.step()):
             self.ema._pairs = None  # kept from its first update on, of the tensors that were cut
 
     def validate(self) -> Any:
         """Compare networks of the wanted size alone: `best.pt` is one of them, and patience begins with them."""
-        if self.pruning is not None:
-            if not self.pruning.finished or self.pruning.pruner.params != self._judged:
+        if self._pruning is not None:
+            if not self._pruning.finished or self._pruning.pruner.params != self._judged:
                 self.best_fitness, self.stopper.best_fitness, self.stopper.best_epoch = None, 0.0, self.epoch + 1
-            self._judged = self.pruning.pruner.params
+            self._judged = self._pruning.pruner.params
         return super().validate()
 
     def save_metrics(self, metrics: dict[str, Any]) -> None:
         """The row of results.csv, with the parameters of the network."""
-        size = {} if self.pruning is None else {"size/params": self.pruning.pruner.params}
+        size = {} if self._pruning is None else {"size/params": self._pruning.pruner.params}
         super().save_metrics({**metrics, **size})
 
     def save_model(self) -> Any:
         """`last.pt` and `best.pt`, and beside them what pruning needs to go on."""
         written = super().save_model()
-        if self.pruning is not None:
-            self._saved = self.pruning.pruner.params
+        if self._pruning is not None:
+            self._saved = self._pruning.pruner.params
             # no factors: a resumed run begins with the averaged weights, which they are not of
-            state = {name: part for name, part in self.pruning.state_dict().items() if name != "curvature"}
+            state = {name: part for name, part in self._pruning.state_dict().items() if name != "curvature"}
             torch.save({"epoch": self.epoch, "pruning": state}, self.wdir / STATE_FILE)
         return written
 
     def _handle_nan_recovery(self, epoch: int) -> bool:
-        if self.pruning is not None and epoch > self.start_epoch and not self._is_finite():
-            left = self.pruning.pruner.params
+        if self._pruning is not None and epoch > self.start_epoch and not self._is_finite():
+            left = self._pruning.pruner.params
             if left != self._saved:
                 raise InputError(
                     f"PruningTrainer: the loss or the fitness of epoch {epoch + 1} is not finite, and last.pt is from "
@@ -117,7 +143,7 @@ class PruningTrainer(BaseTrainer):
         curvature = given.pop("curvature", {})
         if isinstance(curvature, Mapping):
             curvature = {**self._loss_of_task(), **curvature}
-        self.pruning = PruneWhileTraining(
+        self._pruning = PruneWhileTraining(
             self.model,
             self.optimizer,
             self._example(target),
@@ -127,8 +153,8 @@ class PruningTrainer(BaseTrainer):
             **{"flatness": False, "ema_models": [self.ema.ema], "exclude": frozen, **given},
         )
         if self.resume:
-            self._load_pruning(self.pruning)
-        self._judged = self._saved = self.pruning.pruner.params
+            self._load_pruning(self._pruning)
+        self._judged = self._saved = self._pruning.pruner.params
 
     def _loss_of_task(self) -> dict[str, Any]:
         """What is known of the loss, which the network computes itself: a sum over images, a classifier's a mean."""
@@ -144,7 +170,8 @@ class PruningTrainer(BaseTrainer):
         side = self.args.imgsz
         if target.unit in ("params", "neurons"):
             side = min(side, _STRIDES * self.stride)
-        return torch.zeros(2, self.data["channels"], side, side, device=self.device)
+        images = torch.rand(2, self.data["channels"], side, side, generator=torch.Generator().manual_seed(0))
+        return images.to(self.device)
 
     def _load_pruning(self, pruning: PruneWhileTraining) -> None:
         path = Path(self.args.model).parent / STATE_FILE
@@ -158,8 +185,8 @@ class PruningTrainer(BaseTrainer):
         pruning.load_state_dict({**saved["pruning"], "curvature": pruning.curvature.state_dict()})
 
     def _end(self) -> None:
-        if self.pruning is not None:
-            self.pruning.close()
+        if self._pruning is not None:
+            self._pruning.close()
 
 
 def pruning_trainer(
@@ -204,31 +231,6 @@ def _refuse(trainer: Any) -> None:
         value = getattr(trainer.args, name, None)
         if value:
             raise InputError(f"PruningTrainer: {name}={value!r}: {reason}")
-
-
-def _is_pruned(weights: nn.Module, full: nn.Module) -> bool:
-    """Whether a network has other widths than its own configuration says, which is that of the full one.
-
-    Raises:
-        InputError: it has, and is fused or of another number of classes.
-    """
-    built: Any = full
-    loaded: Any = weights
-    if not hasattr(loaded, "yaml") or {**loaded.yaml, "nc": 0} != {**built.yaml, "nc": 0}:
-        return False
-    own, wanted = loaded.state_dict(), built.state_dict()
-    head = f"model.{len(built.model) - 1}."  # its widths depend on the number of classes
-    same_classes = loaded.yaml["nc"] == built.yaml["nc"]
-    shared = [name for name in own if name in wanted and (same_classes or not name.startswith(head))]
-    if all(own[name].shape == wanted[name].shape for name in shared):
-        return False
-    if not same_classes:
-        raise InputError(
-            f"PruningTrainer: the pruned network is of {loaded.yaml['nc']} classes, the data of {built.yaml['nc']}"
-        )
-    if own.keys() != wanted.keys():
-        raise InputError("PruningTrainer: the pruned network is fused for inference; train from the file, YOLO(path)")
-    return True
 
 
 def _unhook(model: nn.Module) -> None:
