@@ -29,7 +29,7 @@ class KfacExtGGN(GGNInterface):
         ValueError: parameters elsewhere, grouped convolutions, padding not of zeros, no [N, C] output, `stochastic`.
     """
 
-    def kron(self, x: Any, y: Tensor, N: int) -> tuple[Tensor, Kron]:
+    def kron(self, x: Any, y: Tensor, N: int, **_options: Any) -> tuple[Tensor, Kron]:
         """The loss of a batch, and for each weight sum g g^T with A M / N, for each bias the former.
 
         One forward for A, and one partial backward for each output; gradients of parameters are not computed.
@@ -109,7 +109,8 @@ if __name__ == "__main__":  # median seconds of a batch's factors with both back
     model = nn.Sequential(*(part for stage in stages for part in stage), nn.Flatten(), nn.Linear(4096, 10)).eval()
     for norm in (model[1], model[5]):
         norm.requires_grad_(False)
-    x, y, seconds = torch.randn(64, 3, 32, 32), torch.randint(10, (64,)), {KfacExtGGN: [], CurvlinopsGGN: []}
+    x, y = torch.randn(64, 3, 32, 32), torch.randint(10, (64,))
+    seconds: dict[Any, list[float]] = {KfacExtGGN: [], CurvlinopsGGN: []}
     for _ in range(8):
         for backend, times in seconds.items():
             start = time.perf_counter()

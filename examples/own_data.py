@@ -10,9 +10,9 @@ import flatprune
 
 torch.manual_seed(0)
 # ----- yours: images, labels, network
-digits = load_digits()
-x = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16.0
-y = torch.tensor(digits.target)
+images, labels = load_digits(return_X_y=True)
+x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16.0
+y = torch.tensor(labels)
 test, train = torch.randperm(len(x), generator=torch.Generator().manual_seed(1)).split([400, len(x) - 400])
 model = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
 # ----- end of yours

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification, TrainingArgu
 from flatprune.integrations.transformers import PruningTrainer, load_pruned
 
 
-class Sums(Dataset):
+class Sums(Dataset[dict[str, torch.Tensor]]):
     """Sequences of digits, and whether their sum is large: a text that needs no download."""
 
     def __init__(self, size: int, seed: int) -> None:
@@ -33,8 +33,9 @@ def main(steps: int = 300, folder: str = "runs/bert") -> None:
     """Train, prune, save, load, print what is left."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("flatprune").setLevel(logging.INFO)
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-    model = BertForSequenceClassification(BertConfig(vocab_size=10, max_position_embeddings=16, num_labels=2, **sizes))
+    config = BertConfig(vocab_size=10, max_position_embeddings=16, hidden_size=64, intermediate_size=128)
+    config.num_hidden_layers, config.num_attention_heads, config.num_labels = 2, 4, 2
+    model = BertForSequenceClassification(config)
     arguments = TrainingArguments(
         folder, max_steps=steps, per_device_train_batch_size=32, learning_rate=2e-3, report_to=[], save_strategy="no"
     )

@@ -8,9 +8,8 @@ import os
 import shutil
 from pathlib import Path
 
-FOLDER = Path("runs/yolo")
-os.environ.setdefault("YOLO_OFFLINE", "true")  # read when ultralytics is imported
-os.environ.setdefault("YOLO_CONFIG_DIR", str(FOLDER / "config"))
+os.environ["YOLO_OFFLINE"] = "true"  # read when ultralytics is imported
+os.environ["YOLO_CONFIG_DIR"] = "runs/yolo/config"
 
 import cv2
 import numpy as np
@@ -20,11 +19,11 @@ from ultralytics.utils import USER_CONFIG_DIR
 
 from flatprune.integrations.ultralytics import pruning_trainer
 
-SIDE, CLASSES = 96, ("square", "disc")
+FOLDER, SIDE, CLASSES = Path("runs/yolo"), 96, ("square", "disc")
 
 
 def draw(rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
-    """A noisy image with up to three shapes, and a label line (class, center, width, height; parts of a side) of each."""
+    """A noisy image with up to three shapes, and a line of each: class, center, width and height as parts of a side."""
     image = rng.integers(0, 80, (SIDE, SIDE, 3), dtype=np.uint8)
     lines = []
     for _ in range(rng.integers(1, 4)):

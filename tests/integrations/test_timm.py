@@ -8,12 +8,13 @@ from torch import nn
 
 import flatprune
 from bench.zoo.environment import prepare
-from tests.conftest import thorough
+from tests.pruning.optimizer_runs import Trained, net
 
 if find_spec("timm") is None:
     pytest.skip("timm is not installed", allow_module_level=True)
+else:
+    prepare()
 
-prepare()
 import timm
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -139,17 +140,17 @@ def test_what_is_saved_loads(tmp_path):
         assert torch.equal(loaded(x), script.average.module.eval()(x))
 
 
-REFUSED = {"kron", "kronw"}  # a preconditioner for each dimension
-SHOWN = ["adafactorbv", "lookahead_radam", "muon", "kron"]
-NAMES = sorted(list_optimizers(exclude_filters=["bnb*", "fused*"])) + ["lookahead_radam"] if find_spec("timm") else []
+# those left out: Adafactors that judge by a weight's sizes which states it has, and one that differentiates twice
+LEFT_OUT = ["bnb*", "fused*", "*adafactor*", "adahessian"]
+NAMES = sorted({*list_optimizers(exclude_filters=LEFT_OUT), "lookahead_radam"})
 
 
-@pytest.mark.parametrize("name", thorough(NAMES, but=SHOWN))
+@pytest.mark.parametrize("name", NAMES)
 def test_optimizers_are_cut_or_refused_by_name(name):
-    if name in REFUSED:
+    model = net()
+    trained = Trained(model, create_optimizer_v2(model, opt=name, lr=1e-3))
+    if name.startswith("kron"):  # a preconditioner for each dimension
         with pytest.raises(ValueError, match="of Kron"):
-            Script("test_resnet", opt=name)
-        return
-    script = Script("test_resnet", opt=name).train()
-    assert script.pruning.pruner.params <= 1.01 * 0.5 * script.pruning.pruner.params_start
-    assert all(bool(p.isfinite().all()) for p in script.model.parameters())
+            trained.train()
+    else:
+        trained.train().check()

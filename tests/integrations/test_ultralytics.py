@@ -14,8 +14,9 @@ from flatprune.errors import InputError
 
 if find_spec("ultralytics") is None:
     pytest.skip("ultralytics is not installed", allow_module_level=True)
+else:
+    prepare()
 
-prepare()
 from ultralytics import YOLO
 
 from flatprune.integrations.ultralytics import pruning_trainer
@@ -121,14 +122,14 @@ def test_optimizers_accumulation_and_frozen_layers(files, tmp_path, options):
 
 
 def test_a_stopped_training_goes_on(files, tmp_path):
-    class Stop(Exception):
+    class StoppedError(Exception):
         pass
 
     def stop(trainer):
         if trainer.epoch == 0:
-            raise Stop
+            raise StoppedError
 
-    with pytest.raises(Stop):
+    with pytest.raises(StoppedError):
         trained(files, tmp_path, callbacks={"on_model_save": stop})
     last = tmp_path / "run/weights/last.pt"
     half = size(YOLO(str(last)).model)

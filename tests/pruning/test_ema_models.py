@@ -105,7 +105,11 @@ def test_what_is_no_copy_is_refused():
         ([mlp(12, 9)], ValueError, r"ema_models\[0\]: '3.weight' has shape \(9, 12\), \(8, 12\) in the model"),
         ([copy.deepcopy(model), chain()], ValueError, r"ema_models\[1\]: '1.weight' has shape"),
         ([nn.Sequential(model)], ValueError, r"ema_models\[0\]: '1.weight' is only in the model"),
-        ([SimpleNamespace(decay=0.9, ema=copy.deepcopy(model))], TypeError, r"expected a torch.nn.Module: give its \.ema"),
+        (
+            [SimpleNamespace(decay=0.9, ema=copy.deepcopy(model))],
+            TypeError,
+            r"expected a torch.nn.Module: give its \.ema",
+        ),
         ([model], ValueError, r"ema_models\[0\]: '1.weight' is the model's own tensor"),
         ([3], TypeError, r"ema_models\[0\] is int"),
         (copy.deepcopy(model), TypeError, "ema_models is Sequential, expected a list"),

@@ -1,8 +1,8 @@
 """Copies of a model that lose the same neurons as the model: averaged weights (EMA, SWA), or any deep copy.
 
 A copy has the modules and tensors of the model under the same names, in the same shapes, but tensors of its own:
-`copy.deepcopy(model)`, or a module that holds such a copy as its `module` (`torch.optim.swa_utils.AveragedModel`, timm's
-`ModelEmaV3`). Device and dtype may be others. It is cut with the model's own choice of neurons; where survivors are
+`copy.deepcopy(model)`, or a module that holds such a copy as its `module` (`AveragedModel` of torch, `ModelEmaV3` of
+timm). Device and dtype may be others. It is cut with the model's own choice of neurons; where survivors are
 compensated, its weights move by as much as the model's. Nothing else is done to it: what updates it goes on doing so,
 unless that keeps views of the tensors from one update to the next; have it make them anew after a cut.
 """
@@ -17,7 +17,7 @@ from flatprune.coupling.constants import register_tensors
 
 
 def unwrapped(model: nn.Module, ema_model: nn.Module) -> nn.Module:
-    """The copy of the model: what was given, or its `module` if none of its own tensors is called as one of the model's."""
+    """The copy: what was given, or its `module` if none of its own tensors is called as one of the model's."""
     inner = getattr(ema_model, "module", None)
     if isinstance(inner, nn.Module) and named_tensors(ema_model).keys().isdisjoint(named_tensors(model)):
         return inner

@@ -28,6 +28,7 @@ _UNSUPPORTED = {  # argument of `YOLO.train` -> why
 class PruningTrainer(BaseTrainer):
     """What `pruning_trainer` puts before the trainer of a task."""
 
+    data: dict[str, Any]
     _target: Target | float | None = None
     _arguments: Mapping[str, Any] = {}
 
@@ -57,7 +58,7 @@ class PruningTrainer(BaseTrainer):
         return pruned
 
     def _is_pruned(self, weights: Any, full: Any) -> bool:
-        """Whether a network has other widths than its configuration says, which is that of `full` but for the classes."""
+        """Whether a network has other widths than its configuration says, that of `full` but for the classes."""
         if not hasattr(weights, "yaml") or {**weights.yaml, "nc": 0} != {**full.yaml, "nc": 0}:
             return False
         classes, wanted = weights.yaml["nc"], full.yaml["nc"]
@@ -68,7 +69,9 @@ class PruningTrainer(BaseTrainer):
         if classes != wanted:
             raise InputError(f"PruningTrainer: the pruned network is of {classes} classes, the data of {wanted}")
         if own.keys() != others.keys():
-            raise InputError("PruningTrainer: the pruned network is fused for inference; train from its file, YOLO(path)")
+            raise InputError(
+                "PruningTrainer: the pruned network is fused for inference; train from its file, YOLO(path)"
+            )
         return True
 
     def _full_size(self, configuration: Mapping[str, Any]) -> Any:
@@ -222,8 +225,8 @@ def pruning_trainer(
 def _refuse(trainer: Any) -> None:
     if trainer.world_size > 1:
         raise InputError(
-            f"PruningTrainer: device={trainer.args.device!r}: Ultralytics starts a process for each of several devices, "
-            "which would not prune; give one"
+            f"PruningTrainer: device={trainer.args.device!r}: Ultralytics starts a process for each of several "
+            "devices, which would not prune; give one"
         )
     if getattr(trainer.args, "quantize", None) == 8:
         raise InputError("PruningTrainer: quantize=8: quantizers cannot be cut; train without it, quantize afterwards")
