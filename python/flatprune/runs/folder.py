@@ -154,10 +154,10 @@ def _compared(folder: Path, found: dict[str, str]) -> dict[str, str]:
     """What files say of each other: digests of a finished run, and whether all are of one run."""
     wrong: dict[str, str] = {}
     if found.get(DIGESTS_FILE) == WHOLE and SUMMARY_FILE in found:
-        wrong |= _by_digests(folder, DIGESTS_FILE, read_digests(folder))
+        wrong |= by_digests(folder, DIGESTS_FILE, read_digests(folder))
     if found.get(EXPORTS_FILE) == WHOLE:
         there = {name: digest for name, digest in read_exports(folder).items() if found.get(name) == WHOLE}
-        wrong |= _by_digests(folder, EXPORTS_FILE, there)
+        wrong |= by_digests(folder, EXPORTS_FILE, there)
     if found.get(CHECKPOINT_FILE) == WHOLE:
         state = load_checkpoint(folder / CHECKPOINT_FILE)
         if not same_run(folder, state.get("settings", {})):
@@ -165,12 +165,12 @@ def _compared(folder: Path, found: dict[str, str]) -> dict[str, str]:
     return wrong
 
 
-def _by_digests(folder: Path, listing: str, digests: dict[str, str]) -> dict[str, str]:
-    """What is wrong with listed files; where all of them are another's, it is the list that is."""
+def by_digests(folder: Path, listing: str, digests: dict[str, str]) -> dict[str, str]:
+    """What is wrong with listed files; where most of them are another's, it is the list that is."""
     wrong = wrong_files(folder, listing, digests)
-    if len(wrong) == len(digests) > 1:
-        others = dict.fromkeys(wrong, NOT_CHECKED)
-        return {**others, listing: f"{folder / listing}: is of another run, none of its digests is that of a file"}
+    if len(wrong) > max(len(digests) / 2, 1):
+        told = f"{folder / listing}: is of other files, {len(wrong)} of its {len(digests)} digests are of none here"
+        return {**dict.fromkeys(wrong, NOT_CHECKED), listing: told}
     return wrong
 
 

@@ -7,10 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from flatprune.errors import InputError
-from flatprune.files.atomic import read_bytes, sha256
 from flatprune.files.finished import SUMMARY_FILE
 from flatprune.files.records import read_record
-from flatprune.runs.folder import WHOLE, check_run, holds_run
+from flatprune.runs.folder import WHOLE, by_digests, check_run, holds_run
 from flatprune.study.plan import DATA, DATA_FILE, FAILURE, FAILURE_FILE, RUNS_FOLDER
 from flatprune.study.report import PAGE_FILE, RESULTS, RESULTS_FILE, RUNS_FILE, STUDY_FILE, open_study
 
@@ -51,14 +50,7 @@ def _check_report(folder: Path) -> dict[str, str]:
         digests = read_record(folder / RESULTS_FILE, RESULTS)["files"]
     except InputError as error:
         return {RESULTS_FILE: str(error)}
-    found = {RESULTS_FILE: WHOLE}
-    for name, digest in digests.items():
-        try:
-            whole = sha256(read_bytes(folder / name)) == digest
-            found[name] = WHOLE if whole else f"{folder / name}: is damaged, or older than {RESULTS_FILE}"
-        except InputError as error:
-            found[name] = str(error)
-    return found
+    return dict.fromkeys([RESULTS_FILE, *digests], WHOLE) | by_digests(folder, RESULTS_FILE, digests)
 
 
 def _state(read: Callable[[], object]) -> str:
