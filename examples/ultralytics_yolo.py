@@ -1,4 +1,4 @@
-"""A YOLO learns to find squares and discs, and loses half of its parameters meanwhile; two minutes on a CPU, no download.
+"""A YOLO learns to find squares and discs, and loses half of its parameters: two minutes on a CPU, no download.
 
 pip install '.[prune]' ultralytics && python examples/ultralytics_yolo.py
 """
