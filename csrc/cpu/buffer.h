@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstring>
 #include <new>
 #include <utility>
 #include <vector>
@@ -17,7 +18,13 @@ struct CacheLineAllocator {
   template <class U>
   CacheLineAllocator(const CacheLineAllocator<U>&) {}
 
-  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), kAlignment)); }
+  T* allocate(size_t count) {
+    void* const memory = ::operator new(count * sizeof(T), kAlignment);
+#ifdef KFAC_POISON  // what is read before it is written shows as NaN
+    std::memset(memory, 0xff, count * sizeof(T));
+#endif
+    return static_cast<T*>(memory);
+  }
   void deallocate(T* memory, size_t) { ::operator delete(memory, kAlignment); }
   // Elements of a Buffer(n) are not set: what is written at once need not be cleared first.
   template <class U>
