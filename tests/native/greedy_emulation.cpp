@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "emulation.h"
+#include "matrices.h"
 #include "program.h"
 #ifdef KFAC_WITH_CUDA
 #include "greedy.h"
@@ -19,7 +20,7 @@
 namespace {
 
 using namespace kfac;
-using Square = std::vector<std::vector<double>>;
+using namespace matrices;
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr int64_t kCapacity = 20;  // columns that wait to be subtracted from V
@@ -36,50 +37,7 @@ struct Layer {
   int64_t size() const { return neurons * block + bias; }
 };
 
-Square positive(int64_t n, std::mt19937& random) {
-  std::normal_distribution<double> normal(0.0, 1.0);
-  const int64_t rank = std::min<int64_t>(n, 8);
-  Square rows(rank, std::vector<double>(n)), result(n, std::vector<double>(n));
-  for (auto& row : rows) {
-    for (double& value : row) value = normal(random);
-  }
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t j = 0; j <= i; ++j) {
-      double sum = i == j ? 0.3 : 0.0;
-      for (int64_t k = 0; k < rank; ++k) sum += rows[k][i] * rows[k][j] / double(rank);
-      result[i][j] = result[j][i] = float(sum);
-    }
-  }
-  return result;
-}
-
-std::vector<float> floats(const Square& matrix) {
-  std::vector<float> result;
-  for (const auto& row : matrix) {
-    result.insert(result.end(), row.begin(), row.end());
-    result.push_back(kNaN);
-  }
-  return result;
-}
-
 // ---- the oracle ----------------------------------------------------------------------------------------------------
-
-// X with A X = F, by elimination
-Square solve(Square A, Square F) {
-  const size_t n = A.size();
-  for (size_t k = 0; k < n; ++k) {
-    for (size_t i = 0; i < n; ++i) {
-      if (i == k) continue;
-      const double factor = A[i][k] / A[k][k];
-      for (size_t j = 0; j < n; ++j) A[i][j] -= factor * A[k][j];
-      for (size_t j = 0; j < F[i].size(); ++j) F[i][j] -= factor * F[k][j];
-    }
-  }
-  for (size_t i = 0; i < n; ++i) {
-    for (double& value : F[i]) value /= A[i][i];
-  }
-  return F;
-}
 
 // rows and columns of a matrix
 Square part(const Square& matrix, const std::vector<int64_t>& rows, const std::vector<int64_t>& columns) {
@@ -118,10 +76,7 @@ Square form(const Layer& layer, const std::vector<int64_t>& J) {
 
 // 1/2 tr(V_J^T G V_J (H_JJ)^-1)
 double loss(const Layer& layer, const std::vector<int64_t>& J) {
-  const Square solved = solve(part(layer.exact_H, J, J), form(layer, J));
-  double trace = 0.0;
-  for (size_t i = 0; i < J.size(); ++i) trace += solved[i][i];
-  return 0.5 * trace;
+  return 0.5 * trace(solve(part(layer.exact_H, J, J), form(layer, J)));
 }
 
 // H <- H - H_.J (H_JJ)^-1 H_J.,  V <- V - V_.J (H_JJ)^-1 H_J.
@@ -168,10 +123,10 @@ Layer make(int64_t outputs, int64_t neurons, int64_t block, int64_t bias) {
   for (auto& row : layer.exact_V) {
     for (double& value : row) value = normal(random);
   }
-  layer.exact_H = positive(n, random);
+  layer.exact_H = positive(n, 0.3, random);
   layer.V = floats(layer.exact_V);
   layer.H = floats(layer.exact_H);
-  layer.G = floats(positive(outputs, random));
+  layer.G = floats(positive(outputs, 0.3, random));
   layer.pending.assign(kCapacity * outputs, kNaN);
   layer.removed.assign(n, -1);
   layer.columns = upto(neurons * block);

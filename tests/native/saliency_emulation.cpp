@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "emulation.h"
+#include "matrices.h"
 #include "program.h"
 #ifdef KFAC_WITH_CUDA
 #include "saliency.h"
@@ -19,6 +20,7 @@
 namespace {
 
 using namespace kfac;
+using namespace matrices;
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
@@ -28,23 +30,6 @@ struct Layer {
   int64_t columns() const { return neurons * block + bias; }
 };
 
-// A random symmetric positive definite matrix; rows are one entry longer than they need be.
-std::vector<float> positive(int64_t n, std::mt19937& random) {
-  std::normal_distribution<double> normal(0.0, 1.0);
-  const int64_t rank = std::min<int64_t>(n, 8);
-  std::vector<double> rows(rank * n);
-  for (double& value : rows) value = normal(random);
-  std::vector<float> result(n * (n + 1), kNaN);
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t j = 0; j <= i; ++j) {
-      double sum = i == j ? 0.1 : 0.0;
-      for (int64_t k = 0; k < rank; ++k) sum += rows[k * n + i] * rows[k * n + j] / double(rank);
-      result[i * (n + 1) + j] = result[j * (n + 1) + i] = float(sum);
-    }
-  }
-  return result;
-}
-
 Layer make(int64_t outputs, int64_t neurons, int64_t block, int64_t bias) {
   if (block == 1) neurons += std::exchange(bias, 0);  // a column as any other
   std::mt19937 random(unsigned(outputs + 7 * neurons + 31 * block));
@@ -52,34 +37,12 @@ Layer make(int64_t outputs, int64_t neurons, int64_t block, int64_t bias) {
   std::normal_distribution<float> normal(0.0f, 1.0f);
   layer.weight.resize(outputs * layer.columns());
   for (float& value : layer.weight) value = normal(random);
-  layer.input = positive(layer.columns(), random);
-  layer.G = positive(outputs, random);
+  layer.input = floats(positive(layer.columns(), 0.1, random));
+  layer.G = floats(positive(outputs, 0.1, random));
   return layer;
 }
 
 // ---- the oracle ----------------------------------------------------------------------------------------------------
-
-using Square = std::vector<std::vector<double>>;
-
-// X with A X = F, by elimination; an empty one where A is not positive definite.
-Square solve(Square A, Square F) {
-  const size_t n = A.size();
-  for (size_t k = 0; k < n; ++k) {
-    if (!(A[k][k] > 0)) return {};
-    for (size_t i = 0; i < n; ++i) {
-      if (i == k) continue;
-      const double factor = A[i][k] / A[k][k];
-      for (size_t j = 0; j < n; ++j) {
-        A[i][j] -= factor * A[k][j];
-        F[i][j] -= factor * F[k][j];
-      }
-    }
-  }
-  for (size_t i = 0; i < n; ++i) {
-    for (size_t j = 0; j < n; ++j) F[i][j] /= A[i][i];
-  }
-  return F;
-}
 
 // NaN where the block is not positive definite.
 double score(const Layer& layer, int64_t neuron, Saliency kind) {
@@ -98,17 +61,15 @@ double score(const Layer& layer, int64_t neuron, Saliency kind) {
       inputs[a][b] = layer.input[(first + std::max(a, b)) * (d + 1) + first + std::min(a, b)];
     }
   }
-  double trace = 0;
   if (kind == Saliency::kObs) {
     const Square solved = solve(inputs, forms);
-    if (solved.empty()) return kNaN;
-    for (int64_t a = 0; a < size; ++a) trace += solved[a][a];
-  } else {
-    for (int64_t a = 0; a < size; ++a) {
-      for (int64_t b = 0; b < size; ++b) trace += forms[a][b] * inputs[a][b];
-    }
+    return solved.empty() ? kNaN : 0.5 * trace(solved);
   }
-  return 0.5 * trace;
+  double sum = 0;
+  for (int64_t a = 0; a < size; ++a) {
+    for (int64_t b = 0; b < size; ++b) sum += forms[a][b] * inputs[a][b];
+  }
+  return 0.5 * sum;
 }
 
 // ---- the kernel ----------------------------------------------------------------------------------------------------
