@@ -12,13 +12,13 @@ from flatprune.errors import InputError
 from flatprune.export.any_model import held_values
 from flatprune.export.saved import take_tensors
 
-FORMAT = 1
+FORMAT, VERSION = "flatprune-shapes", 1
 
 
 def shapes_of(model: nn.Module) -> dict[str, Any]:
     """Shapes of all tensors, and the numbers that its modules hold."""
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    return {"format": FORMAT, "shapes": shapes, "attributes": held_values(model)}
+    return {"format": FORMAT, "version": VERSION, "shapes": shapes, "attributes": held_values(model)}
 
 
 def take_shapes(model: nn.Module, saved: Mapping[str, Any], where: str) -> None:
@@ -32,8 +32,8 @@ def take_shapes(model: nn.Module, saved: Mapping[str, Any], where: str) -> None:
     Raises:
         InputError: of another format, or of another network.
     """
-    if saved.get("format") != FORMAT:
-        raise InputError(f"{where}: format {saved.get('format')}, this version reads {FORMAT}")
+    if (found := (saved.get("format"), saved.get("version"))) != (FORMAT, VERSION):
+        raise InputError(f"{where}: format and version are {found}, expected {(FORMAT, VERSION)}")
     own = model.state_dict()
     zeros = {
         name: torch.zeros(shape, dtype=own[name].dtype if name in own else None)

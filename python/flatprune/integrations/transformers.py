@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from flatprune.errors import InputError
-from flatprune.integrations.shapes import shapes_of, take_shapes
+from flatprune.files.sealed import load_sealed, save_sealed
+from flatprune.integrations.shapes import FORMAT, VERSION, shapes_of, take_shapes
+from flatprune.integrations.state_file import STATE_FILE, load_state, save_state
 from flatprune.prune_while_training import PruneWhileTraining
 from flatprune.pruning.targets import Target
 
 SHAPES_FILE = "pruned_shapes.pt"  # beside the weights: what a network of the full size has to become to take them
-STATE_FILE = "pruning.pt"  # in checkpoints: what pruning needs to go on
 _EXAMPLES = 2
 
 
@@ -97,14 +97,14 @@ class PruningTrainer(Trainer):
             **{"logger": _TrainerLog(self), **self._arguments},
         )
         if self._resumed_from is not None:
-            self._pruning.load_state_dict(torch.load(self._resumed_from / STATE_FILE, weights_only=True))
+            self._pruning.load_state_dict(load_state(self._resumed_from, "PruningTrainer")["pruning"])
         return self._pruning
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self._pruning is not None and self.args.should_save:
             folder = Path(output_dir or self.args.output_dir or ".")
-            torch.save(shapes_of(self._network), folder / SHAPES_FILE)
+            save_sealed(folder / SHAPES_FILE, shapes_of(self._network))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -139,7 +139,7 @@ class _Events(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_given: Any) -> None:
         if self._trainer._pruning is not None and args.should_save:
             folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            torch.save(self._trainer._pruning.state_dict(), folder / STATE_FILE)
+            save_state(folder, self._trainer._pruning.state_dict())
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_given: Any
@@ -152,7 +152,7 @@ def _take_saved_shapes(model: nn.Module, folder: Path) -> None:
     path = folder / SHAPES_FILE
     if not path.is_file():
         raise InputError(f"{path}: no such file; was the network saved by PruningTrainer?")
-    take_shapes(model, torch.load(path, weights_only=True), str(path))
+    take_shapes(model, load_sealed(path, FORMAT, VERSION), str(path))
 
 
 def load_pruned(kind: type[PreTrainedModel], folder: str | Path) -> PreTrainedModel:

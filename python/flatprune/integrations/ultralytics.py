@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from ultralytics.engine.trainer import BaseTrainer
 
 from flatprune.errors import InputError
+from flatprune.integrations.state_file import STATE_FILE, load_state, save_state
 from flatprune.prune_while_training import PruneWhileTraining
 from flatprune.pruning.targets import Target
 from kfac_ext.curvature.capture import ForwardHook
 
-STATE_FILE = "pruning.pt"  # beside last.pt: what pruning needs to go on
 _STRIDES = 2  # pixels of a network's largest stride that an image for the search of couplings has a side of
 _UNSUPPORTED = {  # argument of `YOLO.train` -> why
     "compile": "compiled code hides the layers; train without it",
@@ -117,7 +117,7 @@ class PruningTrainer(BaseTrainer):
             self._saved = self._pruning.pruner.params
             # no factors: a resumed run begins with the averaged weights, which they are not of
             state = {name: part for name, part in self._pruning.state_dict().items() if name != "curvature"}
-            torch.save({"epoch": self.epoch, "pruning": state}, self.wdir / STATE_FILE)
+            save_state(self.wdir, state, epoch=self.epoch)
         return written
 
     def _handle_nan_recovery(self, epoch: int) -> bool:
@@ -177,13 +177,12 @@ class PruningTrainer(BaseTrainer):
         return images.to(self.device)
 
     def _load_pruning(self, pruning: PruneWhileTraining) -> None:
-        path = Path(self.args.model).parent / STATE_FILE
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; was {self.args.model} trained with pruning_trainer?")
-        saved = torch.load(path, map_location=self.device, weights_only=True)
+        folder = Path(self.args.model).parent
+        saved = load_state(folder, "pruning_trainer")
         if saved["epoch"] + 1 != self.start_epoch:
             raise InputError(
-                f"{path}: of epoch {saved['epoch'] + 1}, {self.args.model} of epoch {self.start_epoch}; resume last.pt"
+                f"{folder / STATE_FILE}: of epoch {saved['epoch'] + 1}, {self.args.model} of epoch {self.start_epoch}; "
+                "resume last.pt"
             )
         pruning.load_state_dict({**saved["pruning"], "curvature": pruning.curvature.state_dict()})
 
