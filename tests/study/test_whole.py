@@ -40,3 +40,7 @@ def test_the_results_of_another_study_are_noticed(tmp_path):
     assert found[RESULTS_FILE].endswith("results.json: is of other files, 2 of its 3 digests are of none here")
     assert found[names[2]] == found[STUDY_FILE] == "whole"
     assert found[names[0]] == found[names[1]] == NOT_CHECKED
+    for name in names:
+        (tmp_path / name).unlink()  # what is gone says nothing of the list
+    found = check_folder(tmp_path)
+    assert found[RESULTS_FILE] == "whole" and all("no such file" in found[name] for name in names)

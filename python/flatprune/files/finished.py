@@ -68,7 +68,7 @@ def wrong_files(folder: Path, listing: str, digests: Mapping[str, str]) -> dict[
 
 
 def _other(folder: Path, name: str, listing: str) -> str:
-    return f"{folder / name}: is damaged, or of another run (its SHA-256 is not in {listing})"
+    return f"{folder / name}: is damaged, or of another run or study (its SHA-256 is not in {listing})"
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

@@ -168,9 +168,11 @@ def _compared(folder: Path, found: dict[str, str]) -> dict[str, str]:
 def by_digests(folder: Path, listing: str, digests: dict[str, str]) -> dict[str, str]:
     """What is wrong with listed files; where most of them are another's, it is the list that is."""
     wrong = wrong_files(folder, listing, digests)
-    if len(wrong) > max(len(digests) / 2, 1):
-        told = f"{folder / listing}: is of other files, {len(wrong)} of its {len(digests)} digests are of none here"
-        return {**dict.fromkeys(wrong, NOT_CHECKED), listing: told}
+    there = [name for name in digests if (folder / name).exists()]
+    others = [name for name in there if name in wrong]
+    if len(others) > max(len(there) / 2, 1):
+        told = f"{folder / listing}: is of other files, {len(others)} of its {len(digests)} digests are of none here"
+        return {**wrong, **dict.fromkeys(others, NOT_CHECKED), listing: told}
     return wrong
 
 
