@@ -22,29 +22,32 @@ DEEP = {  # measured without K-FAC and removals, which test_first_event.py has
     "ResNet56 b32": (lambda: models.build("resnet56", (3, 32, 32), 10), 32, (3, 32, 32)),
     "ViT-tiny b16": (lambda: models.build("vit_tiny", (3, 32, 32), 10), 16, (3, 32, 32)),
 }
+ALL = {**NETWORKS, **DEEP}
 QUICK = ("VGG-small b64",)
 MAGNITUDE = "torch-pruning, L1"
 
 
+def chosen(name, quick):
+    if quick and name not in QUICK:
+        pytest.skip("full runs only")
+    return name
+
+
 @pytest.fixture(params=NETWORKS)
 def network(request, quick):
-    if quick and request.param not in QUICK:
-        pytest.skip("full runs only")
-    return request.param
+    return chosen(request.param, quick)
 
 
-@pytest.fixture(params={**NETWORKS, **DEEP})
+@pytest.fixture(params=ALL)
 def any_network(request, quick):
-    if quick and request.param not in QUICK:
-        pytest.skip("full runs only")
-    return request.param
+    return chosen(request.param, quick)
 
 
 class Training:
     """A model, its optimizer and one batch."""
 
     def __init__(self, network, *, total_steps=None, **curvature):
-        build, batch, image = {**NETWORKS, **DEEP}[network]
+        build, batch, image = ALL[network]
         torch.manual_seed(0)
         self.model = build()
         self.x, self.y = worksets.batch_of(batch, image)
@@ -109,7 +112,7 @@ def hooked(network):
 def test_factors_every_step(measure, any_network):
     """All with A and G of every layer renewed in each step; ours follows every radius as well."""
     network = any_network
-    build, batch, image = {**NETWORKS, **DEEP}[network]
+    build, batch, image = ALL[network]
     foreign, skipped = peers.available(peers.training_steps(build, *worksets.batch_of(batch, image), LR))
     variants = {
         "native": Training(network, factor_update_steps=1, kfac_approx="expand", fisher_type="empirical").step,

@@ -1,6 +1,7 @@
 """What all tests share: devices that can be tested here, thread counts, comparison with an oracle."""
 
 import os
+from importlib.util import find_spec
 
 import pytest
 
@@ -12,6 +13,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 import kfac_ext
+from bench.zoo.environment import prepare
+
+
+def prepare_for(package):
+    """What networks of a package need to be imported and to stay offline; skips a test, or a module, without it.
+
+    In a fixture it keeps the names of the tests that were not run.
+    """
+    if find_spec(package) is None:
+        pytest.skip(f"{package} is not installed", allow_module_level=True)
+    prepare()
 
 
 def thorough(cases, *, but=None, seldom=()):

@@ -1,13 +1,11 @@
 """The backend for laplace-torch against laplace's own of curvlinops; skipped where laplace is not installed."""
 
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from tests.examples.loading import example
 
 for needed in ("laplace", "curvlinops"):
     pytest.importorskip(needed)
@@ -16,11 +14,7 @@ pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore")]  # lap
 
 @pytest.fixture(scope="module")
 def backend():
-    path = Path(__file__).parents[2] / "examples/laplace_backend.py"
-    spec = spec_from_file_location("laplace_backend", path)
-    module = sys.modules["laplace_backend"] = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.KfacExtGGN
+    return example("laplace_backend").KfacExtGGN
 
 
 def mlp(outputs):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flatprune
-from bench.zoo.environment import prepare
+from tests.conftest import prepare_for
 
 IDS = torch.arange(14).view(2, 7) * 3 % 50
 IMAGES = torch.linspace(-1, 1, 384).view(2, 3, 8, 8)
@@ -21,9 +20,7 @@ WORDS = {"vocab_size": 50, "max_position_embeddings": 16}
 
 @pytest.fixture(scope="module", autouse=True)
 def _transformers():
-    if find_spec("transformers") is None:
-        pytest.skip("transformers is not installed")
-    prepare()
+    prepare_for("transformers")
 
 
 def bert() -> nn.Module:

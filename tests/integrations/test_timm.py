@@ -1,20 +1,14 @@
 """timm's own objects in the order of its train.py: mixup, losses, scaler, average, scheduler, optimizers; files."""
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 from torch import nn
 
 import flatprune
-from bench.zoo.environment import prepare
-from tests.conftest import thorough
+from tests.conftest import prepare_for, thorough
 from tests.pruning.optimizer_runs import Trained, net
 
-if find_spec("timm") is None:
-    pytest.skip("timm is not installed", allow_module_level=True)
-else:
-    prepare()
+prepare_for("timm")
 
 import timm
 from timm.data import Mixup

@@ -1,21 +1,16 @@
 """Ultralytics' own loop with pruning in it: sizes, files that load and predict, the average, going on, refusals."""
 
-import sys
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import flatprune
-from bench.zoo.environment import prepare
 from flatprune.errors import InputError
+from tests.conftest import prepare_for
+from tests.examples.loading import example
 
-if find_spec("ultralytics") is None:
-    pytest.skip("ultralytics is not installed", allow_module_level=True)
-else:
-    prepare()
+prepare_for("ultralytics")
 
 from ultralytics import YOLO
 
@@ -37,21 +32,19 @@ head:
 
 
 @pytest.fixture(scope="module")
-def example():
-    path = Path(__file__).parents[2] / "examples/ultralytics_yolo.py"
-    spec = spec_from_file_location("ultralytics_yolo", path)
-    module = sys.modules["ultralytics_yolo"] = module_from_spec(spec)
-    spec.loader.exec_module(module)
+def drawn():
+    """The example, which draws images."""
+    module = example("ultralytics_yolo")
     module.install_font()
     return module
 
 
 @pytest.fixture(scope="module")
-def files(example, tmp_path_factory):
+def files(drawn, tmp_path_factory):
     """The images' description and the network's."""
     folder = tmp_path_factory.mktemp("yolo")
     (folder / "tiny.yaml").write_text(TINY)
-    return example.write_data(folder / "data", train=IMAGES, val=4), folder / "tiny.yaml"
+    return drawn.write_data(folder / "data", train=IMAGES, val=4), folder / "tiny.yaml"
 
 
 def trained(files, folder, model=None, target=0.5, pruning=None, callbacks=None, **options):
@@ -144,14 +137,14 @@ def test_a_stopped_training_goes_on(files, tmp_path):
     assert [r.step for r in pruner.history] == sorted(r.step for r in pruner.history) and pruner.history[0].step == 2
 
 
-def test_a_pruned_network_trains_on_at_its_size(files, run, tmp_path, example):
+def test_a_pruned_network_trains_on_at_its_size(files, run, tmp_path, drawn):
     yolo, _ = run
     again = trained(files, tmp_path / "again", model=yolo.trainer.best, target=None, epochs=1)
     assert size(again.model) == size(yolo.model)
     with pytest.raises(InputError, match="nothing is pruned before training has begun, nor with target=None"):
         again.trainer.pruning  # noqa: B018
     assert not torch.equal(again.model.model[0].conv.weight, yolo.model.model[0].conv.weight)
-    other = example.write_data(tmp_path / "other", train=4, val=4)
+    other = drawn.write_data(tmp_path / "other", train=4, val=4)
     other.write_text(other.read_text().replace("names: [", "names: ['line', "))
     with pytest.raises(InputError, match="the pruned network is of 2 classes, the data of 3"):
         trained((other, None), tmp_path / "other", model=yolo.trainer.best, epochs=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -11,9 +10,8 @@ import torch.nn.functional as F
 
 import flatprune
 from bench.zoo import transformers_signals, transformers_text, transformers_vision
-from bench.zoo.environment import prepare
 from flatprune.pruning.schedule import CubicSchedule
-from tests.conftest import thorough
+from tests.conftest import prepare_for, thorough
 
 BUILDERS = {**transformers_text.NETWORKS, **transformers_vision.NETWORKS, **transformers_signals.NETWORKS}
 CLASSIFIERS = ("hf_distilbert", "hf_electra", "hf_vit", "hf_resnet", "hf_wav2vec2")  # logits and own loss
@@ -25,9 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 
 @pytest.fixture(scope="module", autouse=True)
 def transformers():
-    if find_spec("transformers") is None:
-        pytest.skip("transformers is not installed")
-    prepare()
+    prepare_for("transformers")
 
 
 class Training:

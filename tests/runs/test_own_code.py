@@ -20,7 +20,6 @@ from tests.training.acting import At
 SOURCE = """
 import numpy as np
 from torch import nn
-from flatprune.reporting import report
 
 class Net(nn.Module):
     def __init__(self, features, classes):

@@ -1,14 +1,11 @@
 """A dozen networks of transformers: what could go, a cut against the masked network, training after it."""
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 
 from bench.zoo import transformers_signals, transformers_text, transformers_vision
 from bench.zoo.checks import AMOUNTS, agree, cut_and_masked, find, outcome, train
-from bench.zoo.environment import prepare
-from tests.conftest import thorough
+from tests.conftest import prepare_for, thorough
 
 BUILDERS = {**transformers_text.NETWORKS, **transformers_vision.NETWORKS, **transformers_signals.NETWORKS}
 COULD_GO = {  # at least
@@ -32,9 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 
 @pytest.fixture(scope="module", autouse=True)
 def transformers():
-    if find_spec("transformers") is None:  # by name: a dozen skipped tests say which networks were not tried
-        pytest.skip("transformers is not installed")
-    prepare()
+    prepare_for("transformers")
 
 
 @pytest.mark.parametrize("name", thorough(COULD_GO, but=["hf_bert", "hf_llama_gqa", "hf_wav2vec2"]))
