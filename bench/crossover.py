@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
-from bench.results import RESULTS, cpu_slug, machine
+from bench.results import RESULTS, machine_slug, machine
 from kfac_ext import _C
 
 SHIFT, PATCHES = 1, 2
@@ -175,7 +175,7 @@ def main() -> int:
         document = json.loads(arguments.fit.read_text())
     else:
         document = run(arguments.samples, arguments.threads)
-        name = f"crossover-{cpu_slug()}-{document['machine']['simd']}-{arguments.threads}t.json"
+        name = f"crossover-{machine_slug()}-{arguments.threads}t.json"
         out = arguments.out or RESULTS / name
         write(out, document)
         print(f"written: {out}")

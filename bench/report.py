@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from bench.goals import verdicts
-from bench.results import RESULTS, ROOT, commits, load
+from bench.results import RESULTS, ROOT, commits, load, of_suite
 from bench.table import machine_line, noise_line, noisy_cases, quantity, reasons, seconds
 from bench.timing import spread
 
@@ -209,19 +209,21 @@ def plot(document: Mapping[str, Any], path: Path) -> None:
 
 
 def newest(folder: Path = RESULTS) -> Path:
-    """The full result file of this suite written last, or a quick one if there is no other."""
-    suite = [path for path in folder.glob("*.json") if not path.name.startswith(("crossover-", "gpu-", "zoo"))]
-    files = sorted(suite, key=lambda p: p.stat().st_mtime)
-    full = [path for path in files if "quick" not in path.stem]
-    if not files:
+    """The result file of this suite that was begun last: of whole runs, or of quick or interrupted ones without any."""
+    documents = of_suite(folder)
+    if not documents:
         raise SystemExit(f"no results in {folder}: run `make bench` first")
-    return (full or files)[-1]
+    return max(documents, key=lambda path: _rank(documents[path]))
+
+
+def _rank(document: Mapping[str, Any]) -> tuple[bool, bool, str]:
+    return not document["quick"], document["finished"] is not None, document["started"]
 
 
 def main() -> None:
     """Write the page and the chart."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="?", type=Path, help="default: the newest file in bench/results")
+    parser.add_argument("results", nargs="?", type=Path, help="default: of the newest whole run in bench/results")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder")
     options = parser.parse_args()
     source = (options.results or newest()).resolve()

@@ -96,14 +96,15 @@ def machine() -> dict[str, Any]:
     }
 
 
-def cpu_slug() -> str:
-    """The processor's name in a file's name."""
-    return re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
+def machine_slug() -> str:
+    """The processor's name and the instruction set in use, in a file's name."""
+    name = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
+    return f"{name}-{kfac_ext.build_info()['simd']}"
 
 
 def default_path(quick: bool) -> Path:
-    """bench/results/<cpu>-<threads>t[-quick].json."""
-    return RESULTS / f"{cpu_slug()}-{torch.get_num_threads()}t{'-quick' if quick else ''}.json"
+    """bench/results/<cpu>-<simd>-<threads>t[-quick].json."""
+    return RESULTS / f"{machine_slug()}-{torch.get_num_threads()}t{'-quick' if quick else ''}.json"
 
 
 class Results:
@@ -168,9 +169,19 @@ def _rounded(value: Any) -> Any:
 def load(path: str | Path) -> dict[str, Any]:
     """A document written by `Results`; ValueError if it is none."""
     document = json.loads(Path(path).read_text())
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
+    if not _is_of_suite(document):
         raise ValueError(f"{path}: not a result of this benchmark suite (format {FORMAT})")
     return document
+
+
+def of_suite(folder: Path) -> dict[Path, dict[str, Any]]:
+    """The documents of `Results` in a folder; other benchmarks keep theirs beside them."""
+    found = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    return {path: document for path, document in found.items() if _is_of_suite(document)}
+
+
+def _is_of_suite(document: Any) -> bool:
+    return isinstance(document, dict) and document.get("format") == FORMAT
 
 
 def by_key(document: Mapping[str, Any]) -> dict[tuple[str, str], Case]:

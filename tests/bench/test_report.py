@@ -1,11 +1,12 @@
 """The page and the chart say what the JSON says."""
 
-import os
+import json
 
 import pytest
 
 from bench.goals import MISSED, REACHED, UNKNOWN, verdicts
 from bench.report import markdown, newest, plot
+from bench.results import load
 from bench.table import noise_line, print_summary
 from tests.bench.documents import case, document, growth, memory
 
@@ -99,9 +100,20 @@ def test_wide_spread_is_said():
     assert "WIDE" in noise_line(noisy)
 
 
-def test_the_newest_result_is_one_of_this_suite(tmp_path):
-    for age, name in enumerate(("cpu-2t", "cpu-2t-quick", "crossover-cpu-1t", "gpu-h100")):
-        path = tmp_path / f"{name}.json"
-        path.write_text("{}")
-        os.utime(path, (age, age))
-    assert newest(tmp_path).name == "cpu-2t.json"
+def test_the_newest_whole_run_makes_the_page(tmp_path):
+    def write(name, **changes):
+        run = {"format": 1, "quick": False, "started": "2026-01-02 00:00:00", "finished": "2026-01-02 01:00:00"}
+        (tmp_path / f"{name}.json").write_text(json.dumps(run | changes))
+
+    write("interrupted", started="2026-01-04 00:00:00", finished=None)
+    write("quick", started="2026-01-05 00:00:00", quick=True)
+    assert newest(tmp_path).stem == "interrupted"
+    write("newer")
+    write("older", started="2026-01-01 00:00:00")
+    write("nvidia-h100", started="2026-01-06 00:00:00", format=3)
+    (tmp_path / "crossover.json").write_text("{}")
+    assert newest(tmp_path).stem == "newer"
+
+
+def test_the_committed_results_make_the_page():
+    assert newest().name.endswith("t.json") and verdicts(load(newest()))
