@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
-from bench.results import RESULTS, machine_slug, machine
+from bench.results import RESULTS, machine, machine_slug
 from kfac_ext import _C
 
 SHIFT, PATCHES = 1, 2
