@@ -22,7 +22,9 @@ FAMILIES: tuple[str, ...] = ("valid", "hostile", "geometry", "memory", "damage",
 def main(arguments: list[str] | None = None) -> int:
     """Run what was asked for; see `--help`."""
     parser = argparse.ArgumentParser(prog="python -m bench.hard", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("families", nargs="*", choices=FAMILIES, help="those to run; default all", metavar="FAMILY")
+    parser.add_argument(
+        "families", nargs="*", type=_family, help=f"default all: {', '.join(FAMILIES)}", metavar="FAMILY"
+    )
     parser.add_argument("--size", choices=("quick", "full"), default="quick", help="two minutes, or a night")
     parser.add_argument("--cases", type=int, help="number of cases of each family instead of the size's")
     parser.add_argument("--seed", type=int, default=0)
@@ -43,6 +45,13 @@ def main(arguments: list[str] | None = None) -> int:
             asked.json.write_text(text + "\n")
     show(list(tallies.values()))
     return 0 if all(tally.sound for tally in tallies.values()) else 1
+
+
+def _family(name: str) -> str:
+    """For argparse, whose `choices` refuse that nothing is given."""
+    if name not in FAMILIES:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(FAMILIES)}")
+    return name
 
 
 def _run(name: str, asked: argparse.Namespace, before: Tally | None) -> Tally:
