@@ -84,7 +84,7 @@ bench: setup
 bench-quick: setup
 	$(BIN)/python -m pytest bench --capture=no --bench-fresh --quick
 
-# docs/benchmarks.md and .png from the newest full result
+# docs/benchmarks.md and .png, and the tables of a GPU in docs/kernels.md, from the newest full results
 bench-report: setup
 	$(BIN)/python -m bench.report
 

@@ -65,7 +65,7 @@ def figure(case: Mapping[str, Any], relative: bool) -> Figure | None:
     if case["kind"] != "time":
         return None
     baseline = baseline_of(case)
-    if relative and baseline:
+    if relative and baseline and "paired_speedup" in case["variants"][baseline]:
         plain = case["variants"][baseline]  # paired_* is plain over native
         return Figure(
             1 / plain["paired_speedup"], 1 / plain["paired_q3"], 1 / plain["paired_q1"], f"fraction of {baseline}"

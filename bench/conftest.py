@@ -12,7 +12,7 @@ import torch
 
 from bench.results import Results, default_path
 from bench.table import print_summary
-from bench.timing import Alternation, Variant, slope, spread, summary
+from bench.timing import Alternation, Variant, slope, spread, timed_case
 
 _BUDGET, _QUICK_BUDGET = 4.0, 0.6  # seconds of sampling for a case
 _ROUNDS, _QUICK_ROUNDS = 7, 3  # at least
@@ -87,18 +87,8 @@ class Measure:
         rounds = alternation.calibrate(budget, least)
         rounds = min(rounds, max_rounds) if max_rounds else rounds
         self.benchmark.pedantic(alternation.round, rounds=rounds, iterations=1)
-        samples = alternation.samples
-        native = samples.get("native")
-        case = {
-            "suite": suite,
-            "name": name,
-            "kind": "time",
-            "unit": "s",
-            "rounds": len(next(iter(samples.values())).wall),
-            **facts,
-            "variants": {key: summary(value, native, 1 / per) for key, value in samples.items()},
-            "skipped": dict(skipped or {}),
-        }
+        facts = {**facts, "skipped": dict(skipped or {})}
+        case = timed_case(suite, name, alternation.samples, per=per, **facts)
         self.benchmark.extra_info.update(case)
         self.results.add(case)
         _say(case)
@@ -139,7 +129,6 @@ class Measure:
             "x": xs,
             **facts,
             "variants": {v: {"medians": times, "slope": slope(xs, times)} for v, times in medians.items()},
-            "skipped": {},
         }
         self.benchmark.extra_info.update(case)
         self.results.add(case)
@@ -160,7 +149,6 @@ def record(results: Results) -> Callable[..., dict[str, Any]]:
 
     def add(suite: str, name: str, kind: str, unit: str, variants: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
         case = {"suite": suite, "name": name, "kind": kind, "unit": unit, **facts, "variants": dict(variants)}
-        case.setdefault("skipped", {})
         results.add(case)
         return case
 

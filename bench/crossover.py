@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
-from bench.results import RESULTS, machine, machine_slug
+from bench.machine import machine, machine_slug
+from bench.results import RESULTS
 from kfac_ext import _C
 
 SHIFT, PATCHES = 1, 2

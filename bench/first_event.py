@@ -23,8 +23,8 @@ from torch import Tensor, nn
 import flatprune
 from bench import memory, worksets
 from bench.construction import SUBJECTS as LARGE
+from bench.machine import ROOT
 from bench.peers import load
-from bench.results import ROOT
 from flatprune import models
 
 IMAGE, CLASSES = (3, 32, 32), 10

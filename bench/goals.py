@@ -1,9 +1,11 @@
-"""The goals on two cores, float32, each decided by the results of one run."""
+"""The goals on two cores, in float32, and on a GPU; each is decided by the results of one run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
+
+from bench.documents import table
 
 REACHED, MISSED, UNKNOWN = "reached", "MISSED", "not measured"
 Case = Mapping[str, Any]
@@ -146,7 +148,25 @@ GOALS = [
     Goal("peak extra memory of the covariances, in that of the better plain way", 1, False, _covariance_memory),
 ]  # fmt: skip
 
+# against this variant, PyTorch in tf32 like native, on an H100; by the counts of docs/kernels.md
+_ON_A_GPU: dict[str, tuple[str, dict[str, float]]] = {
+    "covariance": ("strided unfold", {"VGG19 b128": 2.2, "ResNet32 b128": 5, "ResNet50 b32": 1.6}),
+    "inverses": ("cholesky", {"VGG19 b128": 6, "ResNet32 b128": 60, "ResNet50 b32": 10}),
+    "power iteration": ("loop without test", {"VGG19 b128": 3, "ResNet32 b128": 100, "ResNet50 b32": 10}),
+    "saliency": ("batched", {"VGG19 b128": 2, "ResNet32 b128": 30, "ResNet50 b32": 6}),
+}
+GPU_GOALS = [
+    Goal(f"{family} of {network}, against {variant}", bound, True, _networks(family, "", variant, f"{network}, tf32"))
+    for family, (variant, bounds) in _ON_A_GPU.items()
+    for network, bound in bounds.items()
+]
 
-def verdicts(document: Mapping[str, Any]) -> list[Verdict]:
+
+def verdicts(document: Mapping[str, Any], goals: list[Goal] = GOALS) -> list[Verdict]:
     """One for each goal."""
-    return [goal.verdict(list(document["cases"])) for goal in GOALS]
+    return [goal.verdict(list(document["cases"])) for goal in goals]
+
+
+def goals_table(document: Mapping[str, Any], goals: list[Goal] = GOALS) -> Iterator[str]:
+    """The verdicts as lines of Markdown."""
+    return table(("goal", "wanted", "measured", ""), verdicts(document, goals), "l")

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kfac_ext
+from bench import documents
 from flatprune import models
 from flatprune.data import to_pixels
 
@@ -126,7 +127,7 @@ class Runs:
 def table(runs: Runs) -> str:
     """Steps and CPU seconds to the target of both methods at their best options, and each seed's ratio of steps."""
     target = runs.arguments.target
-    lines = ["| | options | steps, one seed each | CPU s a step | CPU s |", "| --- | --- | --- | --- | --- |"]
+    rows = []
     for method in GRIDS:
         options = runs.best(method)
         found = [runs.get(method, options, seed) for seed in runs.arguments.seeds]
@@ -134,8 +135,9 @@ def table(runs: Runs) -> str:
         per_step = statistics.fmean(run["seconds"] / len(run["losses"]) for run in found)
         seconds = ", ".join(f"{run['seconds']:.0f}" for run in found)
         chosen = ", ".join(f"{name} {value:g}" for name, value in options.items())
-        lines.append(f"| {method} | {chosen} | {steps} | {per_step:.2f} | {seconds} |")
-    return "\n".join(lines)
+        rows.append((method, chosen, steps, f"{per_step:.2f}", seconds))
+    head = "", "options", "steps, one seed each", "CPU s a step", "CPU s"
+    return "\n".join(documents.table(head, rows, "l"))
 
 
 def main() -> None:

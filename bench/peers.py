@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.results import PEERS
+from bench.machine import PEERS
 from bench.worksets import LayerShape
 
 Skipped = dict[str, str]

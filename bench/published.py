@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from rich.console import Console
 
+from bench import documents
 from flatprune.errors import InputError, Interrupted
 from flatprune.study import Results, read_study, run_study, write_report
 
@@ -53,18 +54,16 @@ PUBLISHED = {
 
 def table(results: Results) -> str:
     """Ours beside theirs, Markdown; what has not been run stays empty."""
-    lines = [
-        "| network | multiply-accumulates removed, % | last epoch, % | best epoch, % | n | published, % |",
-        "| --- | ---: | ---: | ---: | ---: | --- |",
-    ]
+    head = "network", "multiply-accumulates removed, %", "last epoch, %", "best epoch, %", "n", "published, %"
+    rows = []
     for group in results.groups:
         network = dict(group.point)["network"]
         left, last, best = (group.statistic(key) for key in ("macs_left", "test_accuracy_last", "test_accuracy_best"))
         removed = "" if left is None else f"{100.0 - left.mean:.1f}"
         ours = ["" if value is None else value.text(".2f") for value in (last, best)]
         theirs = "; ".join(_named(figure) for figure in PUBLISHED.get(network, ()))
-        lines.append(f"| {network} | {removed} | {ours[0]} | {ours[1]} | {len(group.summaries)} | {theirs} |")
-    return "\n".join(lines)
+        rows.append((network, removed, *ours, len(group.summaries), theirs))
+    return "\n".join(documents.table(head, rows, "lrrrrl"))
 
 
 def _named(figure: Figure) -> str:

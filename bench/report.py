@@ -1,6 +1,6 @@
-"""Write docs/benchmarks.md and docs/benchmarks.png from a result file.
+"""Write docs/benchmarks.md and docs/benchmarks.png from a CPU's results, and a GPU's into docs/kernels.md.
 
-python -m bench.report [results.json] [--out docs]
+python -m bench.report [results.json] [--out docs]      # one of either; default: the newest of both
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from bench.goals import verdicts
-from bench.results import RESULTS, ROOT, commits, load, of_suite
+from bench.documents import replace_between, table
+from bench.goals import goals_table
+from bench.gpu.table import results_table
+from bench.machine import ROOT
+from bench.results import RESULTS, commits, load, of_suite
 from bench.table import machine_line, noise_line, noisy_cases, quantity, reasons, seconds
 from bench.timing import spread
 
@@ -76,6 +79,7 @@ def markdown(document: Mapping[str, Any], source: str) -> str:
         + f"; commit {', '.join(commits(document['cases']))}.",
         f"- Peers: {_peers(document)}.",
         f"- {noise_line(document)}.",
+        "- What a GPU takes stands on the page of the [CUDA kernels](kernels.md), made by the same command.",
         "- All variants of a case run alternately, in one process, on the same inputs, and their results are compared "
         "first. Times are medians; spread is the distance of the quartiles as a part of the median; *times native* is "
         "the ratio of the medians. CPU time is that of all threads, spinning ones included.",
@@ -86,9 +90,7 @@ def markdown(document: Mapping[str, Any], source: str) -> str:
         "",
         "Two cores, float32. A missed goal names every case that misses it, a reached one the tightest.",
         "",
-        "| goal | wanted | measured | |",
-        "| --- | --- | --- | --- |",
-        *(f"| {v.goal} | {v.wanted} | {v.measured} | {v.state} |" for v in verdicts(document)),
+        *goals_table(document),
     ]
     order = list(_SUITES)
     cases = sorted(document["cases"], key=lambda c: order.index(c["suite"]))
@@ -109,19 +111,19 @@ def _suite(suite: str, cases: list[Mapping[str, Any]]) -> Iterator[str]:
     if suite in _NOTES:
         yield from (_NOTES[suite], "")
     if suite == "growth":
-        yield from ("| case | along | " + "slopes | at the largest |", "| --- | --- | --- | --- |")
-        for case in cases:
-            slopes = ", ".join(f"{n} {v['slope']:.2f}" for n, v in case["variants"].items())
-            times = ", ".join(f"{n} {seconds(v['medians'][-1])}" for n, v in case["variants"].items())
-            yield f"| {case['name']} | {case['along']} {case['x'][0]} to {case['x'][-1]} | {slopes} | {times} |"
-        return
-    yield "| case | variant | median | spread | CPU time | times native |"
-    yield "| --- | --- | ---: | ---: | ---: | ---: |"
-    for case in cases:
-        yield from _case(case)
+        yield from table(("case", "along", "slopes", "at the largest"), map(_growth, cases), "l")
+    else:
+        head = "case", "variant", "median", "spread", "CPU time", "times native"
+        yield from table(head, (row for case in cases for row in _rows(case)), "llr")
 
 
-def _case(case: Mapping[str, Any]) -> Iterator[str]:
+def _growth(case: Mapping[str, Any]) -> tuple[str, ...]:
+    slopes = ", ".join(f"{n} {v['slope']:.2f}" for n, v in case["variants"].items())
+    times = ", ".join(f"{n} {seconds(v['medians'][-1])}" for n, v in case["variants"].items())
+    return case["name"], f"{case['along']} {case['x'][0]} to {case['x'][-1]}", slopes, times
+
+
+def _rows(case: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     label = case["name"] + (f" ({case['shape']})" if "shape" in case else "")
     timed = case["kind"] == "time"
     native = case["variants"].get("native")
@@ -129,7 +131,7 @@ def _case(case: Mapping[str, Any]) -> Iterator[str]:
         wide = f"{spread(entry):.0%}" if timed else ""
         cpu = seconds(entry["cpu_median"]) if "cpu_median" in entry else ""
         ratio = entry["median"] / native["median"] if native and native["median"] and name != "native" else None
-        cells = (
+        yield (
             label if not i else "",
             name,
             quantity(case, entry["median"]),
@@ -137,12 +139,11 @@ def _case(case: Mapping[str, Any]) -> Iterator[str]:
             cpu,
             f"{ratio:.2f}" if ratio else "",
         )
-        yield f"| {' | '.join(cells)} |"
     for fact in ("largest_activation", "model", "working_set"):
         if fact in case:
-            yield f"| | *{fact.replace('_', ' ')}* | {quantity(case, case[fact])} | | | |"
+            yield "", f"*{fact.replace('_', ' ')}*", quantity(case, case[fact]), "", "", ""
     for peer, reason in reasons(case).items():
-        yield f"| | {peer} | *{reason.replace('|', '/')}* | | | |"
+        yield "", peer, f"*{reason.replace('|', '/')}*", "", "", ""
 
 
 def bars(document: Mapping[str, Any]) -> list[tuple[str, float, str]]:
@@ -208,31 +209,49 @@ def plot(document: Mapping[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def newest(folder: Path = RESULTS) -> Path:
-    """The result file of this suite that was begun last: of whole runs, or of quick or interrupted ones without any."""
-    documents = of_suite(folder)
-    if not documents:
-        raise SystemExit(f"no results in {folder}: run `make bench` first")
-    return max(documents, key=lambda path: _rank(documents[path]))
+def newest(folder: Path = RESULTS, *, gpu: bool = False) -> Path | None:
+    """The result file that was begun last: of whole runs, or of quick or interrupted ones without any."""
+    documents = {path: found for path, found in of_suite(folder).items() if found["cases"] and is_of_gpu(found) == gpu}
+    return max(documents, key=lambda path: _rank(documents[path]), default=None)
+
+
+def is_of_gpu(document: Mapping[str, Any]) -> bool:
+    """Whether it was measured on a GPU."""
+    return "device" in document["machine"]
 
 
 def _rank(document: Mapping[str, Any]) -> tuple[bool, bool, str]:
     return not document["quick"], document["finished"] is not None, document["started"]
 
 
+def write(source: Path, out: Path) -> None:
+    """The page and the chart of a CPU's results; of a GPU's the tables that stand in docs/kernels.md."""
+    document = load(source)
+    shown = source.relative_to(ROOT).as_posix() if source.is_relative_to(ROOT) else source.name
+    out.mkdir(parents=True, exist_ok=True)
+    if is_of_gpu(document):
+        page = out / "kernels.md"
+        made = f"Made by `make bench-report` from `{shown}`."
+        replace_between(page, "gpu-results", f"{made}\n\n{results_table(document)}")
+    else:
+        page = out / "benchmarks.md"
+        page.write_text(markdown(document, shown))
+        plot(document, out / "benchmarks.png")
+    print(f"wrote {page} from {shown}")
+
+
 def main() -> None:
-    """Write the page and the chart."""
+    """Write what there are results for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="?", type=Path, help="default: of the newest whole run in bench/results")
+    parser.add_argument("results", nargs="?", type=Path, help="default: of the newest whole runs in bench/results")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder")
     options = parser.parse_args()
-    source = (options.results or newest()).resolve()
-    document = load(source)
-    options.out.mkdir(parents=True, exist_ok=True)
-    shown = source.relative_to(ROOT).as_posix() if source.is_relative_to(ROOT) else source.name
-    (options.out / "benchmarks.md").write_text(markdown(document, shown))
-    plot(document, options.out / "benchmarks.png")
-    print(f"wrote {options.out / 'benchmarks.md'} and benchmarks.png from {shown}")
+    sources = [options.results] if options.results else [newest(), newest(gpu=True)]
+    found = [path for path in sources if path is not None]
+    if not found:
+        raise SystemExit(f"no results in {RESULTS}: run `make bench` first")
+    for path in found:
+        write(path.resolve(), options.out)
 
 
 if __name__ == "__main__":

@@ -1,132 +1,58 @@
-"""The JSON of a run: what machine, which versions, which commit, and one entry a case, written after each case."""
+"""The JSON of a run: what machine, which versions, which commit, and one entry a case, written after each case.
+
+Nothing here needs torch or what is built but the suite that pytest runs.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-import re
-import subprocess
+import threading
 import time
 from collections.abc import Iterable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
+from bench.documents import write_json
+from bench.machine import ROOT, commit, copy_gbs, load_average, machine, machine_slug, matmul_gflops
+from bench.timing import Variant, wall_and_cpu
 
-import kfac_ext
-from bench.timing import load_average
-
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 FORMAT = 1
-PEERS = {  # import name -> distribution
-    "asdl": "asdfghjkl",
-    "curvlinops": "curvlinops-for-pytorch",
-    "nngeometry": "nngeometry",
-    "backpack": "backpack-for-pytorch",
-    "singd": "singd",
-}
 Case = dict[str, Any]
-
-
-def cpu_name() -> str:
-    """The processor as the system names it."""
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """The commit of the working tree, with '+changes' if tracked sources differ from it."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        paths = ["bench/*.py", "csrc", "kfac_ext", "python"]
-        return git("rev-parse", "--short=10", "HEAD") + ("+changes" if git("status", "-s", "-uno", *paths) else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def version(distribution: str) -> str | None:
-    """Its installed version, or None."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _rate(run: Any, work: float) -> float:
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return work / min(times)
 
 
 def measured_rates() -> dict[str, float]:
     """What this machine reaches now: float32 matmul in GFLOP/s and copying in GB/s (read + written)."""
-    a = torch.randn(1024, 1024)
-    source, target = torch.randn(2**24), torch.empty(2**24)
-    return {
-        "matmul_gflops": round(_rate(lambda: a @ a, 2 * 1024**3) / 1e9, 1),
-        "copy_gbs": round(_rate(lambda: target.copy_(source), 2 * source.nbytes) / 1e9, 1),
-    }
+    stopwatch = wall_and_cpu()
 
+    def best(run: Variant) -> float:
+        return min(stopwatch(run, 1)[0] for _ in range(5))
 
-def machine() -> dict[str, Any]:
-    """The machine and the versions, without anything that changes from run to run."""
-    info = kfac_ext.build_info()
-    return {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "simd": info["simd"],
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "kfac_ext": kfac_ext.__version__,
-        "peers": {name: version(distribution) for name, distribution in PEERS.items()},
-    }
-
-
-def machine_slug() -> str:
-    """The processor's name and the instruction set in use, in a file's name."""
-    name = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
-    return f"{name}-{kfac_ext.build_info()['simd']}"
+    return {"matmul_gflops": matmul_gflops(best), "copy_gbs": copy_gbs(best)}
 
 
 def default_path(quick: bool) -> Path:
     """bench/results/<cpu>-<simd>-<threads>t[-quick].json."""
+    import torch
+
     return RESULTS / f"{machine_slug()}-{torch.get_num_threads()}t{'-quick' if quick else ''}.json"
 
 
-class Results:
-    """The document of a run; every `add` writes it whole, so that an interrupted run keeps what it has.
+class Document:
+    """The document of a run; whatever is added, it is written whole, so that an interrupted run keeps what it has.
+
+    Threads may add to it.
 
     Args:
         path: where it lies.
         quick: short runs; their numbers are rougher.
-        fresh: forget what is there; else cases measured again replace the old ones of a file from the same machine.
     """
 
-    def __init__(self, path: Path, *, quick: bool, fresh: bool) -> None:
+    def __init__(self, path: Path, *, quick: bool) -> None:
         self.path = path
-        here = machine()
-        self.document: dict[str, Any] = {"format": FORMAT, "quick": quick, "machine": here, "cases": []}
-        if not fresh and path.exists():
-            old = json.loads(path.read_text())
-            if (old.get("format"), old["quick"], old["machine"]) == (FORMAT, quick, here):
-                self.document = old
-        self.document |= {"started": time.strftime("%Y-%m-%d %H:%M:%S"), "finished": None}
-        self.document["rates_before"] = measured_rates()
-        self._commit = commit()
+        self.document: dict[str, Any] = {"format": FORMAT, "quick": quick, "machine": {}, "cases": []}
+        self.document |= {"started": _now(), "finished": None}
+        self._commit, self._lock = commit(), threading.RLock()
 
     @property
     def cases(self) -> list[Case]:
@@ -135,26 +61,62 @@ class Results:
 
     def add(self, case: Case) -> None:
         """Add or replace the case of this suite and name, and write the file."""
-        case = {**case, "commit": self._commit, "load": load_average(), "threads": torch.get_num_threads()}
-        keys = [(c["suite"], c["name"]) for c in self.cases]
+        case = {"skipped": {}, **case, "commit": self._commit, "load": load_average()}
         key = (case["suite"], case["name"])
-        if key in keys:
-            self.cases[keys.index(key)] = case
-        else:
-            self.cases.append(case)
-        self.write()
+        with self._lock:
+            keys = [(c["suite"], c["name"]) for c in self.cases]
+            if key in keys:
+                self.cases[keys.index(key)] = case
+            else:
+                self.cases.append(case)
+            self.write()
+
+    def keep(self, key: str, value: Any) -> None:
+        """Store what is known beside the cases."""
+        with self._lock:
+            self.document[key] = value
+            self.write()
 
     def finish(self) -> None:
-        """Note that nothing is missing at the end."""
-        self.document |= {"finished": time.strftime("%Y-%m-%d %H:%M:%S"), "rates_after": measured_rates()}
-        self.write()
+        """Note when it ended."""
+        self.keep("finished", _now())
 
     def write(self) -> None:
         """Replace the file at once: a reader never sees half of it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".tmp")
-        partial.write_text(json.dumps(_rounded(self.document), indent=1) + "\n")
-        partial.replace(self.path)
+        write_json(self.path, _rounded(self.document))
+
+
+class Results(Document):
+    """The document of the suite that pytest runs, on this machine.
+
+    Args:
+        path, quick: see `Document`.
+        fresh: forget what is there; else cases measured again replace the old ones of a file from the same machine.
+    """
+
+    def __init__(self, path: Path, *, quick: bool, fresh: bool) -> None:
+        super().__init__(path, quick=quick)
+        here = self.document["machine"] = machine()
+        if not fresh and path.exists():
+            old = json.loads(path.read_text())
+            if (old.get("format"), old["quick"], old["machine"]) == (FORMAT, quick, here):
+                self.document = old | {"started": self.document["started"], "finished": None}
+        self.document["rates_before"] = measured_rates()
+
+    def add(self, case: Case) -> None:
+        """Add or replace the case of this suite and name, with the threads in use, and write the file."""
+        import torch
+
+        super().add({**case, "threads": torch.get_num_threads()})
+
+    def finish(self) -> None:
+        """Note that nothing is missing at the end."""
+        self.document["rates_after"] = measured_rates()
+        super().finish()
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S")
 
 
 def _rounded(value: Any) -> Any:
@@ -167,15 +129,15 @@ def _rounded(value: Any) -> Any:
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """A document written by `Results`; ValueError if it is none."""
+    """A document written by `Document`; ValueError if it is none."""
     document = json.loads(Path(path).read_text())
     if not _is_of_suite(document):
-        raise ValueError(f"{path}: not a result of this benchmark suite (format {FORMAT})")
+        raise ValueError(f"{path}: not a result of these benchmarks (format {FORMAT})")
     return document
 
 
 def of_suite(folder: Path) -> dict[Path, dict[str, Any]]:
-    """The documents of `Results` in a folder; other benchmarks keep theirs beside them."""
+    """The documents of `Document` in a folder; other benchmarks keep theirs beside them."""
     found = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     return {path: document for path, document in found.items() if _is_of_suite(document)}
 

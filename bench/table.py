@@ -1,13 +1,10 @@
-"""The results as tables in the terminal."""
+"""The results in words, and as tables in the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from bench.goals import verdicts
 from bench.timing import WIDE_SPREAD, spread
@@ -59,13 +56,15 @@ def noise_line(document: Mapping[str, Any]) -> str:
 
 
 def machine_line(document: Mapping[str, Any]) -> str:
-    """Machine, threads and versions."""
-    m, rates = document["machine"], document.get("rates_after") or document["rates_before"]
-    return (
-        f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['simd']}; {m['system']}; Python {m['python']}, "
-        f"torch {m['torch']}, kfac-ext {m['kfac_ext']}; float32 matmul {rates['matmul_gflops']} GFLOP/s, "
-        f"copy {rates['copy_gbs']} GB/s"
-    )
+    """Device, machine, threads, versions, and what was reached."""
+    m, rates = document["machine"], document.get("rates_after") or document.get("rates_before")
+    words = [f"{m['device']}, driver {m['driver']}"] if "device" in m else []
+    words += [f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['simd']}", m["system"]]
+    words.append(f"Python {m['python']}, torch {m['torch']}, kfac-ext {m['kfac_ext']}")
+    if rates:
+        tf32 = f"tf32 matmul {rates['matmul_tf32_gflops']:g} GFLOP/s, " if "matmul_tf32_gflops" in rates else ""
+        words.append(f"float32 matmul {rates['matmul_gflops']:g} GFLOP/s, {tf32}copy {rates['copy_gbs']:g} GB/s")
+    return "; ".join(words)
 
 
 def variant_rows(case: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, str]]:
@@ -90,9 +89,12 @@ def reasons(case: Mapping[str, Any]) -> dict[str, str]:
     return {peer: reason for peer, reason in case["skipped"].items() if reason != "not installed"}
 
 
-def print_summary(document: Mapping[str, Any], console: Console | None = None) -> None:
+def print_summary(document: Mapping[str, Any]) -> None:
     """All suites, the goals, the noise."""
-    console = console or Console(width=_WIDTH)
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=_WIDTH)
     console.print(f"\n{machine_line(document)}", highlight=False)
     for suite, cases in groupby(sorted(document["cases"], key=lambda c: c["suite"]), key=lambda c: c["suite"]):
         table = Table(title=suite, title_justify="left", expand=False)

@@ -11,8 +11,8 @@ import torch
 
 from bench import memory
 from bench.construction import SUBJECTS, Construction, model_bytes
+from bench.machine import ROOT
 from bench.peers import load
-from bench.results import ROOT
 
 QUICK = ("ResNet-20",)
 pytestmark = pytest.mark.filterwarnings("ignore")  # what stays of a network is not the matter here

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import memory, worksets
-from bench.results import ROOT
+from bench.machine import ROOT
 
 NETWORKS = worksets.networks()
 QUICK = ("VGG-small b64",)

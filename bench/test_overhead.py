@@ -9,8 +9,8 @@ import torch
 
 import kfac_ext
 from bench import peers
-from bench.results import PEERS, ROOT
-from bench.timing import quartiles
+from bench.machine import PEERS, ROOT
+from bench.timing import figures
 
 x = torch.randn(4, 4)
 image = torch.randn(2, 2, 4, 4)
@@ -72,10 +72,9 @@ def test_import(benchmark, record, quick):
     benchmark.pedantic(round_of_imports, rounds=3 if quick else 7, iterations=1)
     variants = {}
     for name, values in times.items():
-        low, median, high = quartiles(values)
         label = (
             name if name == "torch" else f"{name}, after kfac_ext" if name == "flatprune" else f"{name}, after torch"
         )
-        variants[label] = {"median": median, "q1": low, "q3": high, "min": min(values)}
+        variants[label] = figures(values)
     skipped = {} if quick else {name: peers.load(name) for name in PEERS if name not in there}
     record("import", "import time", "time", "s", variants, rounds=len(times["torch"]), skipped=skipped)

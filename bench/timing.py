@@ -1,9 +1,8 @@
-"""Timing of several variants of one computation: alternating, wall and CPU time, medians and spread."""
+"""Timing of several variants of one computation, on whatever device: alternating, medians and spread."""
 
 from __future__ import annotations
 
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Variant = Callable[[], Any]
+Stopwatch = Callable[[Variant, int], tuple[float, float | None]]
+"""(call, how often) -> seconds of one call, and of all CPU threads where that means something"""
 
 MIN_SAMPLE = 2e-3  # seconds: shorter calls are repeated within one sample, so that the clock's grain does not count
 MAX_ROUNDS = 51
@@ -20,16 +21,25 @@ WIDE_SPREAD = 0.15  # of the median between the quartiles: said to be noisy abov
 
 @dataclass
 class Samples:
-    """Seconds of one call in every round."""
+    """Seconds of one call in every round; of `cpu` none where the stopwatch has none."""
 
-    repeats: int
+    repeats: int = 1
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
 
-def load_average() -> float | None:
-    """Processes that wanted a core in the last minute, where the system tells."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+def wall_and_cpu(
+    clock: Callable[[], float] = time.perf_counter, cpu_clock: Callable[[], float] = time.process_time
+) -> Stopwatch:
+    """The stopwatch of a CPU."""
+
+    def measured(run: Variant, repeats: int) -> tuple[float, float]:
+        cpu, wall = cpu_clock(), clock()
+        for _ in range(repeats):
+            run()
+        return (clock() - wall) / repeats, (cpu_clock() - cpu) / repeats
+
+    return measured
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -40,13 +50,19 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
+def figures(seconds: Sequence[float], scale: float = 1.0) -> dict[str, float]:
+    """Median, quartiles and minimum."""
+    low, median, high = quartiles(seconds)
+    return {"median": median * scale, "q1": low * scale, "q3": high * scale, "min": min(seconds) * scale}
+
+
 class Alternation:
     """Runs all variants once a round, beginning with another one each round.
 
     Args:
         variants: name -> what is timed, in the process and on the inputs of all others.
         before: name -> what runs right before each sample of that variant, untimed (one call a sample then).
-        clock, cpu_clock: seconds.
+        stopwatch: how a call is timed.
     """
 
     def __init__(
@@ -54,12 +70,11 @@ class Alternation:
         variants: Mapping[str, Variant],
         *,
         before: Mapping[str, Callable[[], Any]] | None = None,
-        clock: Callable[[], float] = time.perf_counter,
-        cpu_clock: Callable[[], float] = time.process_time,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         self.variants, self.before = dict(variants), dict(before or {})
-        self.clock, self.cpu_clock = clock, cpu_clock
-        self.samples = {name: Samples(1) for name in self.variants}
+        self.stopwatch = stopwatch or wall_and_cpu()
+        self.samples = {name: Samples() for name in self.variants}
         self._round = 0
 
     def calibrate(self, budget: float, min_rounds: int) -> int:
@@ -83,43 +98,61 @@ class Alternation:
             samples = self.samples[name]
             wall, cpu = self._sample(name, samples.repeats)
             samples.wall.append(wall)
-            samples.cpu.append(cpu)
+            if cpu is not None:
+                samples.cpu.append(cpu)
         self._round += 1
 
-    def _sample(self, name: str, repeats: int) -> tuple[float, float]:
+    def rounds(self, most: int, seconds: float, fewest: int = 3) -> None:
+        """Two untimed calls of each variant, then rounds; after so many seconds in all no more than the fewest."""
+        end = time.monotonic() + seconds
+        for run in self.variants.values():
+            run()
+            run()
+        for done in range(most):
+            if done >= fewest and time.monotonic() > end:
+                break
+            self.round()
+
+    def _sample(self, name: str, repeats: int) -> tuple[float, float | None]:
         if name in self.before:
             self.before[name]()
-        run = self.variants[name]
-        cpu, wall = self.cpu_clock(), self.clock()
-        for _ in range(repeats):
-            run()
-        return (self.clock() - wall) / repeats, (self.cpu_clock() - cpu) / repeats
+        return self.stopwatch(self.variants[name], repeats)
 
 
 def summary(samples: Samples, native: Samples | None, unit_scale: float = 1.0) -> dict[str, Any]:
-    """Median, quartiles, minimum and CPU time of a variant; its ratio to native, round by round.
+    """Median, quartiles, minimum and, where there is one, CPU time of a variant; its ratio to native, round by round.
 
     `speedup` is the ratio of the medians; its quartiles are those of the ratios within a round, which a load that
     comes and goes disturbs less than the times.
     """
-    low, median, high = quartiles(samples.wall)
-    found: dict[str, Any] = {
-        "median": median * unit_scale,
-        "q1": low * unit_scale,
-        "q3": high * unit_scale,
-        "min": min(samples.wall) * unit_scale,
-        "cpu_median": statistics.median(samples.cpu) * unit_scale,
-        "repeats": samples.repeats,
-    }
+    found: dict[str, Any] = {**figures(samples.wall, unit_scale), "repeats": samples.repeats}
+    if samples.cpu:
+        found["cpu_median"] = statistics.median(samples.cpu) * unit_scale
     if native is not None:
         ratio_low, ratio, ratio_high = quartiles([a / b for a, b in zip(samples.wall, native.wall)])
         found |= {
-            "speedup": median / statistics.median(native.wall),
+            "speedup": statistics.median(samples.wall) / statistics.median(native.wall),
             "paired_speedup": ratio,
             "paired_q1": ratio_low,
             "paired_q3": ratio_high,
         }
     return found
+
+
+def timed_case(
+    suite: str, name: str, samples: Mapping[str, Samples], *, per: float = 1.0, **facts: Any
+) -> dict[str, Any]:
+    """An entry of a result document: the figures of each variant of a call that does `per` of what is meant."""
+    native = samples.get("native")
+    return {
+        "suite": suite,
+        "name": name,
+        "kind": "time",
+        "unit": "s",
+        "rounds": len(next(iter(samples.values())).wall),
+        **facts,
+        "variants": {key: summary(value, native, 1 / per) for key, value in samples.items()},
+    }
 
 
 def spread(variant: Mapping[str, float]) -> float:

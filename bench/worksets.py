@@ -205,33 +205,33 @@ def network_layers() -> dict[str, LayerShape]:
 # ---- inputs ----
 
 
-def _generator(layer: LayerShape) -> torch.Generator:
-    return torch.Generator().manual_seed(hash(layer_shape_key(layer)) % 2**31)
+def _randn(layer: LayerShape, shapes: Sequence[tuple[int, ...]], device: torch.device | str) -> list[Tensor]:
+    """The same for layers of the same input, on the same device."""
+    generator = torch.Generator(device).manual_seed(hash(layer_shape_key(layer)) % 2**31)
+    return [torch.randn(shape, generator=generator, device=device) for shape in shapes]
 
 
-def activation(layer: LayerShape) -> Tensor:
+def activation(layer: LayerShape, device: torch.device | str = "cpu") -> Tensor:
     """What a layer sees in training: correlated channels and neighbours, rectified (images, 3 channels: not)."""
-    generator = _generator(layer)
     side = (layer.size, layer.size) if layer.is_convolution else ()
-    x = torch.randn(layer.batch, layer.channels, *side, generator=generator)
-    common = torch.randn(layer.batch, 1, *side, generator=generator)
+    x, common = _randn(layer, [(layer.batch, layer.channels, *side), (layer.batch, 1, *side)], device)
     x = x + common
     if layer.size > 1:
         x = F.avg_pool2d(x, 3, 1, 1) * 2
     return x if layer.channels == 3 else x.relu_()
 
 
-def gradient(layer: LayerShape) -> Tensor:
+def gradient(layer: LayerShape, device: torch.device | str = "cpu") -> Tensor:
     """Gradients at a layer's output: zero mean, channels of falling size."""
     side = (layer.output_size,) * 2 if layer.is_convolution else ()
-    g = torch.randn(layer.batch, layer.outputs, *side, generator=_generator(layer))
-    scale = torch.arange(1, layer.outputs + 1).pow(-0.5).view(1, -1, *[1] * len(side))
+    (g,) = _randn(layer, [(layer.batch, layer.outputs, *side)], device)
+    scale = torch.arange(1, layer.outputs + 1, device=device).pow(-0.5).view(1, -1, *[1] * len(side))
     return g * scale
 
 
-def weight(layer: LayerShape) -> Tensor:
+def weight(layer: LayerShape, device: torch.device | str = "cpu") -> Tensor:
     """[O, d], with the scale of an initialised layer."""
-    w = torch.randn(layer.outputs, layer.patch, generator=_generator(layer))
+    (w,) = _randn(layer, [(layer.outputs, layer.patch)], device)
     return w / layer.patch**0.5
 
 

@@ -17,12 +17,13 @@ _LIMIT, _TRAINING_LIMIT, _RUN_LIMIT = 25.0, 45.0, 60.0  # seconds
 def bench(run: Run, dry: bool) -> None:
     """All of it, what is most wanted first."""
     begin(run, dry)
+    ceilings = run.step(_measured("ceilings", "-", dry)) or {}
+    run.keep("rates_before", ceilings.get("result", {}))
     run.steps(plan(dry))
 
 
 def plan(dry: bool) -> Iterator[Step]:
-    """The device's ceilings; the first networks in all families; training; stalls; the other networks; whole runs."""
-    yield _measured("ceilings", "-", dry)
+    """The first networks in all families; training; stalls; the other networks; whole runs."""
     for network in NETWORKS[:2]:
         for family in FAMILIES:
             yield _measured(family, network, dry)

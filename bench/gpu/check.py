@@ -7,7 +7,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from bench.gpu.run import ROOT, Run, Step
+from bench.gpu.run import Run, Step
+from bench.machine import ROOT
 
 MINUTES = 4.8
 PROGRAMS = {  # program of tests/native -> its small cases

@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.documents import replace_between
+from bench import documents
 from bench.gpu import sass
 from bench.gpu.bounds import ARCHITECTURE, passed_bounds
 from bench.gpu.counts import algebra_table, covariance_table
@@ -107,22 +107,26 @@ def table() -> str:
     """The Markdown table of all kernels of this build."""
     launch = {name: (threads, shared) for name, threads, shared in _C.cuda_kernels()}
     counted = machine_code()
-    lines = [
-        f"nvcc {_C.cuda_compiler}",
-        "",
-        "| kernel | for | registers | spilled bytes (stores, loads) | shared bytes | threads | blocks per SM | "
-        "divisions, loads a stage, loads before a store |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    head = (
+        "kernel",
+        "for",
+        "registers",
+        "spilled bytes (stores, loads)",
+        "shared bytes",
+        "threads",
+        "blocks per SM",
+        "divisions, loads a stage, loads before a store",
+    )
+    rows = []
     for kernel in reported():
         threads, shared = launch[kernel.name]
         counts = counted.get(kernel.name) if kernel.architecture == ARCHITECTURE else None
-        lines.append(
-            f"| `{kernel.name}` | {kernel.architecture} | {kernel.registers} | {kernel.spill_stores}, "
-            f"{kernel.spill_loads} | {shared} | {threads} | {resident_blocks(kernel, threads, shared)} | "
-            f"{'' if counts is None else ', '.join(map(str, counts))} |"
-        )
-    return "\n".join(lines)
+        spilled = f"{kernel.spill_stores}, {kernel.spill_loads}"
+        blocks = resident_blocks(kernel, threads, shared)
+        counted_here = "" if counts is None else ", ".join(map(str, counts))
+        of_kernel = (f"`{kernel.name}`", kernel.architecture, kernel.registers, spilled, shared, threads, blocks)
+        rows.append((*of_kernel, counted_here))
+    return "\n".join([f"nvcc {_C.cuda_compiler}", "", *documents.table(head, rows, "llr")])
 
 
 def main() -> None:
@@ -132,7 +136,7 @@ def main() -> None:
     tables = {"cuda-report": table(), "cuda-counts": covariance_table(), "cuda-algebra-counts": algebra_table()}
     print("\n\n".join(tables.values()))
     for marker, text in tables.items() if arguments.write else ():
-        replace_between(arguments.write, marker, text)
+        documents.replace_between(arguments.write, marker, text)
     if lines := beyond():
         raise SystemExit("beyond its bound:\n" + "\n".join(lines))
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from bench.documents import table
 from bench.gpu.floor import Floor
 from bench.gpu.networks import work_sets
 from bench.worksets import LayerShape
@@ -68,7 +69,7 @@ def covariance_table() -> str:
         floats = [f"{counts[key]:.1f}" for key in ("inputs", "packed", "tile_reads", "slots", "outputs")]
         products = [f"{counts['products'] / 1e3:.1f}", f"{plain / 1e9:.1f}"]
         rows.append((name, *products, *floats, f"{group.workspace_bytes / 1e6:.0f}"))
-    return _markdown(head, rows)
+    return "\n".join(table(("", *head), rows))
 
 
 def algebra_table() -> str:
@@ -109,7 +110,7 @@ def algebra_table() -> str:
                 f"{sum(i.outputs**2 * i.patch for i in layers) / 1e9:.2f}",
             )
         )
-    return _markdown(head, rows)
+    return "\n".join(table(("", *head), rows))
 
 
 def _sizes(layers: Sequence[LayerShape]) -> list[int]:
@@ -134,8 +135,3 @@ def _problems(layer: LayerShape) -> list[tuple[Any, ...]]:
     g = (n, layer.outputs, out, out, 1, 1, 1, 1, 0, 0, 1, 1, out, out, 1)
     strides = [(channels * s * s, s * s, s, 1) for channels, s in ((c, size), (layer.outputs, out))]
     return [(0, strides[0], a, False, 0, False, 0), (0, strides[1], g, False, 0, False, 0)]
-
-
-def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [f"| | {' | '.join(head)} |", f"| --- |{' ---: |' * len(head)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])

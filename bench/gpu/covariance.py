@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 import kfac_ext
-from bench import baselines
+from bench import baselines, worksets
 from bench.check import relative_error
 from bench.gpu.counts import covariance_floor
-from bench.gpu.measure import Variant
+from bench.timing import Variant
 from bench.worksets import LayerShape
 from kfac_ext import CovarianceUpdate, FactorSet
 
@@ -20,12 +20,12 @@ _LARGEST_CHECKED = 1200
 
 
 class Covariances:
-    """A and G of all layers as a running average, from random inputs and output gradients."""
+    """A and G of all layers as a running average."""
 
     def __init__(self, layers: Sequence[LayerShape], device: torch.device) -> None:
         self.layers = layers
-        self.x = [torch.randn(layer.batch, layer.channels, *_side(layer.size), device=device) for layer in layers]
-        self.g = [torch.randn(layer.batch, layer.outputs, *_output_side(layer), device=device) for layer in layers]
+        self.x = [worksets.activation(layer, device) for layer in layers]
+        self.g = [worksets.gradient(layer, device) for layer in layers]
         sizes = {f"{layer.name}.A": layer.patch for layer in layers} | {f"{i.name}.G": i.outputs for i in layers}
         self.factors = FactorSet(sizes, device=device)
         # the plain way: 2 rows d^2 for each A and G; inputs are read, factors read and written once
@@ -75,11 +75,3 @@ class Covariances:
                 exact.accumulate_([update._replace(decay=0.0, x=update.x.double())])
             errors.append(relative_error(value[update.key], exact[update.key]))
         return max(errors)
-
-
-def _side(size: int) -> tuple[int, ...]:
-    return (size, size) if size else ()
-
-
-def _output_side(layer: LayerShape) -> tuple[int, ...]:
-    return _side(layer.output_size if layer.is_convolution else 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from bench.gpu.names import PRECISIONS
+from bench.gpu.names import RATES
 
 
 class Floor(NamedTuple):
@@ -19,15 +19,14 @@ class Floor(NamedTuple):
     """in float32 outside of the matrix units"""
     bytes: float
 
-    def milliseconds(self, reached: Mapping[str, float], precision: str) -> float:
+    def seconds(self, reached: Mapping[str, float], precision: str) -> float:
         """The longest of the three at what a matmul and a copy reach on the device."""
         products = self.tf32 if precision == "tf32" else self.float32
-        matrix = 2e-9 * products / reached["matmul_tf32_tflops"]
-        plain = 2e-9 * self.plain / reached["matmul_float32_tflops"]
-        return max(matrix, plain, 1e-6 * self.bytes / reached["copy_gbs"])
+        matrix = 2e-9 * products / reached[RATES["tf32"]]
+        plain = 2e-9 * self.plain / reached[RATES["float32"]]
+        return max(matrix, plain, 1e-9 * self.bytes / reached["copy_gbs"])
 
 
-def shares(entry: Mapping[str, Any], reached: Mapping[str, float]) -> dict[str, float]:
-    """The floor over native's time in each precision: 1 is as fast as this device can do what the schedule counts."""
-    floor = Floor(**entry["floor"])
-    return {name: floor.milliseconds(reached, name) / entry[name]["ms"]["native"]["median"] for name in PRECISIONS}
+def share(case: Mapping[str, Any], reached: Mapping[str, float]) -> float:
+    """The floor over native's time: 1 is as fast as this device can do what the schedule counts."""
+    return Floor(**case["floor"]).seconds(reached, case["precision"]) / case["variants"]["native"]["median"]

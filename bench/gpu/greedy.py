@@ -11,7 +11,7 @@ import kfac_ext
 from bench.check import worst_error
 from bench.gpu.counts import greedy_floor
 from bench.gpu.linear_algebra import LARGEST_CHECKED, score_operands
-from bench.gpu.measure import Variant
+from bench.timing import Variant
 from bench.worksets import LayerShape
 
 REMOVALS = 8

@@ -5,8 +5,8 @@ Needs no GPU: CPU tensors go the way that CUDA tensors go, up to the launch.
 
 from __future__ import annotations
 
+import math
 import statistics
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -16,7 +16,8 @@ from unittest.mock import patch
 import torch
 
 from bench import worksets
-from kfac_ext import CovarianceUpdate, FactorSet
+from bench.gpu.covariance import Covariances
+from bench.timing import Alternation
 from kfac_ext.ops import _covariance_kernels, covariance_group
 
 _ROUNDS = 200
@@ -41,31 +42,14 @@ def no_launches() -> Iterator[None]:
     kept.cache_clear()
 
 
-def updates_of(layers: list[worksets.LayerShape]) -> tuple[FactorSet, list[CovarianceUpdate]]:
-    """Factors of a network, and an update of each."""
-    sizes, updates = {}, []
-    blend: Any = {"decay": 0.95, "scale": 0.05}
-    for i, layer in enumerate(layers):
-        sizes |= {f"{i}.A": layer.patch, f"{i}.G": layer.outputs}
-        x = worksets.activation(layer)
-        if layer.is_convolution:
-            updates.append(CovarianceUpdate.conv2d(f"{i}.A", x, layer.kernel, **layer.geometry, **blend))
-        else:
-            updates.append(CovarianceUpdate.linear(f"{i}.A", x, **blend))
-        updates.append(CovarianceUpdate.gradient(f"{i}.G", worksets.gradient(layer), **blend))
-    return FactorSet(sizes), updates
-
-
 def milliseconds(layers: list[worksets.LayerShape]) -> float:
     """The median of one call of `FactorSet.accumulate_`."""
-    factors, updates = updates_of(layers)
-    times = []
+    work = Covariances(layers, torch.device("cpu"))
+    updates = work.updates()
+    call = Alternation({"call": lambda: work.factors.accumulate_(updates)})
     with no_launches():
-        for _ in range(_ROUNDS):
-            start = time.perf_counter()
-            factors.accumulate_(updates)
-            times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times)
+        call.rounds(_ROUNDS, math.inf)
+    return 1e3 * statistics.median(call.samples["call"].wall)
 
 
 def main() -> None:

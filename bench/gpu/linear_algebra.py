@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 import kfac_ext
-from bench import baselines
+from bench import baselines, worksets
 from bench.check import worst_error
 from bench.gpu.counts import free_floor, inverse_floor, power_floor, saliency_floor
-from bench.gpu.measure import Variant
+from bench.timing import Variant
 from bench.worksets import LayerShape
 from kfac_ext import reference
 from kfac_ext.reference.power import start_vector
@@ -89,9 +89,7 @@ class MatrixFree:
 
     def __init__(self, layers: Sequence[LayerShape], device: torch.device) -> None:
         self.layers = layers
-        self.x = [
-            torch.randn(i.batch, i.channels, *((i.size,) * 2 if i.size else ()), device=device) + 0.3 for i in layers
-        ]
+        self.x = [worksets.activation(layer, device) for layer in layers]
         rows = [layer.batch * layer.output_size**2 for layer in layers]
         self.flops = float(sum(4 * STEPS * r * layer.patch for r, layer in zip(rows, layers)))
         self.bytes = float(sum(STEPS * x.nbytes for x in self.x))
@@ -121,7 +119,7 @@ def score_operands(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """V, H = (A + lambda I)^-1 and G of each layer, of random inputs and gradients."""
     matrices = factors(layers, device)
-    weights = [torch.randn(i.outputs, i.patch, device=device) for i in layers]
+    weights = [worksets.weight(layer, device) for layer in layers]
     return weights, kfac_ext.damped_inverse(matrices[::2], DAMPING), matrices[1::2]
 
 

@@ -1,64 +1,43 @@
-"""Timing on a GPU (or, to try it, on the CPU): variants taking turns, precisions, what the device reaches at best."""
+"""Timing on a GPU (or, to try it, on the CPU): the device's stopwatch, precisions, what the device reaches at best."""
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 
-from bench.gpu.names import PRECISIONS
+from bench.gpu.names import PRECISIONS, RATES
+from bench.machine import copy_gbs, matmul_gflops
+from bench.timing import Alternation, Samples, Stopwatch, Variant, figures, wall_and_cpu
 
-Variant = Callable[[], object]
-
-_FEWEST_ROUNDS, _MOST_KERNELS = 3, 16
+_MOST_KERNELS = 16
 
 
-def timer(device: torch.device) -> Callable[[Variant], float]:
-    """milliseconds(call): between device events with a cold second-level cache, or wall time on the CPU."""
+def stopwatch(device: torch.device) -> Stopwatch:
+    """Between device events, with a cold second-level cache; on the CPU its own."""
     if device.type == "cpu":
-
-        def wall(call: Variant) -> float:
-            start = time.perf_counter()
-            call()
-            return 1e3 * (time.perf_counter() - start)
-
-        return wall
+        return wall_and_cpu()
     flush = torch.empty(128 << 20, dtype=torch.uint8, device=device)
 
-    def events(call: Variant) -> float:
+    def events(call: Variant, repeats: int) -> tuple[float, None]:
         flush.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        call()
+        for _ in range(repeats):
+            call()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end)
+        return 1e-3 * start.elapsed_time(end) / repeats, None
 
     return events
 
 
-def alternate(
-    variants: Mapping[str, Variant], device: torch.device, rounds: int, seconds: float
-) -> dict[str, dict[str, float]]:
-    """Milliseconds of each variant, taking turns: median, quartiles, minimum, rounds (fewer after so many seconds)."""
-    once, end = timer(device), time.monotonic() + seconds
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for call in variants.values():
-        call()
-        call()
-    for done in range(rounds):
-        if done >= _FEWEST_ROUNDS and time.monotonic() > end:
-            break
-        for name, call in variants.items():
-            times[name].append(once(call))
-    found = {}
-    for name, values in times.items():
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        found[name] = {"median": median, "q1": low, "q3": high, "min": min(values), "rounds": len(values)}
-    return found
+def alternate(variants: Mapping[str, Variant], device: torch.device, rounds: int, seconds: float) -> dict[str, Samples]:
+    """Each variant, taking turns; fewer rounds after so many seconds."""
+    alternation = Alternation(variants, stopwatch=stopwatch(device))
+    alternation.rounds(rounds, seconds)
+    return alternation.samples
 
 
 @contextmanager
@@ -75,37 +54,40 @@ def precision(name: str) -> Iterator[None]:
 
 
 def kernel_times(call: Variant, calls: int = 3) -> dict[str, float]:
-    """Milliseconds on the device of each kernel (or copy) of one call, by name, the longest first."""
+    """Seconds on the device of each kernel (or copy) of one call, by name, the longest first."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(calls):
             call()
         torch.cuda.synchronize()
-    times = {event.key: event.self_device_time_total / 1e3 / calls for event in profile.key_averages()}
+    times = {event.key: 1e-6 * event.self_device_time_total / calls for event in profile.key_averages()}
     return {name: times[name] for name in sorted(times, key=lambda name: -times[name])[:_MOST_KERNELS]}
 
 
 def replayed(call: Variant) -> float | str:
-    """Milliseconds of the call as a replayed CUDA graph, without the host's part; or why it cannot be captured."""
+    """Seconds of the call as a replayed CUDA graph, without the host's part; or why it cannot be captured."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
             call()
     except Exception as error:  # whatever a call does that a graph cannot hold
         return f"{type(error).__name__}: {error}".splitlines()[0]
-    return alternate({"": graph.replay}, torch.device("cuda", 0), 10, 1.0)[""]["median"]
+    return _alone(torch.device("cuda", 0), 10, 1.0)(graph.replay)["median"]
 
 
 def ceilings(device: torch.device, quick: bool) -> dict[str, float]:
-    """What this device reaches: copying in GB/s (read + written), matmul in TFLOP/s."""
+    """What this device reaches, named as a CPU's: copying, matmul in float32 and in the other precisions."""
     n, count = (256, 1 << 16) if quick else (8192, 1 << 29)
-    source = torch.randn(count, device=device)
-    target, a = torch.empty_like(source), torch.randn(n, n, device=device)
+    measured = _alone(device, 5, 10.0)
 
     def best(call: Variant) -> float:
-        return alternate({"": call}, device, 5, 10)[""]["min"]
+        return measured(call)["min"]
 
-    found = {"copy_gbs": 2e-6 * source.nbytes / best(lambda: target.copy_(source))}
+    found = {"copy_gbs": copy_gbs(best, str(device), count)}
     for name in PRECISIONS:
         with precision(name):
-            found[f"matmul_{name}_tflops"] = 2e-9 * n**3 / best(lambda: a @ a)
+            found[RATES[name]] = matmul_gflops(best, str(device), n)
     return found
+
+
+def _alone(device: torch.device, rounds: int, seconds: float) -> Callable[[Variant], dict[str, float]]:
+    return lambda call: figures(alternate({"": call}, device, rounds, seconds)[""].wall)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 PRECISIONS = ("float32", "tf32")
+RATES = {"float32": "matmul_gflops", "tf32": "matmul_tf32_gflops"}
+"""precision -> what a matmul reaches in it, in a document's `rates_before`"""
 NETWORKS = ("VGG19 b128", "ResNet32 b128", "ResNet50 b32", "MLP b256")
 FAMILIES = (
     "covariance",

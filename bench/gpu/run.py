@@ -1,4 +1,4 @@
-"""A run on a GPU: steps, each a process with a limit and a log of its own, and the JSON that grows with them."""
+"""A run on a GPU: steps, each a process with a limit and a log of its own, and the document that grows with them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import json
 import os
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).parents[2]
-FORMAT = 3
+from bench.machine import ROOT
+from bench.results import Document
+
 TIMEOUT, MISSING = 124, 127  # exit codes: took too long, is no program
 _SHORTEST = 5.0  # seconds: a step that would have less is left out
 _LAST_WORDS = 3.0  # seconds that a process gets to write where it stands
@@ -32,7 +32,10 @@ class Step(NamedTuple):
     needs: tuple[str, ...] = ()
     """packages without which it is skipped"""
     writes: bool = False
-    """takes `--out FILE` and writes its outcome there, as JSON, as often as it likes"""
+    """takes `--out FILE` and writes its outcome there, as JSON, as often as it likes
+
+    The `cases` in it become the document's.
+    """
     environment: Mapping[str, str] = {}
 
 
@@ -45,46 +48,22 @@ def step_arguments(doc: str | None, networks: Collection[str]) -> argparse.Names
     return parser.parse_args()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replace a file at once, so that none reads half of it and none is lost."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(path.name + ".half")
-    half.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(half, path)
-
-
-class Run:
-    """The JSON under way, in a folder with the logs of its steps; written anew after each of them.
+class Run(Document):
+    """The document under way, in a folder with the logs of its steps; written anew after each of them.
 
     Attributes:
-        document: `steps` name -> exit code, seconds, log, what it wrote; `left_out` name -> why.
+        document: beside the cases `steps`, name -> exit code, seconds, log, what it wrote; `left_out`, name -> why.
     """
 
-    def __init__(self, folder: Path, name: str, minutes: float) -> None:
-        self.folder, self.name = folder, name
+    def __init__(self, folder: Path, name: str, minutes: float, *, quick: bool = False) -> None:
+        super().__init__(folder / f"{name}.json", quick=quick)
+        self.folder = folder
         self.end = time.monotonic() + 60 * minutes
-        self.document: dict[str, Any] = {
-            "format": FORMAT,
-            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "steps": {},
-            "left_out": {},
-        }
-        self._lock = threading.Lock()
-
-    @property
-    def path(self) -> Path:
-        """Where the JSON is."""
-        return self.folder / f"{self.name}.json"
+        self.document |= {"steps": {}, "left_out": {}}
 
     def seconds_left(self) -> float:
         """Until the run has to end."""
         return self.end - time.monotonic()
-
-    def keep(self, key: str, value: Any) -> None:
-        """Store what is known beside the steps."""
-        with self._lock:
-            self.document[key] = value
-            write_json(self.path, self.document)
 
     def steps(self, steps: Iterable[Step], at_once: int = 1) -> None:
         """Run these, in order, so many beside each other."""
@@ -113,6 +92,8 @@ class Run:
         }
         if result.exists():
             outcome["result"] = json.loads(result.read_text())
+            for case in outcome["result"].pop("cases", []):
+                self.add(case)
         self._end_of(step.name, outcome, log)
         return outcome
 
@@ -124,7 +105,7 @@ class Run:
         print(f"[{self.seconds_left():4.0f} s left] {name}: left out, {why}", flush=True)
         with self._lock:
             self.document["left_out"][name] = why
-            write_json(self.path, self.document)
+            self.write()
 
     def _end_of(self, name: str, outcome: dict[str, Any], log: Path) -> None:
         lines = log.read_text(errors="replace").splitlines()
@@ -132,7 +113,7 @@ class Run:
         told = "\n".join(lines[-25:] if outcome["exit"] else lines[-1:])
         with self._lock:
             self.document["steps"][name] = outcome
-            write_json(self.path, self.document)
+            self.write()
             print(f"[{self.seconds_left():4.0f} s left] {name}: exit {outcome['exit']}, {outcome['seconds']} s\n{told}")
 
 

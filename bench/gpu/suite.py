@@ -1,4 +1,4 @@
-"""One family of operations on one network: times in both precisions, errors, ratios, kernels, a replayed graph, floors.
+"""One family of operations on one network: times in both precisions, errors, kernels, a replayed graph, floors.
 
 python -m bench.gpu.suite FAMILY NETWORK [--dry] --out FILE      # or `ceilings -`: what the device reaches
 python -m bench.gpu.suite FAMILY NETWORK --once                  # native, once in each precision, for a profiler
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
+from bench.documents import write_json
 from bench.gpu import linear_algebra as algebra
 from bench.gpu.covariance import Covariances
 from bench.gpu.floor import Floor
@@ -21,7 +22,8 @@ from bench.gpu.greedy import Selections
 from bench.gpu.measure import alternate, ceilings, kernel_times, precision, replayed
 from bench.gpu.names import PRECISIONS
 from bench.gpu.networks import work_sets
-from bench.gpu.run import write_json
+from bench.results import Case
+from bench.timing import timed_case
 from bench.worksets import LayerShape
 
 ROUNDS, SECONDS = 15, 3.0
@@ -58,19 +60,23 @@ def families() -> dict[str, type[Work]]:
     }
 
 
-def measured(work: Work, device: torch.device, rounds: int, seconds: float) -> dict[str, Any]:
-    """In both precisions: milliseconds of each variant and of a replayed graph, error of native, its kernels."""
-    entry: dict[str, Any] = {"flops": work.flops, "bytes": work.bytes, "floor": work.floor._asdict()}
+def measured(family: str, network: str, device: torch.device, quick: bool) -> list[Case]:
+    """A case for each precision, named "network, precision": times, error of native, its kernels, a replayed graph."""
+    work = families()[family](work_sets(quick)[network], device)
+    facts = {"network": network, "flops": work.flops, "bytes": work.bytes, "floor": work.floor._asdict()}
+    cases = []
     for name in PRECISIONS:
         with precision(name):
-            times = alternate(work.variants(), device, rounds, seconds / 2)
-            entry[name] = {"ms": times, "native_error": work.error()}
+            samples = alternate(work.variants(), device, 2 if quick else ROUNDS, SECONDS / 2)
+            error = work.error()
+        of_precision = {"precision": name, "native_error": error}
+        cases.append(timed_case(family, f"{network}, {name}", samples, **facts, **of_precision))
     if device.type == "cuda":
         for kind, of_native in (("kernels", kernel_times), ("graph", replayed)):  # a capture that fails comes last
-            for name in PRECISIONS:
-                with precision(name):
-                    entry[name][kind] = of_native(work.variants()["native"])
-    return entry
+            for case in cases:
+                with precision(case["precision"]):
+                    case[kind] = of_native(work.variants()["native"])
+    return cases
 
 
 def once(work: Work) -> None:
@@ -78,23 +84,6 @@ def once(work: Work) -> None:
     for name in PRECISIONS:
         with precision(name):
             work.variants()["native"]()
-
-
-def ratios(entry: Mapping[str, Any]) -> dict[str, float]:
-    """Each baseline over native at the same precision."""
-    found = {}
-    for name in PRECISIONS:
-        times = entry[name]["ms"]
-        for baseline in times.keys() - {"native"}:
-            found[f"{baseline} {name} / native {name}"] = times[baseline]["median"] / times["native"]["median"]
-    return dict(sorted(found.items()))
-
-
-def one(family: str, network: str, device: torch.device, quick: bool) -> dict[str, Any]:
-    """What there is to know of one family on one network."""
-    work = families()[family](work_sets(quick)[network], device)
-    entry = measured(work, device, 2 if quick else ROUNDS, SECONDS)
-    return {"family": family, "network": network, **entry, "ratios": ratios(entry)}
 
 
 def main() -> None:
@@ -116,10 +105,10 @@ def main() -> None:
     if arguments.family == "ceilings":
         write_json(arguments.out, ceilings(device, arguments.dry))
         return
-    entry = one(arguments.family, arguments.network, device, arguments.dry)
-    write_json(arguments.out, entry)
-    times = {name: round(value["median"], 4) for name, value in entry["tf32"]["ms"].items()}
-    print(f"tf32, ms: {times}; measured in {time.monotonic() - start:.1f} s")
+    cases = measured(arguments.family, arguments.network, device, arguments.dry)
+    write_json(arguments.out, {"cases": cases})
+    times = {name: f"{1e3 * value['median']:.4g}" for name, value in cases[-1]["variants"].items()}
+    print(f"{cases[-1]['precision']}, ms: {times}; measured in {time.monotonic() - start:.1f} s")
 
 
 if __name__ == "__main__":

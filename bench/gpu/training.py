@@ -14,9 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.documents import write_json
 from bench.gpu.measure import alternate, precision
 from bench.gpu.names import KINDS, TRAINED
-from bench.gpu.run import step_arguments, write_json
+from bench.gpu.run import step_arguments
+from bench.results import Case
+from bench.timing import timed_case
 
 STEPS = 40  # a turn: four updates of the factors of a network with convolutions, five steps of the flatness term
 ROUNDS, SECONDS = 5, 3.0
@@ -24,38 +27,33 @@ QUICK_WIDTHS = {"resnet20": (8, 8, 8), "vgg19_bn": (8,) * 16, "mlp": (24, 16)}
 
 
 def trained(name: str, device: torch.device, quick: bool, out: Path) -> None:
-    """Milliseconds of a step in each precision, bare and with curvature, flatness and pruner; written after each."""
-    found: dict[str, Any] = {"network": name, "kinds": {}}
+    """A case for each precision, bare and with curvature, flatness and pruner; written after each."""
+    found: dict[str, Any] = {"cases": [], "failed": {}}
     with tempfile.TemporaryDirectory() as folder:
         for kind, settings in KINDS.items():
             try:
-                found["kinds"][kind] = _measured(Path(folder), name, settings, device, quick, SECONDS)
+                found["cases"].append(_measured(Path(folder), name, kind, settings, device, quick))
+                print(found["cases"][-1])
             except Exception as error:  # the other precisions are still of use
-                found["kinds"][kind] = {"failed": f"{type(error).__name__}: {error}"}
+                found["failed"][kind] = f"{type(error).__name__}: {error}"
                 traceback.print_exc()
             write_json(out, found)
-            print(kind, found["kinds"][kind])
-    if any("failed" in entry for entry in found["kinds"].values()):
+    if found["failed"]:
         raise SystemExit(1)
 
 
-def _measured(
-    folder: Path, name: str, kind: dict[str, Any], device: torch.device, quick: bool, seconds: float
-) -> dict[str, Any]:
-    """Milliseconds a step of both variants, which take turns, and the ratio of their medians."""
+def _measured(folder: Path, name: str, kind: str, settings: dict[str, Any], device: torch.device, quick: bool) -> Case:
+    """A step of both variants, which take turns."""
     steps, rounds = (2, 3) if quick else (STEPS, ROUNDS)
     bare, full = {"flatness": "off", "target_params": 1.0, "factor_update_steps": 2**31 - 1}, {}
     with precision("float32"):
         calls = {
-            label: _steps(folder, name, {**kind, **more}, device, quick, steps)
+            label: _steps(folder, name, {**settings, **more}, device, quick, steps)
             for label, more in (("bare", bare), ("flatprune", full))
         }
-        times = alternate(calls, device, rounds, seconds)
-    per_step = {
-        label: {key: value if key == "rounds" else value / steps for key, value in found.items()}
-        for label, found in times.items()
-    }
-    return {"ms": per_step, "ratio": per_step["flatprune"]["median"] / per_step["bare"]["median"]}
+        samples = alternate(calls, device, rounds, SECONDS)
+    facts = {"network": name, "precision": kind}
+    return timed_case("training step", f"{name}, {kind}", samples, per=steps, **facts)
 
 
 def _steps(

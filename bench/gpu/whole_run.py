@@ -12,15 +12,17 @@ from typing import Any
 import torch
 
 import flatprune
+from bench.documents import write_json
 from bench.gpu.names import WHOLE_RUNS
-from bench.gpu.run import step_arguments, write_json
+from bench.gpu.run import step_arguments
 from bench.gpu.training import images
+from bench.results import Case
 
 BATCH, EPOCHS = 128, 16
 _KEPT = ("seconds", "removal_seconds", "steps", "params_before", "params_after", "macs_before", "macs_after")
 
 
-def whole_run(network: str, device: str, quick: bool) -> dict[str, Any]:
+def whole_run(network: str, device: str, quick: bool) -> Case:
     """Seconds of a run to a quarter of the parameters, and those of its removals."""
     size: int
     settings: dict[str, Any]
@@ -31,14 +33,15 @@ def whole_run(network: str, device: str, quick: bool) -> dict[str, Any]:
         chosen = flatprune.Settings(**goal, batch_size=size, device=device, **settings)
         summary = flatprune.run(chosen, Path(folder) / "out")
     found = {name: summary[name] for name in _KEPT}
-    return {"network": network, **found, "removal_share": found["removal_seconds"] / found["seconds"]}
+    case = {"suite": "whole run", "name": network, "kind": "run", "unit": "s", "variants": {}, "network": network}
+    return {**case, **found, "removal_share": found["removal_seconds"] / found["seconds"]}
 
 
 def main() -> None:
     arguments = step_arguments(__doc__, WHOLE_RUNS)
     torch.manual_seed(0)
     found = whole_run(arguments.network, "cpu" if arguments.dry else "cuda", arguments.dry)
-    write_json(arguments.out, found)
+    write_json(arguments.out, {"cases": [found]})
     print(f"{found['seconds']:.1f} s, removals {100 * found['removal_share']:.1f} % of it")
 
 

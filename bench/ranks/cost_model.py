@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from bench import documents
 from kfac_ext.distributed import shared_work
 
 GPUS_A_NODE = 8
@@ -110,7 +111,6 @@ def inverses(network: Network, ranks: int) -> float:
 
 def table(networks: Sequence[Network]) -> str:
     """Markdown: bytes counted, then seconds predicted."""
-    head = ["| | " + " | ".join(network.name for network in networks) + " |", "| --- |" + " ---: |" * len(networks)]
     rows = {
         "gradients a step, MB": lambda n: f"{n.gradients / 1e6:.0f}",
         "factors an update, MB (as whole matrices)": lambda n: f"{n.triangles / 1e6:.0f} ({n.whole / 1e6:.0f})",
@@ -125,7 +125,8 @@ def table(networks: Sequence[Network]) -> str:
         rows[f"inverses shared by {ranks:,} GPUs, ms (predicted)"] = lambda n, ranks=ranks: (
             f"{1e3 * inverses(n, ranks):.1f}"
         )
-    return "\n".join([*head, *(f"| {name} | " + " | ".join(map(cell, networks)) + " |" for name, cell in rows.items())])
+    head = ["", *(network.name for network in networks)]
+    return "\n".join(documents.table(head, ([name, *map(cell, networks)] for name, cell in rows.items())))
 
 
 if __name__ == "__main__":

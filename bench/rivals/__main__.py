@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.documents import replace_between
-from bench.results import ROOT
+from bench.machine import ROOT
 from bench.rivals.examples import EXAMPLES, compare
 from bench.rivals.method import Method, all_methods, chosen_methods, is_installed
 from bench.rivals.plan import FIRST_SEED, FIRST_TUNING_SEED, Folder, stamp

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench.results import ROOT, commit, cpu_name, version
+from bench.machine import ROOT, commit, cpu_name, version
 from bench.rivals.method import Method, all_methods
 from bench.rivals.tasks import TARGETS, TASKS, Task
 from flatprune.errors import InputError

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bench.results import ROOT
+from bench.machine import ROOT
 from bench.rivals.method import Method
 from bench.rivals.one_run import OTHER_CODE, shape_run
 from bench.rivals.plan import Folder, Run, runs_of

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from bench.results import commit, cpu_name
+from bench.documents import write_json
+from bench.machine import commit, cpu_name
 from bench.zoo.checks import AMOUNTS, Record, brief, outcome
 from bench.zoo.examine import examine
 from bench.zoo.network import Builder
@@ -100,16 +101,8 @@ class Runner:
         if not record.get("finished"):
             record["error"] = _cause(process.exitcode, self.limits)
         self.document["networks"][name] = {**record, "commit": commit()}
-        write(self.path, self.document)
+        write_json(self.path, self.document)
         print(f"{name}: {summary(record)} ({left} left)", flush=True)
-
-
-def write(path: Path, document: Mapping[str, Any]) -> None:
-    """The JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".tmp")
-    new.write_text(json.dumps(document, indent=1) + "\n")
-    new.replace(path)
 
 
 def _child(build: Builder, path: Path, limits: Limits) -> None:
@@ -118,9 +111,9 @@ def _child(build: Builder, path: Path, limits: Limits) -> None:
     os.setpgrp()
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # what packages say while they build
         try:
-            examine(build, limits.seconds, lambda found: write(path, found))
+            examine(build, limits.seconds, lambda found: write_json(path, found))
         except Exception as error:  # the builder's own, say
-            write(path, {"error": brief(error), "finished": True})
+            write_json(path, {"error": brief(error), "finished": True})
 
 
 def _cause(exit_code: int | None, limits: Limits) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from bench import documents
 from bench.zoo.checks import AMOUNTS, Record, agree, outcome
 from bench.zoo.runner import share
 
@@ -50,13 +51,12 @@ def table(document: Mapping[str, Any]) -> str:
         f"{len(records)} networks: {counts}; {wrong} with a cut that is not what masking is. "
         f"torch {document['torch']}, {document['cpu']}, one thread.",
         "",
-        f"| {' | '.join(HEADS)} |",
-        f"|{' --- |' * len(HEADS)}",
     ]
-    return "\n".join([*lines, *(_row(name, verdicts[name], records[name]) for name in sorted(records))])
+    rows = (_row(name, verdicts[name], records[name]) for name in sorted(records))
+    return "\n".join([*lines, *documents.table(HEADS, rows, "l")])
 
 
-def _row(name: str, word: str, record: Record) -> str:
+def _row(name: str, word: str, record: Record) -> list[str]:
     coupling, training = record.get("coupling", {}), record.get("l1", {})
     cells = [
         name,
@@ -69,7 +69,7 @@ def _row(name: str, word: str, record: Record) -> str:
         _default(record),
         "; ".join(_why(record)),
     ]
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+    return [cell.replace("|", "/") for cell in cells]
 
 
 def _compared(record: Record) -> Iterator[str]:

@@ -4,11 +4,13 @@ import torch
 
 from bench import worksets
 from bench.gpu import host_time
+from bench.gpu.covariance import Covariances
 
 
 def test_nothing_is_launched_and_all_is_as_before():
     layers = [worksets.conv("first", 2, 3, 4, 6), worksets.conv("second", 2, 4, 4, 6)]
-    factors, updates = host_time.updates_of(layers)
+    work = Covariances(layers, torch.device("cpu"))
+    factors, updates = work.factors, work.updates()
     with host_time.no_launches():
         factors.accumulate_(updates)
         assert not factors.buffer.any()

@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.goals import GPU_GOALS
 from bench.gpu import __main__ as script
 from bench.gpu import bench, check, suite, training
 from bench.gpu import run as runs
-from bench.gpu.floor import Floor, shares
+from bench.gpu.floor import Floor, share
 from bench.gpu.names import FAMILIES, KINDS, NETWORKS, TRAINED
 from bench.gpu.networks import work_sets
 from bench.gpu.run import Run, Step
-from bench.gpu.table import GOALS, results_table
+from bench.gpu.table import results_table
+from bench.machine import ROOT, machine
+from bench.results import load
 from tests.found_couplings import couplings_are_kept
 
 CPU = torch.device("cpu")
@@ -27,6 +30,7 @@ def python(name, code, limit=20.0, **options):
 
 # a family as `python -m bench.gpu.suite` is one, without its seconds of imports
 WRITES = "import sys, pathlib; pathlib.Path(sys.argv[-1]).write_text('{\"good\": 1}'); "
+MEASURES = WRITES.replace("good", "cases").replace(": 1", ': [{"suite": "s", "name": "n"}]')
 
 
 @pytest.fixture
@@ -43,7 +47,7 @@ def test_a_family_that_fails_and_one_that_hangs(run):
         python("good", WRITES, writes=True),
         python("failing", WRITES + "raise TypeError('no such thing')", writes=True),
         python("hanging", hangs, limit=8.0),
-        python("dying", "import os; os.abort()"),
+        python("dying", MEASURES + "import os; os.abort()", writes=True),
         Step("absent", ("/no/such/program",), 5.0),
         python("last", "print('still here')"),
     ]
@@ -55,6 +59,7 @@ def test_a_family_that_fails_and_one_that_hangs(run):
     assert exits == {"good": 0, "failing": 1, "hanging": 124, "dying": -6, "absent": 127, "last": 0}
     assert run.failed() == ["failing", "hanging", "dying", "absent"]
     assert document["steps"]["good"]["result"] == document["steps"]["failing"]["result"] == {"good": 1}
+    assert [case["name"] for case in document["cases"]] == ["n"] and document["steps"]["dying"]["result"] == {}
     assert document["steps"]["failing"]["last"] == "TypeError: no such thing"
     log = (run.folder / document["steps"]["hanging"]["log"]).read_text()
     assert "begun" in log and 'File "<string>", line 1 in <module>' in log  # where it hung
@@ -94,14 +99,6 @@ def test_what_is_left_out_is_named(run):
     assert json.loads(run.path.read_text())["left_out"] == wanted
 
 
-def test_a_json_is_never_half_written(tmp_path):
-    path = tmp_path / "folder" / "some.json"
-    runs.write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        runs.write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
-
-
 # ---- what is run ----
 
 
@@ -110,7 +107,6 @@ def test_the_plan_has_everything_and_the_most_wanted_first(tmp_path, monkeypatch
     names = [step.name for step in bench.plan(dry=False)]
     assert set(suite.families()) == set(FAMILIES)
     assert set(names) == {
-        "ceilings",
         "whole run, resnet18",
         "whole run, vgg16_bn",
         "stalls, inverses",
@@ -118,7 +114,7 @@ def test_the_plan_has_everything_and_the_most_wanted_first(tmp_path, monkeypatch
         *(f"{family}, {network}" for family in FAMILIES for network in NETWORKS),
         *(f"training, {network}" for network in TRAINED),
     }
-    assert names[1] == "covariance, VGG19 b128" and names.index("training, resnet20") < names.index(
+    assert names[0] == "covariance, VGG19 b128" and names.index("training, resnet20") < names.index(
         "covariance, MLP b256"
     )
 
@@ -137,16 +133,16 @@ def test_the_build_is_for_one_device_and_keeps_cores_free(monkeypatch):
 
 
 def test_every_test_that_is_run_is_there():
-    assert all((runs.ROOT / name).is_file() for name in check.TESTS)
+    assert all((ROOT / name).is_file() for name in check.TESTS)
     with_devices = {
-        f"tests/ops/{path.name}" for path in (runs.ROOT / "tests/ops").glob("test_*.py") if "device" in path.read_text()
+        f"tests/ops/{path.name}" for path in (ROOT / "tests/ops").glob("test_*.py") if "device" in path.read_text()
     }
     others = {f"tests/ops/test_{name}.py" for name in ("cuda_trust", "factors", "schedules")}  # none is there
     assert with_devices - set(check.TESTS) == others
 
 
 def test_every_program_that_is_sanitized_is_built():
-    sources = Path(runs.ROOT / "tests/native/CMakeLists.txt").read_text()
+    sources = Path(ROOT / "tests/native/CMakeLists.txt").read_text()
     assert all(f"    {program}" in sources for program in check.PROGRAMS)
 
 
@@ -170,25 +166,28 @@ def test_a_build_that_fails_ends_the_run(run, monkeypatch):
 # ---- what is measured, small and on the CPU ----
 
 
+REACHED = {"copy_gbs": 100.0, "matmul_gflops": 1000.0, "matmul_tf32_gflops": 4000.0}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_on_a_network(family):
-    entry = suite.one(family, "ResNet50 b32" if family == "covariance" else "MLP b256", CPU, quick=True)
-    for name in ("float32", "tf32"):
-        times = entry[name]["ms"]
-        assert "native" in times and all(t["median"] > 0 for t in times.values())
-        assert 0 < entry[name]["native_error"] < 1e-5
-        ratio = entry["ratios"][f"{list(times)[1]} {name} / native {name}"]
-        assert ratio == list(times.values())[1]["median"] / times["native"]["median"]
-    reached = {"copy_gbs": 10.0, "matmul_float32_tflops": 1.0, "matmul_tf32_tflops": 2.0}
-    assert all(share > 0 for share in shares(entry, reached).values())
+    network = "ResNet50 b32" if family == "covariance" else "MLP b256"
+    cases = suite.measured(family, network, CPU, quick=True)
+    assert [case["name"] for case in cases] == [f"{network}, float32", f"{network}, tf32"]
+    for case in cases:
+        variants = case["variants"]
+        assert all(found["median"] > 0 for found in variants.values())
+        assert 0 < case["native_error"] < 1e-5
+        plain = variants[list(variants)[1]]
+        assert plain["speedup"] == plain["median"] / variants["native"]["median"]
+        assert share(case, REACHED) > 0
 
 
 def test_a_floor_is_what_takes_longest():
-    reached = {"copy_gbs": 100.0, "matmul_float32_tflops": 1.0, "matmul_tf32_tflops": 4.0}
-    assert Floor(4e9, 12e9, 0.0, 1e8).milliseconds(reached, "tf32") == 2.0
-    assert Floor(4e9, 12e9, 0.0, 1e8).milliseconds(reached, "float32") == 6.0
-    assert Floor(0.0, 0.0, 4e9, 1e8).milliseconds(reached, "tf32") == 8.0
-    assert Floor(0.0, 0.0, 0.0, 1e8).milliseconds(reached, "tf32") == 1.0
+    assert Floor(4e9, 12e9, 0.0, 1e8).seconds(REACHED, "tf32") == pytest.approx(2e-3)
+    assert Floor(4e9, 12e9, 0.0, 1e8).seconds(REACHED, "float32") == pytest.approx(6e-3)
+    assert Floor(0.0, 0.0, 4e9, 1e8).seconds(REACHED, "tf32") == pytest.approx(8e-3)
+    assert Floor(0.0, 0.0, 0.0, 1e8).seconds(REACHED, "tf32") == pytest.approx(1e-3)
 
 
 def test_a_training_step_that_fails_leaves_the_others(tmp_path, monkeypatch):
@@ -196,35 +195,41 @@ def test_a_training_step_that_fails_leaves_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "KINDS", kinds)
     with pytest.raises(SystemExit), couplings_are_kept():
         training.trained("mlp", CPU, True, tmp_path / "out.json")
-    found = json.loads((tmp_path / "out.json").read_text())["kinds"]
-    assert "amp" in found["bf16"]["failed"] and found["float32"]["ratio"] > 0
-    assert found["bf16, channels_last"]["ratio"] > 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert "amp" in found["failed"]["bf16"] and found["failed"].keys() == {"bf16"}
+    assert [case["name"] for case in found["cases"]] == ["mlp, float32", "mlp, bf16, channels_last"]
 
 
-def test_tables_of_a_run(tmp_path):
-    entry = suite.one("saliency", "MLP b256", CPU, quick=True)
-    kinds = {
-        "float32": {"ms": {v: {"median": 2.0} for v in ("bare", "flatprune")}, "ratio": 1.5},
-        "bf16": {"failed": "x"},
-    }
+def step_of_training(kind, bare, full):
+    variants = {"bare": {"median": bare}, "flatprune": {"median": full}}
+    return {"suite": "training step", "name": f"mlp, {kind}", "kind": "time", "unit": "s", "variants": variants}
+
+
+def test_tables_of_a_run(run):
+    for case in (*suite.measured("saliency", "MLP b256", CPU, quick=True), step_of_training("float32", 2e-3, 3e-3)):
+        run.add(case)
     outcome = {"exit": 0, "seconds": 1.0, "log": "", "last": ""}
-    ceilings = {"copy_gbs": 10.0, "matmul_float32_tflops": 1.0, "matmul_tf32_tflops": 2.0}
-    steps = {
-        "ceilings": outcome | {"result": ceilings},
-        "saliency, MLP b256": outcome | {"result": entry},
+    failed = {
         "covariance, MLP b256": outcome | {"exit": 124, "last": "ended after 25 s"},
-        "training, mlp": outcome | {"exit": 1, "result": {"kinds": kinds}},
+        "training, mlp": outcome | {"exit": 1},
     }
-    machine = {"cpu": "some", "torch": "2", "commit": "abc"}
-    table = results_table({"machine": machine, "steps": steps, "left_out": {"flatprune run": "no time left"}})
-    assert "Left out: flatprune run (no time left)." in table
-    assert "Failed: covariance, MLP b256 (ended after 25 s), training, mlp ()." in table
-    assert "Saliency, milliseconds" in table and "| MLP b256 |" in table
-    assert "| mlp | 2 | 2 | 1.50 | - | - | - |" in table
-    assert len({line.count("|") for line in table.splitlines() if line.startswith("| MLP") or "batched" in line}) == 1
+    run.keep("steps", {"saliency, MLP b256": outcome} | failed)
+    run.keep("left_out", {"flatprune run": "no time left"})
+    run.keep("machine", machine())
+    run.keep("rates_before", REACHED)
+    shown = results_table(load(run.path))
+    assert "Left out: flatprune run (no time left)." in shown
+    assert "Failed: covariance, MLP b256 (ended after 25 s), training, mlp ()." in shown
+    assert "Saliency, milliseconds" in shown and "| MLP b256 |" in shown
+    assert "| mlp | 2 | 3 | 1.50 | - | - | - | - | - | - |" in shown
+    assert "| saliency of VGG19 b128, against batched | >= 2 |  | not measured |" in shown
+    lines = [line for line in shown.splitlines() if line.startswith("| MLP") or ", tf32 | graph" in line]
+    assert len(lines) == 2 and len({line.count("|") for line in lines}) == 1
 
 
 def test_goals_name_what_is_measured():
-    work = {name: family(work_sets(True)["MLP b256"], CPU) for name, family in suite.families().items()}
-    for family, (baseline, networks) in GOALS.items():
-        assert baseline in work[family].variants() and set(networks) < set(NETWORKS)
+    for goal in GPU_GOALS:
+        family, rest = goal.name.split(" of ")
+        network, variant = rest.split(", ")
+        work = suite.families()[family](work_sets(True)[network], CPU)
+        assert variant.removeprefix("against ") in work.variants()

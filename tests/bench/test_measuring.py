@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ import torch
 import kfac_ext
 from bench import baselines, peers, worksets
 from bench.check import agreeing, worst_error
+from bench.documents import table, write_json
 from bench.results import Results, load
-from bench.timing import Alternation, quartiles, slope, spread, summary
+from bench.timing import Alternation, quartiles, slope, spread, summary, wall_and_cpu
 
 
 def fake_clock(step=1.0):
@@ -21,7 +23,7 @@ def fake_clock(step=1.0):
 def test_variants_alternate_and_each_goes_first():
     order = []
     variants = {name: lambda name=name: order.append(name) for name in "abc"}
-    alternation = Alternation(variants, clock=fake_clock(), cpu_clock=fake_clock())
+    alternation = Alternation(variants, stopwatch=wall_and_cpu(fake_clock(), fake_clock()))
     for _ in range(3):
         alternation.round()
     assert "".join(order) == "abcbcacab"
@@ -29,10 +31,24 @@ def test_variants_alternate_and_each_goes_first():
 
 
 def test_calibration_fits_the_budget():
-    alternation = Alternation({"a": int, "b": int}, clock=fake_clock(0.1), cpu_clock=fake_clock())
+    alternation = Alternation({"a": int, "b": int}, stopwatch=wall_and_cpu(fake_clock(0.1), fake_clock()))
     assert alternation.calibrate(budget=2.0, min_rounds=3) == 10
     assert alternation.calibrate(budget=0.1, min_rounds=3) == 3
     assert alternation.samples["a"].wall == []
+
+
+def test_after_its_time_it_makes_the_fewest_rounds():
+    for seconds, rounds in ((math.inf, 5), (0.0, 3)):
+        calls = []
+        alternation = Alternation({"a": lambda calls=calls: calls.append(1)}, stopwatch=no_cpu)
+        alternation.rounds(5, seconds)
+        assert len(alternation.samples["a"].wall) == rounds and len(calls) == rounds + 2
+        assert "cpu_median" not in summary(alternation.samples["a"], None)
+
+
+def no_cpu(run, repeats):
+    run()
+    return 1.0, None
 
 
 def test_what_comes_before_is_not_timed():
@@ -127,6 +143,19 @@ def test_absent_and_broken_peers_are_skipped_by_name():
     steps, skipped = peers.available(makers)
     assert list(steps) == ["math"]
     assert skipped == {"no_such_peer": "not installed", "json": "fails: RuntimeError: too new"}
+
+
+def test_a_json_is_never_half_written(tmp_path):
+    path = tmp_path / "folder" / "some.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_tables_are_aligned_by_column():
+    found = list(table(("a", "b", "c"), [(1, "x", 2.5)], "lr"))
+    assert found == ["| a | b | c |", "| --- | ---: | ---: |", "| 1 | x | 2.5 |"]
 
 
 CASE = {"suite": "s", "name": "one", "kind": "time", "unit": "s", "variants": {}, "skipped": {}}

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from bench.goals import MISSED, REACHED, UNKNOWN, verdicts
-from bench.report import markdown, newest, plot
+from bench.machine import ROOT
+from bench.report import markdown, newest, plot, write
 from bench.results import load
 from bench.table import noise_line, print_summary
 from tests.bench.documents import case, document, growth, memory
@@ -102,18 +103,28 @@ def test_wide_spread_is_said():
 
 def test_the_newest_whole_run_makes_the_page(tmp_path):
     def write(name, **changes):
-        run = {"format": 1, "quick": False, "started": "2026-01-02 00:00:00", "finished": "2026-01-02 01:00:00"}
-        (tmp_path / f"{name}.json").write_text(json.dumps(run | changes))
+        (tmp_path / f"{name}.json").write_text(json.dumps(FULL | changes))
 
+    assert newest(tmp_path) is None
     write("interrupted", started="2026-01-04 00:00:00", finished=None)
     write("quick", started="2026-01-05 00:00:00", quick=True)
     assert newest(tmp_path).stem == "interrupted"
-    write("newer")
-    write("older", started="2026-01-01 00:00:00")
-    write("nvidia-h100", started="2026-01-06 00:00:00", format=3)
+    write("newer", started="2026-01-02 00:00:00")
+    write("older")
+    write("nvidia-h100", started="2026-01-06 00:00:00", machine=FULL["machine"] | {"device": "NVIDIA H100"})
+    write("nvidia-h100-check", started="2026-01-07 00:00:00", machine={"device": "NVIDIA H100"}, cases=[])
     (tmp_path / "crossover.json").write_text("{}")
-    assert newest(tmp_path).stem == "newer"
+    assert newest(tmp_path).stem == "newer" and newest(tmp_path, gpu=True).stem == "nvidia-h100"
 
 
-def test_the_committed_results_make_the_page():
+def between(page):
+    return page.read_text().split("<!-- gpu-results -->")[1]
+
+
+def test_the_committed_results_make_the_pages(tmp_path):
+    """Those of a GPU stand in its page as its JSON has them."""
     assert newest().name.endswith("t.json") and verdicts(load(newest()))
+    page = tmp_path / "kernels.md"
+    page.write_text("before\n<!-- gpu-results -->\n<!-- gpu-results -->\nafter\n")
+    write(newest(gpu=True), tmp_path)
+    assert between(page) == between(ROOT / "docs" / "kernels.md")
