@@ -231,8 +231,12 @@ class Settings(BaseModel):
     compare_no_flatness: bool = _measured(False, "first train and prune it without the flatness term")
     corruptions: bool = _measured(False, "test the final network on corrupted test images too")
     measure_latency: bool = _measured(False, "time inference before and after")
-    track_hessian: Count | None = _measured(
-        None, "measure the true largest Hessian eigenvalue every so many epochs", unset="at the end"
+    track_hessian: int | None = _measured(
+        None,
+        "measure the true largest Hessian eigenvalue every so many epochs; 0 never",
+        unset="at the end",
+        ge=0,
+        le=_LARGEST,
     )
 
     device: Text = _files("cpu", "cpu, cuda or cuda:INDEX")

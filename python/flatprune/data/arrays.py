@@ -33,16 +33,21 @@ def checked_images(name: str, images: np.ndarray) -> np.ndarray:
 
 
 def checked_labels(name: str, labels: np.ndarray) -> np.ndarray:
-    """Labels [n] as int64, from 0; `name` begins the message of an InputError."""
-    if labels.ndim != 1:
-        raise InputError(f"{name} has shape {labels.shape}, expected [n]")
+    """Labels [n] or [n, ...] as int64, from 0; `name` begins the message of an InputError."""
+    if labels.ndim == 0 or 0 in labels.shape[1:]:
+        raise InputError(f"{name} has shape {labels.shape}, expected [n], or [n, ...] for a label at each place")
     if not np.issubdtype(labels.dtype, np.integer):
         raise InputError(f"{name} has dtype {labels.dtype}, expected integers")
     if len(labels) and labels.min() < 0:
-        raise InputError(f"{name} has label {labels.min()} at index {int(labels.argmin())}, expected 0 or above")
+        raise InputError(f"{name} has label {labels.min()} at index {_index(labels, labels.argmin())}, expected 0 or above")
     if len(labels) and labels.max() > 2**31:
-        raise InputError(f"{name} has label {labels.max()} at index {int(labels.argmax())}: out of range")
+        raise InputError(f"{name} has label {labels.max()} at index {_index(labels, labels.argmax())}: out of range")
     return labels.astype(np.int64)
+
+
+def _index(labels: np.ndarray, place: np.intp) -> int | tuple[int, ...]:
+    """Where in the array its flat `place` is."""
+    return int(place) if labels.ndim == 1 else tuple(map(int, np.unravel_index(place, labels.shape)))
 
 
 def class_count(data: str, y_train: np.ndarray, y_test: np.ndarray, classes: int | None) -> int:
@@ -52,12 +57,12 @@ def class_count(data: str, y_train: np.ndarray, y_test: np.ndarray, classes: int
     count = classes or _plausible_count(data, y_train, y_test)
     for name, labels in (("y_train", y_train), ("y_test", y_test)):
         if labels.max() >= count:
-            index = int(labels.argmax())
+            index = _index(labels, labels.argmax())
             raise InputError(f"{data}: {name} has label {labels[index]} at index {index}, expected 0 to {count - 1}")
     if count > MAX_CLASSES:
         raise InputError(f"{data}: has {count:,} classes, expected {MAX_CLASSES:,} or fewer")
     if count < 2:
-        raise InputError(f"{data}: y_train has only label {y_train[0]}, expected two classes or more")
+        raise InputError(f"{data}: y_train has only label {y_train.flat[0]}, expected two classes or more")
     return count
 
 
@@ -69,7 +74,7 @@ def _plausible_count(data: str, y_train: np.ndarray, y_test: np.ndarray) -> int:
     rare = len(others) > 0 and (counts[-1] * _STRAY_RATIO < np.median(others) or top >= 2 * len(values))
     if rare and y_test.max() < top:
         raise InputError(
-            f"{data}: y_train has label {top} at index {int(y_train.argmax())}, out of range: only {counts[-1]} of "
-            f"{len(y_train)} training labels and no test label is as large (say --classes {top + 1} if it is meant)"
+            f"{data}: y_train has label {top} at index {_index(y_train, y_train.argmax())}, out of range: only {counts[-1]} "
+            f"of {y_train.size} training labels and no test label is as large (say --classes {top + 1} if it is meant)"
         )
     return top + 1

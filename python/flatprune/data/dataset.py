@@ -53,7 +53,7 @@ class Normalization:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What is trained and tested on: normalised float32 images [n, channels, height, width], int64 labels [n]."""
+    """What is trained and tested on: normalised float32 images [n, channels, height, width], int64 labels [n, ...]."""
 
     name: str
     x_train: Tensor
@@ -165,13 +165,13 @@ def _held_out(images: Images, fraction: float) -> Images:
 
 def noisy_labels(labels: Tensor, classes: int, fraction: float, generator: torch.Generator) -> Tensor:
     """Labels of which round(fraction * n), picked at random, are drawn anew uniformly from 0 .. classes - 1."""
-    count = round(fraction * len(labels))
+    count = round(fraction * labels.numel())
     if count == 0:
         return labels
-    result = labels.clone()
-    chosen = torch.randperm(len(labels), generator=generator)[:count]
+    result = labels.flatten().clone()
+    chosen = torch.randperm(labels.numel(), generator=generator)[:count]
     result[chosen] = torch.randint(classes, (count,), generator=generator)
-    return result
+    return result.view_as(labels)
 
 
 def batch_indices(order: Tensor, batch_size: int, start: int = 0) -> Iterator[Tensor]:

@@ -72,21 +72,30 @@ def read_saved(path: str | os.PathLike[str]) -> SavedNetwork:
 def fresh_network(path: str | os.PathLike[str], arguments: Mapping[str, Any]) -> nn.Module:
     """The architecture of a finished run with fresh initial values, as its modules draw them.
 
+    Parameters of a module without `reset_parameters` are those that it begins with in the unpruned network, cut off.
+
     Args:
         path: folder of the run, or a `model.pt`.
         arguments: image_shape and classes it is to be used with.
 
     Raises:
-        InputError: there is no such file, it is for other images, or a parameter cannot be drawn afresh.
+        InputError: there is no such file, or it is for other images.
     """
+    saved = read_saved(path)
     model = load(path).train()
     for name in ("image_shape", "classes"):
         wanted, found = arguments[name], getattr(model, name)
         if (list(found) if name == "image_shape" else found) != wanted:
             raise InputError(f"architecture_of {path}: its {name} is {found}, expected {wanted}")
+    left: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
         if callable(getattr(module, "reset_parameters", None)):
             module.reset_parameters()  # type: ignore[operator]
-        elif module._parameters:
-            raise InputError(f"architecture_of {path}: {name or 'the network'} has parameters that only it can draw")
+        else:
+            left |= module.named_parameters(name, recurse=False)
+    if left:
+        whole = saved.drawn()
+        with torch.no_grad():
+            for name, parameter in left.items():
+                parameter.copy_(whole.get_parameter(name)[tuple(map(slice, parameter.shape))])
     return model

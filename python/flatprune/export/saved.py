@@ -47,6 +47,12 @@ class SavedNetwork(NamedTuple):
         """Whether a function of the user's makes it."""
         return named.is_named(str(self.arguments.get("name")))
 
+    def drawn(self) -> nn.Module:
+        """The network as it was before training, with random numbers of torch's global stream."""
+        arguments = self.arguments
+        shape, widths = tuple(arguments["image_shape"]), arguments["widths"]
+        return models.build(arguments["name"], shape, arguments["classes"], widths)
+
     def network(self) -> nn.Module:
         """The network in evaluation mode; its tensors are copies.
 
@@ -54,13 +60,21 @@ class SavedNetwork(NamedTuple):
             InputError: a function of the user's makes it, which the user has not named, or it fails.
             DamagedError: the tensors are not those of such a network, or do not fit each other.
         """
-        own = _fresh(self.arguments) if self.is_own else None
+        own = self._fresh() if self.is_own else None
         try:
-            model = self.fill(own or _fresh(self.arguments)).eval()
+            model = self.fill(own or self._fresh()).eval()
             self._check(model)
         except (*_MISFITS, RuntimeError, MemoryError) as error:  # shapes that do not fit each other, or no memory
             raise damaged(self.path, error) from error
         return model
+
+    def _fresh(self) -> nn.Module:
+        """The same; its values are thrown away, so they cost no random numbers."""
+        rng = torch.get_rng_state()
+        try:
+            return self.drawn()
+        finally:
+            torch.set_rng_state(rng)
 
     def fill(self, model: nn.Module) -> nn.Module:
         """Make a fresh network of this class the saved one; returns it.
@@ -88,7 +102,7 @@ class SavedNetwork(NamedTuple):
                 raise ValueError(f"the normalization's {name} is not {channels} finite numbers")
         device = next(model.parameters()).device
         found = tuple(model(torch.zeros(1, *self.image_shape, device=device)).shape)
-        if found != (1, self.arguments["classes"]):
+        if found[:2] != (1, self.arguments["classes"]):
             raise ValueError(f"the network's output is of shape {found}, not (1, {self.arguments['classes']})")
 
 
@@ -112,17 +126,6 @@ def saved_network(
         return SavedNetwork(dict(content["model"]), made, dict(tensors()), dict(content["widths"]), path, attributes)
     except _MISFITS as error:
         raise damaged(path, error) from error
-
-
-def _fresh(arguments: Mapping[str, Any]) -> nn.Module:
-    """The network as it was before training; its values are thrown away, so they cost no random numbers."""
-    rng = torch.get_rng_state()
-    try:
-        return models.build(
-            arguments["name"], tuple(arguments["image_shape"]), arguments["classes"], arguments["widths"]
-        )
-    finally:
-        torch.set_rng_state(rng)
 
 
 def take_tensors(

@@ -25,7 +25,7 @@ def build_own(
         widths: hidden widths.
 
     Raises:
-        InputError: the user has not named it, or it gives no network from such images to logits [n, classes].
+        InputError: the user has not named it, or it gives no network from such images to logits [n, classes, ...].
     """
     offered = {"image_shape": image_shape, "classes": classes}
     if widths is not None:
@@ -36,9 +36,9 @@ def build_own(
     if not isinstance(model, nn.Module):
         raise InputError(f"model {name}: gives {type(model).__name__}, expected a torch.nn.Module")
     found = _output(name, model, torch.zeros(2, *image_shape))
-    if not isinstance(found, Tensor) or found.shape != (2, classes):
+    if not isinstance(found, Tensor) or found.shape[:2] != (2, classes):
         given = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise InputError(f"model {name}: gives {given} for 2 images, expected logits ({2}, {classes})")
+        raise InputError(f"model {name}: gives {given} for 2 images, expected logits (2, {classes})")
     return model
 
 

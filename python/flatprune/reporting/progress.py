@@ -351,7 +351,7 @@ def _summary_rows(summary: dict[str, Any]) -> list[tuple[str, dict[str, str], st
         size("parameters", "params"),
         size("multiply-accumulates", "macs"),
         *more,
-        row("largest Hessian eigenvalue", "hessian_lambda_max", ".3g"),
+        *([row("largest Hessian eigenvalue", "hessian_lambda_max", ".3g")] if "hessian_lambda_max" in summary else []),
         row("spectral radius, K-FAC", "spectral_radius_kfac", ".3g"),
         row("training time", "seconds", ".1f", " s"),
         *([row("  removals of it", "removal_seconds", ".1f", " s")] if summary["removal_seconds"] else []),

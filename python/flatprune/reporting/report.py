@@ -223,8 +223,7 @@ def _cards(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
             f"{summary['macs_before']:,} → {summary['macs_after']:,} an image",
         ),
         *_target_card(summary),
-        ("λmax of the Hessian", *_with_dense(summary, "hessian_lambda_max")),
-        ("spectral radius (K-FAC)", *_with_dense(summary, "spectral_radius_kfac")),
+        *_radius_cards(summary),
         ("training time", duration(summary["seconds"]), _of_training(summary)),
     ]
 
@@ -241,6 +240,11 @@ def _target_card(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     if unit not in ("neurons", "latency") or not before:
         return []
     return [(UNITS[unit], f"{100.0 * after / before:.1f} %", f"{amount(unit, before)} → {amount(unit, after)}")]
+
+
+def _radius_cards(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    titles = {"hessian_lambda_max": "λmax of the Hessian", "spectral_radius_kfac": "spectral radius (K-FAC)"}
+    return [(title, *_with_dense(summary, key)) for key, title in titles.items() if key in summary]
 
 
 def _with_dense(summary: dict[str, Any], key: str) -> tuple[str, str]:

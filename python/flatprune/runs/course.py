@@ -96,7 +96,7 @@ def _train(
 ) -> dict[str, Any]:
     trainer.train(observer, lambda: save(trainer, folder, lock), stop_requested)
     summary = summary_of(trainer, compared)
-    if compared:
+    if compared and trainer.settings.track_hessian != 0:
         summary["valleys"] = valleys_of(trainer, folder, {**compared, "pruned": summary})
     lock.hold()
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,8 @@
     corrupted_accuracy                     kind -> percent at strengths 1 to 5, with _mean beside it; where asked for
     latency_before_1, latency_after_1      ms an image, median, at batch size 1, and likewise at 128; where asked for
     spectral_radius_kfac                   max over layers of lambda_1(A) lambda_1(G); with _geometric_mean beside it
-    hessian_lambda_max                     of the mean loss over the first 1,024 training images, batch norm folded
+    hessian_lambda_max                     of the mean loss over the first 1,024 training images, batch norm folded;
+                                           but with track_hessian 0
     widths_before, widths_after            layer name -> output channels or features
     cost_before, cost_after                of the network in the target's unit (latency: measured seconds)
     pruning_stopped                        why pruning ended before its time, null if it did not

@@ -20,8 +20,8 @@ class Batch(NamedTuple):
 
     Attributes:
         x: images [n, channels, height, width].
-        target: what the loss is told: labels int64 [n], or fractions of the classes [n, classes].
-        labels: int64 [n], the class of the largest fraction.
+        target: what the loss is told: labels int64 [n, ...], or fractions of the classes [n, classes, ...].
+        labels: int64 [n, ...], the class of the largest fraction.
     """
 
     x: Tensor
@@ -34,7 +34,7 @@ class Batches:
 
     Args:
         x: images [N, channels, height, width].
-        y: labels int64 [N].
+        y: labels int64 [N, ...].
         classes: number of classes.
         generator: a CPU generator, of all that is drawn.
         augment: random shifts, and mirror images for colour (`flatprune.data.augmented`).
@@ -83,7 +83,7 @@ def mixed(x: Tensor, y: Tensor, classes: int, alpha: float, generator: torch.Gen
 
     Args:
         x: images [n, ...].
-        y: labels int64 [n].
+        y: labels int64 [n, ...].
         classes: number of classes.
         alpha: above 0.
         generator: a CPU generator.
@@ -92,7 +92,8 @@ def mixed(x: Tensor, y: Tensor, classes: int, alpha: float, generator: torch.Gen
     drawn = float(np.random.default_rng(seed).beta(alpha, alpha))
     fraction = max(drawn, 1.0 - drawn)
     other = sent(torch.randperm(len(x), generator=generator), x.device)
-    onehot = (y[:, None] == torch.arange(classes, device=y.device)).to(x.dtype)
+    names = torch.arange(classes, device=y.device).view(-1, *[1] * (y.dim() - 1))
+    onehot = (y[:, None] == names).to(x.dtype)
     return Batch(fraction * x + (1.0 - fraction) * x[other], fraction * onehot + (1.0 - fraction) * onehot[other], y)
 
 

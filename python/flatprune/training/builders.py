@@ -18,6 +18,7 @@ from flatprune.pruning.schedule import CubicSchedule
 from flatprune.pruning.targets import UNITS, amount
 from flatprune.settings import Settings
 from flatprune.training.averaging import AveragedWeights
+from flatprune.training.evaluation import predictions
 from kfac_ext.curvature import Curvature
 
 FACTOR_DECAY = 0.95
@@ -31,6 +32,20 @@ def untrained(settings: Settings, arguments: dict[str, Any]) -> nn.Module:
     if settings.architecture_of is not None:
         return fresh_network(settings.architecture_of, arguments)
     return models.build(**arguments)
+
+
+def check_logits(model: nn.Module, dataset: Dataset) -> None:
+    """Refuse a network whose logits are not at the places that the labels are at.
+
+    Raises:
+        InputError: naming both shapes.
+    """
+    found, places = tuple(predictions(model, dataset.x_test[:1]).shape[1:]), tuple(dataset.y_train.shape[1:])
+    if found != (dataset.classes, *places):
+        raise InputError(
+            f"{dataset.name}: has labels [n{''.join(f', {size}' for size in places)}], for which the network gives "
+            f"logits of {found} an image, expected {(dataset.classes, *places)}"
+        )
 
 
 def make_optimizer(settings: Settings, model: nn.Module, lr: float) -> torch.optim.Optimizer:

@@ -25,23 +25,23 @@ _BATCH = 1000
 
 @torch.no_grad()
 def predictions(model: nn.Module, x: Tensor) -> Tensor:
-    """Logits [n, classes] of inputs [n, ...] in evaluation mode; the modes of the model's modules are restored."""
+    """Logits [n, classes, ...] of inputs [n, ...] in evaluation mode; the modes of the model's modules are restored."""
     with module_modes(dict.fromkeys(model.modules(), False)):
         return torch.cat([model(part) for part in x.split(_BATCH)])
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Percent of the labels that the largest logit names."""
-    return 100.0 * int((logits.argmax(1) == labels).sum()) / len(labels)
+    return 100.0 * int((logits.argmax(1) == labels).sum()) / labels.numel()
 
 
 def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
     """Accuracy in percent and mean cross entropy of `model`, in evaluation mode.
 
     Args:
-        model: maps a batch of x to logits [n, classes].
+        model: maps a batch of x to logits [n, classes, ...].
         x: inputs [n, ...].
-        y: labels [n].
+        y: labels [n, ...].
     """
     logits = predictions(model, x)
     return accuracy(logits, y), float(F.cross_entropy(logits.double(), y))
@@ -54,8 +54,8 @@ def calibration(logits: Tensor, labels: Tensor) -> dict[str, float]:
     |bin| / n |accuracy(bin) - mean confidence(bin)| (Guo et al. 2017, arXiv 1706.04599), as a fraction, not percent.
 
     Args:
-        logits: [n, classes].
-        labels: int64 [n].
+        logits: [n, classes, ...].
+        labels: int64 [n, ...].
 
     Returns:
         `test_nll` and `test_ece`.
@@ -69,9 +69,9 @@ def calibration(logits: Tensor, labels: Tensor) -> dict[str, float]:
     right = (predicted == labels).double()
     place = (confidence * CALIBRATION_BINS).ceil().long().sub_(1).clamp_(0, CALIBRATION_BINS - 1)  # (low, high]
     gaps = torch.zeros(CALIBRATION_BINS, dtype=torch.float64, device=logits.device)
-    gaps.index_add_(0, place, right - confidence)
+    gaps.index_add_(0, place.flatten(), (right - confidence).flatten())
     nll = F.nll_loss(log_p, labels)
-    return {"test_nll": float(nll), "test_ece": float(gaps.abs().sum() / len(labels))}
+    return {"test_nll": float(nll), "test_ece": float(gaps.abs().sum() / labels.numel())}
 
 
 def corruption_accuracies(model: nn.Module, dataset: Dataset) -> dict[str, Any]:

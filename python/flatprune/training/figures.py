@@ -29,7 +29,6 @@ def results(trainer: Trainer) -> dict[str, Any]:
         "train_accuracy_last": train_accuracy,
         "spectral_radius_kfac": float(trainer.curvature.spectral_radius()),
         "spectral_radius_kfac_geometric_mean": float(trainer.curvature.geometric_mean_radius()),
-        "hessian_lambda_max": hessian_radius(model, dataset, trainer.settings.seed),
         "widths_before": trainer.widths_before,
         "widths_after": models.layer_widths(model),
         "seconds": trainer.progress.seconds,
@@ -43,6 +42,8 @@ def results(trainer: Trainer) -> dict[str, Any]:
 def _measurements(trainer: Trainer) -> dict[str, Any]:
     model, dataset = trainer.result, trainer.dataset
     found: dict[str, Any] = {}
+    if trainer.settings.track_hessian != 0:
+        found["hessian_lambda_max"] = hessian_radius(model, dataset, trainer.settings.seed)
     if trainer.settings.corruptions:
         found |= corruption_accuracies(model, dataset)
     if trainer.settings.measure_latency:

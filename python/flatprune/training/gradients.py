@@ -24,7 +24,7 @@ class Gradients:
 
     Args:
         forward: the model, or what computes the same.
-        criterion: (logits [n, classes], target) -> mean loss.
+        criterion: (logits [n, classes, ...], target) -> mean loss.
         device: of the model.
         amp: a name of `AMP_TYPES`.
         scaler: of the loss, for fp16.

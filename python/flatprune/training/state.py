@@ -47,10 +47,10 @@ class EpochSums:
 
     @torch.no_grad()
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Take in a batch: its mean loss, logits [n, classes] and labels [n]."""
-        self._loss += loss.double() * len(labels)
+        """Take in a batch: its mean loss, logits [n, classes, ...] and labels [n, ...]."""
+        self._loss += loss.double() * labels.numel()
         self._correct += (logits.argmax(1) == labels).sum()
-        self.seen += len(labels)
+        self.seen += labels.numel()
 
     def figures(self, over_ranks: Callable[[list[float]], list[float]] = lambda values: values) -> tuple[float, float]:
         """Mean loss and accuracy in percent; waits for the device.

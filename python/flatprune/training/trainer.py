@@ -124,6 +124,7 @@ class Trainer:
             "widths": None if settings.widths is None else list(settings.widths),
         }
         self.model = self.untrained().to(self.device)
+        builders.check_logits(self.model, dataset)
         self.params_before = models.parameter_count(self.model)
         self.macs_before = models.multiply_accumulates(self.model, dataset.x_test[:1])
         self.widths_before = models.layer_widths(self.model)
@@ -487,6 +488,6 @@ class Trainer:
     def _tracked_radii(self) -> dict[str, float]:
         """The true radius and K-FAC radii of both kinds; empty after epochs that do not ask for it."""
         every, epoch = self.settings.track_hessian, self.progress.epoch
-        if every is None or (epoch % every and epoch != self.settings.epochs):
+        if not every or (epoch % every and epoch != self.settings.epochs):
             return {}
         return all_radii(self.result, self.curvature, self.dataset, self.settings.seed)
