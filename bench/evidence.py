@@ -10,6 +10,8 @@ Entries without a finished run are left out.
 from __future__ import annotations
 
 import argparse
+import re
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +25,7 @@ from flatprune.study import Results
 from flatprune.study.grid import Point
 from flatprune.study.plots import figure
 from flatprune.study.report import open_study
-from flatprune.study.results import BY_KEY, Summary
+from flatprune.study.results import BY_KEY, Statistic, Summary
 from flatprune.study.tables import Table, details, differences, overview
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
@@ -39,9 +41,16 @@ STUDIES = {  # what is shown of each
     "q2_fitting": ("train_accuracy_last", *CALIBRATION, "spectral_radius_kfac"),
     "q3_radius": tuple(key for key in BY_KEY if key.startswith("spearman_")),
     "q4_cost": ("seconds", *ACCURACY, "macs_left", "hessian_lambda_max"),
+    "transformers": (*ACCURACY, "train_accuracy_last", "test_nll", "params_after", "macs_after", "seconds"),
 }
-_IN_ONE_TABLE = ("q3_radius", "q4_cost")
-_WITHOUT_PLOT = ("q4_cost",)  # it has one size
+_IN_ONE_TABLE = ("q3_radius", "q4_cost", "transformers")
+_WITHOUT_PLOT = ("q4_cost", "transformers")  # one size; tasks of their own scales
+_WITH_KINDS = ("transformers",)
+_KINDS = {  # layers whose rows are of a kind
+    "heads": r"qkv|query|q_proj",
+    "perceptrons": r"mlp\.0|intermediate\.dense|gate_proj",
+    "residual stream": r"patches|attention\.output\.dense|o_proj",
+}
 _WITH_CORRELATIONS = ("q2_fitting",)
 _OPTIONS = {"q4_cost": " --jobs 1"}  # what is timed runs alone
 _DOTS_PER_INCH = 70
@@ -64,6 +73,10 @@ def section(results: Results, name: str) -> str:
 
 def _tables(results: Results, name: str) -> list[Table]:
     keys = STUDIES[name]
+    if name in _WITH_KINDS:
+        results.groups.sort(key=lambda group: results.study.axes["task"].index(dict(group.point)["task"]))
+        against = [table for key in (*ACCURACY, "test_nll") for table in differences(results, key)]
+        return [_only_run(table) for table in (details(results, keys), *against, widths_by_kind(results, "dense"))]
     if name in _IN_ONE_TABLE:
         return [_only_run(details(results, keys))]
     shown = [table for key in keys if results.present([key]) for table in overview(results, key)]
@@ -86,6 +99,29 @@ def correlations(results: Results) -> Table:
         rows.append((", ".join(f"{axis} {value}" for axis, value in point), *cells))
     head = ("", *(BY_KEY[key].title for key in sharpness))
     return Table("rank correlation with the gap between training and test accuracy, all runs (n)", head, tuple(rows), 1)
+
+
+def widths_by_kind(results: Results, whole: str) -> Table:
+    """What is left of the rows of all layers of a kind, against the variant `whole` at the same point."""
+    rows = []
+    for group in results.groups:
+        before = next(iter(results.group(whole, **dict(group.point)).summaries.values()), None)
+        if group.variant == whole or before is None or not group.summaries:
+            continue
+        cells = []
+        for layers in map(re.compile, _KINDS.values()):
+            wide = sum(width for name, width in before["widths_after"].items() if layers.search(name))
+            left = [
+                100.0 * sum(width for name, width in summary["widths_after"].items() if layers.search(name)) / wide
+                for summary in group.summaries.values()
+            ]
+            deviation = statistics.stdev(left) if len(left) > 1 else None
+            cells.append(Statistic(statistics.fmean(left), deviation, len(left)).text(".0f"))
+        rows.append((group.variant, *dict(group.point).values(), str(len(group.summaries)), *cells))
+    head = ("variant", *results.study.axes, "n", *_KINDS)
+    return Table(
+        f"widths left, % of {whole}, mean ± standard deviation", head, tuple(rows), len(head) - len(_KINDS) - 1
+    )
 
 
 def _only_run(table: Table) -> Table:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import sysconfig
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -25,7 +26,7 @@ WORDS, WORD_BITS, PIECE = 24, 9, 24  # tokens a text; the vocabulary; texts in a
 PIECES = 900  # of each package
 BYTES, BYTE_BITS = 64, 7  # tokens a text
 BERT_WIDTHS = (64, 256, 4)  # of the residual stream, of the perceptrons, heads
-DECODER_WIDTHS = (96, 256, 6)
+DECODER_WIDTHS = (64, 192, 4)
 HEAD_DIM = 16
 _TESTED = 5  # every fifth
 
@@ -50,7 +51,9 @@ def sources() -> dict[str, np.ndarray]:
     texts = {name: _pieces(_words(name)) for name in PACKAGES}
     trained = [text for pieces in texts.values() for place, text in enumerate(pieces) if not _is_tested(place)]
     counts = Counter(word for text in trained for word in text)
-    number = {word: place for place, (word, _) in enumerate(sorted(counts.items(), key=_by_count)[: 2**WORD_BITS - 1], 1)}
+    number = {
+        word: place for place, (word, _) in enumerate(sorted(counts.items(), key=_by_count)[: 2**WORD_BITS - 1], 1)
+    }
     found: dict[str, list[np.ndarray]] = {"x_train": [], "y_train": [], "x_test": [], "y_test": []}
     for label, pieces in enumerate(texts.values()):
         coded = np.array([[number.get(word, 0) for word in text] for text in pieces])
@@ -110,7 +113,7 @@ class OfTokens(nn.Module):
         return logits if logits.dim() == 2 else logits.transpose(1, 2)
 
 
-def bert(image_shape: tuple[int, int, int], classes: int, widths: tuple[int, ...] = BERT_WIDTHS) -> nn.Module:
+def bert(image_shape: tuple[int, int, int], classes: int, widths: Sequence[int] = BERT_WIDTHS) -> nn.Module:
     """A BERT of two layers that classifies a text; `widths`: of the residual stream, of the perceptrons, heads."""
     count, _, length = image_shape
     features, hidden, heads = widths
@@ -127,8 +130,8 @@ def bert(image_shape: tuple[int, int, int], classes: int, widths: tuple[int, ...
     return OfTokens(BertForSequenceClassification(config))
 
 
-def decoder(image_shape: tuple[int, int, int], classes: int, widths: tuple[int, ...] = DECODER_WIDTHS) -> nn.Module:
-    """A Llama of three layers that predicts the next token at every place; `widths` as of `bert`."""
+def decoder(image_shape: tuple[int, int, int], classes: int, widths: Sequence[int] = DECODER_WIDTHS) -> nn.Module:
+    """A Llama of two layers that predicts the next token at every place; `widths` as of `bert`."""
     count, _, length = image_shape
     features, hidden, heads = widths
     config = LlamaConfig(
@@ -138,7 +141,7 @@ def decoder(image_shape: tuple[int, int, int], classes: int, widths: tuple[int, 
         num_attention_heads=heads,
         num_key_value_heads=heads,
         head_dim=HEAD_DIM,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         max_position_embeddings=length,
         use_cache=False,
     )

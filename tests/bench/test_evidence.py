@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from bench.evidence import PAGE, STUDIES, correlations, main
+from bench.evidence import PAGE, STUDIES, correlations, main, widths_by_kind
 from flatprune.study import read_study, run_study
 from flatprune.study.plan import RUNS_FOLDER
 from flatprune.study.results import Group
@@ -37,6 +37,23 @@ def test_correlations_are_over_all_runs_of_a_point():
     groups = [group("none", (100, 90, 5.0, 0.1), (100, 80, 7.0, 0.05)), group("penalty", (99, 95, 1.0, 0.4))]
     table = correlations(SimpleNamespace(groups=groups))
     assert table.rows == (("task x", "1.00 (3)", "-1.00 (3)"),)
+
+
+def test_widths_are_summed_by_kind():
+    def group(variant, *widths):
+        names = "blocks.0.attn.qkv", "blocks.1.attn.qkv", "patches", "blocks.0.mlp.0"
+        summaries = {seed: {"widths_after": dict(zip(names, each))} for seed, each in enumerate(widths)}
+        return Group(variant, (("task", "x"),), summaries)
+
+    dense, pruned = group("dense", (48, 48, 8, 20)), group("pruned", (48, 0, 4, 5), (48, 24, 4, 15))
+    groups = [pruned, group("narrowed"), dense]
+    results = SimpleNamespace(
+        groups=groups, study=SimpleNamespace(axes={"task": ("x",)}), group=lambda name, **point: dense
+    )
+    table = widths_by_kind(results, "dense")
+    assert table.head[:3] == ("variant", "task", "n") and table.left == 2
+    assert table.head[3:] == ("heads", "perceptrons", "residual stream")
+    assert table.rows == (("pruned", "x", "2", "62 ± 18", "50 ± 35", "50 ± 0"),)
 
 
 @pytest.mark.thorough

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from flatprune.data import augmented, batch_indices, load_dataset, noisy_labels, read_images
+from flatprune.errors import InputError
 
 
 def test_digits_split_is_fixed_and_stratified():
@@ -62,6 +63,18 @@ def test_label_noise_redraws_a_fraction():
     assert float(counts.min() / counts.max()) > 0.85
     assert torch.equal(labels, torch.arange(10).repeat(2000))
     assert torch.equal(noisy_labels(labels, 10, 0.0, torch.Generator()), labels)
+
+
+def test_labels_at_every_place(npz):
+    y = np.arange(96 * 6).reshape(96, 2, 3) % 5
+    data = load_dataset(str(npz(y_train=y, y_test=y[:48])), label_noise=0.5)
+    assert data.classes == 5 and data.y_test.shape == (48, 2, 3)
+    assert abs(float((data.y_train != torch.from_numpy(y)).float().mean()) - 0.4) < 0.06  # four in five differ
+    y[3, 1, 2] = -1
+    with pytest.raises(InputError, match=r"y_train has label -1 at index \(3, 1, 2\)"):
+        load_dataset(str(npz(y_train=y, y_test=y[:48])))
+    with pytest.raises(InputError, match=r"y_train has shape \(96, 0\), expected \[n\], or"):
+        load_dataset(str(npz(y_train=y[:, 0, :0])))
 
 
 def test_label_noise_leaves_the_test_labels(npz):

@@ -12,6 +12,7 @@ import flatprune as package
 from flatprune import named, runs
 from flatprune.errors import InputError, Interrupted
 from flatprune.export import export_run
+from flatprune.files.finished import HISTORY_FILE, read_history
 from flatprune.reporting import report
 from flatprune.runs.folder import WHOLE, check_run
 from flatprune.settings import Settings
@@ -39,6 +40,21 @@ def images():
     y = draw.integers(0, 3, 80)
     x = draw.normal(size=(80, 2, 2, 1)).astype(np.float32)
     x[:, 0, 0, 0] += 3 * y
+    return x[:60], y[:60], x[60:], y[60:]
+
+class AtEveryPixel(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.first = nn.Conv2d(1, 12, 1)
+        self.last = nn.Conv2d(12, classes, 1)
+
+    def forward(self, x):
+        return self.last(self.first(x).relu())
+
+def pixels(classes): return AtEveryPixel(classes)
+def places():
+    y = np.random.default_rng(0).integers(0, 3, (80, 4, 5))
+    x = (y[..., None] - 1.0).astype(np.float32)
     return x[:60], y[:60], x[60:], y[60:]
 
 def number(): return 3
@@ -70,6 +86,25 @@ def own(tmp_path, monkeypatch):
 def settings_of(own, **changes):
     values = {"model": own("net"), "data": own("images"), "epochs": 4, "batch_size": 20, "target_params": 0.5}
     return Settings(**{**values, "flatness": "off", "threads": 1, **changes})
+
+
+def test_a_prediction_at_every_place(own, tmp_path):
+    pixels, places = {"model": own("pixels")}, {"data": own("places")}
+    settings = settings_of(own, **pixels, **places, optimizer="adam", lr=0.05, epochs=20, flatness="on")
+    summary = runs.run(settings, tmp_path / "out")
+    network, data = package.load(tmp_path / "out"), settings.dataset()
+    logits = network(data.x_test).double()
+    right = (logits.argmax(1) == data.y_test).double().mean()
+    of_label = logits.log_softmax(1).gather(1, data.y_test[:, None])
+    assert summary["test_accuracy_last"] == pytest.approx(100.0 * float(right)) and float(right) > 0.9
+    assert summary["test_nll"] == pytest.approx(-float(of_label.mean()))
+    assert summary["params_after"] < summary["params_before"] and 0.0 < summary["test_ece"] < 0.5
+    last = [record for record in read_history(tmp_path / "out" / HISTORY_FILE) if record["kind"] == "epoch"][-1]
+    assert 90.0 < last["train_accuracy"] <= 100.0
+    for given, found in ((pixels, "(3, 2, 2)"), (places, "(3,)")):  # of images [2, 2], and of networks
+        with pytest.raises(InputError) as raised:
+            runs.run(settings_of(own, **given), tmp_path / "refused")
+        assert found in str(raised.value) and "labels [n" in str(raised.value)
 
 
 def press_ctrl_c():

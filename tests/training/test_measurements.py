@@ -8,7 +8,9 @@ from torch import nn
 
 from flatprune.data import Normalization, load_dataset
 from flatprune.errors import InputError
-from flatprune.export import fresh_network
+from flatprune.export import fresh_network, load
+from flatprune.models import layer_widths
+from flatprune.runs import run
 from flatprune.settings import Settings
 from flatprune.training.corruptions import KINDS, corrupted
 from flatprune.training.evaluation import calibration
@@ -110,14 +112,34 @@ def test_the_learning_rate_of_the_classic_pipeline():
     assert tenth.learning_rate(50, 100, 0.1) == pytest.approx(0.01)
 
 
+def test_a_fresh_transformer_begins_as_the_whole_one_does(tmp_path, npz):
+    """The positions are a parameter of the network itself, which no `reset_parameters` draws."""
+    settings = Settings(
+        data=str(npz()),
+        model="vit_tiny",
+        widths=(16, 16),
+        epochs=1,
+        batch_size=32,
+        target_params=0.6,
+        flatness="off",
+        track_hessian=0,
+    )
+    summary = run(settings, tmp_path / "run")
+    assert "hessian_lambda_max" not in summary and (tmp_path / "run" / "report.html").is_file()
+    trained = load(tmp_path / "run")
+    torch.manual_seed(3)
+    fresh = fresh_network(tmp_path / "run", {"image_shape": [1, 8, 8], "classes": 4})
+    assert layer_widths(fresh) == layer_widths(trained)
+    assert fresh.positions.shape == trained.positions.shape and trained.positions.shape[2] < 16
+    assert 0.01 < float(fresh.positions.std()) < 0.03 and not torch.equal(fresh.positions, trained.positions)
+    assert fresh.positions.requires_grad
+
+
 def test_a_fresh_network_has_the_widths_of_the_pruned_one(flatprune, tmp_path, npz):
     out = tmp_path / "run"
     network = ("--model", "resnet20", "--widths", "8,8,8")
     options = (*network, "--epochs", 1, "--batch-size", 32, "--target-params", 0.6, "--flatness", "off")
     assert flatprune("run", "--data", npz(), "--out", out, *options, "--measure-latency", "--corruptions").code == 0
-    from flatprune import load
-    from flatprune.models import layer_widths
-
     trained = load(out)
     fresh = fresh_network(out, {"image_shape": [1, 8, 8], "classes": 4})
     assert layer_widths(fresh) == layer_widths(trained)

@@ -39,7 +39,9 @@ def checked_labels(name: str, labels: np.ndarray) -> np.ndarray:
     if not np.issubdtype(labels.dtype, np.integer):
         raise InputError(f"{name} has dtype {labels.dtype}, expected integers")
     if len(labels) and labels.min() < 0:
-        raise InputError(f"{name} has label {labels.min()} at index {_index(labels, labels.argmin())}, expected 0 or above")
+        raise InputError(
+            f"{name} has label {labels.min()} at index {_index(labels, labels.argmin())}, expected 0 or above"
+        )
     if len(labels) and labels.max() > 2**31:
         raise InputError(f"{name} has label {labels.max()} at index {_index(labels, labels.argmax())}: out of range")
     return labels.astype(np.int64)
@@ -74,7 +76,8 @@ def _plausible_count(data: str, y_train: np.ndarray, y_test: np.ndarray) -> int:
     rare = len(others) > 0 and (counts[-1] * _STRAY_RATIO < np.median(others) or top >= 2 * len(values))
     if rare and y_test.max() < top:
         raise InputError(
-            f"{data}: y_train has label {top} at index {_index(y_train, y_train.argmax())}, out of range: only {counts[-1]} "
-            f"of {y_train.size} training labels and no test label is as large (say --classes {top + 1} if it is meant)"
+            f"{data}: y_train has label {top} at index {_index(y_train, y_train.argmax())}, out of range: only "
+            f"{counts[-1]} of {y_train.size} training labels and no test label is as large "
+            f"(say --classes {top + 1} if it is meant)"
         )
     return top + 1

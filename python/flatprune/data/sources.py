@@ -21,7 +21,7 @@ KEYS = ("x_train", "y_train", "x_test", "y_test")
 CSV = (".csv", ".tsv")
 SOURCES = (
     (DIGITS, "1,797 grey images of handwritten digits, 8x8, 10 classes", "scikit-learn"),
-    ("FILE.npz", "x_train, y_train, x_test, y_test: uint8 or float images [n, h, w, c], whole labels [n, ...] from 0", "-"),
+    ("FILE.npz", "x_train, y_train, x_test, y_test: uint8 or float images [n, h, w, c], labels [n, ...] from 0", "-"),
     ("DIR", "images in DIR/train/CLASS and DIR/test/CLASS, or in DIR/CLASS, a fifth of which is held out", "pillow"),
     ("FILE.csv", "a row a sample, numbers, under a header; the class in `label` or the last column", "-"),
     ("DIR", "a data set of Hugging Face's, saved to disk: image and label, parts train and test", "datasets"),
@@ -59,7 +59,8 @@ def read_images(data: str, classes: int | None = None, image_size: int | None = 
     Args:
         data: one of `SOURCES`. Digits have a fixed stratified split. An .npz holds x_train, y_train, x_test, y_test:
             uint8 (or finite float) images [n, height, width, channels] or [n, height, width], and integer labels [n]
-            from 0, or [n, ...] at each place; a function of the user's gives the same. A row of a table is one pixel with a channel a column.
+            from 0, or [n, ...] at each place; a function of the user's gives the same. A row of a table is one pixel
+            with a channel a column.
         classes: number of classes; default as many as have names, or the largest training label + 1.
         image_size: what images in files of their own are scaled to.
 
