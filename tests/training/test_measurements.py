@@ -117,7 +117,7 @@ def test_a_fresh_transformer_begins_as_the_whole_one_does(tmp_path, npz):
     settings = Settings(
         data=str(npz()),
         model="vit_tiny",
-        widths=(16, 16),
+        widths=(32, 16),
         epochs=1,
         batch_size=32,
         target_params=0.6,
@@ -130,7 +130,7 @@ def test_a_fresh_transformer_begins_as_the_whole_one_does(tmp_path, npz):
     torch.manual_seed(3)
     fresh = fresh_network(tmp_path / "run", {"image_shape": [1, 8, 8], "classes": 4})
     assert layer_widths(fresh) == layer_widths(trained)
-    assert fresh.positions.shape == trained.positions.shape and trained.positions.shape[2] < 16
+    assert fresh.positions.shape == trained.positions.shape and trained.positions.shape[2] < 32
     assert 0.01 < float(fresh.positions.std()) < 0.03 and not torch.equal(fresh.positions, trained.positions)
     assert fresh.positions.requires_grad
 

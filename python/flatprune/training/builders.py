@@ -43,7 +43,7 @@ def check_logits(model: nn.Module, dataset: Dataset) -> None:
     found, places = tuple(predictions(model, dataset.x_test[:1]).shape[1:]), tuple(dataset.y_train.shape[1:])
     if found != (dataset.classes, *places):
         raise InputError(
-            f"{dataset.name}: has labels [n{''.join(f', {size}' for size in places)}], for which the network gives "
+            f"{dataset.name}: y_train has shape [n{''.join(f', {size}' for size in places)}], for which the network gives "
             f"logits of {found} an image, expected {(dataset.classes, *places)}"
         )
 
