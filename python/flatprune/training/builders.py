@@ -40,11 +40,12 @@ def check_logits(model: nn.Module, dataset: Dataset) -> None:
     Raises:
         InputError: naming both shapes.
     """
-    found, places = tuple(predictions(model, dataset.x_test[:1]).shape[1:]), tuple(dataset.y_train.shape[1:])
-    if found != (dataset.classes, *places):
+    found, labels = tuple(predictions(model, dataset.x_test[:1]).shape[1:]), tuple(dataset.y_train.shape)
+    wanted = (dataset.classes, *labels[1:])
+    if found != wanted:
         raise InputError(
-            f"{dataset.name}: y_train has shape [n{''.join(f', {size}' for size in places)}], for which the network gives "
-            f"logits of {found} an image, expected {(dataset.classes, *places)}"
+            f"{dataset.name}: y_train has shape {labels}, for which the network is to give logits of {wanted} an "
+            f"image; it gives {found}"
         )
 
 
