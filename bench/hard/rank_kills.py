@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -61,9 +62,15 @@ def _judge(tally: Tally, folder: Path, name: str, moments: list[float], wanted: 
     if code is None:
         tally.fault("crashed", f"{name}: hung")
     elif code:
-        tally.fault("unclear", f"{name}: torchrun ended with {code}")
+        tally.fault("unclear", f"{name}: torchrun ended with {code}: {_complaints(folder / 'log')}")
     elif result(folder / "run") != wanted:
         tally.fault("lost", f"{name}: ends otherwise")
+
+
+def _complaints(log: Path) -> str:
+    """What the ranks' output says of errors."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    return " | ".join(dict.fromkeys(line for line in lines if re.search(r"rror\b|exitcode|refused", line)))[:2000]
 
 
 def _trained(folder: Path, name: str, moments: list[float]) -> tuple[int | None, float]:
