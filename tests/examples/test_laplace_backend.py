@@ -56,6 +56,16 @@ def test_factors_are_those_of_laplaces_own_backend(backend, build, shape, likeli
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_columns_make_the_hessian_of_any_outputs(backend):
+    """Also where a class has all of the mass, or none."""
+    f = torch.tensor([[1.0, -2.0, 0.5, 3.0], [200.0, 0.0, -300.0, 90.0], [-400.0, -400.0, 0.0, -800.0]])
+    columns = torch.stack(list(backend(mlp(4), "classification")._columns(f)))
+    assert len(columns) == 3 and columns.isfinite().all()
+    p = f.softmax(dim=1)
+    exact = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    torch.testing.assert_close(torch.einsum("kni,knj->nij", columns, columns), exact, rtol=1e-5, atol=1e-12)
+
+
 def test_an_activation_in_place_changes_nothing(backend):
     model, x, y = case(conv, (3, 5, 6), "classification")
     _, expected = backend(model, "classification").kron(x, y, N=10)
