@@ -58,6 +58,9 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 def undisturbed(model: nn.Module, rng: RngState | None = None) -> Iterator[None]:
     """Forwards inside leave random streams, running statistics and other buffers as they were.
 
+    Autocast's casts of parameters are made anew inside and after: parameters may be moved for them, and torch 2.6 takes
+    those that are made without gradients into a forward that needs some.
+
     Args:
         model: batch norms in training mode still normalise by the batch.
         rng: where the random streams stand inside (default: where they are), so that dropout draws the same masks.
@@ -71,6 +74,7 @@ def undisturbed(model: nn.Module, rng: RngState | None = None) -> Iterator[None]
         for key, buffer in module._buffers.items()
         if buffer is not None
     ]
+    torch.clear_autocast_cache()
     try:
         for norm in norms:
             norm.track_running_stats = False
@@ -81,6 +85,7 @@ def undisturbed(model: nn.Module, rng: RngState | None = None) -> Iterator[None]
             rng.restore()
         yield
     finally:
+        torch.clear_autocast_cache()
         outside.restore()
         for norm in norms:
             norm.track_running_stats = True

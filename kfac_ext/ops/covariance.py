@@ -62,7 +62,7 @@ def _check_linear(out: Tensor, x: Tensor, bias: bool) -> None:
     check_floating(operation, "x", x)
     if x.dim() == 0:
         raise ValueError(f"{operation}: x has 0 dimensions, expected at least 1: [..., d]")
-    n = x.shape[-1] + bias
+    n = x.shape[-1] + int(bias)  # a symbolic size and a bool cannot be added in torch 2.6
     check_output(operation, out, (n, n), accumulator_dtype(x.dtype), x.device)
 
 
@@ -129,7 +129,7 @@ def linear_covariance(x: Tensor, *, bias: bool = False) -> Tensor:
     """
     check_floating("linear_covariance", "x", x)
     check_flag("linear_covariance", "bias", bias)
-    n = (x.shape[-1] if x.dim() else 0) + bias
+    n = (x.shape[-1] if x.dim() else 0) + int(bias)
     return linear_covariance_(x.new_empty(n, n, dtype=accumulator_dtype(x.dtype)), x, bias=bias)
 
 
@@ -139,7 +139,7 @@ def linear_covariance(x: Tensor, *, bias: bool = False) -> Tensor:
 def _check_conv(out: Tensor, x: Tensor, geometry: ConvGeometry, bias: bool) -> None:
     operation = "conv2d_covariance"
     check_floating(operation, "x", x)
-    shape = _factor_shape(geometry.groups, geometry.patch_size(x.shape[1]) + bias)
+    shape = _factor_shape(geometry.groups, geometry.patch_size(x.shape[1]) + int(bias))
     check_output(operation, out, shape, accumulator_dtype(x.dtype), x.device)
 
 
@@ -289,7 +289,7 @@ def conv2d_covariance(
     """
     geometry = _geometry(x, kernel_size, stride, padding, dilation, groups)
     check_flag("conv2d_covariance", "bias", bias)
-    shape = _factor_shape(groups, geometry.patch_size(x.shape[1]) + bias)
+    shape = _factor_shape(groups, geometry.patch_size(x.shape[1]) + int(bias))
     return conv2d_covariance_(
         x.new_empty(shape, dtype=accumulator_dtype(x.dtype)),
         x,

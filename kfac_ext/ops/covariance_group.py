@@ -65,10 +65,11 @@ _CALL_INTS = len(_Call(_LINEAR).to_ints())
 
 @remembered
 def _ints_of(kind: int, geometry: ConvGeometry | None, groups: int, bias: bool, reduce: bool) -> tuple[int, ...]:
-    call = _Call(kind, groups=groups, bias=bias, reduce=reduce)
-    if geometry is not None:
+    if geometry is None:
+        call = _Call(kind, groups=groups, bias=bias, reduce=reduce)
+    else:  # by its constructor: torch.compile of torch 2.6 cannot trace _replace
         g = geometry
-        call = call._replace(kernel_size=g.kernel_size, stride=g.stride, padding=g.padding, dilation=g.dilation)
+        call = _Call(kind, g.kernel_size, g.stride, g.padding, g.dilation, groups, bias, reduce)
     return tuple(call.to_ints())
 
 

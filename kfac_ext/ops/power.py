@@ -221,7 +221,7 @@ def power_iteration(
 
 
 def _covariance_size(x: Tensor, kernel_size: Sequence[int], bias: bool) -> int:
-    return (x.shape[1] * kernel_size[0] * kernel_size[1] if kernel_size else x.shape[-1]) + bias
+    return (x.shape[1] * kernel_size[0] * kernel_size[1] if kernel_size else x.shape[-1]) + int(bias)
 
 
 def _check_covariance(x: Tensor, vector: Tensor, kernel_size: list[int], bias: bool, **moves: list[int]) -> None:

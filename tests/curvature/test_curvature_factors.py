@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from kfac_ext import Curvature, FactorSet
 from kfac_ext.curvature.draws import Draws
 from kfac_ext.curvature.losses import loss_of
+from kfac_ext.curvature.modes import undisturbed
 from kfac_ext.curvature.probing import fresh_look
 from tests.curvature import curvature_nets, curvature_oracles
 
@@ -185,6 +186,20 @@ def test_half_precision_is_accumulated_in_float32():
     assert curvature.factors["0.G"].dtype == torch.float32
     rows = torch.cat([x, torch.ones(64, 1)], dim=1)
     torch.testing.assert_close(curvature.factors["0.A"], rows.T @ rows / 64)
+
+
+def test_forwards_of_moved_weights_leave_no_casts_of_them():
+    model, x = nn.Linear(8, 6), torch.randn(4, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = model(x)
+        kept = model.weight.detach().clone()
+        with undisturbed(model), torch.no_grad():
+            model.weight.zero_()
+            inside = model(x)
+            model.weight.copy_(kept)
+        after = model(x)
+    torch.testing.assert_close(inside, model.bias.bfloat16().expand(4, 6))
+    assert torch.equal(after, before) and after.requires_grad
 
 
 @pytest.mark.parametrize("autocast", [False, True])

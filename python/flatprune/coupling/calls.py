@@ -30,6 +30,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
+        torch.clear_autocast_cache()  # of casts without gradients, which torch 2.6 would take for others
         rng.restore()
         np.random.set_state(numpy_state)  # noqa: NPY002
         random.setstate(python_state)
