@@ -38,5 +38,13 @@ assert curvature.factors["0.A"].any()
 pruned = sum(p.numel() for p in model.parameters())
 assert not steps or pruned <= 0.5 * 5354 + 600, pruned
 
+for compiled in (False, True):  # what versions of torch differ in
+    net = nn.Sequential(nn.Linear(6, 5))
+    watching = kfac_ext.Curvature(net)
+    forward = torch.compile(net, backend="eager") if compiled else net
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not compiled):
+        assert forward(torch.randn(7, 6)).requires_grad
+    assert all(watching.factors[key].any() for key in ("0.A", "0.G")), "factors are not updated"
+
 what = f"pruned to {pruned} parameters" if steps else "without flatprune's extras"
 print(f"kfac-ext {kfac_ext.__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}: works, {what}")

@@ -20,8 +20,7 @@ from kfac_ext.layers import Layer
 
 REMOVE = "kfac_ext.Curvature watches the model's forwards; call its remove() first"
 
-_is_exporting = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7, as are reasons
-_REASON = {"reason": REMOVE} if "reason" in inspect.signature(torch.compiler.disable).parameters else {}
+_REASON = {"reason": REMOVE} if "reason" in inspect.signature(torch.compiler.disable).parameters else {}  # not in 2.6
 
 
 class Capture:
@@ -184,7 +183,7 @@ class ForwardHook:
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What torch calls before the forward."""
-        if self._function is not None and not (_is_exporting is not None and _is_exporting()):
+        if self._function is not None and not _is_exporting():
             self._function(args, kwargs)
 
     def __reduce__(self) -> tuple[type[ForwardHook], tuple[None]]:
@@ -193,6 +192,11 @@ class ForwardHook:
     @property
     def __name__(self) -> str:  # torch.jit.script asks for it
         raise AttributeError(f"torch.jit.script cannot compile a model with a hook of Python: {REMOVE}")
+
+
+def _is_exporting() -> bool:
+    """`torch.compiler.is_exporting()`, which torch 2.9 takes to be true whenever it compiles, and 2.6 does not have."""
+    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
