@@ -41,7 +41,7 @@ STUDIES = {  # what is shown of each
     "q2_fitting": ("train_accuracy_last", *CALIBRATION, "spectral_radius_kfac"),
     "q3_radius": tuple(key for key in BY_KEY if key.startswith("spearman_")),
     "q4_cost": ("seconds", *ACCURACY, "macs_left", "hessian_lambda_max"),
-    "transformers": (*ACCURACY, "train_accuracy_last", "test_nll", "params_after", "macs_after", "seconds"),
+    "transformers": (*ACCURACY, "train_accuracy_last", "test_nll", "params_after", "macs_after"),
 }
 _IN_ONE_TABLE = ("q3_radius", "q4_cost", "transformers")
 _WITHOUT_PLOT = ("q4_cost", "transformers")  # one size; tasks of their own scales
@@ -64,7 +64,7 @@ def section(results: Results, name: str) -> str:
     for table in _tables(results, name):
         lines += [f"**{table.title}**", "", table.markdown(), ""]
     chosen = _chosen(results)
-    if chosen:
+    if chosen and name not in _IN_ONE_TABLE:  # which has a column of it
         lines += [f"Chosen by the tuning: {chosen}.", ""]
     if name not in _WITHOUT_PLOT:
         lines += [f"![{results.study.title}]({name}.png)", ""]
