@@ -20,11 +20,13 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("n", [*SIZES, 256, 257, 272, 600])
 def test_inverse(device, threads, dtype, n):
     matrix = spd(n, dtype, device=device)
-    exact = torch.linalg.inv(matrix.double() + 0.01 * torch.eye(n, device=device, dtype=torch.float64))
+    damped = matrix.double() + 0.01 * torch.eye(n, device=device, dtype=torch.float64)
+    exact = torch.linalg.inv(damped)
+    rounding = 0.5 * torch.finfo(dtype).eps * float(torch.linalg.cond(damped))
     (inverse,) = kfac_ext.damped_inverse([matrix], 0.01)
     (plain,) = reference.damped_inverse([matrix], 0.01)
     assert inverse.dtype == dtype and inverse.is_contiguous()
-    assert relative_error(inverse, exact) <= allowed(dtype, plain, exact, floor=1e-6)
+    assert relative_error(inverse, exact) <= allowed(dtype, plain, exact, floor=max(rounding, 1e-6))
     assert torch.equal(inverse, inverse.T)
 
 
@@ -42,7 +44,7 @@ def test_ill_conditioned_matrices_lose_no_more_than_in_torch(device, condition, 
     exact = [torch.linalg.inv(matrix.double()) for matrix in matrices]
     native, plain = (module.damped_inverse(matrices, 0.0) for module in (kfac_ext, reference))
     errors = [sum(map(relative_error, found, exact)) for found in (native, plain)]
-    assert errors[0] <= (1.5 if condition < 1e6 else 3) * errors[1]
+    assert errors[0] <= (2 if condition < 1e6 else 3) * errors[1]
 
 
 def test_only_the_lower_triangle_is_read(device):
