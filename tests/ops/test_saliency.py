@@ -150,7 +150,7 @@ def test_compensate(device, threads, dtype, outputs, columns, removed):
     (native,), (plain,) = kfac_ext.compensate([W], [H], [pruned]), reference.compensate([W], [H], [pruned])
     (exact,) = reference.compensate([W.double()], [H.double()], [pruned])
     error = (native.double() - exact).norm() / exact.norm()
-    allowed = 3 * (plain.double() - exact).norm() / exact.norm()
+    allowed = 4 * (plain.double() - exact).norm() / exact.norm()
     assert float(error) <= (1e-10 if dtype == torch.float64 else max(float(allowed), 5e-7))
 
 

@@ -8,6 +8,7 @@ state and train along (`follow`). What ends rank 0 ends all, and is said once.
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -239,6 +240,10 @@ def warn_of_other_number(before: int, now: int) -> None:
     )
 
 
+# Threads of gloo need Python's lock to let go of a collective's tensors, and abort the process if they ask for it as it
+# ends. They are given time; PyTorch does not end these threads where there was a DDP module.
+_LETTING_GO = 0.1
+
 _current: TrainingRanks | None = None
 
 
@@ -283,6 +288,7 @@ def joined(device: str, timeout: float | None = None) -> Iterator[TrainingRanks 
         _current = None
         if not is_there:
             dist.destroy_process_group()
+            time.sleep(_LETTING_GO)
 
 
 def _initialise(device: str, timeout: float | None) -> None:
