@@ -25,6 +25,19 @@ class Counted(nn.Module):
         return self.last(x.view(-1, self.hidden).view(len(x), self.sizes[1]).view(-1, self.names["out"]))
 
 
+class Pairs(nn.Module):
+    """Takes its neurons in `pieces`, of which one can be left."""
+
+    def __init__(self):
+        super().__init__()
+        self.pieces = 2
+        self.first, self.last = nn.Linear(64, 8), nn.Linear(8, 10)
+
+    def forward(self, x):
+        pieces = self.first(x.flatten(1)).view(len(x), self.pieces, 4).softmax(2)
+        return self.last(pieces.flatten(1))
+
+
 def pruned(model):
     coupling = find_coupling(model, digits()[0][:2])
     chosen = {}
@@ -35,7 +48,7 @@ def pruned(model):
     return model.eval()
 
 
-@pytest.mark.parametrize("build", [NETWORKS["attention"], NETWORKS["grouped"], NETWORKS["resnet"], Counted])
+@pytest.mark.parametrize("build", [NETWORKS["attention"], NETWORKS["grouped"], NETWORKS["resnet"], Counted, Pairs])
 def test_what_comes_back_computes_the_same(build, tmp_path):
     torch.manual_seed(0)
     model, x = pruned(build()), digits()[0][:4]

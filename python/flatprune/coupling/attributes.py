@@ -145,16 +145,16 @@ def attention(module: PrunableAttention, shapes: Shapes) -> dict[str, Any]:
 # integers that no layer of a known kind has
 
 
-def integers(module: nn.Module) -> Iterator[tuple[str, int | str | None, int]]:
-    """(name, place in it or None, value) of every integer above 1 among a module's attributes and what these hold."""
+def integers(module: nn.Module, least: int = 2) -> Iterator[tuple[str, int | str | None, int]]:
+    """(name, place in it or None, value) of every integer from `least` on among a module's attributes and in these."""
     for key, value in vars(module).items():
         if key.startswith("__") or key in ("_version",):
             continue
-        if type(value) is int and value > 1:
+        if type(value) is int and value >= least:
             yield key, None, value
         elif isinstance(value, (tuple, list, dict)):
             for place, item in value.items() if isinstance(value, dict) else enumerate(value):
-                if type(item) is int and item > 1 and isinstance(place, (int, str)):
+                if type(item) is int and item >= least and isinstance(place, (int, str)):
                     yield key, place, item
 
 

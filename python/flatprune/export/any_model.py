@@ -41,7 +41,8 @@ def held_values(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Module -> attribute -> value, of what a fresh network needs beside the state dict of a pruned one."""
     held: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
-        own = {key: vars(module)[key] for key, _, _ in integers(module) if _is_plain(vars(module)[key])}
+        found = integers(module, least=1)  # pruning may have left one head
+        own = {key: vars(module)[key] for key, _, _ in found if _is_plain(vars(module)[key])}
         unsaved = module._non_persistent_buffers_set & module._buffers.keys()
         own |= {key: module._buffers[key] for key in sorted(unsaved)}
         if own:
