@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from flatprune.errors import InputError
 from flatprune.files.sealed import load_sealed, save_sealed
@@ -24,8 +31,9 @@ _EXAMPLES = 2
 class PruningTrainer(Trainer):
     """`transformers.Trainer` with neurons, heads and residual streams going while it trains.
 
-    Everything else is the Trainer's: precision, accumulation, schedulers, logging (events and epochs too), evaluation.
-    Checkpoints resume a pruned network, and `load_pruned` makes one again from a saved folder.
+    Everything else is the Trainer's: precision, accumulation, schedulers, logging (events and epochs too), evaluation,
+    processes that torchrun starts. Checkpoints resume a pruned network, and `load_pruned` makes one again from a saved
+    folder. Only networks that have lost all they will lose can be the best (`load_best_model_at_end`, early stopping).
 
     Args:
         target: a `flatprune.Target`, or the fraction of the parameters that shall be left.
@@ -33,7 +41,8 @@ class PruningTrainer(Trainer):
         arguments, keywords: of `transformers.Trainer`.
 
     Raises:
-        InputError: DeepSpeed or FSDP, which shard what has to be cut.
+        InputError: DeepSpeed or FSDP, which shard what has to be cut; `torch_compile`; several devices of one process;
+            a model with adapters of PEFT.
 
     Example:
         >>> trainer = PruningTrainer(model, args, train_dataset=data, target=0.4)
@@ -45,11 +54,7 @@ class PruningTrainer(Trainer):
         self, *arguments: Any, target: Target | float, pruning: Mapping[str, Any] | None = None, **keywords: Any
     ) -> None:
         super().__init__(*arguments, **keywords)
-        for name, enabled in (("DeepSpeed", self.is_deepspeed_enabled), ("FSDP", self.is_fsdp_enabled)):
-            if enabled:
-                raise InputError(
-                    f"PruningTrainer: {name} shards parameters, which cannot be cut then; train without it"
-                )
+        _refuse(self)
         self._pruning: PruneWhileTraining | None = None
         self._target, self._arguments = target, dict(pruning or {})
         self._resumed_from: Path | None = None
@@ -87,8 +92,9 @@ class PruningTrainer(Trainer):
 
     def _begin(self, inputs: Mapping[str, Any]) -> PruneWhileTraining:
         examples = {name: v[:_EXAMPLES] if isinstance(v, Tensor) and v.dim() else v for name, v in inputs.items()}
+        wrapped = self.model_wrapped
         self._pruning = PruneWhileTraining(
-            self._network,
+            wrapped if isinstance(wrapped, DistributedDataParallel) else self._network,
             getattr(self.optimizer, "optimizer", self.optimizer),
             examples,
             target=self._target,
@@ -101,17 +107,28 @@ class PruningTrainer(Trainer):
         return self._pruning
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        with _own_names(self._network):
+            super()._save(output_dir, state_dict)
         if self._pruning is not None and self.args.should_save:
             folder = Path(output_dir or self.args.output_dir or ".")
             save_sealed(folder / SHAPES_FILE, shapes_of(self._network))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        if (folder / STATE_FILE).exists():
-            self._resumed_from = folder
-            _take_saved_shapes(self._network if model is None else model, folder)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not (folder / STATE_FILE).exists():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        self._resumed_from = folder
+        _take_saved(self._network if model is None else model, folder)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Whether a network is the best so far; none is that may still lose neurons."""
+        finished = self._pruning is not None and self._pruning.finished
+        return finished and bool(super()._determine_best_metric(metrics, trial))
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        _take_saved(self._network, Path(self.state.best_model_checkpoint))
 
 
 class _TrainerLog:
@@ -148,11 +165,70 @@ class _Events(TrainerCallback):
             self._trainer._pruning.close()
 
 
-def _take_saved_shapes(model: nn.Module, folder: Path) -> None:
+def _refuse(trainer: Trainer) -> None:
+    for name, enabled in (("DeepSpeed", trainer.is_deepspeed_enabled), ("FSDP", trainer.is_fsdp_enabled)):
+        if enabled:
+            raise InputError(f"PruningTrainer: {name} shards parameters, which cannot be cut then; train without it")
+    if trainer.args.torch_compile:
+        raise InputError("PruningTrainer: torch_compile hides layers from hooks; train without it")
+    if trainer.args.n_gpu > 1:
+        raise InputError(
+            f"PruningTrainer: one process with {trainer.args.n_gpu} devices calls copies of the network; start one for "
+            "each by torchrun, or show it one by CUDA_VISIBLE_DEVICES"
+        )
+    if getattr(trainer.model, "peft_config", None):
+        raise InputError(
+            "PruningTrainer: checkpoints of a model with PEFT's adapters hold these alone, while all of it is pruned; "
+            "merge_and_unload() first, or prune in a loop of your own and flatprune.save"
+        )
+
+
+@contextmanager
+def _own_names(model: nn.Module) -> Iterator[None]:
+    """Inside, `save_pretrained` calls tensors what the model calls them, and not what files of older versions do.
+
+    A Trainer that goes on, or takes the best network, reads them by the model's names and leaves out all others.
+    """
+    save = getattr(model, "save_pretrained", None)
+    if save is None or "save_original_format" not in inspect.signature(save).parameters:
+        yield
+        return
+    model.save_pretrained = partial(save, save_original_format=False)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del model.save_pretrained
+
+
+def _take_saved(model: nn.Module, folder: Path) -> None:
+    """Make a network of the full size the one of a saved folder.
+
+    Raises:
+        InputError: a file is missing, or of another network.
+    """
     path = folder / SHAPES_FILE
     if not path.is_file():
         raise InputError(f"{path}: no such file; was the network saved by PruningTrainer?")
+    tensors = _tensors(folder)
     take_shapes(model, load_sealed(path, FORMAT, VERSION), str(path))
+    own = model.state_dict(keep_vars=True)
+    tied = {id(own[name]) for name in own.keys() & tensors}
+    differing = tensors.keys() - own | {name for name, tensor in own.items() if id(tensor) not in tied}
+    if differing:
+        raise InputError(f"{folder}: tensors {sorted(differing)[:6]} are only in the network or only in its file")
+    model.load_state_dict(tensors, strict=False)
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    """The weights in a folder, of all files that they are in."""
+    if not (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        files = [SAFE_WEIGHTS_NAME]
+    else:
+        files = sorted(set(json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text())["weight_map"].values()))
+    for file in files:
+        if not (folder / file).is_file():
+            raise InputError(f"{folder / file}: no such file")
+    return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
 
 
 def load_pruned(kind: type[PreTrainedModel], folder: str | Path) -> PreTrainedModel:
@@ -171,17 +247,5 @@ def load_pruned(kind: type[PreTrainedModel], folder: str | Path) -> PreTrainedMo
     folder = Path(folder)
     assert kind.config_class is not None
     model = kind(kind.config_class.from_pretrained(folder))
-    _take_saved_shapes(model, folder)
-    weights = folder / "model.safetensors"
-    if not weights.is_file():
-        raise InputError(f"{weights}: no such file")
-    from safetensors.torch import load_file
-
-    found = model.load_state_dict(load_file(weights), strict=False)
-    model.tie_weights()
-    tied = set(getattr(model, "_tied_weights_keys", None) or ())
-    if found.unexpected_keys or set(found.missing_keys) - tied:
-        raise InputError(
-            f"{weights}: tensors {[*found.unexpected_keys, *found.missing_keys]} differ from the network's"
-        )
+    _take_saved(model, folder)
     return model.eval()
