@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_map
 
+from flatprune.cutting.ema_models import unwrapped
 from flatprune.errors import InputError
+from flatprune.integrations.examples import first_samples
 from flatprune.integrations.shapes import shapes_of, take_shapes
 from flatprune.prune_while_training import PruneWhileTraining
 from flatprune.pruning.targets import Target
 from kfac_ext.curvature.recent import Call
-
-_EXAMPLES = 2
 
 
 class PruningCallback(Callback):
@@ -25,7 +26,9 @@ class PruningCallback(Callback):
 
     The first batch shows how the network is called; from the second on its curvature is followed. Checkpoints hold all
     that pruning needs: `trainer.fit(module, ckpt_path=...)` goes on with the pruned network; so does `load_pruned`.
-    The Trainer's loggers are told of each event, and after each epoch of sizes, widths and spectral radius.
+    The Trainer's loggers are told of each event, and after each epoch of sizes, widths and spectral radius. Averages of
+    the module that other callbacks keep as a copy of it (`EMAWeightAveraging`, `StochasticWeightAveraging`) are cut
+    along; those of your own are named in `pruning={"ema_models": [...]}`.
 
     Args:
         target: a `flatprune.Target`, or the fraction of the parameters that shall be left.
@@ -34,7 +37,8 @@ class PruningCallback(Callback):
         pruning: more arguments of `flatprune.PruneWhileTraining`.
 
     Raises:
-        InputError: several devices with a strategy that shards; no part or several that could be meant.
+        InputError: several processes, or a strategy that shards; no part or several that could be meant; one that is
+            trained without being called itself.
 
     Example:
         >>> trainer = lightning.Trainer(max_epochs=10, callbacks=[PruningCallback(target=0.3, network="model")])
@@ -49,6 +53,7 @@ class PruningCallback(Callback):
         self._network: nn.Module | None = None
         self._call: tuple[Call, Any] | None = None
         self._examples: Any = None
+        self._inside: list[str] = []  # averages in the module
         self._handle: Any = None
         self._steps = 0
         self._saved: Mapping[str, Any] | None = None
@@ -67,13 +72,19 @@ class PruningCallback(Callback):
         strategy = type(trainer.strategy).__name__
         if any(name in strategy for name in ("FSDP", "DeepSpeed", "XLA", "ModelParallel")):
             raise InputError(f"PruningCallback: {strategy} shards parameters, which cannot be cut; use another")
+        if trainer.world_size > 1:
+            raise InputError(
+                f"PruningCallback: each of {trainer.world_size} processes ({strategy}) would lose neurons of its own; "
+                "train in one process, or in a loop of your own (docs/distributed.md)"
+            )
         network = self._network = _part(pl_module, self._name)
         load = pl_module.on_load_checkpoint
 
         def load_shapes_first(checkpoint: dict[str, Any]) -> None:
             saved = checkpoint.get("callbacks", {}).get(self.state_key)
             if saved:
-                take_shapes(network, saved["shapes"], "the checkpoint")
+                for model in (network, *(unwrapped(network, copy) for copy in self._averages(trainer, pl_module))):
+                    take_shapes(model, saved["shapes"], "the checkpoint")
             load(checkpoint)
 
         # the only hook that Lightning calls between reading a checkpoint and loading the module's tensors
@@ -89,14 +100,14 @@ class PruningCallback(Callback):
         self._handle = self._network.register_forward_hook(self._look, with_kwargs=True)
         self._steps = trainer.global_step
         if self._saved is not None:
-            self._begin(trainer, self._saved["examples"])
+            self._begin(trainer, pl_module, self._saved["examples"])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin to prune once a call of the network has been seen."""
         if self._pruning is None and self._call is not None:
             call, _ = self._call
             self._call = None
-            self._begin(trainer, tree_map(_first, (call.args, dict(call.kwargs))))
+            self._begin(trainer, pl_module, first_samples((call.args, dict(call.kwargs))))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Add the flatness term to the loss."""
@@ -109,7 +120,13 @@ class PruningCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the optimizer's step, if there was one."""
+        """Count the optimizer's step, if there was one.
+
+        Raises:
+            InputError: the network is trained, and nothing has called it.
+        """
+        if self._pruning is None and self._call is None:
+            self._refuse_uncalled()
         if trainer.global_step > self._steps:
             self._steps = trainer.global_step
             if self._pruning is not None:
@@ -132,7 +149,8 @@ class PruningCallback(Callback):
         if self._pruning is None or self._network is None:
             return {}
         shapes = shapes_of(self._network)
-        return {"shapes": shapes, "pruning": self._pruning.state_dict(), "examples": self._examples}
+        pruning = self._pruning.state_dict()
+        return {"shapes": shapes, "averages": self._inside, "pruning": pruning, "examples": self._examples}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep what a checkpoint holds until training begins."""
@@ -143,9 +161,27 @@ class PruningCallback(Callback):
         if module.training and torch.is_grad_enabled() and watched:
             self._call = Call.of(args, kwargs, 0), output
 
-    def _begin(self, trainer: Trainer, examples: Any) -> None:
+    def _averages(self, trainer: Trainer, pl_module: LightningModule) -> list[nn.Module]:
+        """Copies of the network: those that are named, and those in copies of the module that callbacks hold."""
+        held = [value for callback in trainer.callbacks for value in vars(callback).values()]  # type: ignore[attr-defined]
+        held = [value.module if isinstance(value, AveragedModel) else value for value in held]
+        copies = [value for value in held if type(value) is type(pl_module) and value is not pl_module]
+        return [*self._arguments.get("ema_models", ()), *(_part(copy, self._name) for copy in copies)]
+
+    def _refuse_uncalled(self) -> None:
+        assert self._network is not None
+        if any(parameter.grad is not None for parameter in self._network.parameters()):
+            raise InputError(
+                f"PruningCallback: {self._name or 'the network'} is trained, but not by a call of the module itself: a "
+                "method of it is called, or what torch.compile has made of it; name the part that is called, uncompiled"
+            )
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, examples: Any) -> None:
         assert self._network is not None
         self._examples = examples
+        averages = self._averages(trainer, pl_module)
+        copies = [unwrapped(self._network, average) for average in averages]
+        self._inside = [name for name, part in pl_module.named_modules() if any(part is copy for copy in copies)]
         args, kwargs = tree_map(lambda v: v.to(trainer.strategy.root_device) if isinstance(v, Tensor) else v, examples)
         optimizers = trainer.optimizers
         self._pruning = PruneWhileTraining(
@@ -155,7 +191,7 @@ class PruningCallback(Callback):
             target=self._target,
             total_steps=int(trainer.estimated_stepping_batches),
             accumulate=trainer.accumulate_grad_batches,
-            **{"logger": _TrainersLoggers(trainer), **self._arguments},
+            **{"logger": _TrainersLoggers(trainer), **self._arguments, "ema_models": averages},
         )
         if self._saved is not None:
             self._pruning.load_state_dict(self._saved["pruning"])
@@ -173,10 +209,6 @@ class _TrainersLoggers:
         """At the step's number."""
         for logger in self._trainer.loggers:
             logger.log_metrics(dict(scalars), step)
-
-
-def _first(value: Any) -> Any:
-    return value[:_EXAMPLES] if isinstance(value, Tensor) and value.dim() else value
 
 
 def _part(module: nn.Module, name: str | None) -> nn.Module:
@@ -206,6 +238,7 @@ def load_pruned(module: LightningModule, path: str | Path, network: str | None =
     found = [state for state in checkpoint.get("callbacks", {}).values() if "shapes" in state and "pruning" in state]
     if not found:
         raise InputError(f"{path}: no PruningCallback has written to this checkpoint")
-    take_shapes(_part(module, network), found[0]["shapes"], str(path))
+    for model in (_part(module, network), *map(module.get_submodule, found[0]["averages"])):
+        take_shapes(model, found[0]["shapes"], str(path))
     module.load_state_dict(checkpoint["state_dict"])
     return module.eval()

@@ -19,13 +19,13 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from flatprune.errors import InputError
 from flatprune.files.sealed import load_sealed, save_sealed
+from flatprune.integrations.examples import first_samples
 from flatprune.integrations.shapes import FORMAT, VERSION, shapes_of, take_shapes
 from flatprune.integrations.state_file import STATE_FILE, load_state, save_state
 from flatprune.prune_while_training import PruneWhileTraining
 from flatprune.pruning.targets import Target
 
 SHAPES_FILE = "pruned_shapes.pt"  # beside the weights: what a network of the full size has to become to take them
-_EXAMPLES = 2
 
 
 class PruningTrainer(Trainer):
@@ -91,12 +91,11 @@ class PruningTrainer(Trainer):
         return self.model
 
     def _begin(self, inputs: Mapping[str, Any]) -> PruneWhileTraining:
-        examples = {name: v[:_EXAMPLES] if isinstance(v, Tensor) and v.dim() else v for name, v in inputs.items()}
         wrapped = self.model_wrapped
         self._pruning = PruneWhileTraining(
             wrapped if isinstance(wrapped, DistributedDataParallel) else self._network,
             getattr(self.optimizer, "optimizer", self.optimizer),
-            examples,
+            first_samples(dict(inputs)),
             target=self._target,
             total_steps=self.state.max_steps,
             accumulate=self.args.gradient_accumulation_steps,
