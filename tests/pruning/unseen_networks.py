@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import weight_norm
+from torch.nn.utils.prune import l1_unstructured
 from torch.utils.checkpoint import checkpoint
 
 from tests.pruning.pruning_networks import Attention
@@ -266,6 +268,12 @@ def vector(operation) -> nn.Module:
     return Net(forward, first=nn.Linear(64, 24), second=nn.Linear(24, 10), head=nn.Linear(10, 10))
 
 
+def computed_weights(wrap):
+    """Weights that hooks compute of others before each forward."""
+    layers = [wrap(nn.Linear(64, 40)), nn.ReLU(), wrap(nn.Linear(40, 24)), nn.ReLU(), nn.Linear(24, 10)]
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
 class Case(NamedTuple):
     """A network to prune.
 
@@ -317,6 +325,10 @@ CASES = {
     "channels last": Case(channels_last_block, {"stem", "widen"}),
     "flattened pool": Case(flattened_pool, {"0.0", "0.2.0", "3"}),
     "recomputed": Case(recomputed, {"first", "second"}),
+    "weight norm": Case(lambda: computed_weights(weight_norm), {"1", "3"}, criterion="l1"),
+    "masked weights": Case(
+        lambda: computed_weights(lambda x: l1_unstructured(x, "weight", 0.3)), {"1", "3"}, criterion="l1"
+    ),
 }
 
 

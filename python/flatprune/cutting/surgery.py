@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.weight_norm import WeightNorm
 
 from flatprune.coupling import Coupling, Cut, Member, NeuronGroup, cut_tensor, tensor_cuts
 from flatprune.coupling.attributes import followed, known_attributes, own_shapes
@@ -32,6 +34,7 @@ class Plan:
         buffers: (buffer, its new data).
         states: (holder, key, new value) of what optimizers keep, see `flatprune.cutting.states`.
         attributes: (module, attribute, new value).
+        computed: (hook, module) of weights that are computed of others, anew after these were cut.
         members: (group, its new members); `slices`: (group, new slice of each neuron).
         curvature: whose factors are cut, or None; `keep` and `blocks` are the arguments of its `narrow`.
     """
@@ -40,6 +43,7 @@ class Plan:
     buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     states: list[tuple[Any, Any, Any]] = field(default_factory=list)
     attributes: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
+    computed: list[tuple[Any, nn.Module]] = field(default_factory=list)
     members: list[tuple[NeuronGroup, list[Member]]] = field(default_factory=list)
     slices: list[tuple[NeuronGroup, Tensor]] = field(default_factory=list)
     curvature: Curvature | None = None
@@ -63,6 +67,8 @@ class Plan:
             holder[key] = value
         for module, attribute, value in self.attributes:
             setattr(module, attribute, value)
+        for hook, module in self.computed:
+            hook(module, ())
         for group, members in self.members:
             group.members = members
         for group, group_of in self.slices:
@@ -134,9 +140,11 @@ def plan(
         _plan_tensor(result, own[name], _checked(name, own[name], value), cuts.get(name, ()))
     result.states = cut_states(own, cuts, optimizers, seen)
     _plan_attributes(result, model, cuts, coupling, removed)
+    result.computed = _computed(model)
     for copy in (unwrapped(model, ema_model) for ema_model in ema_models):
         _plan_copy(result, own, copy, cuts, replacements)
         _plan_attributes(result, copy, cuts, coupling, removed)
+        result.computed += _computed(copy)
     _plan_groups(result, groups, pruned, cuts)
     if curvature is not None:
         result.curvature = curvature
@@ -146,10 +154,19 @@ def plan(
 
 
 def _stored_name(firsts: Mapping[str, str], weight: str) -> str | None:
-    """The first name of the tensor behind a weight: itself, or the original of a parametrized one."""
+    """The first name of the tensor behind a weight: itself, or what it is computed of, parametrized or by a hook."""
     module, _, key = weight.rpartition(".")
-    originals = (f"{module}.parametrizations.{key}.original{end}".lstrip(".") for end in ("1", ""))
+    parametrized = f"parametrizations.{key}.original"
+    originals = (f"{module}.{own}".lstrip(".") for own in (f"{parametrized}1", parametrized, f"{key}_v", f"{key}_orig"))
     return next((firsts[name] for name in (weight, *originals) if name in firsts), None)
+
+
+def _computed(model: nn.Module) -> list[tuple[Any, nn.Module]]:
+    """(hook, module) of weights that torch computes before a forward, by `weight_norm` or `torch.nn.utils.prune`."""
+    kinds = (WeightNorm, BasePruningMethod)
+    return [
+        (h, module) for module in model.modules() for h in module._forward_pre_hooks.values() if isinstance(h, kinds)
+    ]
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:
