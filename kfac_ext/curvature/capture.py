@@ -15,6 +15,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from kfac_ext.curvature.loss import Loss
 from kfac_ext.curvature.modes import RngState
 from kfac_ext.curvature.outputs import Reading
+from kfac_ext.curvature.recent import Call
 from kfac_ext.curvature.samples import Layout
 from kfac_ext.layers import Layer
 
@@ -29,6 +30,7 @@ class Capture:
     Attributes:
         rng: the random streams before the forward, if asked for.
         autocast: whether it ran in autocast.
+        call: its arguments.
         tensors: what of the model's output the loss is of.
         prediction: the same as the loss reads it.
         samples: N.
@@ -42,6 +44,7 @@ class Capture:
 
     def __init__(self, rng: RngState | None = None, autocast: bool = False) -> None:
         self.rng, self.autocast = rng, autocast
+        self.call = Call()
         self.tensors: tuple[Tensor, ...] = ()
         self.prediction: Any = None
         self.samples = 0
@@ -87,8 +90,9 @@ class Capture:
         """The layers that were called, in the order of their first call."""
         return list(self._edges)
 
-    def read(self, reading: Reading, output: Any, layers: Mapping[str, Layer], told: int) -> None:
-        """Take down what the forward returned, as the loss reads it, and N; `told`: what its call seems to have."""
+    def read(self, reading: Reading, output: Any, layers: Mapping[str, Layer], call: Call) -> None:
+        """Take down the call and what it returned, as the loss reads it, and N."""
+        self.call, told = call, call.samples
         if not reading.loss.needs_output:
             self._count_samples(layers, told)
             return

@@ -513,7 +513,7 @@ class Curvature:
 
     def _read(self, capture: Capture, output: Any) -> bool:
         """Take down what the forward returned; False if no gradient can come from it."""
-        capture.read(self.reading, output, self.layers, self._recent.calls()[-1].samples)
+        capture.read(self.reading, output, self.layers, self._recent.calls()[-1])
         if self.loss.needs_output and not capture.prediction.requires_grad:
             return False
         if not capture.names:

@@ -33,7 +33,7 @@ def observe(curvature: Curvature, *args: Any, **kwargs: Any) -> Capture:
         stack.enter_context(call_hooks(curvature.layers.values(), capture.add))
         output = curvature.model(*args, **kwargs)
     call = Call.of(args, kwargs, curvature.reading.batch_dim)
-    capture.read(curvature.reading, output, curvature.layers, call.samples)
+    capture.read(curvature.reading, output, curvature.layers, call)
     curvature.place(capture, call)
     return capture
 

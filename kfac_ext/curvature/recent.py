@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,13 +45,18 @@ class Call:
         return cls(args, dict(kwargs), _samples(tree_leaves((args, kwargs)), batch_dim))
 
     @classmethod
-    def from_inputs(cls, inputs: Any) -> Call:
-        """From a tensor, a tuple or list of positional arguments, a dict of keywords, or a `Call`."""
+    def from_inputs(cls, inputs: Any, forward: Callable[..., Any]) -> Call:
+        """From a tensor, a tuple or list of positional arguments, a dict of keywords, or a `Call`.
+
+        A tuple, list or dict that `forward` does not take so is its one argument.
+        """
         if isinstance(inputs, Call):
             return inputs
-        if isinstance(inputs, Mapping):
+        if isinstance(inputs, Mapping) and _takes(forward, (), inputs):
             return cls.of((), inputs)
-        return cls.of(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {})
+        if isinstance(inputs, (tuple, list)) and _takes(forward, tuple(inputs), {}):
+            return cls.of(tuple(inputs), {})
+        return cls.of((inputs,), {})
 
     def tensors(self) -> list[Tensor]:
         """All tensors among the arguments, nested ones too."""
@@ -121,6 +127,18 @@ class RecentCalls:
             moved = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, entry)
             recent.add(Call(tuple(moved["args"]), moved["kwargs"], moved["samples"]))
         return recent
+
+
+def _takes(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[Any, Any]) -> bool:
+    if not all(isinstance(name, str) for name in kwargs):
+        return False
+    try:
+        inspect.signature(forward).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    except ValueError:  # it has no signature
+        pass
+    return True
 
 
 def _samples(leaves: Any, batch_dim: int) -> int:

@@ -36,7 +36,7 @@ def check_model(model: nn.Module) -> None:
     if next(model.parameters(), None) is None:
         raise ValueError(f"Curvature: model {type(model).__name__} has no parameters")
     for name, module in model.named_modules():
-        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+        if "_orig_mod" in module._modules or vars(module).get("_compiled_call_impl") is not None:
             raise ValueError(
                 f"Curvature: {name or 'the model'} is compiled by torch.compile, which hides layers from hooks; "
                 "give the plain model and train it uncompiled"

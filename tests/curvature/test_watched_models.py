@@ -71,6 +71,26 @@ def test_compiling_a_whole_graph_says_what_to_do():
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(X), model(X))
 
 
+def test_attributes_that_a_model_makes_up_are_none():
+    class MadeUp(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 4)
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return name  # has everything
+
+        def forward(self, x):
+            return self.layer(x)
+
+    curvature = Curvature(MadeUp())
+    curvature.model(torch.randn(8, 3)).sum().backward()
+    assert curvature.is_updated
+
+
 def test_functional_calls_are_forwards():
     model, curvature = watched(generator=torch.Generator().manual_seed(0))
     functional_call(model, {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}, (X,))

@@ -412,3 +412,27 @@ def test_blocks_that_are_rounding_are_left_alone(mode):
     assert radii["key"] < 1e-10 * max(radii.values())
     rest = [rho for name, rho in radii.items() if name != "key"]
     assert curvature.geometric_mean_radius() == pytest.approx(math.prod(rest) ** (1 / 3), rel=1e-5)
+
+
+class _TakesADict(nn.Module):
+    """Of one argument, a dict whose keys are no names of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+
+    def forward(self, batch):
+        return self.net(batch["x"])
+
+
+def test_the_penalty_is_of_the_call_that_was_made():
+    """Whatever the loop gives for its inputs; where the forward is repeated, a dict is read as the model takes it."""
+    values = []
+    for give, same in ((lambda x: {"x": x}, True), (lambda x: {"x": x}, False), (lambda x: {"x": 0 * x}, True)):
+        torch.manual_seed(1)
+        model, x = _TakesADict(), torch.randn(16, 4)
+        flatness = Flatness(Curvature(model, generator=torch.Generator().manual_seed(0)), start=0, every=1)
+        output = model({"x": x})
+        loss = F.cross_entropy(output, torch.arange(16) % 3)
+        values.append(flatness.penalty(give(x), output if same else output.clone(), loss).item())
+    assert values[0] > 0 and values == pytest.approx([values[0]] * 3)

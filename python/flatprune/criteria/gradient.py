@@ -90,7 +90,7 @@ def _gate_gradients(context: ScoringContext, layers: list[Layer], call: Call) ->
         capture.add(layer, x, z)
 
     with context.probing(), torch.enable_grad(), call_hooks(layers, report):
-        capture.read(curvature.reading, call.run(context.model), curvature.layers, call.samples)
+        capture.read(curvature.reading, call.run(context.model), curvature.layers, call)
     curvature.place(capture, call)
     prediction = capture.prediction
     targets = loss.draw(prediction, context.draws)

@@ -132,7 +132,7 @@ class Flatness:
 
         Args:
             x: what the model was given: a tensor, a tuple of its positional inputs, a dict of keywords, or a
-                `kfac_ext.curvature.recent.Call`.
+                `kfac_ext.curvature.recent.Call`; read where the forward is repeated.
             logits: what it returned, or of that what the loss is of.
             loss: the mean loss of these, with its graph.
         """
@@ -211,8 +211,7 @@ class Flatness:
         weight, blocks = self._weight(), self._blocks()
         if not blocks:
             return None
-        call = Call.from_inputs(x)
-        capture = self._capture(call, logits)
+        capture = self._capture(x, logits)
         blocks = [block for block in blocks if block.layer.name in capture.names]
         mode = self.curvature.kfac_approx
         with torch.autocast(logits.device.type, enabled=False):
@@ -223,15 +222,16 @@ class Flatness:
                     values = projected_inputs(block.layer, seen, block.u, mode)
                     total = total + block.input_weight * values.square().mean(dim=0).sum()
             second = self._forward_part if self.mode == "forward" else self._double_backward_part
-            return weight * (total + second(blocks, capture, call))
+            return weight * (total + second(blocks, capture))
 
-    def _capture(self, call: Call, logits: Tensor) -> Capture:
+    def _capture(self, x: Any, logits: Tensor) -> Capture:
         """The user's forward if it was recorded and can be differentiated as often as it must be, else one more."""
         record = self.curvature.recorder.take(logits)
-        if self.mode == "forward":
-            return record or observe(self.curvature, *call.args, **call.kwargs)
-        if record is not None and not _has_fused_attention(logits):
+        if record is not None and (self.mode == "forward" or not _has_fused_attention(logits)):
             return record
+        call = Call.from_inputs(x, self.curvature.model.forward)
+        if self.mode == "forward":
+            return observe(self.curvature, *call.args, **call.kwargs)
         with sdpa_kernel(SDPBackend.MATH):
             return observe(self.curvature, *call.args, **call.kwargs)
 
@@ -259,7 +259,7 @@ class Flatness:
             blocks.append(_Block(layer, u.clone(), s.clone(), *weights))
         return blocks
 
-    def _double_backward_part(self, blocks: list[_Block], capture: Capture, _call: Call) -> Tensor:
+    def _double_backward_part(self, blocks: list[_Block], capture: Capture) -> Tensor:
         """Sum over blocks of c lambda(A) mean (s.g)^2, g from labels drawn from the model's prediction."""
         curvature, output = self.curvature, capture.prediction
         if capture.targets is None:
@@ -276,7 +276,7 @@ class Flatness:
                 total = total + block.gradient_weight * values.square().sum() / count
         return total
 
-    def _forward_part(self, blocks: list[_Block], capture: Capture, call: Call) -> Tensor:
+    def _forward_part(self, blocks: list[_Block], capture: Capture) -> Tensor:
         """The same, its expectation over labels, from the change of the output in one forward with moved z."""
         curvature, output = self.curvature, capture.prediction
         lengths = torch.stack([block.gradient_weight for block in blocks]).sqrt()
@@ -301,7 +301,7 @@ class Flatness:
 
         layers = [block.layer for block in blocks]
         with curvature.paused(), undisturbed(curvature.model, capture.rng), call_hooks(layers, move):
-            moved = curvature.reading.read(curvature.model(*call.args, **call.kwargs))
+            moved = curvature.reading.read(curvature.model(*capture.call.args, **capture.call.kwargs))
         return curvature.loss.variance(output, (moved - output) / step)
 
     def _z_squares(self, capture: Capture) -> dict[str, Tensor]:
