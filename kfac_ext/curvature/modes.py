@@ -91,9 +91,16 @@ def undisturbed(model: nn.Module, rng: RngState | None = None) -> Iterator[None]
             norm.track_running_stats = True
         for module, key, buffer, version, copy in kept:
             module._buffers[key] = buffer
-            if buffer._version != version:
-                with torch.no_grad():
-                    buffer.copy_(copy)
+            put_back(buffer, version, copy)
+
+
+@torch.no_grad()
+def put_back(buffer: Tensor, version: int, copy: Tensor) -> None:
+    """Give a buffer the values it had at a version, if it was written to since; also its shape, which observers set."""
+    if buffer.shape != copy.shape:
+        buffer.resize_(copy.shape)
+    if buffer._version != version:
+        buffer.copy_(copy)
 
 
 def _is_torch_norm(module: nn.Module) -> bool:

@@ -114,7 +114,8 @@ def trace_layers(
     if not found:
         raise ValueError(
             "Curvature: the model's forward calls no Linear or convolution, nor an operator of theirs that takes a "
-            "parameter itself as its weight (that skip_layers leaves)"
+            "parameter itself as its weight (that skip_layers leaves); the class of a layer that computes its weight "
+            "first can be entered by kfac_ext.layers.register"
         )
     return found
 

@@ -124,4 +124,4 @@ def test_every_group_is_found_neuron_by_neuron(name):
 def test_every_network_has_groups():
     assert set(EXPECTED) == set(KNOWN_NETWORKS)
     assert all(EXPECTED.values())
-    assert sum(len(groups) for groups in EXPECTED.values()) == 490
+    assert sum(len(groups) for groups in EXPECTED.values()) == 494

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatprune.coupling import Call, find_coupling
+from kfac_ext import Curvature
 from tests.coupling.tiny_networks import Net, check, conv, image, pooled
 from tests.pruning.pruning_networks import NETWORKS, Concat, chain, digits
 
@@ -272,6 +273,27 @@ def test_the_model_is_left_as_it_was():
     assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
+
+
+def test_a_buffer_that_is_empty_until_the_first_forward_is_left_so():
+    """As those of observers are that gather the ranges of quantisation."""
+
+    class Observed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+            self.register_buffer("largest", torch.tensor([]))
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.largest.resize_(4).copy_(x.abs().amax(0))
+            return self.last(self.first(x).relu())
+
+    model = Observed()
+    coupling, curvature = find_coupling(model, torch.randn(2, 4)), Curvature(model)
+    curvature.trace(torch.randn(2, 4))
+    assert [group.name for group in coupling.groups] == ["first"]
+    assert model.largest.shape == (0,)
 
 
 def test_inputs_are_left_as_they_were():

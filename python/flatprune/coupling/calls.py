@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from kfac_ext.curvature.modes import RngState, device_of, module_modes
+from kfac_ext.curvature.modes import RngState, device_of, module_modes, put_back
 
 _NEW = object()
 _PLAIN = (bool, int, float, str, type(None))
@@ -36,9 +36,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         random.setstate(python_state)
         for module, key, buffer, version, copy in buffers:
             module._buffers[key] = buffer
-            if buffer._version != version:
-                with torch.no_grad():
-                    buffer.copy_(copy)
+            put_back(buffer, version, copy)
         for module, known in attributes:
             changed = {key: value for key, value in vars(module).items() if known.get(key, _NEW) is not value}
             cached = {key for key, value in changed.items() if _holds_tensors(value)}
