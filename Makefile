@@ -105,7 +105,7 @@ rivals: setup
 # random and hostile calls, damaged files, kills: one table of what came of them; HARD="--size full" for a night
 HARD ?=
 hard: setup
-	$(BIN)/python -m bench.hard $(HARD)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.hard $(HARD)
 
 # the kernels under AddressSanitizer and UndefinedBehaviorSanitizer, and under ThreadSanitizer, each in a build folder of its
 # own: programs of tests/native, then random and hostile calls; SANITIZE="--cases 5000" for more than a thousand
