@@ -275,7 +275,7 @@ def test_the_model_is_left_as_it_was():
     assert torch.get_num_threads() == threads
 
 
-def test_a_buffer_that_is_empty_until_the_first_forward_is_left_so():
+def test_a_buffer_that_is_empty_so_far_is_left_so():
     """As those of observers are that gather the ranges of quantisation."""
 
     class Observed(nn.Module):
