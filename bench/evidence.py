@@ -104,8 +104,9 @@ def correlations(results: Results) -> Table:
 def widths_by_kind(results: Results, whole: str) -> Table:
     """What is left of the rows of all layers of a kind, against the variant `whole` at the same point."""
     rows = []
+    wholes = {g.point: next(iter(g.summaries.values())) for g in results.groups if g.variant == whole and g.summaries}
     for group in results.groups:
-        before = next(iter(results.group(whole, **dict(group.point)).summaries.values()), None)
+        before = wholes.get(group.point)
         if group.variant == whole or before is None or not group.summaries:
             continue
         cells = []
