@@ -282,9 +282,12 @@ def test_a_state_that_does_not_fit_changes_nothing():
         assert other.pruner.state_dict() == before
 
 
-def test_an_event_before_any_forward_counts_no_step():
+def test_a_step_before_any_forward_counts_as_none():
+    """Long before the first event; a forward in evaluation mode is none."""
     model = mlp()
-    pruner = Pruner(model, None, Curvature(model), digits()[0][:2], target=Target(0.5), total_steps=2)
-    with pytest.raises(RuntimeError, match="training forward"):
+    pruner = Pruner(model, None, Curvature(model), digits()[0][:2], target=Target(0.5), total_steps=100)
+    model.eval()(digits()[0][:8]).sum().backward()
+    assert not pruner.is_event()
+    with pytest.raises(RuntimeError, match="no training forward, by which criterion 'obs' judges; calls in evaluation"):
         pruner.step()
     assert pruner.step_count == 0

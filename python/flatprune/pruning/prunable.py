@@ -46,6 +46,15 @@ def refuse_unscored(
         _refuse_without_factors(coupling, role, curvature, reached)
 
 
+def check_watched(curvature: Curvature, criterion: Criterion) -> None:
+    """Raise RuntimeError where a criterion judges by forwards and there has been none."""
+    if set(criterion.needs) - {"gradients"} and not curvature.step_count:
+        raise RuntimeError(
+            f"Pruner: the model has made no training forward, by which criterion {criterion.name!r} judges; calls in "
+            "evaluation mode, of a method of the model, or of what torch.compile made of it are not seen"
+        )
+
+
 def _refuse_without_factors(coupling: Coupling, role: str, curvature: Curvature, reached: Set[str]) -> None:
     layers = layers_of(curvature, coupling.groups)
     verb = "reads" if role == CONSUMER else "makes"

@@ -22,7 +22,7 @@ from flatprune.pruning.costs import CostTracker, ParameterCount, smallest_cost
 from flatprune.pruning.held_states import HeldStates
 from flatprune.pruning.limits import LossBudget, check_loss_budget, checked_limits
 from flatprune.pruning.predicted_vs_measured import calibration
-from flatprune.pruning.prunable import choose_layers, refuse_unscored
+from flatprune.pruning.prunable import check_watched, choose_layers, refuse_unscored
 from flatprune.pruning.ranks import ranks_of
 from flatprune.pruning.removals import Removal, loss_budget_note, overshoot_note, removal_records, shortfall_note
 from flatprune.pruning.schedule import CubicSchedule
@@ -283,7 +283,7 @@ class Pruner:
             ValueError: factors or scores are not finite; the state of an optimizer cannot be cut (said by the
                 constructor or at the first call, if it was made by then). Model, optimizers and factors are as before,
                 and the step is not counted.
-            RuntimeError: the model has made no training forward yet.
+            RuntimeError: the model has made no training forward yet (said at the first call).
         """
         step = self.step_count + 1
         if self._ranks is not None:
@@ -291,6 +291,7 @@ class Pruner:
         self._states.take_in_stepped()
         if step == 1:  # not only at the first event, which may be hours away
             self._states.check(self.groups)
+            check_watched(self.curvature, self.criterion)
         budget = None if self.stopped else self.schedule.budget(step, self.cost_start, self.goal)
         removals = [] if budget is None else self._event(step, budget)
         self.step_count = step
