@@ -51,7 +51,7 @@ def check_watched(curvature: Curvature, criterion: Criterion) -> None:
     if set(criterion.needs) - {"gradients"} and not curvature.step_count:
         raise RuntimeError(
             f"Pruner: the model has made no training forward, by which criterion {criterion.name!r} judges; calls in "
-            "evaluation mode, of a method of the model, or of what torch.compile made of it are not seen"
+            "evaluation mode, inside torch.func, of a method, or of what torch.compile made of it are not seen"
         )
 
 
