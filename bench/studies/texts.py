@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import numpy as np
 import torch
@@ -115,36 +116,29 @@ class OfTokens(nn.Module):
 
 def bert(image_shape: tuple[int, int, int], classes: int, widths: Sequence[int] = BERT_WIDTHS) -> nn.Module:
     """A BERT of two layers that classifies a text; `widths`: of the residual stream, of the perceptrons, heads."""
-    count, _, length = image_shape
-    features, hidden, heads = widths
-    config = BertConfig(
-        vocab_size=2**count,
-        hidden_size=features,
-        intermediate_size=hidden,
-        num_attention_heads=heads,
-        num_hidden_layers=2,
-        max_position_embeddings=length,
-        type_vocab_size=1,
-        num_labels=classes,
-    )
+    config = BertConfig(**_sizes(image_shape, widths), type_vocab_size=1, num_labels=classes)
     return OfTokens(BertForSequenceClassification(config))
 
 
 def decoder(image_shape: tuple[int, int, int], classes: int, widths: Sequence[int] = DECODER_WIDTHS) -> nn.Module:
     """A Llama of two layers that predicts the next token at every place; `widths` as of `bert`."""
-    count, _, length = image_shape
-    features, hidden, heads = widths
-    config = LlamaConfig(
-        vocab_size=2**count,
-        hidden_size=features,
-        intermediate_size=hidden,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        head_dim=HEAD_DIM,
-        num_hidden_layers=2,
-        max_position_embeddings=length,
-        use_cache=False,
-    )
+    sizes = _sizes(image_shape, widths)
+    heads = sizes["num_attention_heads"]
+    config = LlamaConfig(**sizes, num_key_value_heads=heads, head_dim=HEAD_DIM, use_cache=False)
     if classes != config.vocab_size:
         raise ValueError(f"{classes} classes, expected as many as there are tokens, {config.vocab_size}")
     return OfTokens(LlamaForCausalLM(config))
+
+
+def _sizes(image_shape: tuple[int, int, int], widths: Sequence[int]) -> dict[str, Any]:
+    """What the configurations of transformers call them."""
+    count, _, length = image_shape
+    features, hidden, heads = widths
+    return {
+        "vocab_size": 2**count,
+        "hidden_size": features,
+        "intermediate_size": hidden,
+        "num_attention_heads": heads,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": length,
+    }
