@@ -106,6 +106,13 @@ def test_a_state_of_other_parts_is_refused():
         made(mlp, lr_schedule="cosine")[2].load_state_dict(state)
 
 
+def test_the_rate_of_a_loop_warms_up():
+    _, optimizer, _ = made(mlp, lr_schedule="flat_cosine", lr_warmup=0.5)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(optimizer.param_groups[0]["initial_lr"] / (0.5 * STEPS))
+    with pytest.raises(ValueError, match=r"lr_warmup is 0\.5 without an lr_schedule, expected both"):
+        made(mlp, lr_warmup=0.5)
+
+
 def test_the_summary_says_sizes_target_and_widths():
     model, optimizer, pruning = made(mlp, flatness={"strength": 0.1})
     before = sum(p.numel() for p in model.parameters())
@@ -161,12 +168,26 @@ def test_learning_rates_are_those_of_a_run(schedule):
     assert rate_factor(schedule, 0, 20, 0.3) == 1.0
 
 
+@pytest.mark.parametrize("schedule", LR_SCHEDULES)
+def test_learning_rates_warm_up(schedule):
+    optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=1.0)
+    scheduler = flatprune.PruningLR(optimizer, 20, schedule, prune_end=0.5, warmup=0.2)
+    settings = flatprune.Settings(data="digits", model="mlp", schedule=schedule, prune_end=0.5, warmup=0.2)
+    for step in range(20):
+        factor = rate_factor(schedule, step, 20, 0.5) * min(1.0, (step + 1) / 4)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(factor)
+        assert settings.learning_rate(step, 20, 1.0) == pytest.approx(factor)
+        optimizer.step()
+        scheduler.step()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"schedule": "linear"}, "schedule is 'linear', expected one of flat_cosine, cosine"),
         ({"total_steps": 0}, "total_steps is 0"),
         ({"prune_end": 1.0}, "prune_end is 1.0"),
+        ({"warmup": 1.0}, "warmup is 1.0, expected 0 <= warmup < 1"),
     ],
 )
 def test_learning_rates_that_are_none(options, words):

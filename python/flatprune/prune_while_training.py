@@ -64,6 +64,7 @@ class PruneWhileTraining:
             `Flatness`.
         accumulate: calls of `loss` for each step of the optimizer, where gradients of several batches are added up.
         lr_schedule: None: learning rates are the loop's own business; "flat_cosine" and others: those of `PruningLR`.
+        lr_warmup: with an `lr_schedule`, the fraction of the training in which the rate rises linearly to its peak.
         curvature: arguments of `Curvature`, such as {"loss": "mse"}, or a Curvature of this model.
         logger: told at the first step and at each event what `scalars` gives, with the neurons that went and the
             predicted and measured change of the loss (`flatprune.pruning.scalars.event_scalars`), such as a
@@ -99,6 +100,7 @@ class PruneWhileTraining:
         flatness: bool | float | Mapping[str, Any] = True,
         accumulate: int = 1,
         lr_schedule: str | None = None,
+        lr_warmup: float = 0.0,
         curvature: Curvature | Mapping[str, Any] | None = None,
         logger: Logger | None = None,
         **pruner_arguments: Unpack[PrunerArguments],
@@ -112,7 +114,7 @@ class PruneWhileTraining:
         self.curvature = curvature if isinstance(curvature, Curvature) else Curvature(model, **(curvature or {}))
         try:
             self.flatness = _flatness(self.curvature, total_steps * accumulate, flatness)
-            self.lr_scheduler = _lr_scheduler(optimizer, total_steps, lr_schedule, schedule)
+            self.lr_scheduler = _lr_scheduler(optimizer, total_steps, lr_schedule, lr_warmup, schedule)
             self.pruner = Pruner(
                 model,
                 optimizer,
@@ -251,12 +253,16 @@ def _flatness(curvature: Curvature, total_steps: int, asked: bool | float | Mapp
     return Flatness(curvature, total_steps=total_steps, strength=STRENGTH if asked is True else float(asked))
 
 
-def _lr_scheduler(optimizer: Any, total_steps: int, asked: str | None, schedule: CubicSchedule) -> PruningLR | None:
+def _lr_scheduler(
+    optimizer: Any, total_steps: int, asked: str | None, warmup: float, schedule: CubicSchedule
+) -> PruningLR | None:
     if asked is None:
+        if warmup:
+            raise ValueError(f"PruneWhileTraining: lr_warmup is {warmup} without an lr_schedule, expected both")
         return None
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             f"PruneWhileTraining: lr_schedule is {asked!r} with {type(optimizer).__name__} for an optimizer, expected "
             "one torch.optim.Optimizer; make a PruningLR for each of several"
         )
-    return PruningLR(optimizer, total_steps, asked, prune_end=schedule.events[-1] / total_steps)
+    return PruningLR(optimizer, total_steps, asked, prune_end=schedule.events[-1] / total_steps, warmup=warmup)

@@ -167,6 +167,12 @@ class Settings(BaseModel):
         "two cosines, before and after the end of pruning, the second from the full rate (restart) or a tenth of it "
         "(finetune)",
     )
+    warmup: float = _training(
+        0.0,
+        "fraction of the training in which the learning rate rises linearly to that; transformers want 0.05",
+        ge=0,
+        lt=1,
+    )
     momentum: float = _training(0.9, "of sgd; the first of the betas of adam and adamw", ge=0, lt=1)
     weight_decay: float | None = _training(
         None, "of weights, not of biases and norms", unset="0.0005, adamw 0.01", ge=0
@@ -345,7 +351,7 @@ class Settings(BaseModel):
 
     def learning_rate(self, step: int, total_steps: int, peak: float) -> float:
         """Learning rate of step 0 .. total_steps - 1, see `flatprune.pruning.learning_rate.rate_factor`."""
-        return peak * rate_factor(self.schedule, step, total_steps, self.prune_end)
+        return peak * rate_factor(self.schedule, step, total_steps, self.prune_end, self.warmup)
 
 
 @cache

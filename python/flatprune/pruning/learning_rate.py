@@ -11,8 +11,11 @@ SECOND_PEAKS = {"restart": 1.0, "finetune": 0.1}  # of the learning rate, in tra
 LR_SCHEDULES = ("flat_cosine", "cosine", *SECOND_PEAKS)
 
 
-def rate_factor(schedule: str, step: int, total_steps: int, prune_end: float) -> float:
+def rate_factor(schedule: str, step: int, total_steps: int, prune_end: float, warmup: float = 0.0) -> float:
     """What the learning rate of step 0 .. total_steps - 1 is of its peak.
+
+    In the first part `warmup` of the steps it rises linearly (Goyal et al. 2017, arXiv 1706.02677): what follows is
+    multiplied by (step + 1) / (warmup total_steps) as long as that is below 1.
 
     "flat_cosine": 1 until pruning ends, then (1 + cos(pi t)) / 2, t from 0 to 1. "cosine": t over all steps. "restart"
     (Renda, Frankle & Carbin 2020, arXiv 2003.02389) and "finetune": that cosine until pruning ends, and another after
@@ -22,6 +25,10 @@ def rate_factor(schedule: str, step: int, total_steps: int, prune_end: float) ->
         >>> [rate_factor("flat_cosine", step, 100, 0.4) for step in (0, 40, 70)]
         [1.0, 1.0, 0.5]
     """
+    return min(1.0, (step + 1) / max(warmup * total_steps, 1.0)) * _after_warmup(schedule, step, total_steps, prune_end)
+
+
+def _after_warmup(schedule: str, step: int, total_steps: int, prune_end: float) -> float:
     start = 0.0 if schedule == "cosine" else prune_end * total_steps
     if step >= start:
         return SECOND_PEAKS.get(schedule, 1.0) * _half_cosine((step - start) / (total_steps - start))
@@ -40,6 +47,7 @@ class PruningLR(LRScheduler):
         total_steps: its steps in the whole training; beyond them the last rate stays.
         schedule: one of `LR_SCHEDULES`.
         prune_end: fraction of the training at which the last neurons go, as in `CubicSchedule`.
+        warmup: fraction of the training in which the rate rises linearly; transformers want 0.05 or more.
         last_epoch: steps taken already, as PyTorch has it.
 
     Raises:
@@ -57,6 +65,7 @@ class PruningLR(LRScheduler):
         schedule: str = "flat_cosine",
         *,
         prune_end: float = 0.4,
+        warmup: float = 0.0,
         last_epoch: int = -1,
     ) -> None:
         if schedule not in LR_SCHEDULES:
@@ -65,11 +74,13 @@ class PruningLR(LRScheduler):
             raise ValueError(f"PruningLR: total_steps is {total_steps}, expected 1 or more")
         if not 0.0 <= prune_end < 1.0:
             raise ValueError(f"PruningLR: prune_end is {prune_end}, expected 0 <= prune_end < 1")
-        self.total_steps, self.schedule, self.prune_end = total_steps, schedule, prune_end
+        if not 0.0 <= warmup < 1.0:
+            raise ValueError(f"PruningLR: warmup is {warmup}, expected 0 <= warmup < 1")
+        self.total_steps, self.schedule, self.prune_end, self.warmup = total_steps, schedule, prune_end, warmup
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float]:  # type: ignore[override]
         """The rate of each group of the optimizer for the next step."""
         step = min(self.last_epoch, self.total_steps - 1)
-        factor = rate_factor(self.schedule, step, self.total_steps, self.prune_end)
+        factor = rate_factor(self.schedule, step, self.total_steps, self.prune_end, self.warmup)
         return [float(base) * factor for base in self.base_lrs]
