@@ -19,7 +19,7 @@ from typing import Any
 from flatprune.files.sealed import load_sealed
 
 CHECKPOINT_FORMAT = "flatprune-checkpoint"
-CHECKPOINT_VERSION = 4
+CHECKPOINT_VERSION = 5
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

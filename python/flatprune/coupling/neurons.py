@@ -66,6 +66,7 @@ class NeuronGroup:
             whose channels go); 1 without such a constraint.
         group_of: int64 [neurons] on the CPU, the slice of each neuron.
         multiple: widths that the network's kernels take are multiples of so many neurons.
+        heads: whether a neuron is a head of an attention: sums over products of its own channels weigh others.
     """
 
     name: str
@@ -73,6 +74,7 @@ class NeuronGroup:
     groups: int = 1
     group_of: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     multiple: int = 1
+    heads: bool = False
 
     @property
     def width(self) -> int:

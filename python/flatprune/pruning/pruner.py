@@ -20,6 +20,7 @@ from flatprune.cutting.ema_models import checked_ema_models
 from flatprune.cutting.surgery import plan
 from flatprune.pruning.costs import CostTracker, ParameterCount, smallest_cost
 from flatprune.pruning.held_states import HeldStates
+from flatprune.pruning.kinds import KEEP_PROPORTIONS, Kind, Proportions, find_kinds
 from flatprune.pruning.limits import LossBudget, check_loss_budget, checked_limits
 from flatprune.pruning.predicted_vs_measured import calibration
 from flatprune.pruning.prunable import check_watched, choose_layers, refuse_unscored
@@ -81,6 +82,8 @@ class Pruner:
             configuration has one number for all layers (`flatprune.update_config`). Or patterns of layer names, such
             as ["*.mlp.fc1", "*.attn.qkv"]: the groups that match the same one. See `flatprune.pruning.ties`; layers
             that stay (`exclude`, `layers`, refused ones) bind no other.
+        keep_proportions: in a network with attention, how far heads, residual streams and the rest keep their
+            proportions: the exponent of `flatprune.pruning.kinds`. 0: all are ranked by their scores as they are.
         max_predicted_loss: at an event, neurons go only as long as the change of the loss that is predicted of them
             (greedy: together; independent: the sum of theirs; calibrated by the cuts so far) does not exceed this; the
             record says where it bound. None: no such limit.
@@ -128,6 +131,7 @@ class Pruner:
         min_width: int = 2,
         max_layer_fraction: float = 0.5,
         tie_widths: bool | Sequence[str] = False,
+        keep_proportions: float = KEEP_PROPORTIONS,
         max_predicted_loss: float | None = None,
         measure: bool = True,
         exclude: Sequence[str | type] = (),
@@ -141,6 +145,8 @@ class Pruner:
             raise ValueError(f"Pruner: compensate is {compensate!r}, expected 'auto', True or False")
         self.limits = checked_limits(round_to, min_width, max_layer_fraction)
         check_selection(selection, self.criterion)
+        if not 0.0 <= keep_proportions < float("inf"):
+            raise ValueError(f"Pruner: keep_proportions is {keep_proportions}, expected a number of 0 or more")
         check_loss_budget(max_predicted_loss, self.criterion)
         _check_types(target, exclude=exclude, layers=layers, tie_widths=tie_widths)
         self._ranks = ranks_of(model, curvature)
@@ -183,6 +189,7 @@ class Pruner:
             can_go = f"{100 * owned_fraction(model, self.groups):.0f} % of the parameters can go"
             warnings.warn(f"Pruner: {can_go}; not pruned: {'; '.join(loud)}", stacklevel=2)
         self.ties = find_ties(self.groups, tie_widths)
+        self.keep_proportions, self._kinds = keep_proportions, find_kinds(self.groups)
         # of a resumed run, groups of one neuron that are no longer seen as one: name -> tensors
         self._single: dict[str, list[str]] = {}
         self.history: list[Removal] = []
@@ -205,6 +212,7 @@ class Pruner:
             "compensate": self.compensate,
             "seed": self.seed,
             "limits": (*self.limits, self.max_predicted_loss, self.measure, named_ties(self.groups, self.ties)),
+            "keep_proportions": self.keep_proportions,
             "stopped": self.stopped,
         }
 
@@ -362,7 +370,10 @@ class Pruner:
         ties, ranks = self.ties, self._ranks
         least, most = self._range(budget, last)
         end = End(least, closely=last)
-        choice = choose(context, criterion, selection, paper, most, self.limits, losses, ties=ties, end=end)
+        proportions = Proportions(self.groups, self._kinds, self.widths(), self.keep_proportions)
+        choice = choose(
+            context, criterion, selection, paper, most, self.limits, losses, ties=ties, proportions=proportions, end=end
+        )
         choice = choice if ranks is None else ranks.choice(choice, losses)
         pruned = choice.pruned
         if not pruned:
@@ -440,6 +451,8 @@ class Pruner:
             "criterion": self.criterion.name,
             "selection": self.selection,
             "ties": named_ties(self.groups, self.ties),
+            "keep_proportions": self.keep_proportions,
+            "kinds": {name: list(kind) for name, kind in self._kinds.items()},
             "widths": self.widths(),
             "tensors": {group.name: _tensors(group) for group in self.groups} | self._single,
             "attributes": held_attributes(self.model, self.coupling),
@@ -456,7 +469,7 @@ class Pruner:
             ValueError: naming the first setting or width that differs; nothing is changed then.
         """
         own = self.state_dict()
-        for key in ("target", "events", "criterion", "selection"):
+        for key in ("target", "events", "criterion", "selection", "keep_proportions"):
             if state[key] != own[key]:
                 raise ValueError(f"Pruner.load_state_dict: {key} is {state[key]!r} in the state, expected {own[key]!r}")
         single, inside = self._found_in_single(state)
@@ -475,6 +488,7 @@ class Pruner:
         self.ties[:] = [
             tuple(positions[name] for name in tie) for tie in state["ties"] if single.keys().isdisjoint(tie)
         ]
+        self._kinds = {name: Kind(*kind) for name, kind in state["kinds"].items()}
         self.history = [Removal.from_state(record) for record in state["history"]]
         self.step_count, self.params_start = state["step_count"], state["params_start"]
         self.cost_start, self.stopped = state["cost_start"], state["stopped"]
