@@ -26,8 +26,9 @@ class Bound(NamedTuple):
 BOUNDS = {
     "covariance_pack_kernel": Bound(64, divisions=0),
     "covariance_tiles_kernel<0>": Bound(128, stage_loads=0),
-    "covariance_tiles_kernel<1>": Bound(128, spilled=64, stage_loads=0),
+    "covariance_tiles_kernel<1>": Bound(128, spilled=8, stage_loads=0),
     "covariance_tiles_kernel<2>": Bound(240, stage_loads=0),
+    "covariance_tiles_kernel<3>": Bound(128, spilled=8, stage_loads=0),
     "covariance_expand_kernel": Bound(64, divisions=0, loads_at_once=3),
     "inverse_begin_kernel": Bound(64, divisions=0, loads_at_once=4),
     "inverse_panel_kernel": Bound(240, divisions=0, stage_loads=0),

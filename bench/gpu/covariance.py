@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class Covariances:
         self.layers = layers
         self.x = [worksets.activation(layer, device) for layer in layers]
         self.g = [worksets.gradient(layer, device) for layer in layers]
+        self.halves = [(x.bfloat16(), g.bfloat16()) for x, g in zip(self.x, self.g)]
         sizes = {f"{layer.name}.A": layer.patch for layer in layers} | {f"{i.name}.G": i.outputs for i in layers}
         self.factors = FactorSet(sizes, device=device)
         # the plain way: 2 rows d^2 for each A and G; inputs are read, factors read and written once
@@ -34,11 +35,11 @@ class Covariances:
         self.bytes = float(sum(t.nbytes for t in (*self.x, *self.g)) + 2 * self.factors.buffer.nbytes)
         self.floor = covariance_floor(layers)
 
-    def updates(self) -> list[CovarianceUpdate]:
-        """A and G of all layers."""
+    def updates(self, inputs: Iterable[tuple[Tensor, Tensor]] | None = None) -> list[CovarianceUpdate]:
+        """A and G of all layers, of other inputs and gradients than its own where these are given."""
         weights = {"decay": DECAY, "scale": SCALE}
         found = []
-        for layer, x, g in zip(self.layers, self.x, self.g):
+        for layer, (x, g) in zip(self.layers, inputs or zip(self.x, self.g)):
             if layer.is_convolution:
                 found.append(CovarianceUpdate.conv2d(f"{layer.name}.A", x, layer.kernel, **layer.geometry, **weights))
             else:
@@ -47,9 +48,10 @@ class Covariances:
         return found
 
     def variants(self) -> dict[str, Variant]:
-        """One call for all layers, and layer by layer in two ways."""
+        """One call for all layers, also of what autocast leaves, and layer by layer in two ways."""
         return {
             "native": lambda: self.factors.accumulate_(self.updates()),
+            "native of bf16": lambda: self.factors.accumulate_(self.updates(self.halves)),
             "strided unfold": lambda: self._plain(baselines.by_strides),
             "conv2d_weight": lambda: self._plain(baselines.by_shifts),
         }

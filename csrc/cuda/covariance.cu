@@ -69,8 +69,9 @@ cudaError_t covariance_cuda(const CovarianceGroup& group, const void* descriptor
                              images, floats);
   if (status != cudaSuccess) return status;
   if ((status = launch_tiles<MmaMode::kTf32>(s, floats, stream)) != cudaSuccess) return status;
-  if ((status = launch_tiles<MmaMode::kPromoted>(s, floats, stream)) != cudaSuccess) return status;
+  if ((status = launch_tiles<MmaMode::kBFloat16>(s, floats, stream)) != cudaSuccess) return status;
   if ((status = launch_tiles<MmaMode::kSplit>(s, floats, stream)) != cudaSuccess) return status;
+  if ((status = launch_tiles<MmaMode::kFloat16>(s, floats, stream)) != cudaSuccess) return status;
   status = launch_persistent(covariance_lanes_kernel, s.lanes.tiles, kBlockThreads, kLineSharedBytes, stream, s.lanes,
                              floats);
   if (status != cudaSuccess) return status;
@@ -87,8 +88,9 @@ std::vector<KernelInfo> covariance_kernels() {
   return {info("covariance_pack_kernel", covariance_pack_kernel, kPackSharedBytes),
           info("covariance_means_kernel", covariance_means_kernel, kLineSharedBytes),
           info("covariance_tiles_kernel<0>", covariance_tiles_kernel<MmaMode::kTf32>, kTileSharedBytes),
-          info("covariance_tiles_kernel<1>", covariance_tiles_kernel<MmaMode::kPromoted>, kTileSharedBytes),
+          info("covariance_tiles_kernel<1>", covariance_tiles_kernel<MmaMode::kBFloat16>, kTileSharedBytes),
           info("covariance_tiles_kernel<2>", covariance_tiles_kernel<MmaMode::kSplit>, kTileSharedBytes),
+          info("covariance_tiles_kernel<3>", covariance_tiles_kernel<MmaMode::kFloat16>, kTileSharedBytes),
           info("covariance_lanes_kernel", covariance_lanes_kernel, kLineSharedBytes),
           info("covariance_reduce_kernel", covariance_reduce_kernel, 0),
           info("covariance_expand_kernel", covariance_expand_kernel, kExpandSharedBytes)};

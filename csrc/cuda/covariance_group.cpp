@@ -72,9 +72,11 @@ PackKind pack_kind(const CovarianceProblem& problem) {
 }
 
 MmaMode mma_mode(const CovarianceProblem& problem) {
-  if (problem.precision == Precision::kTf32) return MmaMode::kTf32;
-  const bool exact = problem.dtype != DType::kFloat32 && problem.mode == CovarianceMode::kExpand;
-  return exact ? MmaMode::kPromoted : MmaMode::kSplit;
+  if (problem.mode == CovarianceMode::kExpand) {  // averages of halves are none
+    if (problem.dtype == DType::kBFloat16) return MmaMode::kBFloat16;
+    if (problem.dtype == DType::kFloat16) return MmaMode::kFloat16;
+  }
+  return problem.precision == Precision::kTf32 ? MmaMode::kTf32 : MmaMode::kSplit;
 }
 
 PackJob pack_job(const CovarianceProblem& problem, const ConvShape& packed, PackKind kind) {
@@ -83,7 +85,8 @@ PackJob pack_job(const CovarianceProblem& problem, const ConvShape& packed, Pack
   PackJob job{};
   job.kind = kind;
   job.dtype = problem.dtype;
-  job.round_to_tf32 = problem.precision == Precision::kTf32 && !depthwise;
+  job.packed_dtype = packed_dtype(mma_mode(problem));
+  job.round_to_tf32 = mma_mode(problem) == MmaMode::kTf32 && !depthwise;
   job.stride_n = problem.stride_n;
   job.stride_c = problem.stride_c;
   job.stride_h = problem.stride_h;
@@ -112,7 +115,8 @@ PackJob pack_job(const CovarianceProblem& problem, const ConvShape& packed, Pack
   job.group_columns = narrow(depthwise ? packed.groups : packed.group_channels(), "columns");
   job.group_channels = job.group_columns / int32_t(job.taps.divisor);
   // 16 bytes are what one asynchronous copy takes
-  const int64_t groups = depthwise ? 1 : packed.groups, group_pitch = align_up(int64_t(job.group_columns), int64_t(4));
+  const int64_t groups = depthwise ? 1 : packed.groups;
+  const int64_t group_pitch = align_up(int64_t(job.group_columns), 16 / element_bytes(job.packed_dtype));
   job.group_pitch = divider(group_pitch, "columns");
   job.row_pitch = narrow(groups * group_pitch, "columns");
   job.column_tiles = divider(divide_up(job.row_pitch, kPackColumns), "columns");
@@ -183,11 +187,12 @@ struct CovarianceGroup::Builder {
     const ConvShape packed = packed_shape(problem.shape, kind);
     PackJob job = pack_job(problem, packed, kind);
     job.layer = layer;
-    job.packed = allocate(int64_t(packed_rows(job)) * job.row_pitch);
+    const int64_t packed_bytes = int64_t(packed_rows(job)) * job.row_pitch * element_bytes(job.packed_dtype);
+    job.packed = allocate(divide_up(packed_bytes, 4));
     (kind == PackKind::kMeans ? means : pack).add(job, pack_tiles(job));
     const ConvShape& s = problem.shape;
     counts.inputs += double(s.samples * s.channels * s.height * s.width);
-    counts.packed += double(packed_rows(job)) * job.row_pitch;
+    counts.packed += double(packed_bytes) / 4;
 
     const std::shared_ptr<const ShiftPlan> plan = shift_plan(packed);
     add_expand(layer, packed, *plan, problem.bias, job);
@@ -205,7 +210,8 @@ struct CovarianceGroup::Builder {
   }
 
   int64_t add_lanes(const RegionRows& rows, const PackJob& source, bool product) {
-    LaneJob job{rows, chunk_rows(rows.count, kLaneRows), source.row_pitch, product, source.packed, 0};
+    const uint32_t chunk = chunk_rows(rows.count, kLaneRows);
+    LaneJob job{rows, chunk, source.packed_dtype, source.row_pitch, product, source.packed, 0};
     const int64_t chunks = divide_up(rows.count, job.chunk);
     job.slot = allocate(chunks * job.row_pitch);
     lanes.add(job, chunks * divide_up(job.row_pitch, kLaneColumns));
@@ -218,7 +224,7 @@ struct CovarianceGroup::Builder {
     TileJob job{};
     job.rows = rows;
     job.edge = 1 << tile_edge_bits(source.group_columns);
-    job.chunk = chunk_rows(rows.count, stage_rows(job.edge));
+    job.chunk = chunk_rows(rows.count, stage_rows(job.edge, source.packed_dtype));
     job.groups = narrow(packed.groups, "groups");
     job.side = narrow(divide_up(source.group_columns, job.edge), "column tiles");
     job.symmetric = region.symmetric();
@@ -230,7 +236,7 @@ struct CovarianceGroup::Builder {
     const int64_t length = count * job.edge * job.edge;
     job.slot = allocate(chunks * length);
     counts.products += double(length) * rows.count;
-    counts.tile_reads += 2.0 * double(count * job.edge) * rows.count;
+    counts.tile_reads += 0.5 * double(element_bytes(source.packed_dtype) * count * job.edge) * rows.count;
     counts.slots += double(chunks * length);
     tiles[int(mma_mode(problem))].add(job, chunks * count);
     add_reduce(job.slot, length, chunks);

@@ -5,6 +5,20 @@
 
 namespace kfac {
 
+// The sum of every eighth row of a column, from `first` on.
+template <DType kDType>
+KFAC_DEVICE float sum_rows(const LaneJob& job, uint32_t first, uint32_t end, const void* packed, int32_t column) {
+  const auto value = [&](int64_t row) {
+    return element_of(load_bits(packed, kDType, row * job.row_pitch + column), kDType);
+  };
+  float sum = 0.0f;
+  for (uint32_t k = first; k < end; k += kLaneRows) {
+    const int64_t row = region_row(job.rows, k);
+    sum += job.product ? value(row) * value(row + job.rows.shift) : value(row);
+  }
+  return sum;
+}
+
 // A tile is 32 columns of one chunk: 8 threads a column take every eighth row, and are added in order.
 template <class Block>
 KFAC_DEVICE void lane_tile(Block& block, const LaneJob& job, int32_t tile, float* workspace) {
@@ -13,13 +27,19 @@ KFAC_DEVICE void lane_tile(Block& block, const LaneJob& job, int32_t tile, float
   const int32_t chunk = tile / blocks, lane = block.thread() % kLaneColumns;
   const int32_t column = tile % blocks * kLaneColumns + lane;
   const uint32_t first = uint32_t(chunk) * job.chunk, end = smaller(first + job.chunk, job.rows.count);
-  const float* const packed = workspace + job.packed;
+  const void* const packed = workspace + job.packed;
+  const uint32_t own = first + block.thread() / kLaneColumns;
   float sum = 0.0f;
   if (column < job.row_pitch) {
-    for (uint32_t k = first + block.thread() / kLaneColumns; k < end; k += kLaneRows) {
-      const int64_t row = region_row(job.rows, k);
-      const float value = packed[row * job.row_pitch + column];
-      sum += job.product ? value * packed[(row + job.rows.shift) * job.row_pitch + column] : value;
+    switch (job.packed_dtype) {
+      case DType::kBFloat16:
+        sum = sum_rows<DType::kBFloat16>(job, own, end, packed, column);
+        break;
+      case DType::kFloat16:
+        sum = sum_rows<DType::kFloat16>(job, own, end, packed, column);
+        break;
+      default:
+        sum = sum_rows<DType::kFloat32>(job, own, end, packed, column);
     }
   }
   block.sync();

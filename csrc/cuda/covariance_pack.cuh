@@ -1,4 +1,4 @@
-// pack: a layer's input, whatever its strides and dtype -> rows [pixel][sample][column] of floats.
+// pack: a layer's input, whatever its strides and dtype -> rows [pixel][sample][column] of floats, or of its halves.
 #pragma once
 
 #include "kfac/covariance_group.h"
@@ -20,8 +20,8 @@ KFAC_DEVICE float patch_value(const PackJob& job, const void* image, int32_t sam
   return element_of(patch_bits(job, image, sample, column, y, x), job.dtype);
 }
 
-KFAC_DEVICE float stored(const PackJob& job, float value) {
-  return job.round_to_tf32 ? bits_float(round_to_tf32(value)) : value;
+KFAC_DEVICE uint32_t packed_bits(const PackJob& job, float value) {
+  return job.round_to_tf32 ? round_to_tf32(value) : float_bits(value);
 }
 
 // A tile of positions (sample by sample, as they lie in memory) and columns; each thread has kPackSteps of its entries.
@@ -61,8 +61,9 @@ KFAC_DEVICE void read_tile(Block& block, const PackJob& job, const void* image, 
 template <class Block>
 KFAC_DEVICE void pack_tile(Block& block, const PackJob& job, const void* image, int32_t number, float* workspace) {
   constexpr int kPitch = kPackColumns + 1;
-  float* const values = block.shared();                                                  // [position][column]
-  uint32_t* const rows = reinterpret_cast<uint32_t*>(values + kPackPositions * kPitch);  // where positions go
+  uint32_t* const values = reinterpret_cast<uint32_t*>(block.shared());  // [position][column]
+  uint32_t* const rows = values + kPackPositions * kPitch;               // where positions go
+  const bool halves = job.packed_dtype != DType::kFloat32;
   const int32_t line_of_tiles = job.column_tiles.quotient(number), first = line_of_tiles * kPackPositions;
   const PackTile tile{first, packed_rows(job) - first,
                       (number - line_of_tiles * int32_t(job.column_tiles.divisor)) * kPackColumns};
@@ -74,19 +75,21 @@ KFAC_DEVICE void pack_tile(Block& block, const PackJob& job, const void* image, 
   for (int k = 0; k < kPackSteps; ++k) {
     const int32_t step = line + k * kPackLines;
     const int32_t at = job.lanes_along_columns ? step : lane, entry = job.lanes_along_columns ? lane : step;
-    values[at * kPitch + entry] = stored(job, element_of(bits[k], job.dtype));
+    values[at * kPitch + entry] = halves ? bits[k] : packed_bits(job, element_of(bits[k], job.dtype));
   }
   if (line == 0) {
     const PackedPosition position = packed_position(job, tile.first + lane);
     rows[lane] = packed_row(job, position.sample, position.pixel);
   }
   block.sync();
-  float* const packed = workspace + job.packed + tile.column + lane;
-  if (tile.column + lane >= job.row_pitch) return;
+  const int32_t column = tile.column + lane;
+  if (column >= job.row_pitch) return;
   KFAC_UNROLL
   for (int k = 0; k < kPackSteps; ++k) {
     const int32_t at = line + k * kPackLines;
-    if (at < tile.positions) packed[int64_t(rows[at]) * job.row_pitch] = values[at * kPitch + lane];
+    if (at >= tile.positions) continue;
+    store_bits(workspace + job.packed, job.packed_dtype, int64_t(rows[at]) * job.row_pitch + column,
+               values[at * kPitch + lane]);
   }
 }
 
@@ -112,7 +115,8 @@ KFAC_DEVICE void mean_tile(Block& block, const PackJob& job, const void* image, 
   if (lane != 0 || sample >= job.samples) return;
   float total = 0.0f;
   for (int32_t l = 0; l < 32; ++l) total += sums[block.thread() + l];
-  workspace[job.packed + int64_t(sample) * job.row_pitch + index] = stored(job, total / float(positions));
+  store_bits(workspace + job.packed, DType::kFloat32, int64_t(sample) * job.row_pitch + index,
+             packed_bits(job, total / float(positions)));
 }
 
 template <class Block>

@@ -1,6 +1,8 @@
 // tiles: one tile of columns of one region's product P[rows]^T P[rows + shift], over one chunk of rows.
 #pragma once
 
+#include <type_traits>
+
 #include "kfac/covariance_group.h"
 
 namespace kfac {
@@ -8,11 +10,12 @@ namespace kfac {
 // Starts the copies of one stage, kStageRows rows of columns A and of columns B, into shared memory [row][column].
 // Rows beyond the chunk and columns beyond the group become zero.
 template <class Shape, class Block>
-KFAC_DEVICE void load_stage(Block& block, const TileJob& job, const TileWork& work, const float* packed, uint32_t stage,
-                            float* a) {
-  constexpr int kVectors = Shape::kEdge / 4, kRowsAtOnce = kBlockThreads / kVectors;
-  float* const b = a + Shape::kStageRows * Shape::kPitch;
-  const int32_t column = block.thread() % kVectors * 4;
+KFAC_DEVICE void load_stage(Block& block, const TileJob& job, const TileWork& work, const typename Shape::Value* packed,
+                            uint32_t stage, typename Shape::Value* a) {
+  using Value = typename Shape::Value;
+  constexpr int kVectors = Shape::kEdge / Shape::kVector, kRowsAtOnce = kBlockThreads / kVectors;
+  Value* const b = a + Shape::kStageRows * Shape::kPitch;
+  const int32_t column = block.thread() % kVectors * Shape::kVector;
   const bool valid_a = work.column_a + column < job.group_pitch, valid_b = work.column_b + column < job.group_pitch;
   KFAC_UNROLL
   for (int pass = 0; pass < Shape::kStageRows / kRowsAtOnce; ++pass) {
@@ -20,8 +23,8 @@ KFAC_DEVICE void load_stage(Block& block, const TileJob& job, const TileWork& wo
     const uint32_t k = work.first_row + stage * Shape::kStageRows + line;
     const bool valid = k < work.end_row;
     const int64_t row = valid ? int64_t(region_row(job.rows, k)) : 0;
-    const float* const from_a = packed + row * job.row_pitch + work.column_a + column;
-    const float* const from_b = packed + (row + job.rows.shift) * job.row_pitch + work.column_b + column;
+    const Value* const from_a = packed + row * job.row_pitch + work.column_a + column;
+    const Value* const from_b = packed + (row + job.rows.shift) * job.row_pitch + work.column_b + column;
     block.copy16(a + line * Shape::kPitch + column, valid && valid_a ? from_a : packed, valid && valid_a);
     block.copy16(b + line * Shape::kPitch + column, valid && valid_b ? from_b : packed, valid && valid_b);
   }
@@ -114,6 +117,41 @@ KFAC_DEVICE void multiply_stage(Block& block, const float* a, float (&sums)[Shap
   }
 }
 
+// The same of halves, which a warp takes from shared memory by matrices of 8 x 8.
+template <MmaMode kMode, class Shape, class Block>
+KFAC_DEVICE void multiply_halves(Block& block, const uint16_t* a, float (&sums)[Shape::kMmaM][Shape::kMmaN][4]) {
+  static_assert(Shape::kMmaN % 2 == 0, "ldmatrix brings two B");
+  const WarpPlace<Shape> place = warp_place<Shape>(block.thread() / 32);
+  const HalfPlace own_a = half_a_place(block.thread() % 32), own_b = half_b_place(block.thread() % 32);
+  constexpr int kStage = Shape::kStageRows * Shape::kPitch, kSteps = Shape::kStageRows / 16 / Shape::kWarpsK;
+  const uint16_t* const from_a = a + own_a.row * Shape::kPitch + place.row + own_a.column;
+  const uint16_t* const from_b = a + kStage + own_b.row * Shape::kPitch + place.column + own_b.column;
+  KFAC_UNROLL_BY(1)
+  for (int step = 0; step < kSteps; ++step) {
+    const int32_t k = (step * Shape::kWarpsK + place.depth) * 16;
+    uint32_t left[Shape::kMmaM][4];
+    KFAC_UNROLL
+    for (int i = 0; i < Shape::kMmaM; ++i) block.load_turned(left[i], from_a + k * Shape::kPitch + i * 16);
+    KFAC_UNROLL
+    for (int pair = 0; pair < Shape::kMmaN / 2; ++pair) {
+      uint32_t right[4];
+      block.load_turned(right, from_b + k * Shape::kPitch + pair * 16);
+      KFAC_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        const uint32_t b[2] = {right[2 * j], right[2 * j + 1]};
+        KFAC_UNROLL
+        for (int i = 0; i < Shape::kMmaM; ++i) {
+          const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+          float part[4];
+          block.template mma_halves<packed_dtype(kMode)>(part, left[i], b, zero);
+          KFAC_UNROLL
+          for (int e = 0; e < 4; ++e) sums[i][2 * pair + j][e] += part[e];
+        }
+      }
+    }
+  }
+}
+
 // Adds the sums of the warps that took other rows, in order, and writes the tile to its slot [edge][edge].
 template <class Shape, class Block>
 KFAC_DEVICE void store_tile(Block& block, const float (&sums)[Shape::kMmaM][Shape::kMmaN][4], float* slot) {
@@ -146,25 +184,31 @@ KFAC_DEVICE void store_tile(Block& block, const float (&sums)[Shape::kMmaM][Shap
 template <MmaMode kMode, class Shape, class Block>
 KFAC_DEVICE void sum_tile(Block& block, const TileJob& job, int32_t tile, float* workspace) {
   const TileWork work = tile_work(job, tile);
-  const float* const packed = workspace + job.packed + int64_t(work.group) * job.group_pitch;
+  using Value = typename Shape::Value;
+  const Value* const packed =
+      reinterpret_cast<const Value*>(workspace + job.packed) + int64_t(work.group) * job.group_pitch;
   const uint32_t stages = uint32_t(divide_up(work.end_row - work.first_row, Shape::kStageRows));
-  float* const shared = block.shared();
+  const auto place_of = [&](uint32_t stage) {
+    return reinterpret_cast<Value*>(block.shared() + stage % Shape::kStages * Shape::kStageFloats);
+  };
   float sums[Shape::kMmaM][Shape::kMmaN][4] = {};
   block.sync();  // the tile before may still be read
   KFAC_UNROLL
   for (uint32_t stage = 0; stage < Shape::kStages - 1; ++stage) {
-    if (stage < stages) load_stage<Shape>(block, job, work, packed, stage, shared + stage * Shape::kStageFloats);
+    if (stage < stages) load_stage<Shape>(block, job, work, packed, stage, place_of(stage));
     block.commit();
   }
   for (uint32_t stage = 0; stage < stages; ++stage) {
     block.template wait<Shape::kStages - 2>();
     block.sync();  // everyone's copies are here, and everyone is done with the stage before
     const uint32_t next = stage + Shape::kStages - 1;
-    if (next < stages) {
-      load_stage<Shape>(block, job, work, packed, next, shared + next % Shape::kStages * Shape::kStageFloats);
-    }
+    if (next < stages) load_stage<Shape>(block, job, work, packed, next, place_of(next));
     block.commit();
-    multiply_stage<kMode, Shape>(block, shared + stage % Shape::kStages * Shape::kStageFloats, sums);
+    if constexpr (packed_dtype(kMode) == DType::kFloat32) {
+      multiply_stage<kMode, Shape>(block, place_of(stage), sums);
+    } else {
+      multiply_halves<kMode, Shape>(block, place_of(stage), sums);
+    }
   }
   block.template wait<0>();
   block.sync();
@@ -173,17 +217,18 @@ KFAC_DEVICE void sum_tile(Block& block, const TileJob& job, int32_t tile, float*
 
 template <MmaMode kMode, class Block>
 KFAC_DEVICE void covariance_tiles(Block& block, const JobList<TileJob>& list, float* workspace) {
+  using Value = std::conditional_t<packed_dtype(kMode) == DType::kFloat32, float, uint16_t>;
   int32_t number = 0;
   for (int32_t tile = block.index(); tile < list.tiles; tile += block.count()) {
     number = job_of_tile(list.first, number, tile);
     const TileJob job = list.jobs[number];  // a copy: what the stages ask of it stays in registers
     const int32_t own = tile - list.first[number];
     if (job.edge == 128) {
-      sum_tile<kMode, TileShape<128>>(block, job, own, workspace);
+      sum_tile<kMode, TileShape<128, Value>>(block, job, own, workspace);
     } else if (job.edge == 64) {
-      sum_tile<kMode, TileShape<64>>(block, job, own, workspace);
+      sum_tile<kMode, TileShape<64, Value>>(block, job, own, workspace);
     } else {
-      sum_tile<kMode, TileShape<32>>(block, job, own, workspace);
+      sum_tile<kMode, TileShape<32, Value>>(block, job, own, workspace);
     }
   }
 }

@@ -7,6 +7,13 @@
 
 namespace kfac {
 
+// d = c + a b by an mma instruction with four registers of a and two of b
+#define KFAC_MMA(instruction)                                                                                       \
+  asm volatile(instruction " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};\n"                           \
+               : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                     \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), \
+                 "f"(c[3]))
+
 class DeviceBlock {
  public:
   __device__ int thread() const { return threadIdx.x; }
@@ -44,7 +51,7 @@ class DeviceBlock {
   }
 
   // Starts a copy of 16 bytes into shared memory; zeros if not `valid` (`global` is not read then).
-  __device__ void copy16(float* shared, const float* global, bool valid) const {
+  __device__ void copy16(void* shared, const void* global, bool valid) const {
     const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(global), "r"(valid ? 16 : 0)
                  : "memory");
@@ -66,11 +73,30 @@ class DeviceBlock {
 
   // d = c + a b, a [16, 8] and b [8, 8] in tf32; who holds what: kfac/covariance_group.h
   __device__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) const {
-    asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};\n"
-        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+    KFAC_MMA("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32");
+  }
+
+  // Four matrices [8, 8] of halves from shared memory, turned: lane 8 m + r names row r of matrix m, 16 bytes from a
+  // multiple of 16; of matrix m it gets entries (2 quad, group) and (2 quad + 1, group), low and high half of to[m].
+  __device__ void load_turned(uint32_t (&to)[4], const uint16_t* row) const {
+    const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(from)
+                 : "memory");
+  }
+
+  // d = c + a b, a [16, 16] and b [16, 8] in bf16 or fp16
+  template <DType kDType>
+  __device__ void mma_halves(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) const {
+    if constexpr (kDType == DType::kBFloat16) {
+      KFAC_MMA("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32");
+    } else {
+      KFAC_MMA("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32");
+    }
   }
 };
+
+#undef KFAC_MMA
 
 }  // namespace kfac

@@ -80,6 +80,42 @@ void multiply(const MmaOperands (&lanes)[32]) {
   }
 }
 
+// Register e of lane l of mma.sync.m16n8k16 on halves holds two: row and first column in A [16, 16], first row and
+// column in B [16, 8]; the second follows in the next column, or row.
+void multiply_halves(kfac::DType dtype, const MmaOperands (&lanes)[32]) {
+  double a[16][16], b[16][8];
+  for (int l = 0; l < 32; ++l) {
+    for (int h = 0; h < 2; ++h) {
+      const auto half = [&](uint32_t pair) { return kfac::element_of(pair >> 16 * h & 0xffff, dtype); };
+      for (int e = 0; e < 4; ++e) a[l / 4 + (e & 1) * 8][l % 4 * 2 + (e & 2) * 4 + h] = half(lanes[l].a[e]);
+      for (int e = 0; e < 2; ++e) b[l % 4 * 2 + e * 8 + h][l / 4] = half(lanes[l].b[e]);
+    }
+  }
+  for (int l = 0; l < 32; ++l) {
+    for (int e = 0; e < 4; ++e) {
+      const int row = place_in_d(l, e) % 16, column = place_in_d(l, e) / 16;
+      double sum = lanes[l].d[e];
+      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+      lanes[l].d[e] = cut_to_float(sum);
+    }
+  }
+}
+
+struct TurnedLoad {
+  uint32_t* to;
+  const uint16_t* row;
+};
+
+// Row r of matrix m is what lane 8 m + r names; lane l gets column l / 4 of each matrix, rows 2 (l % 4) and the next.
+void load_turned(const TurnedLoad (&lanes)[32]) {
+  for (int m = 0; m < 4; ++m) {
+    for (int l = 0; l < 32; ++l) {
+      const TurnedLoad* const rows = lanes + 8 * m + l % 4 * 2;
+      lanes[l].to[m] = rows[0].row[l / 4] | uint32_t(rows[1].row[l / 4]) << 16;
+    }
+  }
+}
+
 }  // namespace
 
 class Simulation {
@@ -112,6 +148,18 @@ class Simulation {
   void warp_mma(const MmaOperands& operands) {
     warps_[current_ / 32].lanes[current_ % 32] = operands;
     if (warp_arrives()) multiply(warps_[current_ / 32].lanes);
+    warp_leaves();
+  }
+
+  void warp_mma_halves(kfac::DType dtype, const MmaOperands& operands) {
+    warps_[current_ / 32].lanes[current_ % 32] = operands;
+    if (warp_arrives()) multiply_halves(dtype, warps_[current_ / 32].lanes);
+    warp_leaves();
+  }
+
+  void warp_load_turned(const TurnedLoad& load) {
+    warps_[current_ / 32].loads[current_ % 32] = load;
+    if (warp_arrives()) load_turned(warps_[current_ / 32].loads);
     warp_leaves();
   }
 
@@ -158,6 +206,7 @@ class Simulation {
   struct Warp {
     int arrived = 0;
     MmaOperands lanes[32];
+    TurnedLoad loads[32];
     double given[32];
   };
 
@@ -291,9 +340,13 @@ void Block::meet(uint32_t* arrived, uint32_t target) {
   simulation_->meet(arrived, target);
 }
 
-void Block::copy16(float* to, const float* from, bool valid) {
-  const auto misaligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 != 0; };
-  if (misaligned(from) || (to - shared()) % 4 != 0) std::abort();  // the hardware would fault
+// Whether an address in shared memory is a multiple of 16, where the hardware would fault.
+bool Block::is_aligned(const void* place) const {
+  return (static_cast<const char*>(place) - reinterpret_cast<const char*>(shared())) % 16 == 0;
+}
+
+void Block::copy16(void* to, const void* from, bool valid) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || !is_aligned(to)) std::abort();
   open_.push_back({to, from, 16, valid});
 }
 
@@ -323,6 +376,17 @@ void Block::land(int pending) {
 void Block::mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
   if (&d[0] != &c[0]) memcpy(d, c, sizeof d);
   simulation_->warp_mma({d, a, b});
+}
+
+void Block::mma_halves(kfac::DType dtype, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                       const float (&c)[4]) {
+  if (&d[0] != &c[0]) memcpy(d, c, sizeof d);
+  simulation_->warp_mma_halves(dtype, {d, a, b});
+}
+
+void Block::load_turned(uint32_t (&to)[4], const uint16_t* row) {
+  if (!is_aligned(row)) std::abort();
+  simulation_->warp_load_turned({to, row});
 }
 
 void run(int threads, int64_t shared_bytes, const Schedule& schedule, const std::function<void(Block&)>& body) {

@@ -8,7 +8,8 @@
 // Blocks run one after the other, unless the kernel's blocks meet: then all at once.
 //
 // A kernel's body is a function template over Block with thread(), index(), count(), shared(), sync(), copy16(),
-// copy4(), commit(), wait<n>(), mma(), shuffle_xor() and meet(); csrc/cuda/device_block.cuh is the real one.
+// copy4(), commit(), wait<n>(), mma(), mma_halves(), load_turned(), shuffle_xor() and meet();
+// csrc/cuda/device_block.cuh is the real one.
 #pragma once
 
 #include <csetjmp>
@@ -16,6 +17,8 @@
 #include <functional>
 #include <memory>
 #include <vector>
+
+#include "kfac/types.h"
 
 namespace simulated {
 
@@ -38,7 +41,7 @@ class Block {
   int count() const;
   float* shared() const;
   void sync();
-  void copy16(float* shared, const float* global, bool valid);
+  void copy16(void* shared, const void* global, bool valid);
   void copy4(float* shared, const float* global, bool valid);
   void commit();
   template <int kPending>
@@ -47,6 +50,13 @@ class Block {
   }
   // d = c + a b: mma.sync.m16n8k8 on tf32
   void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]);
+  // mma.sync.m16n8k16 on bf16 or fp16
+  template <kfac::DType kDType>
+  void mma_halves(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
+    mma_halves(kDType, d, a, b, c);
+  }
+  // ldmatrix.x4.trans
+  void load_turned(uint32_t (&to)[4], const uint16_t* row);
   float shuffle_xor(float value, int mask);
   double shuffle_xor(double value, int mask);
   // only where blocks run together
@@ -55,12 +65,15 @@ class Block {
  private:
   friend class Simulation;
   struct Copy {
-    float* to;
-    const float* from;
+    void* to;
+    const void* from;
     int bytes;
     bool valid;
   };
+  bool is_aligned(const void* place) const;
   void land(int pending);
+  void mma_halves(kfac::DType dtype, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                  const float (&c)[4]);
 
   Simulation* simulation_ = nullptr;
   int thread_ = 0, place_ = 0;             // place: among the blocks that run at once

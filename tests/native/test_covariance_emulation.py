@@ -52,17 +52,6 @@ def test_conv2d(launches, options, mode, bias):
     assert launches == [1]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("channels", [3, 16, 70])
-def test_precision(launches, dtype, layout, channels):
-    x = torch.randn(6, channels, 13, 10).to(dtype).contiguous(memory_format=layout)
-    exact = reference.conv2d_covariance(x.double(), 3, padding=1, bias=True)
-    plain = reference.conv2d_covariance(x, 3, padding=1, bias=True)
-    value = kfac_ext.conv2d_covariance(x, 3, padding=1, bias=True)
-    assert relative_error(value, exact) <= max(allowed(dtype, plain, exact), 2e-7)
-
-
 @pytest.fixture(params=["set_float32_matmul_precision", "allow_tf32", "fp32_precision"])
 def tf32(request):
     """tf32(True or False) sets what PyTorch may do, in each of the ways that it has had."""
@@ -80,6 +69,48 @@ def tf32(request):
 
     yield allow
     torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("channels", [3, 16, 70])
+def test_precision(launches, dtype, layout, channels):
+    x = torch.randn(6, channels, 13, 10).to(dtype).contiguous(memory_format=layout)
+    exact = reference.conv2d_covariance(x.double(), 3, padding=1, bias=True)
+    plain = reference.conv2d_covariance(x, 3, padding=1, bias=True)
+    value = kfac_ext.conv2d_covariance(x, 3, padding=1, bias=True)
+    assert relative_error(value, exact) <= max(allowed(dtype, plain, exact), 2e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(300, 20), (70, 40), (40, 130), (3, 20, 7, 6), (2, 130, 4, 4)], ids=str)
+@pytest.mark.parametrize("tf32", ["set_float32_matmul_precision"], indirect=True)
+def test_products_of_halves_are_exact_in_tf32_too(launches, tf32, dtype, shape):
+    tf32(True)
+    g = (torch.randn(shape) + 0.5).to(dtype)
+    assert relative_error(kfac_ext.gradient_covariance(g), reference.gradient_covariance(g.double())) < 3e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_averages_of_halves_keep_their_digits(launches, dtype):
+    x = (torch.randn(30, 20, 7, 6) + 0.5).to(dtype)
+    exact = reference.conv2d_covariance(x.double(), 3, mode="reduce")
+    assert relative_error(kfac_ext.conv2d_covariance(x, 3, mode="reduce"), exact) < 3e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_halves_that_are_not_finite_stay_in_their_rows(launches, dtype, value):
+    x = torch.randn(40, 20).to(dtype)
+    x[33, 3] = value
+    A = kfac_ext.linear_covariance(x)
+    rest = [*range(3), *range(4, 20)]
+    assert not A[3].isfinite().any() and not A[:, 3].isfinite().any() and A[rest][:, rest].isfinite().all()
+
+
+def test_the_smallest_halves_count(launches):
+    x = torch.full((64, 8), 2.0**-24, dtype=torch.float16)  # the least that is not 0
+    assert torch.equal(kfac_ext.linear_covariance(x), torch.full((8, 8), 2.0**-48))
 
 
 def test_tf32_follows_torchs_setting(launches, tf32):

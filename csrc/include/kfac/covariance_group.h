@@ -3,7 +3,8 @@
 // Plain data and index maps only. csrc/cuda/*.cuh are the kernels that follow this schedule; tests/native runs the same
 // kernels on the CPU.
 //
-// pack    every layer's input -> rows [pixel][sample][column] of floats (columns: channels, or patch entries)
+// pack    every layer's input -> rows [pixel][sample][column] (columns: channels, or patch entries), of halves where
+//         these are the inputs themselves, else of floats
 // tiles   for each region of the shift plan, tile of columns and chunk of rows: P[rows]^T P[rows + shift] -> a slot
 // lanes   the same for single columns: column sums (for the bias) and depthwise products
 // reduce  the slots of all chunks are added to that of the first, in order
@@ -37,10 +38,16 @@ struct CovarianceProblem {
 // How the matrix units multiply.
 enum class MmaMode : int {
   kTf32 = 0,      // inputs are rounded while packing; sums stay in the matrix unit for a chunk
-  kPromoted = 1,  // inputs are tf32 already (bf16, fp16); every 8 rows are added in float32 outside of the matrix unit
-  kSplit = 2,     // inputs are cut into two tf32 numbers, three products; added as in kPromoted
+  kBFloat16 = 1,  // inputs as they are, exact products; every 16 rows are added in float32 outside of the matrix unit
+  kSplit = 2,     // inputs are cut into two tf32 numbers, three products; every 8 rows are added outside
+  kFloat16 = 3,   // as kBFloat16
 };
-constexpr int kMmaModes = 3;
+constexpr int kMmaModes = 4;
+
+// What rows are packed as for a mode.
+KFAC_HD constexpr DType packed_dtype(MmaMode mode) {
+  return mode == MmaMode::kBFloat16 ? DType::kBFloat16 : mode == MmaMode::kFloat16 ? DType::kFloat16 : DType::kFloat32;
+}
 
 // ---- pack ----------------------------------------------------------------------------------------------------------
 
@@ -50,7 +57,7 @@ enum class PackKind : int { kImage = 0, kPatches = 1, kMeans = 2 };
 struct PackJob {
   int32_t layer;
   PackKind kind;
-  DType dtype;
+  DType dtype, packed_dtype;
   int32_t round_to_tf32, lanes_along_columns;
   int64_t stride_n, stride_c, stride_h, stride_w;
   int32_t samples, height, width;  // the image
@@ -136,29 +143,34 @@ KFAC_HD uint32_t chunk_rows(uint32_t rows, uint32_t step) {
 
 // ---- tiles ---------------------------------------------------------------------------------------------------------
 
-// The part of a [C, C] product that a block computes, and how 8 warps share it: kWarpsK warps take other rows.
-template <int kEdgeColumns, int kWarpsRows, int kWarpsColumns, int kRows, int kDepth>
+// The part of a [C, C] product that a block computes, and how 8 warps share it: kWarpsK warps take other rows. Packed
+// values are floats or halves (uint16_t); a stage, of kFloatRows rows of floats, has twice as many of halves.
+template <class PackedValue, int kEdgeColumns, int kWarpsRows, int kWarpsColumns, int kFloatRows, int kDepth>
 struct TileShapeBase {
+  using Value = PackedValue;
+  static constexpr int kVector = 16 / sizeof(Value);   // values that one asynchronous copy takes
+  static constexpr int kMmaRows = 32 / sizeof(Value);  // rows that one mma instruction multiplies
   static constexpr int kEdge = kEdgeColumns, kWarpsM = kWarpsRows, kWarpsN = kWarpsColumns;
   static constexpr int kWarpsK = kBlockThreads / 32 / (kWarpsM * kWarpsN);
-  static constexpr int kStageRows = kRows, kStages = kDepth;
+  static constexpr int kStageRows = kFloatRows * 4 / sizeof(Value), kStages = kDepth;
   static constexpr int kMmaM = kEdge / kWarpsM / 16, kMmaN = kEdge / kWarpsN / 8;  // mma instructions of a warp
-  // rows of shared memory begin 8 banks apart: 4 rows of 8 channels, a fragment, touch each bank once
+  // rows of shared memory begin 8 banks apart: 4 rows of 8 channels, a fragment, touch each bank once; so do 8 rows of
+  // 8 halves
   static constexpr int kPitch = kEdge + 8;
-  static constexpr int kStageFloats = 2 * kStageRows * kPitch;
+  static constexpr int kStageFloats = 2 * kFloatRows * kPitch;
   static constexpr int kSharedFloats = kStages * kStageFloats;
   static_assert(kWarpsK * kEdge * kPitch <= kSharedFloats, "the warps' sums are exchanged in the stages' memory");
-  static_assert(kStageRows % (8 * kWarpsK) == 0 && kStageRows * kEdge % (4 * kBlockThreads) == 0, "");
+  static_assert(kStageRows % (kMmaRows * kWarpsK) == 0 && kStageRows * kEdge % (kVector * kBlockThreads) == 0, "");
 };
 
-template <int kEdge>
+template <int kEdge, class Value = float>
 struct TileShape;
-template <>
-struct TileShape<128> : TileShapeBase<128, 2, 4, 16, 4> {};
-template <>
-struct TileShape<64> : TileShapeBase<64, 2, 2, 32, 4> {};
-template <>
-struct TileShape<32> : TileShapeBase<32, 1, 1, 64, 3> {};
+template <class Value>
+struct TileShape<128, Value> : TileShapeBase<Value, 128, 2, 4, 16, 4> {};
+template <class Value>
+struct TileShape<64, Value> : TileShapeBase<Value, 64, 2, 2, 32, 4> {};
+template <class Value>
+struct TileShape<32, Value> : TileShapeBase<Value, 32, 1, 1, 64, 3> {};
 
 constexpr int kTileSharedBytes = 4 * TileShape<64>::kSharedFloats;
 static_assert(TileShape<128>::kSharedFloats <= TileShape<64>::kSharedFloats, "");
@@ -168,8 +180,11 @@ KFAC_HD int32_t tile_edge_bits(int64_t columns) {
   return columns >= 128 ? 7 : columns > 32 ? 6 : 5;
 }
 
-KFAC_HD int32_t stage_rows(int32_t edge) {
-  return edge == 128 ? TileShape<128>::kStageRows : edge == 64 ? TileShape<64>::kStageRows : TileShape<32>::kStageRows;
+KFAC_HD int32_t stage_rows(int32_t edge, DType packed) {
+  const int32_t rows = edge == 128  ? TileShape<128>::kStageRows
+                       : edge == 64 ? TileShape<64>::kStageRows
+                                    : TileShape<32>::kStageRows;
+  return packed == DType::kFloat32 ? rows : 2 * rows;
 }
 
 // One region of one layer: its tiles are ordered by chunk, group, pair of column tiles (i, j); j <= i if symmetric.
@@ -216,8 +231,8 @@ KFAC_HD TileWork tile_work(const TileJob& job, int32_t tile) {
           group, job.slot + int64_t(tile) * job.edge * job.edge};
 }
 
-// Which element of a matrix each lane of a warp holds in registers of mma.sync.m16n8k8 (A [16, 8], B [8, 8], D [16,
-// 8]), as the PTX manual says.
+// Which element of a matrix each lane of a warp holds in registers of mma.sync.m16n8k8 on tf32 (A [16, 8], B [8, 8], D
+// [16, 8]), as the PTX manual says. D of m16n8k16 is the same.
 struct MmaLane {
   int32_t group, quad;
 };
@@ -244,12 +259,26 @@ KFAC_HD int32_t mma_d_column(MmaLane lane, int32_t element) {
   return lane.quad * 2 + element % 2;
 }
 
+// Where in a stage [row][column] the 8 halves begin that a lane names to ldmatrix, turned, for A [16, 16] or two B [16,
+// 8] side by side of mma.sync.m16n8k16 on halves: what it then holds are the registers of the instruction, in order.
+struct HalfPlace {
+  int32_t row, column;
+};
+
+KFAC_HD HalfPlace half_a_place(int32_t lane) {
+  return {lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8};
+}
+KFAC_HD HalfPlace half_b_place(int32_t lane) {
+  return {lane / 8 % 2 * 8 + lane % 8, lane / 16 * 8};
+}
+
 // ---- lanes ---------------------------------------------------------------------------------------------------------
 
 // Sums over a region's rows of single columns: of P[row][c] P[row + shift][c] if `product`, else of P[row][c].
 struct LaneJob {
   RegionRows rows;
   uint32_t chunk;
+  DType packed_dtype;
   int32_t row_pitch, product;
   int64_t packed, slot;  // slot [chunks][row_pitch]
 };

@@ -88,6 +88,14 @@ KFAC_HD uint32_t load_bits(const void* data, DType dtype, int64_t at) {
   return dtype == DType::kFloat32 ? static_cast<const uint32_t*>(data)[at] : static_cast<const uint16_t*>(data)[at];
 }
 
+KFAC_HD void store_bits(void* data, DType dtype, int64_t at, uint32_t bits) {
+  if (dtype == DType::kFloat32) {
+    static_cast<uint32_t*>(data)[at] = bits;
+  } else {
+    static_cast<uint16_t*>(data)[at] = uint16_t(bits);
+  }
+}
+
 KFAC_HD float element_of(uint32_t bits, DType dtype) {
   if (dtype == DType::kFloat32) return bits_float(bits);
   return dtype == DType::kBFloat16 ? bfloat16_to_float(uint16_t(bits)) : half_to_float(uint16_t(bits));

@@ -25,6 +25,10 @@ namespace kfac {
 // Element types an input may have; factors are kept in float (double for kFloat64 input).
 enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
+KFAC_HD constexpr int64_t element_bytes(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
 KFAC_HD constexpr int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
