@@ -55,6 +55,22 @@ def test_the_kinds_of_a_transformer_by_name():
     }
 
 
+def test_layers_that_are_pruned_keep_their_kinds():
+    model = transformer(20, 12)
+    layers = ["embed", "blocks.0.fc1", "blocks.1.fc1"]
+    pruner = flatprune.Pruner(
+        model,
+        None,
+        flatprune.Curvature(model),
+        torch.zeros(2, 8, 8),
+        target=flatprune.Target(0.7),
+        total_steps=10,
+        layers=layers,
+    )
+    kinds = {name: kind for name, (kind, _) in pruner.state_dict()["kinds"].items()}
+    assert kinds == {"embed": STREAM, "blocks.0.fc1": REST, "blocks.1.fc1": REST}
+
+
 def expected(groups, scores, exponent, count):
     """The first neurons to go, one by one: the lowest score times (start / left) ** exponent of its kind."""
     kinds = find_kinds(groups)

@@ -174,6 +174,7 @@ class Pruner:
             raise ValueError(f"Pruner: example_inputs has keywords ({given}), a latency target needs positional ones")
         with curvature.paused():
             self.coupling = find_coupling(model, calls, exclude)
+        kinds = find_kinds(self.coupling.groups)  # while heads are among them, whatever is pruned
         curvature.trace(*call.args, **call.kwargs)
         refuse_unscored(self.coupling, curvature, self.criterion, compensate, call)
         choose_layers(self.coupling, model, layers)
@@ -189,7 +190,7 @@ class Pruner:
             can_go = f"{100 * owned_fraction(model, self.groups):.0f} % of the parameters can go"
             warnings.warn(f"Pruner: {can_go}; not pruned: {'; '.join(loud)}", stacklevel=2)
         self.ties = find_ties(self.groups, tie_widths)
-        self.keep_proportions, self._kinds = keep_proportions, find_kinds(self.groups)
+        self.keep_proportions, self._kinds = keep_proportions, {g.name: kinds[g.name] for g in self.groups}
         # of a resumed run, groups of one neuron that are no longer seen as one: name -> tensors
         self._single: dict[str, list[str]] = {}
         self.history: list[Removal] = []
