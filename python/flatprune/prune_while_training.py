@@ -39,7 +39,7 @@ class PrunerArguments(TypedDict, total=False):
     min_width: int
     max_layer_fraction: float
     tie_widths: bool | Sequence[str]
-    keep_proportions: float
+    keep_proportions: str | bool
     max_predicted_loss: float | None
     measure: bool
     exclude: Sequence[str | type]

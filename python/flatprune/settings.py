@@ -23,7 +23,6 @@ from flatprune.data import DIGITS, MAX_CLASSES, Dataset, load_dataset
 from flatprune.errors import InputError
 from flatprune.faults import first_fault
 from flatprune.flatness.spectrum import MODES, STRENGTH
-from flatprune.pruning.kinds import KEEP_PROPORTIONS
 from flatprune.pruning.learning_rate import LR_SCHEDULES, rate_factor
 from flatprune.pruning.selection import SELECTIONS
 from flatprune.pruning.targets import UNITS, Target
@@ -204,10 +203,9 @@ class Settings(BaseModel):
     compensate: Literal["auto", "on", "off"] = _pruning(
         "auto", "survivors take over what removed neurons did: auto, on or off"
     )
-    keep_proportions: float = _pruning(
-        KEEP_PROPORTIONS,
-        "how far heads, residual streams and perceptrons of a transformer keep their proportions; 0: not at all",
-        ge=0,
+    keep_proportions: Literal["auto", "on", "off"] = _pruning(
+        "auto",
+        "all layers lose the same part of their neurons: auto (in networks with attention), on or off",
     )
     prune_start: float = _pruning(0.1, "fraction of the training before pruning", ge=0, le=1)
     prune_end: float = _pruning(

@@ -263,10 +263,8 @@ class Components:
                 self._tie_rows(refusal.array)
             self.refused.append((makers, str(refusal)))
             return
+        group = NeuronGroup(module_of(lead.names[0]), members, slices, slice_of, self._multiple(of_label, members))
         labels = (of_label >= 0).nonzero().flatten()
-        heads = bool((labels >= self._nodes).any())
-        name, multiple = module_of(lead.names[0]), self._multiple(of_label, members)
-        group = NeuronGroup(name, members, slices, slice_of, multiple, heads)
         self.candidates.append(Candidate(group, labels, of_label[labels], where))
 
     def _note_balance(self, array: Tensor) -> None:

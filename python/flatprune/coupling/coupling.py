@@ -155,7 +155,7 @@ class _Search:
         return ""
 
     def _result(self, components: Components, reasons: dict[int, str], attributes: dict[str, Any]) -> Coupling:
-        found = Coupling(attributes=attributes)
+        found = Coupling(attributes=attributes, attention=bool(self.table.joints))
         for position, candidate in enumerate(components.candidates):
             if position in reasons:
                 why = reasons[position]

@@ -66,7 +66,6 @@ class NeuronGroup:
             whose channels go); 1 without such a constraint.
         group_of: int64 [neurons] on the CPU, the slice of each neuron.
         multiple: widths that the network's kernels take are multiples of so many neurons.
-        heads: whether a neuron is a head of an attention: sums over products of its own channels weigh others.
     """
 
     name: str
@@ -74,7 +73,6 @@ class NeuronGroup:
     groups: int = 1
     group_of: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     multiple: int = 1
-    heads: bool = False
 
     @property
     def width(self) -> int:
@@ -146,12 +144,15 @@ class Coupling:
         attributes: name of a group -> integers that follow its width.
         macs: what the multiply-accumulates of the first example in evaluation mode are made of, see
             `flatprune.coupling.products`.
+        attention: whether products of activations, summed over some of a neuron's channels, weigh others, as the scores
+            of a head do.
     """
 
     groups: list[NeuronGroup] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     attributes: dict[str, list[Attribute]] = field(default_factory=dict)
     macs: list[Term] = field(default_factory=list)
+    attention: bool = False
 
     def keep(self, positions: Sequence[int]) -> None:
         """Leave only the groups at these positions; what the others own is fixed from now on."""

@@ -20,7 +20,6 @@ from flatprune.cutting.ema_models import checked_ema_models
 from flatprune.cutting.surgery import plan
 from flatprune.pruning.costs import CostTracker, ParameterCount, smallest_cost
 from flatprune.pruning.held_states import HeldStates
-from flatprune.pruning.kinds import KEEP_PROPORTIONS, Kind, Proportions, find_kinds
 from flatprune.pruning.limits import LossBudget, check_loss_budget, checked_limits
 from flatprune.pruning.predicted_vs_measured import calibration
 from flatprune.pruning.prunable import check_watched, choose_layers, refuse_unscored
@@ -82,8 +81,8 @@ class Pruner:
             configuration has one number for all layers (`flatprune.update_config`). Or patterns of layer names, such
             as ["*.mlp.fc1", "*.attn.qkv"]: the groups that match the same one. See `flatprune.pruning.ties`; layers
             that stay (`exclude`, `layers`, refused ones) bind no other.
-        keep_proportions: in a network with attention, how far heads, residual streams and the rest keep their
-            proportions: the exponent of `flatprune.pruning.kinds`. 0: all are ranked by their scores as they are.
+        keep_proportions: all groups lose the same part of their neurons, the lowest of each, instead of the lowest of
+            all; "auto": in networks with attention, whose perceptrons would lose nearly all (docs/results.md, 7).
         max_predicted_loss: at an event, neurons go only as long as the change of the loss that is predicted of them
             (greedy: together; independent: the sum of theirs; calibrated by the cuts so far) does not exceed this; the
             record says where it bound. None: no such limit.
@@ -131,7 +130,7 @@ class Pruner:
         min_width: int = 2,
         max_layer_fraction: float = 0.5,
         tie_widths: bool | Sequence[str] = False,
-        keep_proportions: float = KEEP_PROPORTIONS,
+        keep_proportions: str | bool = "auto",
         max_predicted_loss: float | None = None,
         measure: bool = True,
         exclude: Sequence[str | type] = (),
@@ -145,8 +144,8 @@ class Pruner:
             raise ValueError(f"Pruner: compensate is {compensate!r}, expected 'auto', True or False")
         self.limits = checked_limits(round_to, min_width, max_layer_fraction)
         check_selection(selection, self.criterion)
-        if not 0.0 <= keep_proportions < float("inf"):
-            raise ValueError(f"Pruner: keep_proportions is {keep_proportions}, expected a number of 0 or more")
+        if not isinstance(keep_proportions, bool) and keep_proportions != "auto":
+            raise ValueError(f"Pruner: keep_proportions is {keep_proportions!r}, expected 'auto', True or False")
         check_loss_budget(max_predicted_loss, self.criterion)
         _check_types(target, exclude=exclude, layers=layers, tie_widths=tie_widths)
         self._ranks = ranks_of(model, curvature)
@@ -174,7 +173,6 @@ class Pruner:
             raise ValueError(f"Pruner: example_inputs has keywords ({given}), a latency target needs positional ones")
         with curvature.paused():
             self.coupling = find_coupling(model, calls, exclude)
-        kinds = find_kinds(self.coupling.groups)  # while heads are among them, whatever is pruned
         curvature.trace(*call.args, **call.kwargs)
         refuse_unscored(self.coupling, curvature, self.criterion, compensate, call)
         choose_layers(self.coupling, model, layers)
@@ -190,7 +188,10 @@ class Pruner:
             can_go = f"{100 * owned_fraction(model, self.groups):.0f} % of the parameters can go"
             warnings.warn(f"Pruner: {can_go}; not pruned: {'; '.join(loud)}", stacklevel=2)
         self.ties = find_ties(self.groups, tie_widths)
-        self.keep_proportions, self._kinds = keep_proportions, {g.name: kinds[g.name] for g in self.groups}
+        self.keep_proportions, self._proportions_asked = bool(keep_proportions), keep_proportions
+        if keep_proportions == "auto":
+            self.keep_proportions = self.coupling.attention
+        self._widths_start = {group.name: group.width for group in self.groups}
         # of a resumed run, groups of one neuron that are no longer seen as one: name -> tensors
         self._single: dict[str, list[str]] = {}
         self.history: list[Removal] = []
@@ -371,9 +372,9 @@ class Pruner:
         ties, ranks = self.ties, self._ranks
         least, most = self._range(budget, last)
         end = End(least, closely=last)
-        proportions = Proportions(self.groups, self._kinds, self.widths(), self.keep_proportions)
+        whole = [self._widths_start[group.name] for group in self.groups] if self.keep_proportions else None
         choice = choose(
-            context, criterion, selection, paper, most, self.limits, losses, ties=ties, proportions=proportions, end=end
+            context, criterion, selection, paper, most, self.limits, losses, ties=ties, whole=whole, end=end
         )
         choice = choice if ranks is None else ranks.choice(choice, losses)
         pruned = choice.pruned
@@ -453,7 +454,7 @@ class Pruner:
             "selection": self.selection,
             "ties": named_ties(self.groups, self.ties),
             "keep_proportions": self.keep_proportions,
-            "kinds": {name: list(kind) for name, kind in self._kinds.items()},
+            "widths_start": self._widths_start,
             "widths": self.widths(),
             "tensors": {group.name: _tensors(group) for group in self.groups} | self._single,
             "attributes": held_attributes(self.model, self.coupling),
@@ -470,7 +471,8 @@ class Pruner:
             ValueError: naming the first setting or width that differs; nothing is changed then.
         """
         own = self.state_dict()
-        for key in ("target", "events", "criterion", "selection", "keep_proportions"):
+        asked = ("target", "events", "criterion", "selection")
+        for key in asked if self._proportions_asked == "auto" else (*asked, "keep_proportions"):
             if state[key] != own[key]:
                 raise ValueError(f"Pruner.load_state_dict: {key} is {state[key]!r} in the state, expected {own[key]!r}")
         single, inside = self._found_in_single(state)
@@ -489,7 +491,7 @@ class Pruner:
         self.ties[:] = [
             tuple(positions[name] for name in tie) for tie in state["ties"] if single.keys().isdisjoint(tie)
         ]
-        self._kinds = {name: Kind(*kind) for name, kind in state["kinds"].items()}
+        self.keep_proportions, self._widths_start = state["keep_proportions"], dict(state["widths_start"])
         self.history = [Removal.from_state(record) for record in state["history"]]
         self.step_count, self.params_start = state["step_count"], state["params_start"]
         self.cost_start, self.stopped = state["cost_start"], state["stopped"]

@@ -2,8 +2,8 @@
 
 *Independent*: by the scores as they are, over the whole network. *Greedy*: one neuron after the other, each score
 knowing which were pruned before. Groups that keep one width (`flatprune.pruning.ties`) lose their lowest neurons
-together, and the mean of the scores stands for them. Kinds of neurons are ranked together by scores times a factor
-each (`flatprune.pruning.kinds`).
+together, and the mean of the scores stands for them. Where groups keep their proportions, the one with most of its
+neurons left is next, and scores decide within it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from flatprune.coupling import NeuronGroup
 from flatprune.criteria import CRITERIA, Criterion, Scores, ScoringContext
 from flatprune.criteria.base import JointScores
 from flatprune.pruning.costs import CostModel
-from flatprune.pruning.kinds import Proportions, one_kind
 from flatprune.pruning.limits import Limits, LossBudget
 from flatprune.pruning.ties import Tie, find_ties
 
@@ -85,7 +84,7 @@ def choose(
     losses: LossBudget,
     *,
     ties: Sequence[Tie],
-    proportions: Proportions,
+    whole: Sequence[int] | None,
     end: End,
 ) -> Choice:
     """Score all neurons and choose those that go; `losses` is charged with what they are predicted to cost.
@@ -99,14 +98,14 @@ def choose(
         limits: how many may go.
         losses: ends the choice where the loss is predicted to rise too much.
         ties: groups that keep one width.
-        proportions: of the kinds of neurons; left as the choice leaves the network.
+        whole: widths of the groups, of which they keep the same part each; None: they need not.
         end: where the choice may end.
 
     Raises:
         ValueError: scores are not finite.
     """
     costs = _shared(paper.neuron_costs(), ties)
-    options: dict[str, Any] = {"ties": ties, "proportions": proportions, "end": end, "losses": losses}
+    options: dict[str, Any] = {"ties": ties, "whole": whole, "end": end, "losses": losses}
     joint: JointScores | None = None
     if selection == "greedy":
         assert criterion.joint is not None
@@ -135,7 +134,7 @@ def select(
     limits: Limits,
     *,
     ties: Sequence[Tie] | None = None,
-    proportions: Proportions | None = None,
+    whole: Sequence[int] | None = None,
     end: End = ANYWHERE,
     changes: Sequence[Tensor] | None = None,
     losses: LossBudget | None = None,
@@ -149,7 +148,7 @@ def select(
         budget: cost to get down to.
         limits: how many may go; where they bind, more than `budget` is left.
         ties: groups that keep one width, see `flatprune.pruning.ties`; None: no two do.
-        proportions: of the kinds of neurons; None: all are of one.
+        whole: widths of the groups, of which they keep the same part each; None: they need not.
         end: where the choice may end. Closely: the last neurons are the ones of least total score (score times cost) of
             those that end there, and neurons of high score stay after all where the budget allows it.
         changes: predicted change of the loss by each neuron, one tensor [neurons] a group.
@@ -159,11 +158,10 @@ def select(
         Position in `groups` -> int64 [m] neurons, ascending; groups that lose none are left out.
     """
     ties = find_ties(groups, False) if ties is None else ties
-    proportions = one_kind(groups) if proportions is None else proportions
     orders = [removal_order(group, score) for group, score in zip(groups, scores)]
     taken: list[_Bundle] = []
     change = 0.0
-    for bundle in _bundles_to_go(costs, _bundles(groups, scores, orders, limits, ties, proportions), budget, end):
+    for bundle in _bundles_to_go(costs, _bundles(groups, scores, orders, limits, ties, whole), budget, end):
         if losses is not None and changes is not None:
             change += sum(bundle.sum_of(changes[position][orders[position]]) for position in bundle.tie)
             if not losses.allows(change):
@@ -187,7 +185,7 @@ def select_greedily(
     limits: Limits,
     *,
     ties: Sequence[Tie] | None = None,
-    proportions: Proportions | None = None,
+    whole: Sequence[int] | None = None,
     end: End = ANYWHERE,
     losses: LossBudget | None = None,
 ) -> dict[int, Tensor]:
@@ -204,17 +202,15 @@ def select_greedily(
         budget: cost to get down to.
         limits: how many may go; where they bind, more than `budget` is left.
         ties: groups that keep one width, see `flatprune.pruning.ties`; None: no two do.
-        proportions: of the kinds of neurons; None: all are of one.
-        end: where the choice may end, as for `select`.
+        whole, end: as for `select`.
         losses: choosing stops at the first neuron whose change of the loss this budget does not allow any more.
 
     Returns:
         Position in `groups` -> int64 [m] neurons, ascending; groups that lose none are left out.
     """
     ties = find_ties(groups, False) if ties is None else ties
-    proportions = one_kind(groups) if proportions is None else proportions
     losses = LossBudget() if losses is None else losses
-    moves = _Moves(groups, ties, joint, limits, _shared(costs.neuron_costs(), ties), proportions)
+    moves = _Moves(groups, ties, joint, limits, _shared(costs.neuron_costs(), ties), whole)
     for move in _moves_to_go(costs, moves, budget, end):
         if losses.limit is not None and not losses.allows(joint.total + joint.change(move.neurons)):
             break
@@ -275,7 +271,7 @@ class _Move(NamedTuple):
 
 
 class _Moves:
-    """What may go next: one move a tie; of each kind a heap of them, in which what scores have overtaken stays behind.
+    """What may go next: one move a tie, and a heap of them, in which those that scores have overtaken stay behind.
 
     Args:
         groups: the neuron groups.
@@ -283,7 +279,7 @@ class _Moves:
         joint: their scores.
         limits: how many may go.
         prices: what goes with a neuron of each group.
-        proportions: of the kinds of neurons.
+        whole: as for `select`.
 
     Attributes:
         nexts: tie -> the move; without those that have none left.
@@ -297,29 +293,24 @@ class _Moves:
         joint: JointScores,
         limits: Limits,
         prices: Sequence[float],
-        proportions: Proportions,
+        whole: Sequence[int] | None,
     ) -> None:
         self.nexts: dict[Tie, _Move] = {}
         self.left = [torch.ones(group.width, dtype=torch.bool) for group in groups]
-        self._groups, self._joint, self._prices, self._proportions = groups, joint, prices, proportions
+        self._groups, self._joint, self._prices, self._whole = groups, joint, prices, whole
         self._sizes = {tie: limits.bundles(*(groups[position] for position in tie))[::-1] for tie in ties}
         self._tie_of = {position: tie for tie in ties for position in tie}
-        self._heaps: dict[str, list[tuple[float, int, int, _Move]]] = {kind: [] for kind in proportions.of}
+        self._heap: list[tuple[float, float, int, int, _Move]] = []
         self._pushed = itertools.count()
         self._numbers = {tie: number for number, tie in enumerate(ties)}
         for tie in ties:
             self._look_at(tie)
 
     def lowest(self) -> _Move:
-        """The move of lowest mean score by price."""
-        firsts = []
-        for kind, heap in self._heaps.items():
-            while heap and self.nexts.get(heap[0][-1].tie) is not heap[0][-1]:
-                heapq.heappop(heap)
-            if heap:
-                score, number, _, move = heap[0]
-                firsts.append((score * self._proportions.factor(kind), number, move))
-        return min(firsts, key=lambda first: first[:2])[-1]
+        """The move of lowest mean score by price, or of the tie with most of its neurons left."""
+        while self.nexts.get(self._heap[0][-1].tie) is not self._heap[0][-1]:
+            heapq.heappop(self._heap)
+        return self._heap[0][-1]
 
     def make(self, move: _Move) -> None:
         """Let its neurons go."""
@@ -328,7 +319,6 @@ class _Moves:
             changed |= self._joint.remove(position, neurons)
             self.left[position][neurons] = False
         self._sizes[move.tie].pop()
-        self._proportions.remove(move.tie, move.size)
         for tie in {self._tie_of[position] for position in changed}:
             self._look_at(tie)
 
@@ -342,8 +332,9 @@ class _Moves:
         change = sum(float(scores[position][chosen].sum()) for position, chosen in neurons.items())
         move = self.nexts[tie] = _Move(tie, size, neurons, change)
         score = change / (len(tie) * size * self._prices[tie[0]])
-        heap = self._heaps[self._proportions.of[tie[0]]]
-        heapq.heappush(heap, (score, self._numbers[tie], next(self._pushed), move))  # of equal ones the first tie
+        gone = int((~self.left[tie[0]]).sum())
+        part = _part_gone(self._groups[tie[0]].width, gone + size / 2, self._whole, tie)
+        heapq.heappush(self._heap, (part, score, self._numbers[tie], next(self._pushed), move))  # of equal, the first
 
 
 def _shared(prices: Sequence[float], ties: Sequence[Tie]) -> list[float]:
@@ -388,26 +379,23 @@ def _bundles(
     orders: Sequence[Tensor],
     limits: Limits,
     ties: Sequence[Tie],
-    proportions: Proportions,
+    whole: Sequence[int] | None,
 ) -> list[_Bundle]:
     """All that may go, in the order in which they do."""
-    queues: dict[str, list[_Bundle]] = {kind: [] for kind in proportions.of}
+    bundles: list[tuple[float, _Bundle]] = []
     for tie in ties:
         sizes = limits.bundles(*(groups[position] for position in tie))
         ranked = torch.stack([scores[position][orders[position]] for position in tie]).mean(dim=0)
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        queues[proportions.of[tie[0]]] += [
-            _Bundle(float(ranked[start : start + size].mean()), tie, start, size) for start, size in zip(starts, sizes)
-        ]
-    for queue in queues.values():
-        queue.sort(key=lambda bundle: (bundle.score, bundle.tie, bundle.start), reverse=True)
-    bundles = []
-    while any(queues.values()):
-        firsts = {kind: queue[-1] for kind, queue in queues.items() if queue}
-        lowest = min(firsts, key=lambda kind: (firsts[kind].score * proportions.factor(kind), firsts[kind].tie))
-        bundles.append(queues[lowest].pop())
-        proportions.remove(bundles[-1].tie, bundles[-1].size)
-    return bundles
+        for size, start in zip(sizes, itertools.accumulate(sizes, initial=0)):
+            part = _part_gone(groups[tie[0]].width, start + size / 2, whole, tie)
+            bundles.append((part, _Bundle(float(ranked[start : start + size].mean()), tie, start, size)))
+    bundles.sort(key=lambda entry: (entry[0], entry[1].score, entry[1].tie, entry[1].start))
+    return [bundle for _, bundle in bundles]
+
+
+def _part_gone(width: int, gone: float, whole: Sequence[int] | None, tie: Tie) -> float:
+    """The part of a group's whole width that is missing once so many neurons have gone; 0 if it does not matter."""
+    return 0.0 if whole is None else 1.0 - (width - gone) / whole[tie[0]]
 
 
 def _bundles_to_go(costs: CostModel, bundles: Sequence[_Bundle], budget: float, end: End) -> Iterator[_Bundle]:

@@ -172,7 +172,7 @@ def make_pruner(
             round_to=settings.round_to,
             min_width=settings.min_width,
             tie_widths=settings.tie_widths,
-            keep_proportions=settings.keep_proportions,
+            keep_proportions="auto" if settings.keep_proportions == "auto" else settings.keep_proportions == "on",
             max_predicted_loss=settings.max_predicted_loss,
             exclude=settings.exclude,
             ema_models=[] if average is None else [average.module],
