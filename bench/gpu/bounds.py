@@ -32,7 +32,7 @@ BOUNDS = {
     "covariance_expand_kernel": Bound(64, divisions=0, loads_at_once=3),
     "inverse_begin_kernel": Bound(64, divisions=0, loads_at_once=4),
     "inverse_panel_kernel": Bound(240, divisions=0, stage_loads=0),
-    "inverse_update_kernel": Bound(240, divisions=0, stage_loads=0),
+    "inverse_update_kernel": Bound(255, divisions=0, stage_loads=0),
 }
 REST = Bound(255)
 

@@ -22,34 +22,31 @@ __global__ void __launch_bounds__(kInverseThreads)
 }
 
 __global__ void __launch_bounds__(kInverseThreads, 1)
-    inverse_pivot_kernel(const JobList<InverseJob> list, int32_t level,
-                         const __grid_constant__ InversePointers pointers, const InverseArguments arguments,
+    inverse_pivot_kernel(const JobList<InverseJob> list, const __grid_constant__ InversePointers pointers,
                          float* workspace) {
   DeviceBlock block;
-  inverse_pivot(block, list, level, pointers, arguments, workspace);
+  inverse_pivot(block, list, pointers, workspace);
 }
 
 __global__ void __launch_bounds__(kInverseThreads, 1)
     inverse_panel_kernel(const JobList<InverseJob> list, int32_t level,
-                         const __grid_constant__ InversePointers pointers, const InverseArguments arguments,
-                         float* workspace) {
+                         const __grid_constant__ InversePointers pointers, float* workspace) {
   DeviceBlock block;
-  inverse_panel(block, list, level, pointers, arguments, workspace);
+  inverse_panel(block, list, level, pointers, workspace);
 }
 
 __global__ void __launch_bounds__(kInverseThreads, 1)
-    inverse_update_kernel(const JobList<InverseJob> list, int32_t level,
-                          const __grid_constant__ InversePointers pointers, const InverseArguments arguments,
-                          float* workspace) {
+    inverse_update_kernel(const JobList<InverseJob> list, int32_t level, int32_t sweeps,
+                          const __grid_constant__ InversePointers pointers, float* workspace) {
   DeviceBlock block;
-  inverse_update(block, list, level, pointers, arguments, workspace);
+  inverse_update(block, list, level, sweeps, pointers, workspace);
 }
 
 __global__ void __launch_bounds__(kInverseThreads)
     inverse_finish_kernel(const JobList<InverseJob> list, const __grid_constant__ InversePointers pointers,
-                          const InverseArguments arguments) {
+                          const InverseArguments arguments, float* workspace) {
   DeviceBlock block;
-  inverse_finish(block, list, pointers, arguments);
+  inverse_finish(block, list, pointers, arguments, workspace);
 }
 
 __global__ void __launch_bounds__(kInverseThreads)
@@ -68,22 +65,24 @@ cudaError_t invert_small(const InverseGroup& group, const void* descriptors, con
 // Launches only: a level waits for the one before by the order of the stream.
 cudaError_t invert_large(const InverseGroup& group, const void* descriptors, float* workspace,
                          const InversePointers& pointers, const InverseArguments& arguments, cudaStream_t stream) {
-  const auto step = [&](auto* kernel, InverseStep which, int32_t level, int shared_bytes) {
-    const JobList<InverseJob> list = group.large(descriptors, which, level);
-    return launch_persistent(kernel, list.tiles, kInverseThreads, shared_bytes, stream, list, level, pointers,
-                             arguments, workspace);
+  const auto launch = [&](auto* kernel, const JobList<InverseJob>& list, int shared_bytes, const auto&... rest) {
+    return launch_persistent(kernel, list.tiles, kInverseThreads, shared_bytes, stream, list, rest...);
   };
   const JobList<InverseJob> all = group.large(descriptors, InverseStep::kTriangle, 0);
-  cudaError_t status =
-      launch_persistent(inverse_begin_kernel, all.tiles, kInverseThreads, 0, stream, all, pointers, arguments);
+  cudaError_t status = launch(inverse_begin_kernel, all, 0, pointers, arguments);
+  if (status != cudaSuccess) return status;
+  const JobList<InverseJob> pivot = group.large(descriptors, InverseStep::kPanel, 0);
+  status = launch(inverse_pivot_kernel, pivot, kMirrorSharedBytes, pointers, workspace);
   for (int32_t level = 0; status == cudaSuccess && level < group.levels(); ++level) {
-    status = step(inverse_pivot_kernel, InverseStep::kPivot, level, kMirrorSharedBytes);
-    if (status == cudaSuccess) status = step(inverse_panel_kernel, InverseStep::kPanel, level, kProductSharedBytes);
-    if (status == cudaSuccess) status = step(inverse_update_kernel, InverseStep::kUpdate, level, kProductSharedBytes);
+    const JobList<InverseJob> panel = group.large(descriptors, InverseStep::kPanel, level);
+    status = launch(inverse_panel_kernel, panel, kProductSharedBytes, level, pointers, workspace);
+    if (status != cudaSuccess) return status;
+    const JobList<InverseJob> update = group.large(descriptors, InverseStep::kUpdate, level);
+    const int32_t sweeps = group.active(level + 1);
+    status = launch(inverse_update_kernel, update, kProductSharedBytes, level, sweeps, pointers, workspace);
   }
   if (status != cudaSuccess) return status;
-  return launch_persistent(inverse_finish_kernel, all.tiles, kInverseThreads, kMirrorSharedBytes, stream, all, pointers,
-                           arguments);
+  return launch(inverse_finish_kernel, all, kMirrorSharedBytes, pointers, arguments, workspace);
 }
 
 }  // namespace

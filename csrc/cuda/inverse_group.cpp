@@ -59,7 +59,7 @@ InverseSchedule InverseGroup::schedule(const void* descriptors) const {
 JobList<InverseJob> InverseGroup::large(const void* descriptors, InverseStep step, int32_t level) const {
   const char* const base = static_cast<const char*>(descriptors);
   const int at = static_cast<int>(step);
-  const int32_t count = levels() == 0 ? 0 : active_.at(level);
+  const int32_t count = active(level);
   return {reinterpret_cast<const InverseJob*>(base + large_offset_),
           reinterpret_cast<const int32_t*>(base + first_offset_[at]), count, first_[at][count]};
 }
@@ -71,7 +71,7 @@ InverseCounts InverseGroup::counts() const {
     const auto tiles = [&](InverseStep step) { return first_[static_cast<int>(step)][active_[level]]; };
     counts.products += kTile * (2.0 * tiles(InverseStep::kPanel) + tiles(InverseStep::kUpdate));
   }
-  counts.launches = (small_count_ > 0) + (levels() > 0 ? 2 + 3 * int64_t(levels()) : 0);
+  counts.launches = (small_count_ > 0) + (levels() > 0 ? 3 + 2 * int64_t(levels()) : 0);
   counts.pivots = int64_t(kInverseEdge) * (levels() + (small_count_ > 0));
   return counts;
 }

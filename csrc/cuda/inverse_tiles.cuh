@@ -14,11 +14,13 @@ static_assert(kMirrorSharedBytes >= kSweepSharedBytes, "the pivot step uses eith
 static_assert(kInverseThreads == kBlockThreads, "both kinds of tile are a block's");
 
 // Where a job's panels lie: X [k][row] and Y [j][row], transposed so that rows of the matrix run along memory; L^-1 and
-// L.
+// L; and, as info says it, what failed at levels to this one, of even and odd levels: one is read while the pivot of
+// the next level writes the other.
 struct InversePanels {
   FactorInverse factor;
   float *X, *Y;
   int32_t pitch;  // of X and Y
+  int32_t* failed;
 };
 
 KFAC_DEVICE InversePanels inverse_panels(const InverseJob& job, float* workspace) {
@@ -28,7 +30,8 @@ KFAC_DEVICE InversePanels inverse_panels(const InverseJob& job, float* workspace
   return {{rows, rows + kSquare, rows + 2 * kSquare, rows + 3 * kSquare},
           X,
           X + int64_t(kSquare) * job.tiles,
-          job.tiles * kInverseEdge};
+          job.tiles * kInverseEdge,
+          reinterpret_cast<int32_t*>(rows + 3 * kSquare + 1)};
 }
 
 // body(job, tile of the job) for every tile of the list that falls to this block.
@@ -69,28 +72,40 @@ KFAC_DEVICE void inverse_begin(Block& block, const JobList<InverseJob>& list, co
         out[int64_t(row) * job.n + column] = row == column ? values[k] + damping_at(damping, row) : values[k];
       }
     }
-    if (tile == 0 && block.thread() == 0) arguments.info[job.place] = 0;
   });
 }
 
 // ---- pivot ---------------------------------------------------------------------------------------------------------
 
-// L^-1 of A_KK = L L^T, with rows of zeros beyond the matrix; A_KK <- -(A_KK)^-1
+// L^-1 of A_KK = L L^T, with rows of zeros beyond the matrix; A_KK <- -(A_KK)^-1. A_KK first loses `product`, in shared
+// memory with pitch InverseShape128::kPitch, if there is one.
 template <class Block>
 KFAC_DEVICE void sweep_pivot(Block& block, const InverseJob& job, int32_t level, float* out,
-                             const FactorInverse& factor, int32_t* info) {
-  if (*info != 0) return;  // the same for all threads: this block alone writes it, after barriers of the sweep
+                             const InversePanels& panels, const float* product) {
+  const FactorInverse& factor = panels.factor;
   const int32_t first = level * kInverseEdge, size = smaller(kInverseEdge, job.n - first);
   float* const corner = out + int64_t(first) * (job.n + 1);
   const InverseJob own{job.n, size, 0, 0, 0};
   SweepTile<kSweepPer> tile;
   load_tile(block, own, corner, Damping{0.0f, nullptr}, tile);
+  if (product) {
+    KFAC_UNROLL
+    for (int i = 0; i < kSweepPer; ++i) {
+      KFAC_UNROLL
+      for (int j = 0; j < kSweepPer; ++j) {
+        const int32_t row = sweep_row(block.thread(), i), column = sweep_column(block.thread(), j);
+        const bool lower = i == j ? row >= column : i > j;
+        const int32_t place = (lower ? row : column) * InverseShape128::kPitch + (lower ? column : row);
+        if (row < size && column < size) tile.a[i][j] -= product[place];
+      }
+    }
+  }
   for (int32_t at = block.thread(); at < (kInverseEdge - size) * kInverseEdge; at += kInverseThreads) {
     const int32_t row = size + at / kInverseEdge, column = at % kInverseEdge;
     factor.rows[row * kInverseEdge + column] = factor.columns[column * kInverseEdge + row] = 0.0f;
     factor.lower[row * kInverseEdge + column] = 0.0f;
   }
-  block.sync();  // the rows may still be read
+  block.sync();  // the product, or the rows, may still be read
   const int32_t failed = sweep(block, block.shared(), size, tile, factor);
   KFAC_UNROLL
   for (int i = 0; i < kSweepPer; ++i) {
@@ -100,31 +115,21 @@ KFAC_DEVICE void sweep_pivot(Block& block, const InverseJob& job, int32_t level,
       if (row < size && column <= row) corner[int64_t(row) * job.n + column] = tile.a[i][j];
     }
   }
-  if (failed && block.thread() == 0) *info = first + failed;
+  if (block.thread() == 0) panels.failed[level % 2] = failed ? first + failed : 0;
 }
 
-// X[k][rows of the tile] <- A_iK, zero beyond the matrix; above the pivot's row of tiles it is stored as (A_Ki)^T.
+// X[k][rows of the tile] <- A_i0, zero beyond the matrix
 template <class Block>
-KFAC_DEVICE void gather_panel(Block& block, const InverseJob& job, int32_t level, int32_t tile, const float* out,
+KFAC_DEVICE void gather_panel(Block& block, const InverseJob& job, int32_t tile, const float* out,
                               const InversePanels& panels) {
-  const int32_t lane = block.thread() % 32, warp = block.thread() / 32, first = level * kInverseEdge;
-  const int32_t base = tile * kInverseEdge;
-  if (tile < level) {
-    for (int32_t k = warp; k < kInverseEdge; k += kInverseThreads / 32) {
-      for (int32_t i = lane; i < kInverseEdge; i += 32) {
-        panels.X[int64_t(k) * panels.pitch + base + i] =
-            first + k < job.n ? out[int64_t(first + k) * job.n + base + i] : 0.0f;
-      }
-    }
-    return;
-  }
+  const int32_t lane = block.thread() % 32, warp = block.thread() / 32, base = tile * kInverseEdge;
   float* const square = block.shared();  // [kMirrorEdge][kMirrorPitch]
   for (int32_t part = 0; part < kInverseEdge * kInverseEdge; part += kMirrorEdge * kMirrorEdge) {
     const int32_t i0 = part / kInverseEdge / kMirrorEdge * kMirrorEdge, k0 = part / kMirrorEdge % kInverseEdge;
     block.sync();
     for (int32_t i = warp; i < kMirrorEdge; i += kInverseThreads / 32) {
       const int32_t row = base + i0 + i;
-      square[i * kMirrorPitch + lane] = row < job.n ? out[int64_t(row) * job.n + first + k0 + lane] : 0.0f;
+      square[i * kMirrorPitch + lane] = row < job.n ? out[int64_t(row) * job.n + k0 + lane] : 0.0f;
     }
     block.sync();
     for (int32_t k = warp; k < kMirrorEdge; k += kInverseThreads / 32) {
@@ -133,17 +138,16 @@ KFAC_DEVICE void gather_panel(Block& block, const InverseJob& job, int32_t level
   }
 }
 
+// The first pivot of all; the others fall to the update of the level before.
 template <class Block>
-KFAC_DEVICE void inverse_pivot(Block& block, const JobList<InverseJob>& list, int32_t level,
-                               const InversePointers& pointers, const InverseArguments& arguments, float* workspace) {
+KFAC_DEVICE void inverse_pivot(Block& block, const JobList<InverseJob>& list, const InversePointers& pointers,
+                               float* workspace) {
+  for (int32_t at = block.index(); at < list.count; at += block.count()) {
+    const InverseJob& job = list.jobs[at];
+    sweep_pivot(block, job, 0, pointers.inverse[job.place], inverse_panels(job, workspace), nullptr);
+  }
   for_each_tile(block, list, [&](const InverseJob& job, int32_t number) {
-    const InversePanels panels = inverse_panels(job, workspace);
-    float* const out = pointers.inverse[job.place];
-    if (number == 0) {  // it takes longest, so it comes first
-      sweep_pivot(block, job, level, out, panels.factor, arguments.info + job.place);
-    } else {
-      gather_panel(block, job, level, number - (number <= level), out, panels);
-    }
+    gather_panel(block, job, number + 1, pointers.inverse[job.place], inverse_panels(job, workspace));
   });
 }
 
@@ -231,14 +235,14 @@ KFAC_DEVICE void blend_panel(Block& block, float* panel, int32_t pitch, float ke
 }
 
 // Y_i <- X_i L^-T, A_iK <- Y_i L^-1. A tile number leaves out the pivot's. Where the pivot is ill-conditioned Y_i is
-// refined once: X_i <- X_i - Y_i L^T, Y_i <- Y_i + X_i L^-T.
+// refined once: X_i <- X_i - Y_i L^T, Y_i <- Y_i + X_i L^-T. A_iK below the pivot is X_K of the next level.
 template <class Block>
 KFAC_DEVICE void inverse_panel(Block& block, const JobList<InverseJob>& list, int32_t level,
-                               const InversePointers& pointers, const InverseArguments& arguments, float* workspace) {
+                               const InversePointers& pointers, float* workspace) {
   for_each_tile(block, list, [&](const InverseJob& job, int32_t number) {
-    if (arguments.info[job.place] != 0) return;
-    const int32_t tile = number + (number >= level), base = tile * kInverseEdge, first = level * kInverseEdge;
     const InversePanels panels = inverse_panels(job, workspace);
+    if (panels.failed[level % 2] != 0) return;
+    const int32_t tile = number + (number >= level), base = tile * kInverseEdge, first = level * kInverseEdge;
     float* const out = pointers.inverse[job.place];
     const float* const result = block.shared();  // [k][row]
     multiply_tile(block, panels.factor.columns, kInverseEdge, panels.X + base, panels.pitch);
@@ -255,8 +259,11 @@ KFAC_DEVICE void inverse_panel(Block& block, const JobList<InverseJob>& list, in
       if (tile < level) {  // as (A_Ki)^T
         if (first + high >= job.n) continue;
         out[int64_t(first + high) * job.n + base + low] = result[high * InverseShape128::kPitch + low];
-      } else if (base + high < job.n) {
-        out[int64_t(base + high) * job.n + first + low] = result[low * InverseShape128::kPitch + high];
+      } else {
+        const bool inside = base + high < job.n;
+        const float value = inside ? result[low * InverseShape128::kPitch + high] : 0.0f;
+        if (inside) out[int64_t(base + high) * job.n + first + low] = value;
+        if (tile == level + 1) panels.X[int64_t(high) * panels.pitch + first + low] = value;
       }
     }
   });
@@ -295,15 +302,17 @@ KFAC_DEVICE void mirror_square(Block& block, int32_t n, int32_t row0, int32_t co
 
 template <class Block>
 KFAC_DEVICE void inverse_finish(Block& block, const JobList<InverseJob>& list, const InversePointers& pointers,
-                                const InverseArguments& arguments) {
+                                const InverseArguments& arguments, float* workspace) {
   for_each_tile(block, list, [&](const InverseJob& job, int32_t tile) {
     const TilePair at = tile_pair(tile, job.tiles, true);
-    const bool failed = arguments.info[job.place] != 0;
+    const int32_t failed = inverse_panels(job, workspace).failed[(job.tiles - 1) % 2];
+    if (tile == 0 && block.thread() == 0) arguments.info[job.place] = failed;
     constexpr int kSquares = kInverseEdge / kMirrorEdge;
     for (int32_t square = 0; square < kSquares * kSquares; ++square) {
       const int32_t row = at.i * kInverseEdge + square / kSquares * kMirrorEdge;
       const int32_t column = at.j * kInverseEdge + square % kSquares * kMirrorEdge;
-      if (row < job.n && column <= row) mirror_square(block, job.n, row, column, failed, pointers.inverse[job.place]);
+      if (row < job.n && column <= row)
+        mirror_square(block, job.n, row, column, failed != 0, pointers.inverse[job.place]);
     }
   });
 }

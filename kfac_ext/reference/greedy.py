@@ -27,7 +27,7 @@ def greedy_selection(
         score = torch.stack([_scores(*layer, left) for layer in zip(V, H, Gs, columns)]).sum(dim=0)
         best = int(score.masked_fill(~left, torch.inf).argmin())
         neurons.append(best)
-        scores.append(score[best])
+        scores.append(float(score[best]))
         left[best] = False
         for weight, inverse, index in zip(V, H, columns):
             J = index[best]

@@ -68,15 +68,16 @@ inline void emulate_inverse(const kfac::InverseGroup& group, const void* descrip
   launch(kSweepSharedBytes, [&](Block& b) { inverse_small(b, s, pointers, arguments); });
   const JobList<InverseJob> all = group.large(descriptors, InverseStep::kTriangle, 0);
   launch(0, [&](Block& b) { inverse_begin(b, all, pointers, arguments); });
+  const JobList<InverseJob> pivot = group.large(descriptors, InverseStep::kPanel, 0);
+  launch(kMirrorSharedBytes, [&](Block& b) { inverse_pivot(b, pivot, pointers, workspace); });
   for (int32_t level = 0; level < group.levels(); ++level) {
-    const auto tiles = [&](InverseStep step) { return group.large(descriptors, step, level); };
-    const JobList<InverseJob> pivot = tiles(InverseStep::kPivot), panel = tiles(InverseStep::kPanel);
-    const JobList<InverseJob> update = tiles(InverseStep::kUpdate);
-    launch(kMirrorSharedBytes, [&](Block& b) { inverse_pivot(b, pivot, level, pointers, arguments, workspace); });
-    launch(kProductSharedBytes, [&](Block& b) { inverse_panel(b, panel, level, pointers, arguments, workspace); });
-    launch(kProductSharedBytes, [&](Block& b) { inverse_update(b, update, level, pointers, arguments, workspace); });
+    const JobList<InverseJob> panel = group.large(descriptors, InverseStep::kPanel, level);
+    const JobList<InverseJob> update = group.large(descriptors, InverseStep::kUpdate, level);
+    const int32_t sweeps = group.active(level + 1);
+    launch(kProductSharedBytes, [&](Block& b) { inverse_panel(b, panel, level, pointers, workspace); });
+    launch(kProductSharedBytes, [&](Block& b) { inverse_update(b, update, level, sweeps, pointers, workspace); });
   }
-  launch(kMirrorSharedBytes, [&](Block& b) { inverse_finish(b, all, pointers, arguments); });
+  launch(kMirrorSharedBytes, [&](Block& b) { inverse_finish(b, all, pointers, arguments, workspace); });
 }
 
 inline void emulate_pi_damping(const kfac::PiPairs& pairs, double damping, double* amounts) {

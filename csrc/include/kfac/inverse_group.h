@@ -6,10 +6,10 @@
 // small   n <= kInverseEdge: a block holds the matrix in registers and sweeps it, one pivot after the other
 // large   tiles of kInverseEdge, swept one block column after the other, all matrices at the same level at once:
 //   begin    inverse <- M + D, the lower triangle
+//   pivot    A_00 = L L^T: L^-1, A_00 <- -(A_00)^-1; X_i <- A_i0 for all other i
 //   for each level K
-//     pivot    A_KK = L L^T: L^-1, A_KK <- -(A_KK)^-1; X_i <- A_iK for all other i
 //     panel    Y_i <- X_i L^-T, refined where pivots differ much; A_iK <- Y_i L^-1
-//     update   A_ij <- A_ij - Y_i Y_j^T for all other i >= j
+//     update   A_ij <- A_ij - Y_i Y_j^T for all other i >= j; meanwhile the pivot of level K + 1, and its X_i
 //   finish   inverse <- -A, both triangles, or NaN where a pivot failed
 //
 // The sweep of a pivot p (Goodnight 1979): a_ij <- a_ij - a_ik a_kj / p, a_ik <- a_ik / p, a_kk <- -1 / p. After all of
@@ -48,7 +48,7 @@ struct InverseJob {
   int64_t stride;  // between rows of the matrix
   int32_t n, place;
   int32_t tiles;   // along an edge
-  int64_t panels;  // offset in the workspace, in floats: X and Y, L^-1 twice, L, and whether Y is refined
+  int64_t panels;  // offset in the workspace, in floats: X and Y, L^-1 twice, L, whether Y is refined, what failed
 };
 
 // Floats of the workspace of a large matrix, a multiple of 64.
@@ -61,15 +61,14 @@ struct InverseSchedule {
   int32_t small_count;
 };
 
-// Which tiles of a large matrix a step works on: pairs i >= j of all, all rows of tiles, those but the pivot's, and
-// their pairs. Matrices are sorted by size, so those that have a level come first.
-enum class InverseStep : int { kTriangle = 0, kPivot = 1, kPanel = 2, kUpdate = 3 };
-constexpr int kInverseSteps = 4;
+// Which tiles of a large matrix a step works on: pairs i >= j of all, rows of tiles but the pivot's, and their pairs.
+// Matrices are sorted by size, so those that have a level come first.
+enum class InverseStep : int { kTriangle = 0, kPanel = 1, kUpdate = 2 };
+constexpr int kInverseSteps = 3;
 
 KFAC_HD int32_t inverse_step_tiles(InverseStep step, int32_t tiles) {
   if (step == InverseStep::kTriangle) return tiles * (tiles + 1) / 2;
-  if (step == InverseStep::kUpdate) return (tiles - 1) * tiles / 2;
-  return step == InverseStep::kPivot ? tiles : tiles - 1;
+  return step == InverseStep::kUpdate ? (tiles - 1) * tiles / 2 : tiles - 1;
 }
 
 constexpr int64_t kMaxInverseSize = int64_t(1) << 21;  // tiles of one matrix are numbered in 32 bits
@@ -96,6 +95,8 @@ class InverseGroup {
   const std::vector<char>& descriptors() const { return descriptors_; }
   InverseSchedule schedule(const void* descriptors) const;
   int32_t levels() const { return int32_t(active_.size()); }
+  // How many large matrices have this level.
+  int32_t active(int32_t level) const { return level < levels() ? active_[level] : 0; }
   // The tiles of a step at a level; kTriangle has level 0 only.
   JobList<InverseJob> large(const void* descriptors, InverseStep step, int32_t level) const;
   int64_t workspace_bytes() const { return workspace_floats_ * int64_t(sizeof(float)); }
@@ -104,7 +105,7 @@ class InverseGroup {
  private:
   int64_t matrices_, workspace_floats_ = 0;
   int32_t small_count_ = 0;
-  std::vector<int32_t> active_;                // large matrices that have this level
+  std::vector<int32_t> active_;                // of each level
   std::vector<int32_t> first_[kInverseSteps];  // tiles of the matrices before
   int64_t first_offset_[kInverseSteps] = {}, large_offset_ = 0;
   std::vector<char> descriptors_;
