@@ -129,7 +129,6 @@ class PruneWhileTraining:
             if not given:
                 self.curvature.remove()
             raise
-        self._widths_start = self.pruner.widths()
         self._logger, self._has_told = logger, False
 
     def loss(self, inputs: Any, outputs: Any, loss: Tensor) -> Tensor:
@@ -197,7 +196,7 @@ class PruneWhileTraining:
         ]
         widths = pruner.widths()
         longest = max(len(name) for name in widths)
-        for name, before in self._widths_start.items():
+        for name, before in self.pruner.widths_start.items():
             lines.append(f"  {name:{longest}}  {before:5d} -> {widths[name]}")
         lines += [f"note: {record.note}" for record in pruner.history if record.note]
         return "\n".join(lines)
@@ -216,7 +215,7 @@ class PruneWhileTraining:
         parts |= {"flatness": self.flatness} if self.flatness is not None else {}
         parts |= {"lr_scheduler": self.lr_scheduler} if self.lr_scheduler is not None else {}
         state = {name: part.state_dict() for name, part in parts.items()}
-        return {**state, "widths_start": self._widths_start, "attributes": state["pruner"]["attributes"]}
+        return {**state, "attributes": state["pruner"]["attributes"]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`, with the model as it was then and the same settings.
@@ -234,7 +233,6 @@ class PruneWhileTraining:
             self.flatness.load_state_dict(state["flatness"])
         if self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        self._widths_start = dict(state["widths_start"])
 
     def _line(self, removals: list[Removal]) -> str:
         pruner = self.pruner

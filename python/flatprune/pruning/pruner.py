@@ -191,7 +191,7 @@ class Pruner:
         self.keep_proportions, self._proportions_asked = bool(keep_proportions), keep_proportions
         if keep_proportions == "auto":
             self.keep_proportions = self.coupling.attention
-        self._widths_start = {group.name: group.width for group in self.groups}
+        self.widths_start = {group.name: group.width for group in self.groups}
         # of a resumed run, groups of one neuron that are no longer seen as one: name -> tensors
         self._single: dict[str, list[str]] = {}
         self.history: list[Removal] = []
@@ -372,7 +372,7 @@ class Pruner:
         ties, ranks = self.ties, self._ranks
         least, most = self._range(budget, last)
         end = End(least, closely=last)
-        whole = [self._widths_start[group.name] for group in self.groups] if self.keep_proportions else None
+        whole = [self.widths_start[group.name] for group in self.groups] if self.keep_proportions else None
         choice = choose(
             context, criterion, selection, paper, most, self.limits, losses, ties=ties, whole=whole, end=end
         )
@@ -454,7 +454,7 @@ class Pruner:
             "selection": self.selection,
             "ties": named_ties(self.groups, self.ties),
             "keep_proportions": self.keep_proportions,
-            "widths_start": self._widths_start,
+            "widths_start": self.widths_start,
             "widths": self.widths(),
             "tensors": {group.name: _tensors(group) for group in self.groups} | self._single,
             "attributes": held_attributes(self.model, self.coupling),
@@ -491,7 +491,7 @@ class Pruner:
         self.ties[:] = [
             tuple(positions[name] for name in tie) for tie in state["ties"] if single.keys().isdisjoint(tie)
         ]
-        self.keep_proportions, self._widths_start = state["keep_proportions"], dict(state["widths_start"])
+        self.keep_proportions, self.widths_start = state["keep_proportions"], dict(state["widths_start"])
         self.history = [Removal.from_state(record) for record in state["history"]]
         self.step_count, self.params_start = state["step_count"], state["params_start"]
         self.cost_start, self.stopped = state["cost_start"], state["stopped"]
