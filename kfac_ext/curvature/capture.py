@@ -20,6 +20,7 @@ from kfac_ext.curvature.samples import Layout
 from kfac_ext.layers import Layer
 
 REMOVE = "kfac_ext.Curvature watches the model's forwards; call its remove() first"
+UNSEEN = "calls in evaluation mode, inside torch.func, of a method, or of what torch.compile made of it are not seen"
 
 _REASON = {"reason": REMOVE} if "reason" in inspect.signature(torch.compiler.disable).parameters else {}  # not in 2.6
 

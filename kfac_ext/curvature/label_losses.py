@@ -20,6 +20,7 @@ class CrossEntropy(Loss):
     """
 
     name, has_classes = "cross_entropy", True
+    activation, inverse = "softmax", "torch.log"
 
     def __init__(self, reduction: str = "mean", weight: Tensor | None = None) -> None:
         super().__init__(reduction)
@@ -33,6 +34,11 @@ class CrossEntropy(Loss):
                 "(loss='bce' takes one logit)"
             )
         super().check(prediction)
+
+    def are_probabilities(self, values: Tensor) -> bool:
+        """Whether none is negative and those of all classes add up to 1, as far as their dtype can tell."""
+        tolerance = 8 * values.shape[1] ** 0.5 * torch.finfo(values.dtype).eps
+        return bool((values >= 0).all()) and bool(((values.sum(dim=1) - 1).abs() <= tolerance).all())
 
     def terms(self, prediction: Tensor) -> int:
         """N times the positions."""
@@ -94,10 +100,15 @@ class BinaryCrossEntropy(Loss):
     """
 
     name = "bce"
+    activation, inverse = "sigmoid", "torch.logit"
 
     def __init__(self, reduction: str = "mean", weight: Tensor | None = None, pos_weight: Tensor | None = None) -> None:
         super().__init__(reduction)
         self.weight, self.pos_weight = weight, pos_weight
+
+    def are_probabilities(self, values: Tensor) -> bool:
+        """Whether all lie from 0 to 1."""
+        return bool(((values >= 0) & (values <= 1)).all())
 
     def ignored(self, prediction: Tensor, gradient: Tensor) -> Tensor | None:
         """Where the gradient is zero though the prediction is not certain."""

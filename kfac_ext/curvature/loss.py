@@ -23,11 +23,14 @@ class Loss(ABC):
         reduction: of the loss that the user backpropagates, "mean" or "sum".
         needs_output: False: nothing of the model's output is read.
         has_classes: whether one dimension of the output holds classes that exclude each other.
+        activation: what makes probabilities of its predictions, where these are logits: "sigmoid" or "softmax".
+        inverse: of that, in words of torch.
     """
 
     name: str
     needs_output = True
     has_classes = False
+    activation = inverse = ""
 
     def __init__(self, reduction: str = "mean") -> None:
         self.reduction = reduction
@@ -42,6 +45,11 @@ class Loss(ABC):
                 f"Curvature: output {tuple(prediction.shape)} of {prediction.dtype}, expected floating point [N, ...] "
                 f"for {self.name}"
             )
+
+    def are_probabilities(self, values: Tensor) -> bool:
+        """Whether values in the place of a prediction could be what its activation makes of one."""
+        del values
+        return False
 
     def terms(self, prediction: Tensor) -> int:
         """How many terms a prediction has."""

@@ -16,6 +16,7 @@ from kfac_ext.curvature.losses import SeveralLosses
 from kfac_ext.curvature.modes import reading_is_free
 from kfac_ext.curvature.outputs import Reading
 from kfac_ext.curvature.padding import OutputGradient
+from kfac_ext.curvature.probabilities import ProbabilityWatch
 from kfac_ext.curvature.running import RunningFactors
 from kfac_ext.geometry import accumulator_dtype
 
@@ -71,6 +72,7 @@ class FisherUpdates:
         self.reading, self.fisher_type, self.kfac_approx = reading, fisher_type, kfac_approx
         self.grad_scale, self.draws, self._place = grad_scale, draws, place
         self.pads = False
+        self._probabilities = ProbabilityWatch(reading.loss)
         self._pending: _Update | None = None
         self._watched: _Update | None = None
 
@@ -84,6 +86,7 @@ class FisherUpdates:
     ) -> None:
         """After that forward, which returned `output`; `has_labels`: the model has been given the labels."""
         started, reads = set(running.started), self.reading.loss.needs_output
+        self._probabilities.look(capture)
         self.pads = self.pads or running.pads
         free = reading_is_free(running.factors.buffer.device)
         looks = reads and (free or not started or has_labels or self.pads)

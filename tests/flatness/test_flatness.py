@@ -436,3 +436,20 @@ def test_the_penalty_is_of_the_call_that_was_made():
         loss = F.cross_entropy(output, torch.arange(16) % 3)
         values.append(flatness.penalty(give(x), output if same else output.clone(), loss).item())
     assert values[0] > 0 and values == pytest.approx([values[0]] * 3)
+
+
+def test_forwards_that_nothing_has_seen_are_told_of():
+    """At once, and as an error where the term should begin; nothing is said of a forward that counts."""
+    model, x = curvature_nets.make("mlp")
+    flatness = Flatness(Curvature(model), total_steps=30)
+    outputs = model.eval()(x)
+    loss = outputs.square().mean()
+    with pytest.warns(UserWarning, match="Flatness: the term cannot begin, .* calls in evaluation mode") as said:
+        for _ in range(3):
+            flatness.penalty(x, outputs, loss)
+    assert len(said) == 1 and flatness.step_count == flatness.warmup_steps == 3
+    with pytest.raises(RuntimeError, match="Flatness: the term cannot begin"):
+        flatness.penalty(x, outputs, loss)
+    assert flatness.step_count == 3
+    outputs = model.train()(x)
+    assert float(flatness.penalty(x, outputs, outputs.square().mean())) != 0.0

@@ -8,6 +8,7 @@ v^T (dH) v with the eigenvector held); the logarithm, the sum over blocks, the s
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flatprune.flatness.hessian import hessian_lambda_max
 from kfac_ext.curvature import Curvature
 from kfac_ext.curvature.calls import call_hooks
-from kfac_ext.curvature.capture import Capture
+from kfac_ext.curvature.capture import UNSEEN, Capture
 from kfac_ext.curvature.fisher import projected_gradients, projected_inputs
 from kfac_ext.curvature.modes import device_of, reading_is_free, undisturbed
 from kfac_ext.curvature.probing import observe
@@ -135,7 +136,13 @@ class Flatness:
                 `kfac_ext.curvature.recent.Call`; read where the forward is repeated.
             logits: what it returned, or of that what the loss is of.
             loss: the mean loss of these, with its graph.
+
+        Raises:
+            RuntimeError: warm-up is over and the curvature has seen no forward of the model, so that the term cannot
+                begin; a warning says so at the first call.
         """
+        if not self.curvature.step_count and len(logits):
+            self._tell_of_unseen_forwards()
         self.curvature.settle(loss)
         self._take_scale(loss)
         if self.floors is None and self.step_count >= self.warmup_steps and self.curvature.is_updated:
@@ -144,6 +151,13 @@ class Flatness:
         self.step_count += 1
         self._ask_for_record()
         return loss.new_zeros(()) if value is None else value.to(loss.dtype)
+
+    def _tell_of_unseen_forwards(self) -> None:
+        message = f"Flatness: the term cannot begin, the model has made no training forward; {UNSEEN}"
+        if self.step_count >= self.warmup_steps:
+            raise RuntimeError(message)
+        if self.step_count == 0:
+            warnings.warn(message, stacklevel=3)
 
     def end_warmup(self) -> None:
         """Fix the floors K_l as they stand; the next step is penalised.

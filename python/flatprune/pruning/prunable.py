@@ -11,6 +11,7 @@ from flatprune.criteria import Criterion
 from flatprune.criteria.base import consumer_compensation
 from flatprune.criteria.members import layers_of
 from kfac_ext.curvature import Curvature
+from kfac_ext.curvature.capture import UNSEEN
 from kfac_ext.curvature.probing import reached_layers
 
 
@@ -50,8 +51,7 @@ def check_watched(curvature: Curvature, criterion: Criterion) -> None:
     """Raise RuntimeError where a criterion judges by forwards and there has been none."""
     if set(criterion.needs) - {"gradients"} and not curvature.step_count:
         raise RuntimeError(
-            f"Pruner: the model has made no training forward, by which criterion {criterion.name!r} judges; calls in "
-            "evaluation mode, inside torch.func, of a method, or of what torch.compile made of it are not seen"
+            f"Pruner: the model has made no training forward, by which criterion {criterion.name!r} judges; {UNSEEN}"
         )
 
 
