@@ -56,9 +56,11 @@ class Removal {
   // body(first column, columns) over all n columns of a matrix
   template <class Body>
   static void each_chunk(int64_t n, double work, int threads, Body body) {
-    const int64_t width = kChunkBytes / int64_t(sizeof(T));
-    parallel_for(divide_up(n, width), work < kSharedWork ? 1 : threads,
-                 [&](int64_t i) { body(i * width, std::min(width, n - i * width)); });
+    if (work < kSharedWork) threads = 1;
+    const int64_t most = kChunkBytes / int64_t(sizeof(T));
+    const int64_t rounds = divide_up(n, most * threads);  // in which every thread has one of about equal width
+    const int64_t width = divide_up(divide_up(n, rounds * threads), kPanel) * kPanel;
+    parallel_for(divide_up(n, width), threads, [&](int64_t i) { body(i * width, std::min(width, n - i * width)); });
   }
 
   // -L_J of the columns that went before: [removed_count][q]
@@ -209,18 +211,26 @@ class Removal {
   void score(int threads) {
     std::vector<char> went(p_.columns, 0);
     for (int64_t k = 0; k < p_.removed_count + q_; ++k) went[p_.removed[k]] = 1;
-    struct Tile {
-      int64_t list, first, failed;
-    };
     std::vector<Tile> tiles;
     double work = 0;
     for (int64_t list = 0; list < p_.lists; ++list) {
       const GreedyNeurons& neurons = p_.neurons[list];
-      for (int64_t first = 0; first < neurons.count; first += kPanel) tiles.push_back({list, first, -1});
-      work += double(neurons.count * neurons.block * neurons.block) * double(q_ + neurons.block);
+      Tile tile;
+      tile.list = list;
+      for (int64_t neuron = 0; neuron < neurons.count; ++neuron) {
+        if (went[neurons.columns[neuron * neurons.block]]) {
+          neurons.scores[neuron] = std::numeric_limits<double>::infinity();
+          continue;
+        }
+        tile.neurons[tile.lanes++] = neuron;
+        work += double(neurons.block * neurons.block) * double(q_ + neurons.block);
+        if (tile.lanes < kPanel) continue;
+        tiles.push_back(tile);
+        tile.lanes = 0;
+      }
+      if (tile.lanes) tiles.push_back(tile);
     }
-    parallel_for(int64_t(tiles.size()), work < kSharedWork ? 1 : threads,
-                 [&](int64_t t) { tiles[t].failed = score_tile(p_.neurons[tiles[t].list], tiles[t].first, went); });
+    parallel_for(int64_t(tiles.size()), work < kSharedWork ? 1 : threads, [&](int64_t t) { score_tile(tiles[t]); });
     for (const Tile& tile : tiles) {
       if (tile.failed < 0 || p_.failed_neuron >= 0) continue;
       p_.failed_list = tile.list;
@@ -228,58 +238,60 @@ class Removal {
     }
   }
 
-  // Updates and scores 16 neurons; the first whose block is not positive definite, or -1.
-  int64_t score_tile(const GreedyNeurons& neurons, int64_t first, const std::vector<char>& went) const {
+  // Up to 16 neurons that stay, and the first of them whose block is not positive definite, or -1.
+  struct Tile {
+    int64_t list = 0, lanes = 0, failed = -1;
+    int64_t neurons[kPanel] = {};
+  };
+
+  // Updates and scores them.
+  void score_tile(Tile& tile) const {
+    const GreedyNeurons& neurons = p_.neurons[tile.list];
     const int64_t size = neurons.block, pairs = size * (size + 1) / 2;
-    const int64_t lanes = std::min<int64_t>(kPanel, neurons.count - first);
-    const int64_t* columns = neurons.columns + first * size;
     Buffer<double> blocks(pairs * kPanel, 0.0), forms(pairs * kPanel, 0.0);
-    bool stays[kPanel] = {};
-    for (int64_t lane = 0; lane < lanes; ++lane) stays[lane] = !went[columns[lane * size]];
-    move_triangles<true>(neurons, first, stays, blocks.data(), forms.data());
+    move_triangles<true>(neurons, tile, blocks.data(), forms.data());
     if (q_) {
       Buffer<double> x(q_ * size * kPanel, 0.0), y(q_ * size * kPanel, 0.0);
       for (int64_t i = 0; i < q_; ++i) {
         const T* L = H(p_.lost[i]);
         const T* Y = Y_.data() + i * p_.columns;
-        for (int64_t lane = 0; lane < lanes; ++lane) {
-          if (!stays[lane]) continue;
+        for (int64_t lane = 0; lane < tile.lanes; ++lane) {
+          const int64_t* columns = neurons.columns + tile.neurons[lane] * size;
           for (int64_t a = 0; a < size; ++a) {
-            x[(i * size + a) * kPanel + lane] = L[columns[lane * size + a]];
-            y[(i * size + a) * kPanel + lane] = Y[columns[lane * size + a]];
+            x[(i * size + a) * kPanel + lane] = L[columns[a]];
+            y[(i * size + a) * kPanel + lane] = Y[columns[a]];
           }
         }
       }
       greedy_simd().lane_updates(int(size), q_, x.data(), y.data(), blocks.data(), forms.data());
-      move_triangles<false>(neurons, first, stays, blocks.data(), forms.data());
+      move_triangles<false>(neurons, tile, blocks.data(), forms.data());
     }
     double traces[kPanel], pivots[kPanel];
     linalg_simd().lane_traces(int(size), forms.data(), blocks.data(), traces, pivots);
-    int64_t failed = -1;
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      neurons.scores[first + lane] = stays[lane] ? 0.5 * traces[lane] : std::numeric_limits<double>::infinity();
-      if (stays[lane] && !(pivots[lane] > 0) && failed < 0) failed = first + lane;
+    for (int64_t lane = 0; lane < tile.lanes; ++lane) {
+      neurons.scores[tile.neurons[lane]] = 0.5 * traces[lane];
+      if (!(pivots[lane] > 0) && tile.failed < 0) tile.failed = tile.neurons[lane];
     }
-    return failed;
   }
 
-  // Lower triangles of the neurons that stay, into lanes (the identity in others) or out of them
+  // Lower triangles of a tile's neurons, into lanes (the identity in those that are left over) or out of them
   template <bool kIn>
-  static void move_triangles(const GreedyNeurons& neurons, int64_t first, const bool* stays, double* blocks,
-                             double* forms) {
+  static void move_triangles(const GreedyNeurons& neurons, const Tile& tile, double* blocks, double* forms) {
     const int64_t size = neurons.block;
     for (int lane = 0; lane < kPanel; ++lane) {
       for (int64_t a = 0, at = lane; a < size; ++a) {
-        const int64_t row = ((first + lane) * size + a) * size;
         for (int64_t b = 0; b <= a; ++b, at += kPanel) {
-          if (!stays[lane]) {
+          if (lane >= tile.lanes) {
             if (kIn) blocks[at] = a == b;
-          } else if (kIn) {
-            blocks[at] = neurons.blocks[row + b];
-            forms[at] = neurons.forms[row + b];
+            continue;
+          }
+          const int64_t place = (tile.neurons[lane] * size + a) * size + b;
+          if (kIn) {
+            blocks[at] = neurons.blocks[place];
+            forms[at] = neurons.forms[place];
           } else {
-            neurons.blocks[row + b] = blocks[at];
-            neurons.forms[row + b] = forms[at];
+            neurons.blocks[place] = blocks[at];
+            neurons.forms[place] = forms[at];
           }
         }
       }
