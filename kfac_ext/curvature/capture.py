@@ -40,7 +40,10 @@ class Capture:
         z_squares: layer -> mean of |z|^2 over rows (samples and positions) of its first call, if `rng` was asked for.
         gradients: layer -> g of each call; None where there is none (yet).
         layouts: layer -> where the samples stand in what each call sees, where it is not the first dimension.
-        on_gradient: if set, z's gradients of the user's backward are taken down and this is called after each.
+        made: layer -> its A and G, without a factor for the gradients, where they have been made of input and gradient
+            as soon as both were there, and these let go.
+        on_gradient: if set, z's gradients of the user's backward are taken down and this is called after each, with the
+            layer's name.
     """
 
     def __init__(self, rng: RngState | None = None, autocast: bool = False) -> None:
@@ -54,7 +57,8 @@ class Capture:
         self.z_squares: dict[str, Tensor] = {}
         self.gradients: dict[str, list[Tensor | None]] = {}
         self.layouts: dict[str, list[Layout]] = {}
-        self.on_gradient: Callable[[Capture], None] | None = None
+        self.made: dict[str, tuple[Tensor, Tensor]] = {}
+        self.on_gradient: Callable[[Capture, str], None] | None = None
         self._inputs: dict[str, list[Tensor]] = {}
         self._versions: dict[str, list[int]] = {}
         self._edges: dict[str, list[GradientEdge]] = {}
@@ -73,16 +77,16 @@ class Capture:
         slots = self.gradients.setdefault(layer.name, [])
         slots.append(None)
         if self.on_gradient is not None:
-            z.register_hook(self._gradient_hook(slots, len(slots) - 1))
+            z.register_hook(self._gradient_hook(layer.name, len(slots) - 1))
 
-    def _gradient_hook(self, slots: list[Tensor | None], index: int) -> Callable[[Tensor], None]:
+    def _gradient_hook(self, name: str, index: int) -> Callable[[Tensor], None]:
         own = weakref.ref(self)  # the graph must not hold what holds the graph
 
         def hook(gradient: Tensor) -> None:
             capture = own()
             if capture is not None and capture.on_gradient is not None:
-                slots[index] = gradient.detach()
-                capture.on_gradient(capture)
+                capture.gradients[name][index] = gradient.detach()
+                capture.on_gradient(capture, name)
 
         return hook
 
@@ -155,6 +159,11 @@ class Capture:
         """(input, g) of every call of a layer that has a gradient, samples first."""
         grads = self.samples_first(name, self.gradients[name])
         return [(x.detach(), g) for x, g in zip(self.inputs(name), grads) if g is not None]
+
+    def let_go(self, name: str) -> None:
+        """Hold the input and gradient of a layer no longer; that there was a gradient is not forgotten."""
+        self._inputs[name], self._versions[name] = [], []
+        self.gradients[name] = [g if g is None else g.new_empty(0) for g in self.gradients[name]]
 
     def gradients_of(
         self, output: Tensor, seed: Tensor | None = None, *, create_graph: bool = False

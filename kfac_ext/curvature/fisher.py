@@ -80,7 +80,47 @@ def update_factors_(
         calls.append(gradient_updates(layer, grads, mode, count, decay=past, scale=(1 - past) * gradient_scale))
     # first the first calls of all layers: what goes into the same factor again needs a launch of its own
     factors.accumulate_(update for nth in zip_longest(*calls) for update in nth if update is not None)
-    return set(seen)
+    _blend_made(factors, layers, capture.made, decay, started, gradient_scale / count)
+    return {*seen, *capture.made}
+
+
+def make_early(layer: Layer, capture: Capture, mode: str, dtype: torch.dtype) -> None:
+    """A and G of a layer that was called once, in place of its input and gradient, if they take no more memory.
+
+    What a backward does not let go as it proceeds, it cannot use again: memory that is new has to be cleared first.
+    """
+    if len(capture.gradients[layer.name]) != 1:
+        return
+    ((x, g),) = capture.calls(layer.name)
+    blocks = [size if isinstance(size, tuple) else (1, size) for size in layer.factor_sizes().values()]
+    if sum(groups * n * n for groups, n in blocks) * dtype.itemsize > x.nbytes + g.nbytes:
+        return
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        A, G = (x.new_empty(*((groups,) if layer.groups > 1 else ()), n, n, dtype=dtype) for groups, n in blocks)
+        of_gradient = gradient_updates(layer, [g], mode, 1, decay=0.0, scale=1.0)
+        covariance_group_([A, G], [*input_updates(layer, [x], mode, decay=0.0, scale=1.0), *of_gradient])
+    capture.made[layer.name] = A, G
+    capture.let_go(layer.name)
+
+
+def _blend_made(
+    factors: FactorSet,
+    layers: Mapping[str, Layer],
+    made: Mapping[str, tuple[Tensor, Tensor]],
+    decay: float,
+    started: Set[str],
+    gradient_scale: float,
+) -> None:
+    """factors <- decay factors + (1 - decay) (A, gradient_scale G)."""
+    for name, pair in made.items():
+        _check_sizes(factors, layers[name])
+        past = decay if name in started else 0.0
+        for kind, new, scale in zip("AG", pair, (1.0, gradient_scale)):
+            target = factors[f"{name}.{kind}"]
+            if past:
+                target.mul_(past).add_(new, alpha=(1 - past) * scale)
+            else:
+                torch.mul(new, scale, out=target)
 
 
 def _check_sizes(factors: FactorSet, layer: Layer) -> None:

@@ -78,6 +78,11 @@ class UpdateGuard:
         with torch.no_grad():
             calls = {name: capture.calls(name) for name in capture.gradients}
             energies = energies_of(self.names, calls, gradient_scale, self._history)
+            for i, name in enumerate(self.names):
+                if name in capture.made:  # a trace is NaN or infinite where an entry is
+                    A, G = (factor.diagonal(dim1=-2, dim2=-1).sum() for factor in capture.made[name])
+                    pair = torch.stack([A, G * gradient_scale**2])
+                    energies[i :: len(self.names)] = torch.where(pair.isfinite(), pair, torch.inf)
         return self._judged(energies)
 
     def _judged(self, energies: Tensor) -> tuple[Tensor, Tensor]:

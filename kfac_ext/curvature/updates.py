@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kfac_ext.curvature.capture import Capture
 from kfac_ext.curvature.draws import Draws
+from kfac_ext.curvature.fisher import make_early
 from kfac_ext.curvature.losses import SeveralLosses
 from kfac_ext.curvature.modes import reading_is_free
 from kfac_ext.curvature.outputs import Reading
@@ -138,11 +139,31 @@ class FisherUpdates:
 
     # what the backward shows
 
-    def _on_gradient(self, capture: Capture) -> None:
+    def _on_gradient(self, capture: Capture, name: str) -> None:
         update = self._pending
-        if update is not None and update.capture is capture and all(g is not None for g in _gradients(capture)):
+        if update is None or update.capture is not capture:
+            return
+        if self._makes_early(update):
+            running = update.running
+            make_early(running.layers[name], capture, self.kfac_approx, running.factors.buffer.dtype)
+        if all(g is not None for g in _gradients(capture)):
             self._pending = None
             self._take(update)
+
+    def _makes_early(self, update: _Update) -> bool:
+        """Whether A and G of a layer can be made as soon as its gradient is there: nothing else has a say in them.
+
+        Not on a GPU, where all layers share launches, and memory is never cleared.
+        """
+        running, capture = update.running, update.capture
+        if not reading_is_free(running.factors.buffer.device) or running.is_shared or self._has_several:
+            return False
+        if running.guard.outlier_factor is not None or capture.rng is not None or callable(self.grad_scale):
+            return False
+        if update.gradient is not None and update.gradient.value is None:  # not yet: it is the output's own layer
+            return False
+        self._find_counted(update)
+        return capture.counted is None
 
     def _on_output_gradient(self) -> None:
         update, self._pending = self._pending, None

@@ -112,7 +112,7 @@ def test_a_new_level_is_none_but_for_a_while():
 
 
 def verdict(guard, name, x, g):
-    capture = SimpleNamespace(gradients={name: [g]}, calls=lambda _: [(x, g)])
+    capture = SimpleNamespace(gradients={name: [g]}, calls=lambda _: [(x, g)], made={})
     return guard.settle(*guard.judged(capture, 1.0), waits=False)
 
 
