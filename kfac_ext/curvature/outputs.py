@@ -34,7 +34,6 @@ class Reading:
         features: of each tensor that is picked, (dimension, size) of the features of the layer whose output it is; a
             dimension of None is not known. Set once the layers are found.
         only_in_training: whether evaluation mode returns what cannot be read; None: not known yet.
-        takes_channels_last: whether calls may be made again with images in channels-last: False once one has failed.
     """
 
     def __init__(self, loss: Loss, output: Pick = None, class_dim: int | None = None, batch_dim: int = 0) -> None:
@@ -47,7 +46,6 @@ class Reading:
         self.tell(output)
         self.features: Sequence[tuple[int | None, int]] = ()
         self.only_in_training: bool | None = None
-        self.takes_channels_last = True
 
     def tell(self, output: Pick) -> None:
         """Say what the loss is of, if that has not been said.

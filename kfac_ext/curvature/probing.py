@@ -117,8 +117,8 @@ def fresh_look(
         seen[layer.name] += rows
 
     def forget() -> None:
-        for noted in (found, seen, complete):
-            noted.clear()
+        found.clear()
+        seen.clear()
 
     def is_enough(so_far: int) -> bool:
         if samples is None or so_far * curvature.ranks < samples:
@@ -170,39 +170,19 @@ def _predictions(
     """Of calls made again, the newest first, until those of so many samples are enough; in the calls' order.
 
     None where the loss knows nothing of the output. The first call ever made again shows whether evaluation mode can be
-    read; if not, it is made once more, in training mode, and `forget` is called in between. Convolutions on the CPU are
-    faster with images in channels-last; all calls are made once more where the model does not take that, such as for a
-    `view` of an activation.
+    read; if not, it is made once more, in training mode, and `forget` is called in between.
     """
-    is_faster = device_of(curvature.model).type == "cpu" and curvature.has_convolutions
-    if is_faster and curvature.reading.takes_channels_last:
-        try:
-            return _made_again(curvature, calls, forget, is_enough, channels_last=True)
-        except RuntimeError:
-            curvature.reading.takes_channels_last = False
-            forget()
-    return _made_again(curvature, calls, forget, is_enough, channels_last=False)
-
-
-def _made_again(
-    curvature: Curvature,
-    calls: Sequence[Call],
-    forget: Callable[[], None],
-    is_enough: Callable[[int], bool],
-    *,
-    channels_last: bool,
-) -> list[Tensor]:
     reads = curvature.loss.needs_output
     found: list[Any] = []
     if reads and curvature.reading.only_in_training is None:
-        first = _read_in_evaluation(curvature, calls[-1], channels_last=channels_last)
+        first = _read_in_evaluation(curvature, calls[-1])
         if first is None:
             forget()
         else:
             found.append(first)
     with replaying(curvature):
         while len(found) < len(calls) and not is_enough(sum(c.samples for c in calls[len(calls) - len(found) :])):
-            output = calls[-1 - len(found)].run(curvature.model, channels_last=channels_last)
+            output = calls[-1 - len(found)].run(curvature.model)
             found.append(curvature.reading.read(output) if reads else None)
     return found[::-1] if reads else []
 
@@ -231,11 +211,11 @@ def _reads_only_training(curvature: Curvature) -> bool:
     return bool(reading.only_in_training)
 
 
-def _read_in_evaluation(curvature: Curvature, call: Call, *, channels_last: bool = False) -> Tensor | None:
+def _read_in_evaluation(curvature: Curvature, call: Call) -> Tensor | None:
     """What the model predicts in evaluation mode, None if the loss cannot read it; notes which."""
     model, reading = curvature.model, curvature.reading
     with curvature.paused(), batch_statistics(model), undisturbed(model):
-        output = call.run(model, channels_last=channels_last)
+        output = call.run(model)
     try:
         prediction = reading.read(output)
     except (TypeError, ValueError):

@@ -62,10 +62,9 @@ class Call:
         """All tensors among the arguments, nested ones too."""
         return [leaf for leaf in tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Tensor)]
 
-    def run(self, model: nn.Module | Any, *, channels_last: bool = False) -> Any:
-        """Make the call again, on copies, to which the model may write; images in channels-last, if asked."""
-        copied = _copied_channels_last if channels_last else _copied
-        args, kwargs = tree_map(copied, (self.args, dict(self.kwargs)))
+    def run(self, model: nn.Module | Any) -> Any:
+        """Make the call again, on copies, to which the model may write."""
+        args, kwargs = tree_map(_copied, (self.args, dict(self.kwargs)))
         return model(*args, **kwargs)
 
     def without_last(self, batch_dim: int = 0) -> Call:
@@ -155,12 +154,6 @@ def _detached(leaf: Any) -> Any:
 
 def _copied(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
-
-
-def _copied_channels_last(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor) and leaf.dim() == 4 and leaf.is_floating_point() and leaf.layout == torch.strided:
-        return leaf.clone(memory_format=torch.channels_last)
-    return _copied(leaf)
 
 
 def _is_plain(value: Any) -> bool:

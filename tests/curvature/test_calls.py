@@ -179,52 +179,6 @@ def test_no_older_calls_than_it_takes_are_made_again(samples, made):
     torch.testing.assert_close(A["head"], newest["head"], rtol=1e-12, atol=0)
 
 
-class Pictures(nn.Module):
-    """Notes whether its images come in channels-last; may take a view that these do not allow."""
-
-    def __init__(self, views):
-        super().__init__()
-        self.views, self.formats = views, []
-        self.first, self.second, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3), nn.Linear(64, 3)
-
-    def forward(self, x):
-        if x.shape[1] != 3:
-            raise RuntimeError("these are no images")
-        self.formats.append(x.is_contiguous(memory_format=torch.channels_last))
-        x = self.second(self.first(x).relu()).relu()
-        return self.head(x.view(len(x), -1) if self.views else x.flatten(1))
-
-
-@pytest.mark.parametrize("views", [False, True])
-def test_images_are_given_again_in_channels_last(views):
-    """Unless the model does not take them: then all is made once more, and nothing counts twice."""
-    torch.manual_seed(0)
-    model = Pictures(views).double()
-    curvature = Curvature(model, factor_update_steps=1)
-    batches = [torch.randn(5, 3, 8, 8, dtype=torch.float64) for _ in range(2)]
-    plain = [model(x).detach() for x in batches]
-    model.formats.clear()
-    A, predictions = fresh_look(curvature, ["first", "head"], curvature.recent_calls)
-    assert model.formats == ([True, False, False] if views else [True, True])
-    assert curvature.reading.takes_channels_last is not views
-    for found, expected in zip(predictions, plain, strict=True):
-        torch.testing.assert_close(found, expected)
-    rows = F.unfold(torch.cat(batches), 3).mT.flatten(0, 1)
-    torch.testing.assert_close(A["first"][:-1, :-1], rows.mT @ rows / len(rows))
-    torch.testing.assert_close(A["first"][-1, :-1], rows.mean(0))
-    model.formats.clear()
-    fresh_predictions(curvature, curvature.recent_calls)
-    assert model.formats == [not views] * 2
-
-
-def test_what_a_model_raises_is_raised_when_made_again():
-    model = Pictures(False)
-    curvature = Curvature(model)
-    model(torch.randn(5, 3, 8, 8))
-    with pytest.raises(RuntimeError, match="these are no images"):
-        fresh_predictions(curvature, [Call((torch.randn(5, 2, 8, 8),), {}, 5)])
-
-
 def test_no_calls_are_an_error():
     curvature = Curvature(nn.Linear(3, 2))
     with pytest.raises(ValueError, match="no training forward yet"):
