@@ -142,6 +142,11 @@ def make_schedule(settings: Settings, total_steps: int) -> CubicSchedule:
     return CubicSchedule(total_steps, settings.prune_start, settings.prune_end, settings.prune_every)
 
 
+def _switch(choice: str) -> str | bool:
+    """A setting of auto, on or off as `Pruner` takes it."""
+    return choice if choice == "auto" else choice == "on"
+
+
 def make_pruner(
     settings: Settings,
     model: nn.Module,
@@ -166,13 +171,13 @@ def make_pruner(
             total_steps=total_steps,
             schedule=make_schedule(settings, total_steps),
             criterion=settings.criterion,
-            compensate="auto" if settings.compensate == "auto" else settings.compensate == "on",
+            compensate=_switch(settings.compensate),
             selection=settings.selection,
             seed=settings.seed,
             round_to=settings.round_to,
             min_width=settings.min_width,
             tie_widths=settings.tie_widths,
-            keep_proportions="auto" if settings.keep_proportions == "auto" else settings.keep_proportions == "on",
+            keep_proportions=_switch(settings.keep_proportions),
             max_predicted_loss=settings.max_predicted_loss,
             exclude=settings.exclude,
             ema_models=[] if average is None else [average.module],
