@@ -26,7 +26,7 @@ from bench.rivals.method import Method, all_methods, chosen_methods, is_installe
 from bench.rivals.plan import FIRST_SEED, FIRST_TUNING_SEED, Folder, stamp
 from bench.rivals.report import section, tables
 from bench.rivals.runner import Study, go_on
-from bench.rivals.tasks import DEFAULT_TASKS, TARGETS, TASKS
+from bench.rivals.tasks import DEFAULT_TARGETS, DEFAULT_TASKS, TARGETS, TASKS
 from flatprune.errors import InputError
 from flatprune.files.lock import FolderLock
 
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tasks", nargs="+", choices=TASKS, default=list(DEFAULT_TASKS), metavar="TASK", help=", ".join(TASKS)
     )
     parser.add_argument(
-        "--targets", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="SIZE", help=", ".join(TARGETS)
+        "--targets", nargs="+", choices=TARGETS, default=list(DEFAULT_TARGETS), metavar="SIZE", help=", ".join(TARGETS)
     )
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="default all: " + ", ".join(all_methods()))
     parser.add_argument("--seeds", type=int, default=5, help="of the tables; default 5")
@@ -98,7 +98,7 @@ def report(given: argparse.Namespace) -> int:
 def _command(given: argparse.Namespace) -> str:
     """The call that makes these runs, without the places of this machine."""
     words = ["python -m bench.rivals --data-dir data"]
-    for name, default in (("tasks", list(DEFAULT_TASKS)), ("targets", list(TARGETS)), ("methods", None)):
+    for name, default in (("tasks", list(DEFAULT_TASKS)), ("targets", list(DEFAULT_TARGETS)), ("methods", None)):
         value = getattr(given, name)
         words += [f"--{name} {shlex.join(value)}"] if value not in (None, default) else []
     words += [f"--seeds {given.seeds}"] if given.seeds != 5 else []

@@ -16,9 +16,12 @@ TARGETS = {  # name -> unit and fraction of the whole network
     "5": ("params", 0.05),
     "2": ("params", 0.02),
     "macs10": ("macs", 0.10),
+    "macs50": ("macs", 0.50),
+    "macs25": ("macs", 0.25),
 }
-TITLES = {"10": "10 % of the parameters", "5": "5 % of the parameters", "2": "2 % of the parameters"}
-TITLES["macs10"] = "10 % of the multiply-accumulates"
+DEFAULT_TARGETS = ("10", "5", "2", "macs10")
+_UNITS = {"params": "parameters", "macs": "multiply-accumulates"}
+TITLES = {name: f"{100 * fraction:.0f} % of the {_UNITS[unit]}" for name, (unit, fraction) in TARGETS.items()}
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Task:
         train_size: images of the training set, drawn by the seed of the run.
         epochs, batch_size: of every method.
         augment: shifts, and mirror images for colour.
+        warmup: fraction of the training in which every method's learning rate rises linearly to its own.
+        bf16: training forwards in bfloat16 by autocast, of images in channels-last format.
     """
 
     title: str
@@ -44,6 +49,8 @@ class Task:
     epochs: int = 10
     batch_size: int = 128
     augment: bool = False
+    warmup: float = 0.0
+    bf16: bool = False
 
     def data(self, folder: Path, seed: int, *, validation: bool) -> Dataset:
         """The images of a seed; for the choice of knobs a fifth of the training images in place of the test images."""
@@ -70,6 +77,15 @@ TASKS = {
     ),
     "cifar-resnet20": Task(
         "CIFAR-10, 5,000 images of 16x16, ResNet-20 of a quarter of its width", "cifar10.npz", 16, "resnet20", _QUARTER
+    ),
+    "cifar-whole": Task(
+        "CIFAR-10, all images, ResNet-20, 24 epochs with shifts and mirror images",
+        *("cifar10.npz", 32, "resnet20"),
+        train_size=None,
+        epochs=24,
+        augment=True,
+        warmup=1 / 24,
+        bf16=True,
     ),
 }
 DEFAULT_TASKS = ("fashion", "cifar")

@@ -65,6 +65,7 @@ class Training:
         self.target_cost = fraction * self.goal.cost(whole)
         self.step, self.epochs = 0, task.epochs * method.epochs
         self.total_steps = self.epochs * (len(data.x_train) // min(task.batch_size, len(data.x_train)))
+        self._warmup = max(task.warmup, 1 / self.total_steps)
         self.attributes: dict[str, Any] | None = None
         self._uncounted = [0.0, 0.0]
         self.renew_optimizer()
@@ -104,11 +105,16 @@ class Training:
         return {"seconds": spent[0], "seconds_wall": spent[1]}
 
     def _one_step(self, x: Tensor, y: Tensor) -> None:
-        rate = self.method.lr * self.method.rate(self.step / self.total_steps)
+        progress = self.step / self.total_steps
+        rate = self.method.lr * self.method.rate(progress) * min(1.0, (progress + 1 / self.total_steps) / self._warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()  # libraries trace networks in evaluation mode and leave them so
-        outputs = self.model(x)
+        if self.task.bf16:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.task.bf16):
+            outputs = self.model(x)
+        outputs = outputs.float()
         loss = self.method.loss(self, x, outputs, F.cross_entropy(outputs, y))
         if not math.isfinite(loss.item()):
             raise DivergedError(f"the loss is {loss.item()} at step {self.step + 1} of {self.total_steps}")

@@ -22,7 +22,7 @@ class Scratch(Method):
 
     title = "the shape of ours from scratch"
     source = "Liu et al. 2019, arXiv 1810.05270"
-    shape_of = "ours-no-flatness"
+    shape_of = "ours"
 
 
 class ScratchTwice(Scratch):

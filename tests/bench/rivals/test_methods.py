@@ -35,7 +35,7 @@ def test_no_rival_is_imported_before_it_is_run():
 
 
 def test_from_scratch_brings_the_method_whose_shape_it_trains():
-    assert list(chosen_methods(["scratch"])) == ["ours-no-flatness", "scratch"]
+    assert list(chosen_methods(["scratch"])) == ["ours", "scratch"]
     with pytest.raises(InputError, match="no method is called 'otto', expected some of ours, "):
         chosen_methods(["otto"])
 
