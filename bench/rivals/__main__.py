@@ -30,7 +30,7 @@ from bench.rivals.tasks import DEFAULT_TARGETS, DEFAULT_TASKS, TARGETS, TASKS
 from flatprune.errors import InputError
 from flatprune.files.lock import FolderLock
 
-PAGE, MARKER = ROOT / "docs" / "results.md", "rivals"
+PAGE = ROOT / "docs" / "results.md"
 NOT_DONE = 3
 
 
@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("build/rivals"), help="default build/rivals")
     parser.add_argument("--report", action="store_true", help="run nothing; put the tables of --out into --page")
     parser.add_argument("--page", type=Path, default=PAGE, help="default docs/results.md")
+    parser.add_argument("--marker", default="rivals", help="of the place in --page; default rivals")
     parser.add_argument("--example", choices=EXAMPLES, help="run nothing but this rival's own example, twice")
     return parser
 
@@ -91,7 +92,7 @@ def report(given: argparse.Namespace) -> int:
     methods: dict[str, type[Method]] = chosen_methods(given.methods)
     folder, seeds, tuning = Folder(given.out, None), _seeds(given), _tuning_seeds(given)
     shown = list(tables(folder, methods, given.tasks, given.targets, seeds, tuning))
-    replace_between(given.page, MARKER, section(shown, folder, _command(given), seeds, tuning))
+    replace_between(given.page, given.marker, section(shown, folder, _command(given), seeds, tuning))
     return 0
 
 

@@ -156,10 +156,10 @@ def test_the_page(study, fake, tmp_path):
     (untuned,) = tables(folder, study, ["tiny"], ["5"], [11, 12], [])
     assert "nothing tuned yet" in section([untuned], folder, "", [11, 12], [101, 102])
     page = tmp_path / "page.md"
-    page.write_text(f"before\n<!-- {command.MARKER} -->\nold\n<!-- {command.MARKER} -->\n")
+    page.write_text("before\n<!-- rivals -->\nold\n<!-- rivals -->\n")
     assert command.main(["--report", "--out", str(tmp_path / "out"), "--page", str(page), "--seeds", "2"]) == 0
     assert "--seeds 2" in page.read_text() and "old" not in page.read_text()
-    assert command.PAGE.read_text().count(f"<!-- {command.MARKER} -->") == 2
+    assert command.PAGE.read_text().count("<!-- rivals -->") == 2
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
