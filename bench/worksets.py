@@ -128,6 +128,12 @@ def mlp(batch: int) -> list[LayerShape]:
     return [LayerShape(f"fc{i + 1}", batch, widths[i], widths[i + 1]) for i in range(3)]
 
 
+def transformer(rows: int, width: int, blocks: int) -> list[LayerShape]:
+    """Linear layers of an encoder's blocks on samples times positions rows: attention, then one four times as wide."""
+    widths = [(width, width)] * 4 + [(width, 4 * width), (4 * width, width)]
+    return [LayerShape(f"block{block}.{i}", rows, *pair) for block in range(blocks) for i, pair in enumerate(widths)]
+
+
 def networks(quick: bool = False) -> dict[str, list[LayerShape]]:
     """Name -> layers, with batches that a CPU handles in a second or so."""
     few = {"VGG-small b64": vgg(64, VGG_SMALL), "MLP b256": mlp(256)}

@@ -8,7 +8,7 @@ from typing import Any
 from bench.documents import table
 from bench.gpu.floor import Floor
 from bench.gpu.networks import work_sets
-from bench.worksets import LayerShape
+from bench.worksets import LayerShape, transformer
 from kfac_ext import _C
 
 H100 = (132, 227 << 10)  # multiprocessors, and the shared memory a block may have
@@ -16,7 +16,7 @@ H100 = (132, 227 << 10)  # multiprocessors, and the shared memory a block may ha
 
 def covariance_floor(layers: Sequence[LayerShape]) -> Floor:
     """One update of A and G: inputs are read, rows and slots written and read, outputs read and written."""
-    counts = _C.CovarianceGroup([problem for layer in layers for problem in _problems(layer)]).counts()
+    counts = _covariance(layers)[0]
     floats = counts["inputs"] + 2 * (counts["packed"] + counts["slots"] + counts["outputs"])
     return Floor(counts["products"], 3 * counts["products"], 0.0, 4 * floats)
 
@@ -60,16 +60,17 @@ def greedy_floor(layers: Sequence[LayerShape], removals: int) -> Floor:
 
 def covariance_table() -> str:
     """One update of A and G of all layers."""
-    head = ("products, 10^9", "plain, 10^9", "inputs", "packed", "tile reads", "slots", "outputs", "workspace, MB")
+    floats = ("inputs", "packed", "tile reads", "tile reads in tf32", "slots", "outputs")
     rows = []
-    for name, layers in work_sets(False).items():
-        group = _C.CovarianceGroup([problem for layer in layers for problem in _problems(layer)])
-        counts = {key: value / 1e6 for key, value in group.counts().items()}
+    for network, layers in (work_sets(False) | {"BERT-base 32 x 128": transformer(32 * 128, 768, 12)}).items():
+        found, workspace = _covariance(layers)
+        counts = {key: value / 1e6 for key, value in found.items()}
+        counts["tile_reads_in_tf32"] = _covariance(layers, tf32=True)[0]["tile_reads"] / 1e6
         plain = sum(layer.batch * layer.output_size**2 * (layer.patch**2 + layer.outputs**2) for layer in layers)
-        floats = [f"{counts[key]:.1f}" for key in ("inputs", "packed", "tile_reads", "slots", "outputs")]
+        counted = [f"{counts[name.replace(' ', '_')]:.1f}" for name in floats]
         products = [f"{counts['products'] / 1e3:.1f}", f"{plain / 1e9:.1f}"]
-        rows.append((name, *products, *floats, f"{group.workspace_bytes / 1e6:.0f}"))
-    return "\n".join(table(("", *head), rows))
+        rows.append((network, *products, *counted, f"{workspace / 1e6:.0f}"))
+    return "\n".join(table(("", "products, 10^9", "plain, 10^9", *floats, "workspace, MB"), rows))
 
 
 def algebra_table() -> str:
@@ -127,11 +128,20 @@ def _power(sizes: Sequence[int]) -> dict[str, float]:
     return counts
 
 
-def _problems(layer: LayerShape) -> list[tuple[Any, ...]]:
+def _covariance(layers: Sequence[LayerShape], tf32: bool = False) -> tuple[dict[str, float], int]:
+    """What the schedules of all layers count, and the bytes of the largest workspace."""
+    half = _C.max_group_layers // 2  # each has A and G
+    cut = [layers[first : first + half] for first in range(0, len(layers), half)]
+    groups = [_C.CovarianceGroup([problem for layer in part for problem in _problems(layer, tf32)]) for part in cut]
+    counts = [group.counts() for group in groups]
+    return {key: sum(c[key] for c in counts) for key in counts[0]}, max(group.workspace_bytes for group in groups)
+
+
+def _problems(layer: LayerShape, tf32: bool) -> list[tuple[Any, ...]]:
     """A and G of a layer with contiguous float32 inputs, as `_C.CovarianceGroup` takes them."""
     n, c, size, out = layer.batch, layer.channels, max(layer.size, 1), layer.output_size
     k, pad = (layer.kernel, layer.padding) if layer.is_convolution else (1, 0)
     a = (n, c, size, size, k, k, layer.stride, layer.stride, pad, pad, 1, 1, out, out, layer.groups)
     g = (n, layer.outputs, out, out, 1, 1, 1, 1, 0, 0, 1, 1, out, out, 1)
     strides = [(channels * s * s, s * s, s, 1) for channels, s in ((c, size), (layer.outputs, out))]
-    return [(0, strides[0], a, False, 0, False, 0), (0, strides[1], g, False, 0, False, 0)]
+    return [(0, strides[i], shape, False, 0, False, int(tf32)) for i, shape in enumerate((a, g))]

@@ -27,7 +27,7 @@ kfac::CovarianceMode covariance_mode(bool reduce) {
 // dtype, strides of [N, C, H, W], shape as in conv_shape, reduce, algorithm, bias, precision
 using Problem = std::tuple<int, std::array<int64_t, 4>, ConvShapeNumbers, bool, int, bool, int>;
 
-kfac::CovarianceGroup covariance_group(const std::vector<Problem>& specs) {
+kfac::CovarianceGroup covariance_group(const std::vector<Problem>& specs, int64_t least_wide_tiles) {
   std::vector<kfac::CovarianceProblem> problems;
   for (const auto& [dtype, strides, shape, reduce, algorithm, bias, precision] : specs) {
     problems.push_back({static_cast<kfac::DType>(dtype), strides[0], strides[1], strides[2], strides[3],
@@ -35,7 +35,7 @@ kfac::CovarianceGroup covariance_group(const std::vector<Problem>& specs) {
                         static_cast<kfac::CovarianceAlgorithm>(algorithm), bias,
                         static_cast<kfac::Precision>(precision)});
   }
-  return kfac::CovarianceGroup(problems);
+  return kfac::CovarianceGroup(problems, least_wide_tiles);
 }
 
 #ifdef KFAC_WITH_CUDA
@@ -86,7 +86,7 @@ void register_covariance(py::module_& m) {
   weights["avx2"] = py::make_tuple(kfac::kNarrowWeights.shift, kfac::kNarrowWeights.patches);
   m.attr("covariance_weights") = weights;
   py::class_<kfac::CovarianceGroup>(m, "CovarianceGroup")
-      .def(py::init(&covariance_group))
+      .def(py::init(&covariance_group), py::arg("problems"), py::arg("least_wide_tiles") = kfac::kLeastWideTiles)
       .def_property_readonly("workspace_bytes", &kfac::CovarianceGroup::workspace_bytes)
       .def("counts",
            [](const kfac::CovarianceGroup& group) {

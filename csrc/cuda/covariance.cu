@@ -26,7 +26,15 @@ template <MmaMode kMode>
 __global__ void __launch_bounds__(kBlockThreads, kMode == MmaMode::kSplit ? 1 : 2)
     covariance_tiles_kernel(const JobList<TileJob> list, float* workspace) {
   DeviceBlock block;
-  covariance_tiles<kMode>(block, list, workspace);
+  covariance_tiles<kMode, false>(block, list, workspace);
+}
+
+// Half of a multiprocessor's registers are sums of a wide tile.
+template <MmaMode kMode>
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    covariance_wide_tiles_kernel(const JobList<TileJob> list, float* workspace) {
+  DeviceBlock block;
+  covariance_tiles<kMode, true>(block, list, workspace);
 }
 
 __global__ void __launch_bounds__(kBlockThreads)
@@ -50,6 +58,12 @@ __global__ void __launch_bounds__(kBlockThreads)
 
 template <MmaMode kMode>
 cudaError_t launch_tiles(const CovarianceSchedule& schedule, float* workspace, cudaStream_t stream) {
+  if constexpr (kMode != MmaMode::kSplit) {
+    const JobList<TileJob>& wide = schedule.wide_tiles[static_cast<int>(kMode)];
+    const cudaError_t status = launch_persistent(covariance_wide_tiles_kernel<kMode>, wide.tiles, kBlockThreads,
+                                                 kWideSharedBytes, stream, wide, workspace);
+    if (status != cudaSuccess) return status;
+  }
   const JobList<TileJob>& list = schedule.tiles[static_cast<int>(kMode)];
   return launch_persistent(covariance_tiles_kernel<kMode>, list.tiles, kBlockThreads, kTileSharedBytes, stream, list,
                            workspace);
@@ -91,6 +105,9 @@ std::vector<KernelInfo> covariance_kernels() {
           info("covariance_tiles_kernel<1>", covariance_tiles_kernel<MmaMode::kBFloat16>, kTileSharedBytes),
           info("covariance_tiles_kernel<2>", covariance_tiles_kernel<MmaMode::kSplit>, kTileSharedBytes),
           info("covariance_tiles_kernel<3>", covariance_tiles_kernel<MmaMode::kFloat16>, kTileSharedBytes),
+          info("covariance_wide_tiles_kernel<0>", covariance_wide_tiles_kernel<MmaMode::kTf32>, kWideSharedBytes),
+          info("covariance_wide_tiles_kernel<1>", covariance_wide_tiles_kernel<MmaMode::kBFloat16>, kWideSharedBytes),
+          info("covariance_wide_tiles_kernel<3>", covariance_wide_tiles_kernel<MmaMode::kFloat16>, kWideSharedBytes),
           info("covariance_lanes_kernel", covariance_lanes_kernel, kLineSharedBytes),
           info("covariance_reduce_kernel", covariance_reduce_kernel, 0),
           info("covariance_expand_kernel", covariance_expand_kernel, kExpandSharedBytes)};

@@ -170,7 +170,7 @@ struct CovarianceGroup::Builder {
   };
 
   Jobs<PackJob> pack, means;
-  Jobs<TileJob> tiles[kMmaModes];
+  Jobs<TileJob> wide_tiles[kMmaModes], tiles[kMmaModes];
   Jobs<LaneJob> lanes;
   Jobs<ReduceJob> reduce;
   Jobs<ExpandJob> expand;
@@ -236,11 +236,45 @@ struct CovarianceGroup::Builder {
     const int64_t length = count * job.edge * job.edge;
     job.slot = allocate(chunks * length);
     counts.products += double(length) * rows.count;
-    counts.tile_reads += 0.5 * double(element_bytes(source.packed_dtype) * count * job.edge) * rows.count;
+    const int64_t times = job.symmetric ? job.side + 1 : 2 * job.side;  // that a row is read
+    counts.tile_reads +=
+        0.25 * double(element_bytes(source.packed_dtype) * job.groups * times) * job.group_pitch * rows.count;
     counts.slots += double(chunks * length);
     tiles[int(mma_mode(problem))].add(job, chunks * count);
     add_reduce(job.slot, length, chunks);
     return job.slot;
+  }
+
+  // Makes wide tiles of two squares each where there are enough of them, counted in the longest. The split mode needs
+  // its registers for other things.
+  void widen(MmaMode mode, int64_t least) {
+    const Jobs<TileJob> before = tiles[int(mode)];
+    Jobs<TileJob> wide, rest;
+    double rows = 0, longest = 1;
+    for (size_t n = 0; n < before.jobs.size(); ++n) {
+      const TileJob& job = before.jobs[n];
+      const bool cut = mode != MmaMode::kSplit && job.edge == 128;
+      if (!cut) rest.add(job, before.tiles[n]);
+      for (const TilePart part : {TilePart::kWide, TilePart::kRest}) {
+        TileJob own = job;
+        own.part = part;
+        own.pairs = part_count(part, job.side, job.symmetric);
+        if (cut) (part == TilePart::kWide ? wide : rest).add(own, before.tiles[n] / job.pairs * own.pairs);
+      }
+    }
+    double saved = 0;
+    for (const TileJob& job : wide.jobs) {
+      const double tiled = double(job.groups) * job.rows.count;
+      rows += tiled * job.pairs;
+      longest = std::max(longest, double(job.chunk));
+      // columns A of a pair are read once, not twice; the last square along an edge may have fewer
+      const int64_t padding = int64_t(job.side) * job.edge - job.group_pitch;
+      saved += tiled * double(int64_t(job.pairs) * job.edge - job.side / 2 * padding);
+    }
+    if (wide.jobs.empty() || rows < double(least) * longest) return;
+    wide_tiles[int(mode)] = wide;
+    tiles[int(mode)] = rest;
+    counts.tile_reads -= 0.25 * double(element_bytes(packed_dtype(mode))) * saved;
   }
 
   void add_reduce(int64_t slot, int64_t length, int64_t chunks) {
@@ -301,7 +335,8 @@ struct CovarianceGroup::Builder {
   }
 };
 
-CovarianceGroup::CovarianceGroup(const std::vector<CovarianceProblem>& problems) : layers_(int(problems.size())) {
+CovarianceGroup::CovarianceGroup(const std::vector<CovarianceProblem>& problems, int64_t least_wide_tiles)
+    : layers_(int(problems.size())) {
   if (problems.size() > size_t(kMaxGroupLayers)) {
     throw std::invalid_argument("covariance: " + std::to_string(problems.size()) +
                                 " layers in one group, expected at most " + std::to_string(kMaxGroupLayers));
@@ -310,6 +345,8 @@ CovarianceGroup::CovarianceGroup(const std::vector<CovarianceProblem>& problems)
   for (int layer = 0; layer < layers_; ++layer) builder.add_layer(layer, problems[layer]);
   for (int mode = 0; mode < kMmaModes; ++mode) {
     builder.tiles[mode].sort_by_cost([](const TileJob& job) { return int64_t(job.edge) * job.edge * job.chunk; });
+    builder.widen(MmaMode(mode), least_wide_tiles);
+    wide_tiles_[mode] = Builder::store(builder.wide_tiles[mode], descriptors_);
     tiles_[mode] = Builder::store(builder.tiles[mode], descriptors_);
   }
   pack_ = Builder::store(builder.pack, descriptors_);
@@ -333,7 +370,10 @@ CovarianceSchedule CovarianceGroup::schedule(const void* descriptors) const {
   CovarianceSchedule schedule{};
   schedule.pack = pack_.at(base);
   schedule.means = means_.at(base);
-  for (int mode = 0; mode < kMmaModes; ++mode) schedule.tiles[mode] = tiles_[mode].at(base);
+  for (int mode = 0; mode < kMmaModes; ++mode) {
+    schedule.wide_tiles[mode] = wide_tiles_[mode].at(base);
+    schedule.tiles[mode] = tiles_[mode].at(base);
+  }
   schedule.lanes = lanes_.at(base);
   schedule.reduce = reduce_.at(base);
   schedule.expand = expand_.at(base);

@@ -16,7 +16,7 @@ KFAC_DEVICE void load_stage(Block& block, const TileJob& job, const TileWork& wo
   constexpr int kVectors = Shape::kEdge / Shape::kVector, kRowsAtOnce = kBlockThreads / kVectors;
   Value* const b = a + Shape::kStageRows * Shape::kPitch;
   const int32_t column = block.thread() % kVectors * Shape::kVector;
-  const bool valid_a = work.column_a + column < job.group_pitch, valid_b = work.column_b + column < job.group_pitch;
+  const bool valid_a = work.column_a + column < job.group_pitch;
   KFAC_UNROLL
   for (int pass = 0; pass < Shape::kStageRows / kRowsAtOnce; ++pass) {
     const int32_t line = pass * kRowsAtOnce + block.thread() / kVectors;
@@ -26,7 +26,11 @@ KFAC_DEVICE void load_stage(Block& block, const TileJob& job, const TileWork& wo
     const Value* const from_a = packed + row * job.row_pitch + work.column_a + column;
     const Value* const from_b = packed + (row + job.rows.shift) * job.row_pitch + work.column_b + column;
     block.copy16(a + line * Shape::kPitch + column, valid && valid_a ? from_a : packed, valid && valid_a);
-    block.copy16(b + line * Shape::kPitch + column, valid && valid_b ? from_b : packed, valid && valid_b);
+    KFAC_UNROLL
+    for (int at = 0; at < Shape::kSquares * Shape::kEdge; at += Shape::kEdge) {
+      const bool valid_b = valid && work.column_b + at + column < job.group_pitch;
+      block.copy16(b + line * Shape::kPitchB + at + column, valid_b ? from_b + at : packed, valid_b);
+    }
   }
 }
 
@@ -108,7 +112,7 @@ KFAC_DEVICE void multiply_stage(Block& block, const float* a, float (&sums)[Shap
       uint32_t right[2][2];
       KFAC_UNROLL
       for (int e = 0; e < 2; ++e) {
-        const float value = b[(k + mma_b_row(lane, e)) * Shape::kPitch + place.column + j * 8 + mma_b_column(lane)];
+        const float value = b[(k + mma_b_row(lane, e)) * Shape::kPitchB + place.column + j * 8 + mma_b_column(lane)];
         fragment<kMode>(value, right[0][e], right[1][e]);
       }
       KFAC_UNROLL
@@ -125,7 +129,7 @@ KFAC_DEVICE void multiply_halves(Block& block, const uint16_t* a, float (&sums)[
   const HalfPlace own_a = half_a_place(block.thread() % 32), own_b = half_b_place(block.thread() % 32);
   constexpr int kStage = Shape::kStageRows * Shape::kPitch, kSteps = Shape::kStageRows / 16 / Shape::kWarpsK;
   const uint16_t* const from_a = a + own_a.row * Shape::kPitch + place.row + own_a.column;
-  const uint16_t* const from_b = a + kStage + own_b.row * Shape::kPitch + place.column + own_b.column;
+  const uint16_t* const from_b = a + kStage + own_b.row * Shape::kPitchB + place.column + own_b.column;
   KFAC_UNROLL_BY(1)
   for (int step = 0; step < kSteps; ++step) {
     const int32_t k = (step * Shape::kWarpsK + place.depth) * 16;
@@ -135,7 +139,7 @@ KFAC_DEVICE void multiply_halves(Block& block, const uint16_t* a, float (&sums)[
     KFAC_UNROLL
     for (int pair = 0; pair < Shape::kMmaN / 2; ++pair) {
       uint32_t right[4];
-      block.load_turned(right, from_b + k * Shape::kPitch + pair * 16);
+      block.load_turned(right, from_b + k * Shape::kPitchB + pair * 16);
       KFAC_UNROLL
       for (int j = 0; j < 2; ++j) {
         const uint32_t b[2] = {right[2 * j], right[2 * j + 1]};
@@ -152,37 +156,44 @@ KFAC_DEVICE void multiply_halves(Block& block, const uint16_t* a, float (&sums)[
   }
 }
 
-// Adds the sums of the warps that took other rows, in order, and writes the tile to its slot [edge][edge].
+// Adds the sums of the warps that took other rows, in order, and writes the tile's squares to their slots [edge][edge].
 template <class Shape, class Block>
 KFAC_DEVICE void store_tile(Block& block, const float (&sums)[Shape::kMmaM][Shape::kMmaN][4], float* slot) {
   float* const shared = block.shared();  // [warp of rows][edge][pitch]
   const WarpPlace<Shape> place = warp_place<Shape>(block.thread() / 32);
   const MmaLane lane = mma_lane(block.thread() % 32);
-  constexpr int kPlane = Shape::kEdge * Shape::kPitch;
-  KFAC_UNROLL
-  for (int i = 0; i < Shape::kMmaM; ++i) {
-    KFAC_UNROLL
-    for (int j = 0; j < Shape::kMmaN; ++j) {
+  constexpr int kEdge = Shape::kEdge, kPitch = Shape::kPitch, kPlane = kEdge * kPitch;
+  KFAC_UNROLL_BY(1)
+  for (int square = 0; square < Shape::kSquares; ++square, slot += kEdge * kEdge) {
+    if (square > 0) block.sync();  // the one before is read
+    if (Shape::kSquares == 1 || place.column / kEdge == square) {
       KFAC_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        const int32_t row = place.row + i * 16 + mma_d_row(lane, e),
-                      column = place.column + j * 8 + mma_d_column(lane, e);
-        shared[place.depth * kPlane + row * Shape::kPitch + column] = sums[i][j][e];
+      for (int i = 0; i < Shape::kMmaM; ++i) {
+        KFAC_UNROLL
+        for (int j = 0; j < Shape::kMmaN; ++j) {
+          KFAC_UNROLL
+          for (int e = 0; e < 4; ++e) {
+            const int32_t row = place.row + i * 16 + mma_d_row(lane, e),
+                          column = place.column - square * kEdge + j * 8 + mma_d_column(lane, e);
+            shared[place.depth * kPlane + row * kPitch + column] = sums[i][j][e];
+          }
+        }
       }
     }
-  }
-  block.sync();
-  for (int32_t at = block.thread(); at < Shape::kEdge * Shape::kEdge; at += kBlockThreads) {
-    const float* const line = shared + at / Shape::kEdge * Shape::kPitch + at % Shape::kEdge;
-    float sum = line[0];
-    KFAC_UNROLL
-    for (int depth = 1; depth < Shape::kWarpsK; ++depth) sum += line[depth * kPlane];
-    slot[at] = sum;
+    block.sync();
+    for (int32_t at = block.thread(); at < kEdge * kEdge; at += kBlockThreads) {
+      const float* const line = shared + at / kEdge * kPitch + at % kEdge;
+      float sum = line[0];
+      KFAC_UNROLL
+      for (int depth = 1; depth < Shape::kWarpsK; ++depth) sum += line[depth * kPlane];
+      slot[at] = sum;
+    }
   }
 }
 
 template <MmaMode kMode, class Shape, class Block>
-KFAC_DEVICE void sum_tile(Block& block, const TileJob& job, int32_t tile, float* workspace) {
+KFAC_DEVICE void sum_tile(Block& block, const TileJob& stored, int32_t tile, float* workspace) {
+  const TileJob job = stored;  // a copy: what the stages ask of it stays in registers
   const TileWork work = tile_work(job, tile);
   using Value = typename Shape::Value;
   const Value* const packed =
@@ -212,18 +223,23 @@ KFAC_DEVICE void sum_tile(Block& block, const TileJob& job, int32_t tile, float*
   }
   block.template wait<0>();
   block.sync();
-  store_tile<Shape>(block, sums, workspace + work.slot);
+  // the slot is read only now: no register held it, nor, beside the sums of a wide tile, where in it
+  const TileWork place = Shape::kSquares == 1 ? work : tile_work(stored, tile);
+  store_tile<Shape>(block, sums, workspace + tile_slot(stored, place));
 }
 
-template <MmaMode kMode, class Block>
+// All tiles of a list, wide ones or squares.
+template <MmaMode kMode, bool kWide, class Block>
 KFAC_DEVICE void covariance_tiles(Block& block, const JobList<TileJob>& list, float* workspace) {
   using Value = std::conditional_t<packed_dtype(kMode) == DType::kFloat32, float, uint16_t>;
   int32_t number = 0;
   for (int32_t tile = block.index(); tile < list.tiles; tile += block.count()) {
     number = job_of_tile(list.first, number, tile);
-    const TileJob job = list.jobs[number];  // a copy: what the stages ask of it stays in registers
+    const TileJob& job = list.jobs[number];
     const int32_t own = tile - list.first[number];
-    if (job.edge == 128) {
+    if constexpr (kWide) {
+      sum_tile<kMode, WideTileShape<Value>>(block, job, own, workspace);
+    } else if (job.edge == 128) {
       sum_tile<kMode, TileShape<128, Value>>(block, job, own, workspace);
     } else if (job.edge == 64) {
       sum_tile<kMode, TileShape<64, Value>>(block, job, own, workspace);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -133,13 +133,19 @@ def spec_of(problem: Problem, precision: int) -> Spec:
     return DTYPE_CODES[x.dtype], x.stride(), problem.shape, problem.reduce, _AUTO, problem.bias, precision
 
 
-def launches(device: torch.device, specs: Sequence[Spec], members: Sequence[int]) -> Iterator[Launch]:
-    """These members of a list of problems, no two with the same out, in as few launches as can be."""
-    group = _C.CovarianceGroup([specs[i] for i in members]) if len(members) <= _C.max_group_layers else None
+def launches(
+    device: torch.device, specs: Sequence[Spec], members: Sequence[int], *least_wide_tiles: int
+) -> Iterator[Launch]:
+    """These members of a list of problems, no two with the same out, in as few launches as can be.
+
+    `least_wide_tiles`: fewer than that are none; left out, as pays.
+    """
+    fits = len(members) <= _C.max_group_layers
+    group = _C.CovarianceGroup([specs[i] for i in members], *least_wide_tiles) if fits else None
     if group is None or (group.workspace_bytes > _WORKSPACE_BYTES and len(members) > 1):
         middle = len(members) // 2
-        yield from launches(device, specs, members[:middle])
-        yield from launches(device, specs, members[middle:])
+        yield from launches(device, specs, members[:middle], *least_wide_tiles)
+        yield from launches(device, specs, members[middle:], *least_wide_tiles)
     else:
         yield Launch(members, group, descriptors_on(device, "covariance", group.descriptors()))
 
@@ -151,15 +157,16 @@ _schedules = Schedules(
 """By the shapes of a list of problems."""
 
 
-def run_cuda(problems: Sequence[Problem], precision: int | None = None) -> None:
-    """Compute problems of one device, no two with the same out, in a few launches on its current stream.
+def run_cuda(problems: Sequence[Problem]) -> None:
+    """Compute problems of one device, no two with the same out, in a few launches on its current stream."""
+    precision = precision_now()
+    _run(problems, _schedules(problems[0].image.device, tuple(spec_of(problem, precision) for problem in problems)))
 
-    `precision` is a kfac::Precision; None: as PyTorch's matmuls have it now.
-    """
-    precision = precision_now() if precision is None else precision
+
+def _run(problems: Sequence[Problem], found: Iterable[Launch]) -> None:
     images, outs = [p.image.data_ptr() for p in problems], [p.out.data_ptr() for p in problems]
     decays, scales = [p.decay for p in problems], [p.scale for p in problems]
-    for launch in _schedules(problems[0].image.device, tuple(spec_of(problem, precision) for problem in problems)):
+    for launch in found:
         launch.run(images, outs, decays, scales)
 
 
@@ -190,13 +197,17 @@ def _allowed(problem: Problem, precision: int) -> float:
 
 
 def _check(device: torch.device) -> float:
-    """Every way through the kernels, all in one launch of each precision; as a multiple of what is allowed."""
+    """Every way through the kernels, all in one launch of each precision; as a multiple of what is allowed.
+
+    With tf32 by wide tiles, however few; halves go both ways.
+    """
     cases = _cases(device)
     found = []
     for precision in range(len(_ALLOWED)):
         outs = [torch.full_like(exact, torch.nan, dtype=torch.float32) for exact, _ in cases]
         problems = [problem(out) for out, (_, problem) in zip(outs, cases)]
-        run_cuda(problems, precision)
+        specs = [spec_of(problem, precision) for problem in problems]
+        _run(problems, launches(device, specs, range(len(specs)), *([0] if precision else [])))
         shares = [
             (out - exact).norm() / exact.norm() / _allowed(problem, precision)
             for out, (exact, _), problem in zip(outs, cases, problems)

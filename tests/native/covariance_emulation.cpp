@@ -4,6 +4,7 @@
 //   covariance_emulation [--device] [case ...]    default: all cases; prints one line a layer, ends with 1 on a failure
 //
 // With --device the same cases run on the GPU, twice: small enough for compute-sanitizer, and without Python.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <functional>
@@ -69,10 +70,11 @@ ExpandPointers weights_of(const std::vector<Layer>& layers) {
   return targets;
 }
 
-Matrices compute(const std::vector<Layer>& layers, const std::vector<Image>& images, const simulated::Schedule& how) {
+Matrices compute(const std::vector<Layer>& layers, const std::vector<Image>& images, const simulated::Schedule& how,
+                 int64_t least_wide_tiles = kLeastWideTiles) {
   std::vector<CovarianceProblem> problems;
   for (size_t l = 0; l < layers.size(); ++l) problems.push_back(problem_of(layers[l], images[l]));
-  const CovarianceGroup group(problems);
+  const CovarianceGroup group(problems, least_wide_tiles);
   Matrices outs = matrices_before(layers);
   program::Arrays arrays;
   PackPointers sources{};
@@ -124,6 +126,10 @@ double tolerance(const Layer& layer) {
   return layer.precision == Precision::kTf32 && !halves ? 2e-4 : 3e-7;
 }
 
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
 bool check(const std::string& name, const std::vector<Layer>& layers) {
   using simulated::Copies;
   using simulated::Order;
@@ -135,10 +141,31 @@ bool check(const std::string& name, const std::vector<Layer>& layers) {
   for (size_t l = 0; l < layers.size(); ++l) {
     const double error = relative_error(layers[l], values[l], oracle(layers[l], images[l]));
     const bool symmetric = is_symmetric(layers[l], values[l]);
-    const bool same = memcmp(values[l].data(), others[l].data(), values[l].size() * sizeof(float)) == 0;
+    const bool same = same_bits(values[l], others[l]);
     const bool passed = error <= tolerance(layers[l]) && symmetric && same;
     std::printf("%-9s %-34s error %.2e%s%s%s\n", name.c_str(), layers[l].name.c_str(), error,
                 symmetric ? "" : " NOT SYMMETRIC", same ? "" : " DEPENDS ON THE ORDER OF THREADS",
+                passed ? "" : "  FAILED");
+    good = good && passed;
+  }
+  return good;
+}
+
+// Every product that has two squares by wide tiles: the bits of squares, whatever the order of threads.
+bool check_wide(const std::vector<Layer>& layers) {
+  using simulated::Copies;
+  using simulated::Order;
+  std::vector<Image> images;
+  for (size_t l = 0; l < layers.size(); ++l) images.push_back(random_image(layers[l], unsigned(l + 1)));
+  const Matrices squares = compute(layers, images, {Order::kForward, Copies::kLate, 3});
+  const Matrices late = compute(layers, images, {Order::kForward, Copies::kLate, 3}, 0);
+  const Matrices early = compute(layers, images, {Order::kBackward, Copies::kEarly, 7}, 0);
+  bool good = true;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const double error = relative_error(layers[l], squares[l], oracle(layers[l], images[l]));
+    const bool same = same_bits(squares[l], late[l]) && same_bits(squares[l], early[l]);
+    const bool passed = error <= tolerance(layers[l]) && same;
+    std::printf("wide      %-34s error %.2e%s%s\n", layers[l].name.c_str(), error, same ? "" : " OTHER THAN SQUARES",
                 passed ? "" : "  FAILED");
     good = good && passed;
   }
@@ -256,6 +283,54 @@ std::vector<Layer> kinds() {
   return layers;
 }
 
+// Two squares and more, of all that has wide tiles: regions that are symmetric or not, odd and even numbers of squares.
+std::vector<Layer> wide() {
+  std::vector<Layer> layers{conv("tf32, 3x3, 132 x 3^2", 9, 132, 3, 3, 1, 1),
+                            conv("bf16, 3x3, 260 x 2^2", 3, 260, 2, 3, 1, 1),
+                            conv("fp16, 2x2/2, 150 x 6^2", 2, 150, 6, 2, 2, 0),
+                            conv("tf32, reduce, 3x3, 33 x 5^2", 5, 33, 5, 3, 1, 1),
+                            conv("bf16, grouped 2, 400 x 2^2", 9, 400, 2, 1, 1, 0, 2),
+                            rows("tf32, 258", 90, 258),
+                            rows("fp16, many rows, 140", 2070, 140),
+                            rows("bf16, 513", 33, 513),
+                            rows("tf32, 640", 77, 640),
+                            rows("fp16, 900", 40, 900),
+                            rows("float32, 300", 20, 300)};
+  for (Layer& layer : layers) {
+    layer.precision = layer.name[0] == 't' ? Precision::kTf32 : Precision::kFloat32;
+    if (layer.name[0] == 'b') layer.dtype = DType::kBFloat16;
+    if (layer.name.substr(0, 2) == "fp") layer.dtype = DType::kFloat16;
+  }
+  layers[3].mode = CovarianceMode::kReduce;
+  layers[0].bias = layers[4].bias = layers[5].bias = layers[9].bias = true;
+  layers[1].layout = layers[2].layout = Layout::kChannelsLast;
+  layers[1].decay = layers[8].decay = 0.5f;
+  layers[0].algorithm = layers[1].algorithm = CovarianceAlgorithm::kShift;
+  return layers;
+}
+
+// Squares two at a time and those that are left are all squares, each once.
+bool check_parts() {
+  bool good = true;
+  for (const bool symmetric : {false, true}) {
+    for (int32_t side = 1; side <= 70; ++side) {
+      std::vector<int> found(pair_count(side, symmetric));
+      for (const TilePart part : {TilePart::kWide, TilePart::kRest}) {
+        for (int32_t number = 0; number < part_count(part, side, symmetric); ++number) {
+          const TilePair at = part_pair(part, number, side, symmetric);
+          for (int32_t j = at.j; j <= at.j + (part == TilePart::kWide); ++j) {
+            good = good && at.i < side && j < side && (!symmetric || j <= at.i);
+            if (good) ++found[pair_number(at.i, j, side, symmetric)];
+          }
+        }
+      }
+      good = good && std::count(found.begin(), found.end(), 1) == int64_t(found.size());
+    }
+  }
+  std::printf("parts     of up to 70 x 70 squares%s\n", good ? "" : "  FAILED");
+  return good;
+}
+
 // Index maps of descriptors as large as they may be, without memory behind them.
 bool check_offsets() {
   constexpr int64_t kMost = (int64_t(1) << 31) - 1, kSlot = int64_t(1) << 40;
@@ -268,7 +343,7 @@ bool check_offsets() {
   for (int64_t tile = 0; tile < tiles; tile += 12345) {
     const TileWork work = tile_work(job, int32_t(tile));
     const int64_t chunk = tile / (job.pairs * job.groups);
-    good = good && work.slot == kSlot + tile * 128 * 128 && work.first_row == chunk * job.chunk &&
+    good = good && tile_slot(job, work) == kSlot + tile * 128 * 128 && work.first_row == chunk * job.chunk &&
            work.end_row == std::min<int64_t>((chunk + 1) * job.chunk, kMost);
   }
   Layer layer{"", {46340, 1, 214, 216}};
@@ -304,6 +379,8 @@ int main(int count, char** words) {
                        with("resnet50", resnet50),
                        with("vgg19", vgg19),
                        with("vgg19_512", vgg19_widest),
+                       {"wide", [] { return check_wide(wide()); }},
+                       {"parts", check_parts},
                        {"offsets", check_offsets}},
                       count, words);
 }

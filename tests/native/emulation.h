@@ -25,10 +25,14 @@ inline void emulate_covariance(const kfac::CovarianceGroup& group, const void* d
   };
   launch(kPackSharedBytes, [&](Block& b) { covariance_pack(b, s.pack, images, workspace); });
   launch(kLineSharedBytes, [&](Block& b) { covariance_means(b, s.means, images, workspace); });
-  launch(kTileSharedBytes, [&](Block& b) { covariance_tiles<MmaMode::kTf32>(b, s.tiles[0], workspace); });
-  launch(kTileSharedBytes, [&](Block& b) { covariance_tiles<MmaMode::kBFloat16>(b, s.tiles[1], workspace); });
-  launch(kTileSharedBytes, [&](Block& b) { covariance_tiles<MmaMode::kSplit>(b, s.tiles[2], workspace); });
-  launch(kTileSharedBytes, [&](Block& b) { covariance_tiles<MmaMode::kFloat16>(b, s.tiles[3], workspace); });
+  launch(kWideSharedBytes, [&](Block& b) { covariance_tiles<MmaMode::kTf32, true>(b, s.wide_tiles[0], workspace); });
+  launch(kWideSharedBytes,
+         [&](Block& b) { covariance_tiles<MmaMode::kBFloat16, true>(b, s.wide_tiles[1], workspace); });
+  launch(kWideSharedBytes, [&](Block& b) { covariance_tiles<MmaMode::kFloat16, true>(b, s.wide_tiles[3], workspace); });
+  launch(kTileSharedBytes, [&](Block& b) { covariance_tiles<MmaMode::kTf32, false>(b, s.tiles[0], workspace); });
+  launch(kTileSharedBytes, [&](Block& b) { covariance_tiles<MmaMode::kBFloat16, false>(b, s.tiles[1], workspace); });
+  launch(kTileSharedBytes, [&](Block& b) { covariance_tiles<MmaMode::kSplit, false>(b, s.tiles[2], workspace); });
+  launch(kTileSharedBytes, [&](Block& b) { covariance_tiles<MmaMode::kFloat16, false>(b, s.tiles[3], workspace); });
   launch(kLineSharedBytes, [&](Block& b) { covariance_lanes(b, s.lanes, workspace); });
   launch(0, [&](Block& b) { covariance_reduce(b, s.reduce, workspace); });
   launch(kExpandSharedBytes, [&](Block& b) { covariance_expand(b, s, outs, workspace); });

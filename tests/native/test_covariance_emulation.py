@@ -16,8 +16,10 @@ from kfac_ext.ops.covariance_group import covariance_group_
 from tests.conftest import relative_error, thorough
 from tests.ops.test_covariance import CONVOLUTIONS, allowed, oracle
 
+CASES = ["kinds", "mlp", "offsets", "parts", "resnet32", "vgg19", "wide"]
 
-@pytest.mark.parametrize("case", thorough(["kinds", "mlp", "offsets", "resnet32", "vgg19"], but=["kinds", "offsets"]))
+
+@pytest.mark.parametrize("case", thorough(CASES, but=["kinds", "offsets", "parts", "wide"]))
 def test_schedules_against_patches_multiplied_out(build_target, case):
     program = build_target("covariance_emulation") / "covariance_emulation"
     run = subprocess.run([program, case], capture_output=True, text=True)

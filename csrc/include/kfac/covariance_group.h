@@ -5,7 +5,9 @@
 //
 // pack    every layer's input -> rows [pixel][sample][column] (columns: channels, or patch entries), of halves where
 //         these are the inputs themselves, else of floats
-// tiles   for each region of the shift plan, tile of columns and chunk of rows: P[rows]^T P[rows + shift] -> a slot
+// tiles   for each region of the shift plan, tile of columns and chunk of rows: P[rows]^T P[rows + shift] -> a slot;
+// wide
+//         tiles fill two slots that lie side by side
 // lanes   the same for single columns: column sums (for the bias) and depthwise products
 // reduce  the slots of all chunks are added to that of the first, in order
 // expand  regions -> both triangles of out <- decay out + scale A, bias row included
@@ -16,10 +18,10 @@
 
 #include "kfac/covariance.h"
 #include "kfac/device.h"
+#include "kfac/tile_shape.h"
 
 namespace kfac {
 
-constexpr int kBlockThreads = 256;
 constexpr int kMaxGroupLayers = 128;  // their pointers travel as kernel parameters, of which there are 4 KB
 
 // kFloat32: as exact as a float32 product. kTf32: inputs rounded to 10 bits of mantissa.
@@ -143,39 +145,6 @@ KFAC_HD uint32_t chunk_rows(uint32_t rows, uint32_t step) {
 
 // ---- tiles ---------------------------------------------------------------------------------------------------------
 
-// The part of a [C, C] product that a block computes, and how 8 warps share it: kWarpsK warps take other rows. Packed
-// values are floats or halves (uint16_t); a stage, of kFloatRows rows of floats, has twice as many of halves.
-template <class PackedValue, int kEdgeColumns, int kWarpsRows, int kWarpsColumns, int kFloatRows, int kDepth>
-struct TileShapeBase {
-  using Value = PackedValue;
-  static constexpr int kVector = 16 / sizeof(Value);   // values that one asynchronous copy takes
-  static constexpr int kMmaRows = 32 / sizeof(Value);  // rows that one mma instruction multiplies
-  static constexpr int kEdge = kEdgeColumns, kWarpsM = kWarpsRows, kWarpsN = kWarpsColumns;
-  static constexpr int kWarpsK = kBlockThreads / 32 / (kWarpsM * kWarpsN);
-  static constexpr int kStageRows = kFloatRows * 4 / sizeof(Value), kStages = kDepth;
-  static constexpr int kMmaM = kEdge / kWarpsM / 16, kMmaN = kEdge / kWarpsN / 8;  // mma instructions of a warp
-  // rows of shared memory begin 8 banks apart: 4 rows of 8 channels, a fragment, touch each bank once; so do 8 rows of
-  // 8 halves
-  static constexpr int kPitch = kEdge + 8;
-  static constexpr int kStageFloats = 2 * kFloatRows * kPitch;
-  static constexpr int kSharedFloats = kStages * kStageFloats;
-  static_assert(kWarpsK * kEdge * kPitch <= kSharedFloats, "the warps' sums are exchanged in the stages' memory");
-  static_assert(kStageRows % (kMmaRows * kWarpsK) == 0 && kStageRows * kEdge % (kVector * kBlockThreads) == 0, "");
-};
-
-template <int kEdge, class Value = float>
-struct TileShape;
-template <class Value>
-struct TileShape<128, Value> : TileShapeBase<Value, 128, 2, 4, 16, 4> {};
-template <class Value>
-struct TileShape<64, Value> : TileShapeBase<Value, 64, 2, 2, 32, 4> {};
-template <class Value>
-struct TileShape<32, Value> : TileShapeBase<Value, 32, 1, 1, 64, 3> {};
-
-constexpr int kTileSharedBytes = 4 * TileShape<64>::kSharedFloats;
-static_assert(TileShape<128>::kSharedFloats <= TileShape<64>::kSharedFloats, "");
-static_assert(TileShape<32>::kSharedFloats <= TileShape<64>::kSharedFloats, "");
-
 KFAC_HD int32_t tile_edge_bits(int64_t columns) {
   return columns >= 128 ? 7 : columns > 32 ? 6 : 5;
 }
@@ -187,11 +156,16 @@ KFAC_HD int32_t stage_rows(int32_t edge, DType packed) {
   return packed == DType::kFloat32 ? rows : 2 * rows;
 }
 
-// One region of one layer: its tiles are ordered by chunk, group, pair of column tiles (i, j); j <= i if symmetric.
+// What a job computes of the squares (i, j) of a product, j <= i if symmetric: all, two at a time (j even, and j + 1),
+// or those that are left.
+enum class TilePart : int { kAll = 0, kWide = 1, kRest = 2 };
+
+// One region of one layer: its tiles are ordered by chunk, group, pair of column tiles (i, j).
 struct TileJob {
   RegionRows rows;
   uint32_t chunk;
-  int32_t edge, groups, pairs, side, symmetric;  // side: tiles along an edge of the [C, C] product
+  TilePart part;
+  int32_t edge, groups, pairs, side, symmetric;  // pairs: of the part; side: squares along an edge of the product
   int32_t group_pitch, row_pitch;
   int64_t packed, slot;  // offsets in the workspace
 };
@@ -216,60 +190,39 @@ KFAC_HD int32_t pair_number(int32_t i, int32_t j, int32_t side, bool symmetric) 
   return symmetric ? i * (i + 1) / 2 + j : i * side + j;
 }
 
+KFAC_HD int32_t part_count(TilePart part, int32_t side, bool symmetric) {
+  if (part == TilePart::kAll) return pair_count(side, symmetric);
+  if (part == TilePart::kWide) return symmetric ? side * side / 4 : side * (side / 2);
+  return symmetric ? (side + 1) / 2 : side % 2 * side;
+}
+
+KFAC_HD TilePair part_pair(TilePart part, int32_t number, int32_t side, bool symmetric) {
+  if (part == TilePart::kAll) return tile_pair(number, side, symmetric);
+  if (part == TilePart::kRest) return symmetric ? TilePair{2 * number, 2 * number} : TilePair{number, side - 1};
+  if (!symmetric) return {number / (side / 2), number % (side / 2) * 2};
+  int32_t i = int32_t(2.0f * sqrtf(float(number)));  // the rows before i have i^2 / 4
+  while (i * i / 4 > number) --i;
+  while ((i + 1) * (i + 1) / 4 <= number) ++i;
+  return {i, (number - i * i / 4) * 2};
+}
+
 struct TileWork {
   uint32_t first_row, end_row;
   int32_t column_a, column_b;  // within the group
-  int32_t group;
-  int64_t slot;
+  int32_t group, square;       // its first square: of all that the region has
 };
 
 KFAC_HD TileWork tile_work(const TileJob& job, int32_t tile) {
-  const int32_t pair = tile % job.pairs, group = tile / job.pairs % job.groups, chunk = tile / job.pairs / job.groups;
-  const TilePair at = tile_pair(pair, job.side, job.symmetric);
-  const uint32_t first = uint32_t(chunk) * job.chunk;
-  return {first, smaller(first + job.chunk, job.rows.count),    at.i * job.edge, at.j * job.edge,
-          group, job.slot + int64_t(tile) * job.edge * job.edge};
+  const int32_t number = tile % job.pairs, matrix = tile / job.pairs, group = matrix % job.groups;
+  const TilePair at = part_pair(job.part, number, job.side, job.symmetric);
+  const int32_t square =
+      matrix * pair_count(job.side, job.symmetric) + pair_number(at.i, at.j, job.side, job.symmetric);
+  const uint32_t first = uint32_t(matrix / job.groups) * job.chunk;
+  return {first, smaller(first + job.chunk, job.rows.count), at.i * job.edge, at.j * job.edge, group, square};
 }
 
-// Which element of a matrix each lane of a warp holds in registers of mma.sync.m16n8k8 on tf32 (A [16, 8], B [8, 8], D
-// [16, 8]), as the PTX manual says. D of m16n8k16 is the same.
-struct MmaLane {
-  int32_t group, quad;
-};
-
-KFAC_HD MmaLane mma_lane(int32_t lane) {
-  return {lane / 4, lane % 4};
-}
-KFAC_HD int32_t mma_a_row(MmaLane lane, int32_t element) {
-  return lane.group + element % 2 * 8;
-}
-KFAC_HD int32_t mma_a_column(MmaLane lane, int32_t element) {
-  return lane.quad + element / 2 * 4;
-}
-KFAC_HD int32_t mma_b_row(MmaLane lane, int32_t element) {
-  return lane.quad + element * 4;
-}
-KFAC_HD int32_t mma_b_column(MmaLane lane) {
-  return lane.group;
-}
-KFAC_HD int32_t mma_d_row(MmaLane lane, int32_t element) {
-  return lane.group + element / 2 * 8;
-}
-KFAC_HD int32_t mma_d_column(MmaLane lane, int32_t element) {
-  return lane.quad * 2 + element % 2;
-}
-
-// Where in a stage [row][column] the 8 halves begin that a lane names to ldmatrix, turned, for A [16, 16] or two B [16,
-// 8] side by side of mma.sync.m16n8k16 on halves: what it then holds are the registers of the instruction, in order.
-struct HalfPlace {
-  int32_t row, column;
-};
-
-KFAC_HD HalfPlace half_a_place(int32_t lane) {
-  return {lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8};
-}
-KFAC_HD HalfPlace half_b_place(int32_t lane) {
-  return {lane / 8 % 2 * 8 + lane % 8, lane / 16 * 8};
+KFAC_HD int64_t tile_slot(const TileJob& job, const TileWork& work) {
+  return job.slot + int64_t(work.square) * job.edge * job.edge;
 }
 
 // ---- lanes ---------------------------------------------------------------------------------------------------------
@@ -352,7 +305,7 @@ KFAC_HD ExpandWork expand_work(const ExpandJob& job, int32_t tile) {
 
 struct CovarianceSchedule {
   JobList<PackJob> pack, means;
-  JobList<TileJob> tiles[kMmaModes];
+  JobList<TileJob> wide_tiles[kMmaModes], tiles[kMmaModes];
   JobList<LaneJob> lanes;
   JobList<ReduceJob> reduce;
   JobList<ExpandJob> expand;
@@ -376,11 +329,15 @@ struct CovarianceCounts {
   double products = 0, inputs = 0, packed = 0, tile_reads = 0, slots = 0, outputs = 0;
 };
 
+// Wide tiles read 3 columns where squares read 4, but are a launch of their own, at whose end each multiprocessor, the
+// 132 of an H100, waits for half a tile: from so many on, all as long as the longest, they read less than that takes.
+constexpr int64_t kLeastWideTiles = 132 / 2 * 3;
+
 // The schedule of some layers, made once per list of shapes; only pointers, decay and scale change between calls.
 class CovarianceGroup {
  public:
   // Throws std::invalid_argument for more than kMaxGroupLayers layers, float64 or 2^31 and more rows.
-  explicit CovarianceGroup(const std::vector<CovarianceProblem>& problems);
+  explicit CovarianceGroup(const std::vector<CovarianceProblem>& problems, int64_t least_wide_tiles = kLeastWideTiles);
 
   int layers() const { return layers_; }
   // Plain data that the kernels read: a copy on the device, 16-byte aligned, is what `schedule` wants.
@@ -403,7 +360,7 @@ class CovarianceGroup {
   CovarianceCounts counts_;
   std::vector<char> descriptors_;
   Span<PackJob> pack_, means_;
-  Span<TileJob> tiles_[kMmaModes];
+  Span<TileJob> wide_tiles_[kMmaModes], tiles_[kMmaModes];
   Span<LaneJob> lanes_;
   Span<ReduceJob> reduce_;
   Span<ExpandJob> expand_;
