@@ -239,7 +239,7 @@ class FactorSet:
             if key in groups:
                 matrix, vector, value = (t.index_select(0, groups[key]) for t in (matrix, vector, value))
             if key in keep:
-                matrix = _rows(_rows(matrix, keep[key]).mT, keep[key]).mT
+                matrix = _columns(_rows(matrix, keep[key]), keep[key])
                 vector = torch.nn.functional.normalize(_rows(vector[..., None], keep[key])[..., 0], dim=-1)
             matrices[key], vectors[key], values[key] = matrix, vector, value
         result = FactorSet(
@@ -311,6 +311,13 @@ def _rows(matrix: Tensor, index: Tensor) -> Tensor:
     if index.dim() == 1:
         return matrix.index_select(-2, index)
     return matrix.gather(-2, index[..., None].expand(-1, -1, matrix.shape[-1]))
+
+
+def _columns(matrix: Tensor, index: Tensor) -> Tensor:
+    """Columns `index` likewise."""
+    if index.dim() == 1:
+        return matrix.index_select(-1, index)
+    return matrix.gather(-1, index[:, None].expand(-1, matrix.shape[-2], -1))
 
 
 def _blocks(tensor: Tensor, grouped_dim: int) -> Sequence[Tensor]:

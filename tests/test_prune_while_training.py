@@ -113,6 +113,22 @@ def test_the_rate_of_a_loop_warms_up():
         made(mlp, lr_warmup=0.5)
 
 
+def test_the_rate_of_a_loop_grows_as_the_network_shrinks():
+    model, optimizer, pruning = made(mlp, lr_schedule="flat_cosine", lr_growth=0.5)
+    with pytest.raises(ValueError, match=r"lr_growth is 0\.5 without an lr_schedule, expected both"):
+        made(mlp, lr_growth=0.5)
+    before = sum(p.numel() for p in model.parameters())
+    train(model, optimizer, pruning, range(STEPS // 2))
+    now = sum(p.numel() for p in model.parameters())
+    end = pruning.lr_scheduler.prune_end
+    settings = flatprune.Settings(data="digits", model="mlp", optimizer="adam", prune_end=end)
+    wanted = settings.learning_rate(STEPS // 2, STEPS, optimizer.param_groups[0]["initial_lr"], now / before)
+    assert now < before and optimizer.param_groups[0]["lr"] == pytest.approx(wanted)
+    later = flatprune.PruningLR(sgd(model), STEPS, growth=0.5)
+    later.load_state_dict(pruning.lr_scheduler.state_dict())
+    assert later.parameters_start == before
+
+
 def test_the_summary_says_sizes_target_and_widths():
     model, optimizer, pruning = made(mlp, flatness={"strength": 0.1})
     before = sum(p.numel() for p in model.parameters())
@@ -188,6 +204,7 @@ def test_learning_rates_warm_up(schedule):
         ({"total_steps": 0}, "total_steps is 0"),
         ({"prune_end": 1.0}, "prune_end is 1.0"),
         ({"warmup": 1.0}, "warmup is 1.0, expected 0 <= warmup < 1"),
+        ({"growth": -0.5}, "growth is -0.5, expected 0 <= growth <= 1"),
     ],
 )
 def test_learning_rates_that_are_none(options, words):

@@ -66,6 +66,8 @@ class PruneWhileTraining:
         accumulate: calls of `loss` for each step of the optimizer, where gradients of several batches are added up.
         lr_schedule: None: learning rates are the loop's own business; "flat_cosine" and others: those of `PruningLR`.
         lr_warmup: with an `lr_schedule`, the fraction of the training in which the rate rises linearly to its peak.
+        lr_growth: with an `lr_schedule`, the rate is multiplied by (parameters at first / now)^lr_growth; Adam wants
+            0.5, see `flatprune.pruning.learning_rate.growth_factor`.
         curvature: arguments of `Curvature`, such as {"loss": "mse"}, or a Curvature of this model.
         logger: told at the first step and at each event what `scalars` gives, with the neurons that went and the
             predicted and measured change of the loss (`flatprune.pruning.scalars.event_scalars`), such as a
@@ -102,6 +104,7 @@ class PruneWhileTraining:
         accumulate: int = 1,
         lr_schedule: str | None = None,
         lr_warmup: float = 0.0,
+        lr_growth: float = 0.0,
         curvature: Curvature | Mapping[str, Any] | None = None,
         logger: Logger | None = None,
         **pruner_arguments: Unpack[PrunerArguments],
@@ -115,7 +118,7 @@ class PruneWhileTraining:
         self.curvature = curvature if isinstance(curvature, Curvature) else Curvature(model, **(curvature or {}))
         try:
             self.flatness = _flatness(self.curvature, total_steps * accumulate, flatness)
-            self.lr_scheduler = _lr_scheduler(optimizer, total_steps, lr_schedule, lr_warmup, schedule)
+            self.lr_scheduler = _lr_scheduler(optimizer, total_steps, lr_schedule, lr_warmup, lr_growth, schedule)
             self.pruner = Pruner(
                 model,
                 optimizer,
@@ -253,15 +256,17 @@ def _flatness(curvature: Curvature, total_steps: int, asked: bool | float | Mapp
 
 
 def _lr_scheduler(
-    optimizer: Any, total_steps: int, asked: str | None, warmup: float, schedule: CubicSchedule
+    optimizer: Any, total_steps: int, asked: str | None, warmup: float, growth: float, schedule: CubicSchedule
 ) -> PruningLR | None:
     if asked is None:
-        if warmup:
-            raise ValueError(f"PruneWhileTraining: lr_warmup is {warmup} without an lr_schedule, expected both")
+        for name, given in (("lr_warmup", warmup), ("lr_growth", growth)):
+            if given:
+                raise ValueError(f"PruneWhileTraining: {name} is {given} without an lr_schedule, expected both")
         return None
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             f"PruneWhileTraining: lr_schedule is {asked!r} with {type(optimizer).__name__} for an optimizer, expected "
             "one torch.optim.Optimizer; make a PruningLR for each of several"
         )
-    return PruningLR(optimizer, total_steps, asked, prune_end=schedule.events[-1] / total_steps, warmup=warmup)
+    end = schedule.events[-1] / total_steps
+    return PruningLR(optimizer, total_steps, asked, prune_end=end, warmup=warmup, growth=growth)

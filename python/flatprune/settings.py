@@ -23,7 +23,7 @@ from flatprune.data import DIGITS, MAX_CLASSES, Dataset, load_dataset
 from flatprune.errors import InputError
 from flatprune.faults import first_fault
 from flatprune.flatness.spectrum import MODES, STRENGTH
-from flatprune.pruning.learning_rate import LR_SCHEDULES, rate_factor
+from flatprune.pruning.learning_rate import LR_SCHEDULES, growth_factor, rate_factor
 from flatprune.pruning.selection import SELECTIONS
 from flatprune.pruning.targets import UNITS, Target
 
@@ -34,6 +34,7 @@ DENSE = {**dict.fromkeys(TARGETS), "target_params": 1.0}
 """Targets of a run that keeps its network as it is, whatever the target was given in."""
 _DEFAULT_TARGET_PARAMS = 0.1
 _WEIGHT_DECAY = {"sgd": 5e-4, "adam": 5e-4, "adamw": 0.01}
+_LR_GROWTH = {"sgd": 0.0, "adam": 0.5, "adamw": 0.5}
 _ADAM_RATE = 1e-3
 
 WHAT, SIZE, TRAINING, PRUNING = "What", "Size to reach", "Training", "Pruning"
@@ -172,6 +173,13 @@ class Settings(BaseModel):
         "fraction of the training in which the learning rate rises linearly to that; transformers want 0.05",
         ge=0,
         lt=1,
+    )
+    lr_growth: float | None = _training(
+        None,
+        "exponent by which the learning rate rises as the network shrinks: times (parameters at first / now)^NUM",
+        unset="0, adam and adamw 0.5",
+        ge=0,
+        le=1,
     )
     momentum: float = _training(0.9, "of sgd; the first of the betas of adam and adamw", ge=0, lt=1)
     weight_decay: float | None = _training(
@@ -353,9 +361,18 @@ class Settings(BaseModel):
         """Weight decay as given, or that of the optimizer."""
         return _WEIGHT_DECAY[self.optimizer] if self.weight_decay is None else self.weight_decay
 
-    def learning_rate(self, step: int, total_steps: int, peak: float) -> float:
-        """Learning rate of step 0 .. total_steps - 1, see `flatprune.pruning.learning_rate.rate_factor`."""
-        return peak * rate_factor(self.schedule, step, total_steps, self.prune_end, self.warmup)
+    def learning_rate(self, step: int, total_steps: int, peak: float, left: float = 1.0) -> float:
+        """Learning rate of step 0 .. total_steps - 1, with this fraction of the parameters left.
+
+        See `rate_factor` and `growth_factor` of `flatprune.pruning.learning_rate`.
+        """
+        factor = rate_factor(self.schedule, step, total_steps, self.prune_end, self.warmup)
+        return peak * factor * growth_factor(left, self.growth_in_use)
+
+    @property
+    def growth_in_use(self) -> float:
+        """Growth of the learning rate as given, or that of the optimizer."""
+        return _LR_GROWTH[self.optimizer] if self.lr_growth is None else self.lr_growth
 
 
 @cache

@@ -341,8 +341,9 @@ class Trainer:
 
     def _train_step(self, index: Tensor) -> list[dict[str, Any]]:
         progress = self.progress
+        left = models.parameter_count(self.model) / self.params_before
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate(progress.step, self.total_steps, self.peak_lr)
+            group["lr"] = self.settings.learning_rate(progress.step, self.total_steps, self.peak_lr, left)
         self.optimizer.zero_grad()
         self.gradients.compute(self.batches.of(index), self.sums)
         if self.ranks is not None:
