@@ -5,9 +5,8 @@
 //
 // pack    every layer's input -> rows [pixel][sample][column] (columns: channels, or patch entries), of halves where
 //         these are the inputs themselves, else of floats
-// tiles   for each region of the shift plan, tile of columns and chunk of rows: P[rows]^T P[rows + shift] -> a slot;
-// wide
-//         tiles fill two slots that lie side by side
+// tiles   for each region of the shift plan, tile of columns and chunk of rows: P[rows]^T P[rows + shift] -> a slot, or
+//         two that lie side by side from a wide tile
 // lanes   the same for single columns: column sums (for the bias) and depthwise products
 // reduce  the slots of all chunks are added to that of the first, in order
 // expand  regions -> both triangles of out <- decay out + scale A, bias row included
