@@ -43,9 +43,10 @@ STUDIES = {  # what is shown of each
     "q4_cost": ("seconds", *ACCURACY, "macs_left", "hessian_lambda_max"),
     "longer": (*ACCURACY, "train_accuracy_last", "test_nll"),
     "transformers": (*ACCURACY, "train_accuracy_last", "test_nll", "params_after", "macs_after"),
+    "growth": (*ACCURACY, "train_accuracy_last"),
 }
 _IN_ONE_TABLE = ("q3_radius", "q4_cost", "transformers")
-_WITHOUT_PLOT = ("q4_cost", "longer", "transformers")  # one size; tasks of their own scales
+_WITHOUT_PLOT = ("q4_cost", "longer", "transformers", "growth")  # one size; tasks of their own scales
 _WITH_KINDS = ("transformers",)
 _KINDS = {  # layers whose rows are of a kind
     "heads": r"qkv|query|q_proj",
