@@ -205,6 +205,9 @@ def test_learning_rates_warm_up(schedule):
         ({"prune_end": 1.0}, "prune_end is 1.0"),
         ({"warmup": 1.0}, "warmup is 1.0, expected 0 <= warmup < 1"),
         ({"growth": -0.5}, "growth is -0.5, expected 0 <= growth <= 1"),
+        ({"growth": 1.5}, "growth is 1.5, expected 0 <= growth <= 1"),
+        ({"growth": float("nan")}, "growth is nan, expected 0 <= growth <= 1"),
+        ({"growth": "auto"}, "growth is 'auto', expected 0 <= growth <= 1"),
     ],
 )
 def test_learning_rates_that_are_none(options, words):

@@ -20,6 +20,7 @@ from bench.rivals.tasks import Task
 from flatprune.data import Dataset, augmented, batch_indices
 from flatprune.errors import DivergedError
 from flatprune.models import multiply_accumulates, parameter_count
+from flatprune.pruning.learning_rate import warmup_factor
 from flatprune.training.builders import parameter_groups
 from flatprune.training.evaluation import accuracy, calibration, predictions
 from kfac_ext.curvature.modes import module_modes
@@ -65,7 +66,6 @@ class Training:
         self.target_cost = fraction * self.goal.cost(whole)
         self.step, self.epochs = 0, task.epochs * method.epochs
         self.total_steps = self.epochs * (len(data.x_train) // min(task.batch_size, len(data.x_train)))
-        self._warmup = max(task.warmup, 1 / self.total_steps)
         self.attributes: dict[str, Any] | None = None
         self._uncounted = [0.0, 0.0]
         self.renew_optimizer()
@@ -105,8 +105,8 @@ class Training:
         return {"seconds": spent[0], "seconds_wall": spent[1]}
 
     def _one_step(self, x: Tensor, y: Tensor) -> None:
-        progress = self.step / self.total_steps
-        rate = self.method.lr * self.method.rate(progress) * min(1.0, (progress + 1 / self.total_steps) / self._warmup)
+        rate = self.method.lr * self.method.rate(self.step / self.total_steps)
+        rate *= warmup_factor(self.step, self.total_steps, self.task.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()  # libraries trace networks in evaluation mode and leave them so

@@ -15,7 +15,7 @@ def rate_factor(schedule: str, step: int, total_steps: int, prune_end: float, wa
     """What the learning rate of step 0 .. total_steps - 1 is of its peak.
 
     In the first part `warmup` of the steps it rises linearly (Goyal et al. 2017, arXiv 1706.02677): what follows is
-    multiplied by (step + 1) / (warmup total_steps) as long as that is below 1.
+    multiplied by `warmup_factor`.
 
     "flat_cosine": 1 until pruning ends, then (1 + cos(pi t)) / 2, t from 0 to 1. "cosine": t over all steps. "restart"
     (Renda, Frankle & Carbin 2020, arXiv 2003.02389) and "finetune": that cosine until pruning ends, and another after
@@ -25,7 +25,12 @@ def rate_factor(schedule: str, step: int, total_steps: int, prune_end: float, wa
         >>> [rate_factor("flat_cosine", step, 100, 0.4) for step in (0, 40, 70)]
         [1.0, 1.0, 0.5]
     """
-    return min(1.0, (step + 1) / max(warmup * total_steps, 1.0)) * _after_warmup(schedule, step, total_steps, prune_end)
+    return warmup_factor(step, total_steps, warmup) * _after_warmup(schedule, step, total_steps, prune_end)
+
+
+def warmup_factor(step: int, total_steps: int, warmup: float) -> float:
+    """(step + 1) / (warmup total_steps) as long as that is below 1."""
+    return min(1.0, (step + 1) / max(warmup * total_steps, 1.0))
 
 
 def _after_warmup(schedule: str, step: int, total_steps: int, prune_end: float) -> float:
@@ -88,21 +93,20 @@ class PruningLR(LRScheduler):
             raise ValueError(f"PruningLR: schedule is {schedule!r}, expected one of {', '.join(LR_SCHEDULES)}")
         if total_steps < 1:
             raise ValueError(f"PruningLR: total_steps is {total_steps}, expected 1 or more")
-        if not 0.0 <= prune_end < 1.0:
-            raise ValueError(f"PruningLR: prune_end is {prune_end}, expected 0 <= prune_end < 1")
-        if not 0.0 <= warmup < 1.0:
-            raise ValueError(f"PruningLR: warmup is {warmup}, expected 0 <= warmup < 1")
-        if not 0.0 <= growth <= 1.0:
-            raise ValueError(f"PruningLR: growth is {growth}, expected 0 <= growth <= 1")
+        ranges = (("prune_end", prune_end, "< 1"), ("warmup", warmup, "< 1"), ("growth", growth, "<= 1"))
+        for name, value, end in ranges:
+            if not isinstance(value, (int, float)) or not 0 <= value <= 1 or (value == 1 and end == "< 1"):
+                raise ValueError(f"PruningLR: {name} is {value!r}, expected 0 <= {name} {end}")
         self.total_steps, self.schedule, self.prune_end, self.warmup = total_steps, schedule, prune_end, warmup
-        self.growth, self.parameters_start = growth, _parameter_count(optimizer)
+        self.growth, self.parameters_start = growth, _parameter_count(optimizer) if growth else 0
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float]:  # type: ignore[override]
         """The rate of each group of the optimizer for the next step."""
         step = min(self.last_epoch, self.total_steps - 1)
         factor = rate_factor(self.schedule, step, self.total_steps, self.prune_end, self.warmup)
-        factor *= growth_factor(_parameter_count(self.optimizer) / self.parameters_start, self.growth)
+        if self.growth:
+            factor *= growth_factor(_parameter_count(self.optimizer) / self.parameters_start, self.growth)
         return [float(base) * factor for base in self.base_lrs]
 
 

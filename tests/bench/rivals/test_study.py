@@ -4,13 +4,17 @@ import json
 from dataclasses import asdict
 
 import pytest
+import torch
 
 from bench.rivals import __main__ as command
 from bench.rivals import examples, runner
+from bench.rivals.method import Method
 from bench.rivals.one_run import outcome
 from bench.rivals.plan import Folder, Run, stamp, task_of
 from bench.rivals.report import Row, section, table, tables
 from bench.rivals.runner import Study, go_on
+from bench.rivals.tasks import Task
+from bench.rivals.training import Training
 from flatprune.errors import InputError
 
 STAMP = {
@@ -46,6 +50,31 @@ def test_a_run_that_diverges_says_so(study, tmp_path):
     run = Run("tiny", "5", "ours", 3.0, 11)
     found, _ = outcome(run, task_of(run).data(tmp_path, 11, validation=False))
     assert found == {"status": "diverged", "reason": "the loss is nan at step 3 of 8"}
+
+
+class Watched(Method):
+    """Notes what each step sees."""
+
+    def __init__(self):
+        super().__init__(0.1)
+        self.seen = []
+
+    def loss(self, run, x, outputs, loss):
+        self.seen.append((run.optimizer.param_groups[0]["lr"], x, outputs.detach(), outputs.dtype))
+        return loss
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_task_with_a_warm_up_in_bfloat16(tmp_path, bf16):
+    task = Task("tiny", "digits", 8, "lenet5", train_size=128, epochs=2, batch_size=32, warmup=0.5, bf16=bf16)
+    method = Watched()
+    Training(task, task.data(tmp_path, 11, validation=False), method, "params", 1.0, 11).train()
+    rates, images, outputs, dtypes = zip(*method.seen)
+    plain = [0.1 * method.rate(step / 8) for step in range(8)]
+    assert rates == pytest.approx([rate * min(1, (step + 1) / 4) for step, rate in enumerate(plain)])
+    assert set(dtypes) == {torch.float32}  # the loss is computed in it
+    assert all(torch.equal(z, z.bfloat16().float()) for z in outputs) is bf16
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in images) or not bf16
 
 
 class Instant:
