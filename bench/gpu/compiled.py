@@ -2,7 +2,7 @@
 
     python -m bench.gpu.compiled [--write docs/kernels.md]
 
-The first table is what ptxas reported when the kernels were compiled (needs nvcc then) and, where there is a cuobjdump,
+The first table is what ptxas reported when the kernels were compiled (needs nvcc then) and, by a cuobjdump,
 what `bench.gpu.sass` counts in their machine code; `bench.gpu.counts` has the others. `--write` puts them between the
 markers of that file. Fails where a kernel is beyond its bound in `bench.gpu.bounds`. No GPU is asked.
 """
@@ -133,6 +133,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, metavar="FILE")
     arguments = parser.parse_args()
+    if sass.cuobjdump() is None:  # half of the bounds would hold unseen
+        raise SystemExit("no cuobjdump, which shows the machine code: pip install --group cuda")
     tables = {"cuda-report": table(), "cuda-counts": covariance_table(), "cuda-algebra-counts": algebra_table()}
     print("\n\n".join(tables.values()))
     for marker, text in tables.items() if arguments.write else ():

@@ -53,6 +53,16 @@ def test_machine_code_is_counted():
     assert found["other"] == sass.Counts(0, 0, 0)
 
 
+def test_no_report_where_the_machine_code_is_not_seen(monkeypatch, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- cuda-report -->\nold\n<!-- cuda-report -->\n")
+    monkeypatch.setattr(sass, "cuobjdump", lambda: None)
+    monkeypatch.setattr("sys.argv", ["compiled", "--write", str(page)])
+    with pytest.raises(SystemExit, match=r"no cuobjdump, .* --group cuda"):
+        compiled.main()
+    assert "old" in page.read_text()
+
+
 BOUND = bounds.Bound(240, divisions=0, stage_loads=0, loads_at_once=16)
 
 
@@ -73,6 +83,7 @@ def test_a_report_fails_where_a_bound_is_passed(monkeypatch):
     monkeypatch.setitem(bounds.BOUNDS, "a_kernel", BOUND)
     monkeypatch.setattr(compiled, "table", lambda: "")
     monkeypatch.setattr(compiled, "machine_code", dict)
+    monkeypatch.setattr(sass, "cuobjdump", lambda: "cuobjdump")
     monkeypatch.setattr(compiled, "reported", lambda: [compiled.Kernel("a_kernel", "sm_90", 250, 0, 0)])
     monkeypatch.setattr("sys.argv", ["compiled"])
     with pytest.raises(SystemExit, match="beyond its bound:\\na_kernel: 250 registers, at most 240"):
